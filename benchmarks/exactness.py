@@ -1,10 +1,11 @@
-"""How exact upcycling is at step 0, beside Megatron-Core's own: real modules, float32, one rank, on a CPU.
+"""Measure how exact upcycling is at step 0, beside Megatron-Core's upcycling, in float32 on one rank on a CPU.
 
     python -m benchmarks.exactness            # writes benchmarks/results/exactness.md
 
-Both fill the same Megatron MoE model from the same random dense parent (weights of std 0.1, so that activations are of
-order one, as in trained models); the reference is the parent in Megatron. The error is the norm of the difference of
-the logits over their norm. Where nothing else is said the router is random with std 1, so that a wrong weight shows.
+Both fill the same Megatron MoE model from the same random dense parent. The parent's weights have std 0.1, so that
+activations are of order one, as in trained models. The reference is the parent in Megatron. The error is the norm of
+the logits' difference over the norm of the reference's logits. Unless a case says otherwise, the router is random with
+std 1, so that a wrong weight shows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _spec(experts: int, top_k: int, granularity: int = 1, **fields: Any) -> Upcy
     return UpcycleSpec(num_experts=experts, top_k=top_k, granularity=granularity, **fields)
 
 
-#: Name, the dense network, the spec.
+#: Cases: name, settings of the dense network, and spec.
 CASES: list[tuple[str, dict[str, Any], UpcycleSpec]] = [
     ("SwiGLU G1, 8 experts top-2", {}, _spec(8, 2)),
     ("SwiGLU G2, 8 experts top-4", {}, _spec(8, 4, 2)),
@@ -90,7 +91,7 @@ def ours(moe: list[Any], dense: list[Any], source: MemorySource, spec: UpcycleSp
 
 
 def megatron(moe: list[Any], dense: list[Any], source: MemorySource, spec: UpcycleSpec) -> None:
-    """Fill the MoE model with Megatron-Core's `upcycle_state_dict`; its router is the model's own random one."""
+    """Fill the MoE model with Megatron-Core's `upcycle_state_dict`, and the router with random numbers."""
     from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 
     router_std = 0.0 if spec.router_init == "zero" else spec.router_std
@@ -98,17 +99,17 @@ def megatron(moe: list[Any], dense: list[Any], source: MemorySource, spec: Upcyc
         if name.endswith("router.weight"):
             parameter.data.normal_(0, router_std, generator=torch.Generator().manual_seed(1))
         elif name.endswith("router.bias"):
-            parameter.data.zero_()  # Megatron-Core leaves it as it was allocated
+            parameter.data.zero_()  # Megatron-Core leaves this memory uninitialised
     moe[0].load_state_dict(upcycle_state_dict(moe, dense)["model"], strict=True)
 
 
 def error(fill: Callable[..., None], network: dict[str, Any], spec: UpcycleSpec) -> float | str:
-    """Return the relative error of the logits, or the name of what was raised."""
+    """Return the relative error of the logits, or the name of the raised exception."""
     arch = small_architecture(**network)
     source = MemorySource(arch)
     dense, wanted = _dense_logits(arch, source)
     torch.manual_seed(0)
-    moe = build_chunks(arch, **moe_settings(arch, spec), init_method_std=0.1)  # of what is not filled
+    moe = build_chunks(arch, **moe_settings(arch, spec), init_method_std=0.1)  # std of weights that `fill` leaves out
     try:
         fill(moe, dense, source, spec)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as raised:
@@ -131,7 +132,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Measure, print, and keep the table."""
+    """Measure, and print and write the table."""
     chosen(__doc__, sys.argv[1:])
     from importlib.metadata import version
 

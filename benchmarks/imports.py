@@ -1,4 +1,6 @@
-"""Run a command and write its processor seconds, and those of each package's import: `benchmarks.answers` starts it.
+"""Run a command, and write the processor seconds of the command and of each package's import.
+
+`benchmarks.answers` starts this program:
 
 python -m benchmarks.imports imports.json nemo-upcycle --help
 """
@@ -23,7 +25,7 @@ def _write(output: Path, begin_s: float, imports: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Run the command that is named behind the file, in this process."""
+    """Run the command that follows the output file on the command line, in this process."""
     begin_s = time.process_time()
     output, program, *words = sys.argv[1:]
     bootstrap: Any = vars(importlib)["_bootstrap"]

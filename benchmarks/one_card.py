@@ -1,8 +1,9 @@
-"""Two layers of Llama 3 8B -> E8T2 on one GPU, in BF16 and each FP8 recipe: time, rates, memory against the plan.
+"""Measure two layers of Llama 3 8B -> E8T2 on one GPU, in BF16 and each FP8 recipe: time, speed and memory.
 
     python -m benchmarks.one_card           # needs a CUDA device and Transformer Engine
 
-Writes benchmarks/results/one_card.md. The runs are those of `tests/gpu`, which checks them.
+Writes benchmarks/results/one_card.md, with the planned memory beside the measured memory. `tests/gpu` runs and checks
+the same trainings.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "one_card.md"
 
 
 def main() -> None:
-    """Measure every precision, print, and keep the table."""
+    """Measure every precision, and print and write the table."""
     chosen(__doc__, sys.argv[1:])
     sizes = Sizes()
     rows = [

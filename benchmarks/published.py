@@ -1,6 +1,6 @@
-"""Published throughput and memory, in a form that predictions can be compared with.
+"""Published throughput and memory, in a form that can be compared with predictions.
 
-`published.yaml` has throughput, `conf/planning/memory.yaml` memory.
+The throughput is in `published.yaml`, and the memory in `conf/planning/memory.yaml`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Published:
     """One row of `published.yaml`, which explains the fields.
 
     Args:
-        tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `models.flops.flops_per_token`.
-        fitted: whether the constants of `Machine` were fitted on it.
-        sets: a constant of `Machine` that was chosen by hand for this row, if any.
-        software: one of `planning.hardware.SOFTWARE`.
+        tokens_per_s_per_gpu: measured speed; if only TFLOP/s or MFU is published, computed with the formula of
+            `models.flops.flops_per_token`.
+        fitted: whether the constants of `Machine` were fitted on this row.
+        sets: constant of `Machine` that was chosen by hand for this row, if any.
+        software: a key of `planning.hardware.SOFTWARE`.
     """
 
     name: str
@@ -49,19 +50,19 @@ class Published:
 
     @property
     def card(self) -> str:
-        """The first word of its GPU's name."""
+        """First word of the GPU's name."""
         return self.gpu.name.partition(" ")[0]
 
     @property
     def is_unseen(self) -> bool:
-        """Whether no constant was fitted or chosen on it."""
+        """Whether no constant was fitted or chosen with this row."""
         return not self.fitted and not self.sets
 
     def predicted(self, reached: dict[str, float] | None = None) -> float:
-        """Return the predicted tokens/s/GPU, of a run with the settings of its source.
+        """Predict tokens/s/GPU with all settings that the source gives.
 
         Args:
-            reached: constants in place of the GPU's.
+            reached: constants that replace the GPU's constants.
         """
         gpu = replace(self.gpu, reached=self.gpu.reached | (reached or {}))
         model = ThroughputModel(self.arch, gpu, known_machine(gpu, self.software))
@@ -69,7 +70,7 @@ class Published:
         return step_tokens / model.step(self.layout, self.work).total / self.layout.gpus
 
     def predicted_as_asked(self) -> float:
-        """Return the predicted tokens/s/GPU where model, layout, batch, precision and software alone are told."""
+        """Predict tokens/s/GPU with only model, layout, batch, precision and software from the source."""
         work = replace(self.work, recompute="none", gradients="bf16", low_params=self.work.numbers.fp8)
         request = PlanRequest(
             self.arch, self.gpu, self.layout.gpus, work, 1e9, self.software, usual=("dispatcher", "overlap")
@@ -79,14 +80,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Peak:
-    """One row of `conf/planning/memory.yaml`: a run, and its memory in GiB; None where it is not published."""
+    """One row of `conf/planning/memory.yaml`: a run and its memory (GiB); None if a value is not published."""
 
     row: Published
     allocated_gib: float | None
     peak_gib: float
 
     def predicted(self) -> tuple[float, float]:
-        """Return the predicted GiB between steps and at the peak, as PyTorch counts."""
+        """Predict the memory between steps and at the peak (GiB), as PyTorch counts it."""
         memory = worst_memory(self.row.arch, self.row.layout, self.row.work)[1]
         return memory.states / GIB, memory.peak / GIB
 
@@ -103,7 +104,7 @@ def published_peaks() -> list[Peak]:
 
 
 def shape(name: str) -> Architecture:
-    """Make the architecture of a model by its name here or, for the recipes' parents, in `parents.yaml`."""
+    """Return the architecture of a model in `published.yaml`, or of a recipe's parent in `parents.yaml`."""
     if name not in _data()["shapes"]:
         return known_shape(name)
     values = _data()["shapes"][name].items()

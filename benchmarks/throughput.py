@@ -1,10 +1,11 @@
-"""Fit the planner's throughput model on published rows, and write tables and plot of benchmarks/results/planner.md.
+"""Fit the planner's throughput model to published rows, and write the tables and the plot of results/planner.md.
 
     python -m benchmarks.throughput            predictions with the constants of the package, leave-one-out errors
-    python -m benchmarks.throughput --fit      fit the constants anew and print them
-    python -m benchmarks.throughput --write    put tables and plot into the page
+    python -m benchmarks.throughput --fit      fit the constants again and print them
+    python -m benchmarks.throughput --write    write the tables and the plot into benchmarks/results/planner.md
 
-Least squares on the logarithm of predicted over published tokens/s, with a weak pull towards the starting values.
+The fit is least squares on the logarithm of predicted over published tokens/s, with a weak pull towards the starting
+values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from benchmarks.published import Peak, Published, published_peaks, published_row
 from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu
 
 
-#: What is fitted, with where it starts: of the H100, and of all Blackwell cards together. Other constants stay.
+#: Fitted constants and their starting values: for the H100, and for all Blackwell cards together. All other constants
+#: are fixed.
 HOPPER = {"gemm": 0.6, "gemm_fp8": 0.55, "moe_us": 600.0, "imbalance": 1.1}
 BLACKWELL = {
     "gemm": 0.65,
@@ -30,13 +32,13 @@ BLACKWELL = {
     "attention": 0.5,
     "uneven_mx_expert_us": 400.0,
 }
-#: Weight of the pull: a constant that leaves its start by a factor e costs as much as an error of 14 %.
+#: Weight of the pull. A constant that differs from its start by a factor e costs as much as an error of 14 %.
 PULL = 0.02
 PAGE = Path(__file__).parent / "results/planner.md"
 
 
 def fit(rows: Sequence[Published], start: dict[str, float]) -> dict[str, float]:
-    """Return the constants whose predictions come nearest to the rows."""
+    """Return the constants whose predictions are closest to the rows."""
     from scipy.optimize import minimize
 
     def values(logs: Sequence[float]) -> dict[str, float]:
@@ -51,17 +53,17 @@ def fit(rows: Sequence[Published], start: dict[str, float]) -> dict[str, float]:
 
 
 def error(row: Published, reached: dict[str, float] | None = None) -> float:
-    """Return predicted over published, less one."""
+    """Return the relative error of the prediction with all settings of the source."""
     return row.predicted(reached) / row.tokens_per_s_per_gpu - 1
 
 
 def error_as_asked(row: Published) -> float:
-    """Return predicted over published, less one, of a row whose source's settings are not told."""
+    """Return the relative error of the prediction that is not told the source's further settings."""
     return row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1
 
 
 def main() -> None:
-    """Print, and write if asked."""
+    """Print the tables, and write them with --write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -85,14 +87,14 @@ def main() -> None:
 
 
 def placed(page: str, name: str, text: str) -> str:
-    """Return a page with a text between the marks of a table."""
+    """Return a page with new text between the marks of a table."""
     begin, end = f"<!-- {name} -->", "<!-- end of table -->"
     head, _, rest = page.partition(begin)
     return f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
-    """Return predicted against published as Markdown."""
+    """Return a table of predicted and published throughput as Markdown."""
     lines = [
         "| row | card | GPUs | layout | published tok/s/GPU | as told | as asked | left out | source | assumed |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -128,7 +130,7 @@ def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
 
 
 def constants_table() -> str:
-    """Return the constants of the model of a step as Markdown, of cards and of generations of software."""
+    """Return a table of the throughput model's constants as Markdown, by card and by generation of software."""
     blackwell = known_gpu("b200").reached
     later = {name: values for name, values in SOFTWARE.items() if values}
     lines = [f"| constant | H100 | Blackwell | {' | '.join(later)} |", "|---|" + "---|" * (2 + len(later))]
@@ -146,7 +148,7 @@ def _summary(misses: Iterable[float]) -> str:
 
 
 def memory_table(peaks: Sequence[Peak]) -> str:
-    """Return predicted memory beside measured as Markdown."""
+    """Return a table of predicted and measured memory as Markdown."""
     lines = [
         "| run | GPUs | layout | | measured GiB | predicted | error | source | assumed |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -166,7 +168,7 @@ def memory_table(peaks: Sequence[Peak]) -> str:
 
 
 def plot(rows: Sequence[Published], path: Path) -> None:
-    """Draw predicted over published tokens/s."""
+    """Plot predicted against published tokens/s."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
-"""JSON lines to Megatron's .bin and .idx: the data stage against datatrove's own step, and both against their floors.
+"""Compare the data stage with datatrove's step (JSON lines to Megatron's .bin and .idx), and both with their floors.
 
     python -m benchmarks.tokenise           # writes benchmarks/results/tokenise.md; needs apt-get, dpkg-deb and 2 GB
     python -m benchmarks.tokenise ours      # one of the writers
     MEGATRON_LM=/src/Megatron-LM python -m benchmarks.tokenise      # with its tools/preprocess_data.py, too
 
-The texts to train on of the blend `docs_small`. One page, on kbuild, is omitted: it contains `<filename>`, a special
-token of SmolLM2, which the other writers take out of the text. One thread, which is what a task has. CPU seconds begin
-when the imports are done; of Megatron's tool, those of a run over one document are subtracted. A floor encodes texts
-that are in memory, and writes nothing: the library alone. Writers must write the same bytes, and floors give as many
-ids.
+The texts are the training texts of the blend `docs_small`. One page, on kbuild, is omitted. It contains `<filename>`,
+a special token of SmolLM2, which the other writers remove from the text. Each writer has one thread, as a task has.
+CPU time is counted after the imports. For Megatron's tool, the CPU time of a run over one document is subtracted. A
+floor measures the library alone: it encodes texts in memory and writes nothing. All writers must write the same bytes,
+and the floors must give the same number of ids.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPECIAL = "<filename>"
 
 
 def corpus() -> Path:
-    """Return the JSON lines, fetched and made on first use."""
+    """Return the file with the texts as JSON lines; make it on first use."""
     path = Path(gettempdir()) / "nemo-upcycle-benchmark" / "docs_small.jsonl"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def _datatrove(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[s
 
 
 def _megatron(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
-    """Run Megatron-LM's tool in NeMo's environment; its time for one document is what it takes to start."""
+    """Run Megatron-LM's tool in NeMo's environment; subtract its time for one document, which is its start-up time."""
     arguments = ["--workers", "1", "--append-eod", "--tokenizer-type", "HuggingFaceTokenizer"]
     command = [str(ROOT / ".venv/bin/python"), f"{MEGATRON_LM}/tools/preprocess_data.py", *arguments]
     command += ["--tokenizer-model", str(tokenizer.parent)]
@@ -143,7 +143,7 @@ def _hashes(folder: Path) -> dict[str, Any]:
 
 
 def _floor(path: Path, tokenizer: Path, encode: Callable[[list[str]], int]) -> Callable[[], dict[str, Any]]:
-    """Encode batches of a thousand, in memory; `encode` returns the number of ids."""
+    """Encode texts in memory in batches of a thousand; `encode` returns the number of ids."""
     texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
 
     def work() -> dict[str, Any]:
@@ -182,7 +182,7 @@ if MEGATRON_LM:
 
 
 def worker(name: str, path: Path, tokenizer: Path) -> None:
-    """Run one writer in this process, and print what it took."""
+    """Run one writer in this process, and print its time and memory."""
     with TemporaryDirectory(prefix="nemo-upcycle-tokenise-") as folder:
         work = WRITERS[name][1](path, tokenizer, Path(folder))
         start_s, start_cpu_s = time.perf_counter(), _used()[0]
@@ -192,9 +192,9 @@ def worker(name: str, path: Path, tokenizer: Path) -> None:
 
 
 def _used() -> tuple[float, float]:
-    """Return CPU seconds and peak GB, of this process and those it has waited for."""
+    """Return CPU seconds and peak memory (GB) of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    # ru_maxrss of this process begins with the memory of the one that started it
+    # ru_maxrss of this process would start at the memory of its parent process.
     peak_kb = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return sum(each.ru_utime + each.ru_stime for each in used), max(peak_kb, used[1].ru_maxrss) / 1e6
 
@@ -219,7 +219,7 @@ def table(names: list[str]) -> str:
     size_mb = sum(sizes) / 1e6
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     loads = [os.getloadavg()[0]]
-    for _ in range(REPEATS):  # in turn, for the speed of a machine changes
+    for _ in range(REPEATS):  # the writers take turns: a machine's speed changes
         for name in names:
             runs[name].append(measure(name, path, tokenizer))
             loads.append(os.getloadavg()[0])
@@ -248,7 +248,7 @@ def table(names: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, and keep the table."""
+    """Measure, and print and write the table."""
     if arguments[:1] == ["--worker"]:
         worker(arguments[1], Path(arguments[2]), Path(arguments[3]))
         return

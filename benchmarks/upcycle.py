@@ -1,14 +1,15 @@
-"""Online upcycling against the floor and against Megatron-Core's own: time and memory, one rank, bfloat16.
+"""Compare online upcycling with its floor and with Megatron-Core's upcycling: time and memory, one rank, bfloat16.
 
     python -m benchmarks.upcycle            # writes benchmarks/results/upcycle.md
     python -m benchmarks.upcycle smollm2    # one of the models
 
-Floor: copy the dense slices once out of the page cache, and write the shard once: with one number (`floor`), or with
-numbers that lie in the processor's cache (`floor, copying`), which is slower and what any weights need. Competitor:
-`upcycle_state_dict` of megatron.core, from a dense Megatron model that is loaded already (its loading is not counted)
-into the same MoE model. Memory: the peak of anonymous memory above what the finished MoE model (for Megatron: and the
-dense one) occupies, from runs of its own, for watching takes time. Every measurement has a process of its own; models'
-memory is touched before, so no side pays for its page faults. The workers take turns: a machine's speed changes.
+The floor copies the dense slices once from the page cache and writes the shard once. `floor` writes the same number
+everywhere. `floor, copying` copies numbers from the processor's cache, which is slower, but any real weights need it.
+The competitor is `upcycle_state_dict` of megatron.core. It fills the same MoE model from a dense Megatron model that
+is already loaded; this loading is not counted. The memory is the peak of anonymous memory above the finished MoE model
+(for Megatron-Core it includes the dense model). It is measured in separate runs, because watching takes time. Every
+measurement has a separate process. The models' memory is touched before, so that no side pays for page faults. The
+workers take turns, because a machine's speed changes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from benchmarks.arguments import chosen
 
 
 RESULTS = Path(__file__).parent / "results" / "upcycle.md"
-#: Name -> experts and top-k; `smollm2` is the real model, `llama1b` has the shapes of Llama 3.2 1B and random weights.
+#: name of a model -> experts and top-k. `smollm2` is the real model; `llama1b` has the shapes of Llama 3.2 1B and
+#: random weights.
 MODELS = {"smollm2": (8, 2), "llama1b": (4, 2)}
 LLAMA_1B = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,7 +56,7 @@ WATCHED = "NEMO_UPCYCLE_BENCHMARK_WATCHED"
 
 
 def dense_folder(name: str) -> Path:
-    """Return the dense checkpoint, made or fetched on first use."""
+    """Return the folder of the dense checkpoint; make or fetch it on first use."""
     from nemo_upcycle.sources.fetch import ensure_dense
 
     if name == "smollm2":
@@ -72,9 +74,10 @@ def _anonymous_bytes() -> int:
 
 @contextmanager
 def timed() -> Iterator[Callable[[], int]]:
-    """Give a function that returns the largest growth of anonymous memory since the start, in bytes.
+    """Yield a function that returns the largest growth of anonymous memory since the start (bytes).
 
-    Meanwhile the CPU's stand-in for CUDA, which looks at every torch call, is off: it is needed to build models only.
+    Inside the block, the CPU's stand-in for CUDA is off. It intercepts every torch call, and is needed only to build
+    models.
     """
     base, peak, stop = _anonymous_bytes(), [0], threading.Event()
     if os.environ.get(WATCHED) == "0":
@@ -118,7 +121,7 @@ def ours(folder: Path, experts: int, top_k: int) -> dict[str, float]:
 
 
 def megatron(folder: Path, experts: int, top_k: int) -> dict[str, float]:
-    """Measure Megatron-Core's own, with the loading of its result into the model."""
+    """Measure Megatron-Core's `upcycle_state_dict`, including the loading of its result into the model."""
     from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 
     from nemo_upcycle import open_dense
@@ -137,7 +140,7 @@ def megatron(folder: Path, experts: int, top_k: int) -> dict[str, float]:
 
 
 def floor(folder: Path, experts: int, top_k: int, *, copying: bool = False) -> dict[str, float]:
-    """Measure the least that must be done: read the dense bytes once, write the shard once."""
+    """Measure the minimum work: read the dense bytes once, and write the shard once."""
     from nemo_upcycle import open_dense
 
     moe, _ = _models(folder, experts, top_k, with_dense=False)
@@ -160,7 +163,7 @@ WORKERS = {"floor": floor, "floor, copying": partial(floor, copying=True), "ours
 
 
 def measure(worker: str, model: str, *, watched: bool) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     command = [sys.executable, "-m", "benchmarks.upcycle", "--worker", worker, model]
     environment = os.environ | {WATCHED: str(int(watched))}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -194,14 +197,14 @@ def table(models: list[str]) -> str:
 def tabulate(
     arguments: list[str], known: Iterable[str], table: Callable[[list[str]], str], results: Path, how: str
 ) -> None:
-    """Print the table of the models that the command names; with none named, of all, and keep it.
+    """Print the table of the named models; if none is named, print and write the table of all models.
 
     Args:
-        arguments: arguments of the command.
+        arguments: names of models.
         known: names of all models.
-        table: makes the table.
-        results: the file that it is kept in, named like the benchmark.
-        how: how often each number was measured.
+        table: function that measures some models and returns their table.
+        results: file for the table, named like the benchmark.
+        how: description of the measurement, for example the number of runs.
     """
     command = f"`python -m benchmarks.{results.stem}`, {os.cpu_count()} cores, {how}"
     text = f"{command}\n\n{table(arguments or list(known))}"
@@ -212,7 +215,7 @@ def tabulate(
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, print, and keep the table."""
+    """Measure, and print and write the table."""
     if arguments[:1] == ["--worker"]:
         _, worker, model = arguments
         from nemo_upcycle.trainers.equivalence import one_rank

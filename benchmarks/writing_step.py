@@ -1,6 +1,6 @@
-"""Write the tokens of a plan in the data environment: `python writing_step.py FOLDER`, with its `plan.json`.
+"""Write the tokens of a plan in the data environment: `python writing_step.py FOLDER`. FOLDER contains `plan.json`.
 
-Prints JSON: CPU seconds of each step.
+Prints JSON with the CPU seconds of each step.
 """
 
 import json
@@ -13,7 +13,7 @@ from nemo_upcycle.data.engine.tokenise import FASTOKENS
 
 
 def main() -> None:
-    """Run the step, print."""
+    """Run the writing step, and print its times."""
     folder = Path(sys.argv[1])
     plan = load_plan(folder / "plan.json")
     (stage,) = stages(plan, FASTOKENS)

@@ -3,14 +3,15 @@
     python examples/megatron_core.py /models/SmolLM2-135M
     torchrun --nproc-per-node 2 examples/megatron_core.py /models/SmolLM2-135M --expert-parallel 2
 
-It builds a `GPTModel`, fills it with one call, and prints what each rank read and the loss of one batch, which is the
-dense model's. Without a GPU Megatron computes on the processor: what it asks of CUDA, `use_cpu_backend` gives it.
+The script builds a `GPTModel`, fills it with one call, and prints the bytes that each rank read and the loss of one
+batch. The loss equals the dense model's loss. Without a GPU, Megatron computes on the processor, because
+`use_cpu_backend` replaces CUDA.
 """
 
 import argparse
 import os
 
-# Before Megatron, which alone does not import where there is a CUDA toolkit and no card.
+# Import nemo_upcycle before Megatron: without it, Megatron's import fails on a machine with CUDA but no GPU.
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 
 
@@ -35,7 +36,7 @@ on_gpu = not use_cpu_backend()
 if on_gpu:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-store = None if "RANK" in os.environ else torch.distributed.HashStore()  # of torchrun, or of this process alone
+store = None if "RANK" in os.environ else torch.distributed.HashStore()  # torchrun's store, or one for this process
 torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=ranks)
 parallel_state.initialize_model_parallel(expert_model_parallel_size=arguments.expert_parallel)
 tensor_parallel.model_parallel_cuda_manual_seed(0)
@@ -51,7 +52,7 @@ with open_dense(arguments.dense) as dense:
         attention_dropout=0.0,
         bf16=on_gpu,
         params_dtype=torch.bfloat16 if on_gpu else torch.float32,
-        perform_initialization=False,  # every weight is filled
+        perform_initialization=False,  # every weight is overwritten below
         moe_grouped_gemm=True,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=arguments.expert_parallel,
@@ -66,11 +67,11 @@ with open_dense(arguments.dense) as dense:
         position_embedding_type="rope",
         rotary_base=int(arch.rope_theta),
     ).cuda()
-    model.rotary_pos_emb.inv_freq = rope_frequencies(arch).cuda()  # those of Llama 3.1 and 3.2 are scaled
+    model.rotary_pos_emb.inv_freq = rope_frequencies(arch).cuda()  # Llama 3.1 and 3.2 scale their frequencies
     receipt = upcycle_into([model], dense, spec)
 print(f"rank {rank}: {receipt.bytes_read:,} bytes read, {receipt.bytes_written:,} written, exact: {receipt.exact}")
 
-# From here a training goes on with Megatron's DistributedDataParallel and optimizer, which hold these weights.
+# A training would now wrap this model in Megatron's DistributedDataParallel and create its optimizer.
 tokens_BS = torch.randint(arch.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0)).cuda()
 with torch.no_grad():
     loss_BS = model(tokens_BS[:, :-1], position_ids=None, attention_mask=None, labels=tokens_BS[:, 1:])

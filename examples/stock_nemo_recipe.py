@@ -1,11 +1,11 @@
-"""Turn a stock NeMo recipe into one that upcycles a dense checkpoint: only what experts need is changed.
+"""Turn a stock NeMo recipe into a recipe that upcycles a dense checkpoint; change only the settings for experts.
 
     python examples/stock_nemo_recipe.py --factory "stock_llama32_e8t2(dense='/models/Llama-3.2-1B')" --dryrun
     torchrun --nproc-per-node 8 examples/stock_nemo_recipe.py --factory stock_llama32_e8t2 trainer.max_steps=100 --yes
 
-The words behind the factory are NeMo-Run's: any setting of the recipe, `--dryrun`, `--yes`, `run.executor=...`. The
-script says what it changed in NeMo's recipe. In place of `llm.llama32_1b` any NeMo recipe of a dense Llama, Mistral,
-Qwen2, Qwen3 or Gemma will do; what cannot be upcycled is refused with the reason.
+The words after the factory are NeMo-Run's: any setting of the recipe, `--dryrun`, `--yes`, `run.executor=...`. The
+script prints its changes to NeMo's recipe. Instead of `llm.llama32_1b`, you can use any NeMo recipe of a dense Llama,
+Mistral, Qwen2, Qwen3 or Gemma. A model that cannot be upcycled is refused with the reason.
 """
 
 from typing import Optional  # NeMo-Run reads the values of a command line by these annotations
@@ -27,7 +27,7 @@ def stock_llama32_e8t2(
     Args:
         dense (str): The dense checkpoint: a Hugging Face folder, `hf://ORG/NAME` or `nemo:///absolute/path`.
         dir (str | None): Directory for saving logs and checkpoints.
-        data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data.
+        data (str | None): A finished folder of `nemo-upcycle data`; None means NeMo's mock data.
 
     Returns:
         run.Partial: Partial configuration for pretraining.
@@ -35,7 +35,7 @@ def stock_llama32_e8t2(
     stock = llm.llama32_1b.pretrain_recipe(dir=dir, name="stock_llama32_e8t2", num_gpus_per_node=8)
     recipe = upcycled(stock, dense=dense, spec=UpcycleSpec(num_experts=8, top_k=2), data=data)
     recipe.trainer.strategy.expert_model_parallel_size = 8
-    recipe.optim.config.lr = 3e-5  # NeMo's 3e-4 is for random weights
+    recipe.optim.config.lr = 3e-5  # NeMo's 3e-4 is meant for training from random weights
     return recipe
 
 

@@ -68,7 +68,7 @@ REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_con
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-FILE_BYTES = 5 * 10**9  # most weights in one file; a larger tensor gets a file of its own
+FILE_BYTES = 5 * 10**9  # largest size of a file; a larger tensor gets a separate file
 #: Files that are copied as they are. Other files stay behind: the parent's code, its old weights, its model card.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -167,16 +167,16 @@ def check_parent(config: dict[str, Any], parent: dict[str, Path]) -> None:
             )
 
 
-# ---- 2. Say how every new tensor is made: all that upcycling does to the weights ------------------------------------
+# ---- 2. Plan every new tensor: everything that upcycling does to the weights ----------------------------------------
 class New(NamedTuple):
     """A tensor of the new model, and how it is made."""
 
     name: str
     shape: tuple[int, ...]
-    source: str  # name of the parent's tensor; empty for a router, which is drawn
+    source: str  # name of the parent's tensor; empty for a router, which is random
     axis: int = 0  # axis of the neurons in the source: 0 for the rows of gate and up, 1 for the columns of down
-    shards: int = 1  # number of shards that the source is cut into along this axis
-    shard: int = 0  # number of the shard that this tensor takes
+    shards: int = 1  # number of shards into which the source is cut along this axis
+    shard: int = 0  # index of the shard that this tensor takes
     factor: int = 1  # factor on its numbers
 
 
@@ -189,7 +189,7 @@ def plan(config: dict[str, Any], experts: int, granularity: int) -> list[New]:
         layer, _, matrix = name.partition("mlp.")
         expert_name = f"{layer}{block}.experts.{{}}.{{}}.weight"
         if not matrix:  # outside the feed-forward networks
-            is_tied = name == HEAD and config["tie_word_embeddings"]  # stored all the same: servers want it
+            is_tied = name == HEAD and config["tie_word_embeddings"]  # stored nevertheless, because servers need it
             tensors.append(New(name, shape, source=EMBEDDING if is_tied else name))
         elif matrix == "gate_proj.weight":
             tensors.append(New(f"{layer}{block}.gate.weight", (experts, hidden), source=""))
@@ -208,7 +208,7 @@ def plan(config: dict[str, Any], experts: int, granularity: int) -> list[New]:
 def random_router(layer: int, hidden: int, copies: int, granularity: int, seed: int) -> torch.Tensor:
     """Draw the router of a layer, [E, D] in float32: normal numbers with mean 0 and standard deviation 0.02.
 
-    Each row has a generator of its own, seeded with the row's name. So a row depends only on the seed, its layer and
+    Each row has a separate generator, seeded with the row's name. So a row depends only on the seed, its layer and
     its copy. Every GPU of a training job can draw the rows that it holds, and the model does not depend on the layout.
     Uniform numbers become normal ones by Box-Muller in float64: `torch.randn` gives other bits on other processors.
     """
@@ -258,7 +258,7 @@ def moe_config(config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> d
 
 
 def split_into_files(tensors: list[New], itemsize: int) -> dict[str, list[New]]:
-    """Deal out the tensors to files of at most `FILE_BYTES`, named as transformers names them."""
+    """Distribute the tensors over files of at most `FILE_BYTES`, with the file names of transformers."""
     parts, used_bytes = [[]], 0
     for tensor in tensors:
         size_bytes = math.prod(tensor.shape) * itemsize
@@ -273,14 +273,14 @@ def split_into_files(tensors: list[New], itemsize: int) -> dict[str, list[New]]:
 
 
 def make(new: New, parent: dict[str, Path], dtype: torch.dtype, args: Namespace) -> torch.Tensor:
-    """Make a tensor."""
+    """Return a tensor of the new model: a shard of its source, or a random router."""
     if new.source:
         shards = read_tensor(parent, new.source).chunk(new.shards, dim=new.axis)
         made = shards[new.shard].to(dtype) * new.factor
     else:
         layer, copies = int(new.name.split(".")[2]), args.experts // args.granularity
         made = random_router(layer, new.shape[1], copies, args.granularity, args.seed).to(dtype)
-    if not math.isfinite(made.sum()) and not made.isfinite().all():  # the sum is fast, but can overflow by itself
+    if not math.isfinite(made.sum()) and not made.isfinite().all():  # the sum is fast, but can overflow on its own
         raise Mistake(f"{new.source} holds NaN, infinity or too large numbers. Use another checkpoint.")
     return made.contiguous()
 
@@ -305,7 +305,7 @@ def write_file(path: Path, tensors: list[New], parent: dict[str, Path], dtype: t
         file.write(len(text).to_bytes(8, "little") + text)
         for copies in groups.values():
             made = make(copies[0], parent, dtype, args)
-            numbers = (ctypes.c_char * made.nbytes).from_address(made.data_ptr())  # its bytes, without numpy
+            numbers = (ctypes.c_char * made.nbytes).from_address(made.data_ptr())  # the tensor's bytes, without numpy
             for _ in copies:
                 file.write(numbers)
 
@@ -352,7 +352,7 @@ def check_options(args: Namespace) -> None:
 
 
 def upcycle(args: Namespace) -> None:
-    """Check everything, write the new model into a hidden folder beside OUT, and give it its name at the end."""
+    """Check everything, write the new model into a hidden folder beside OUT, and rename this folder at the end."""
     check_options(args)
     config, parent = read_config(args.parent / "config.json"), find_tensors(args.parent)
     if (neurons := config["intermediate_size"]) % args.granularity:
@@ -375,7 +375,7 @@ def upcycle(args: Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line, and turn a mistake of the user's into one line."""
+    """Read the command line, and report a user's mistake in one line."""
     parser = ArgumentParser(description="Turn a dense Llama or Qwen3 into a Mixture-of-Experts model.")
     parser.add_argument("parent", metavar="PARENT", type=Path, help="Hugging Face folder of a Llama or a Qwen3")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")

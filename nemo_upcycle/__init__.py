@@ -1,4 +1,4 @@
-"""Turn a pretrained dense Llama into a Mixture-of-Experts model inside the NeMo training job that continues it."""
+"""Turn a pretrained dense LLM into a Mixture-of-Experts model inside the training job that continues it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that light tools start without torch.
+    # Import on demand, so that light tools start without torch.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,8 +1,8 @@
-"""Run a script of Megatron-Bridge's with this package's recipes and conversions known to it.
+"""Run a Megatron-Bridge script that knows this package's recipes and conversions.
 
 torchrun ... -m nemo_upcycle.bridge Megatron-Bridge/scripts/training/run_recipe.py --recipe NAME KEY=VALUE ...
 
-A script of one's own imports from here `with_upcycling`, `with_parent`, `upcycled` and `upcycled_pretraining`.
+Your own script can import `with_upcycling`, `with_parent`, `upcycled` and `upcycled_pretraining` from this module.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.utils.checkout import require_one_checkout
 
 
-#: The variable that named the parent until 0.3.
+#: Environment variable that named the parent before release 0.3.
 _OLD = "NEMO_UPCYCLE_DENSE"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a script of one's own needs, without a trainer where this module only runs one."""
+    """Import a name for a user's own script on demand, so that running a script does not import a trainer here."""
     if name not in ("with_upcycling", "with_parent", "upcycled", "upcycled_pretraining"):
         raise AttributeError(name)
     return getattr(importlib.import_module("nemo_upcycle.trainers.bridge.recipes.common"), name)
 
 
 def main() -> None:
-    """Register what is ours, then run the script that is named, with its arguments."""
+    """Register this package's recipes and conversions, then run the given script with its arguments."""
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.stderr.write("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]\n")
         raise SystemExit(UpcycleError.exit_status)

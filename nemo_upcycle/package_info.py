@@ -1,3 +1,3 @@
-"""Version of the package, the one place that states it."""
+"""Version of the package. No other file states it."""
 
 __version__ = "0.3.0"

@@ -1,6 +1,6 @@
-"""What to build from a dense model: `UpcycleSpec`, checked when it is made."""
+"""`UpcycleSpec`, the settings with which a dense model is upcycled. They are checked when a spec is created."""
 
-# No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
+# Annotations are not postponed, because NeMo-Run reads the fields' annotations for overrides on the command line.
 
 import importlib
 import json
@@ -19,57 +19,58 @@ if TYPE_CHECKING:
 
     Rows = Callable[["UpcycleSpec", int, int, Sequence[torch.Generator]], torch.Tensor]
 
-#: Init method -> why a model that it makes is not exact, "" if it is: `init/methods` hands in each.
+#: Init method -> function that says why its models are not exact, "" if they are. `init/methods` fills the table.
 INIT_METHODS: dict[str, Callable[["UpcycleSpec"], str]] = {}
-#: Score and order -> kind of router, and name -> initialisation of its weights: `init/routers` hands in each.
+#: Score and order -> kind of router, and name -> initialisation of its weights. `init/routers` fills both tables.
 ROUTER_KINDS: dict[tuple[str, str], "RouterKind"] = {}
 ROUTER_INITS: dict[str, "RouterInit"] = {}
-#: The scores and orders of the kinds.
+#: Scores and orders of all kinds of router.
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
-#: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
+#: Four times as many experts as the largest open models have. Beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
-#: Distance of a float32 number to the next one, at most, over the number.
+#: Largest relative distance between a float32 number and the next one.
 FLOAT32 = 2.0**-23
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleSpec:
-    """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
+    """How a dense model becomes a Mixture-of-Experts model. Defaults are the paper's (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: E, routed experts in every MoE layer, at most 2048; a multiple of those that the parent has.
-        top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
-        granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
-            experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
-            ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
+        num_experts: E, number of routed experts in every MoE layer, at most 2048. For a parent with experts, a
+            multiple of the parent's number, or any larger number with `expert_utility`.
+        top_k: number of experts that a token passes through. 1 is allowed only with `softmax_topk` or sigmoid scores,
+            as in Megatron.
+        granularity: G, number of shards into which the dense network's F neurons are cut; 1 keeps the network whole.
+            Expert `c G + g` holds shard g of copy c. The experts of a copy share their router row, so that a top-k
+            that is a multiple of G picks whole networks ("virtual groups", arXiv 2410.07524).
         method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
-            a part of every expert's neurons is drawn anew) or another one of `init/methods`.
-        noise_std: for method `noise`, as a part of the standard deviation of the matrix it is added to.
-        drop_ratio: for method `drop`, the part of the neurons.
-        shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
-            what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
-        moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
-            numbers of the MoE layers, from 0: `0,2,5`.
-        router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; or from data, `prompts`.
-        expert_utility: for a parent with experts, a YAML file with a number for each of them (or a list for each MoE
-            layer): the more useful have more copies; without it all have as many.
-        router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
-            Of a parent with experts, that of what is added to its rows, as a part of their own.
-        router_spread: for `prompts`, the standard deviation over the copies of a token's logits, root mean square over
-            the prompts' tokens.
-        router_prompts: for `prompts`, a YAML file: a list with the texts of each copy.
-        calibration: what `nemo-upcycle calibrate` wrote, from which the rows for `prompts` are read; a pipeline makes
-            its own where none is named.
+            some neurons of every expert are drawn anew) or another method of `init/methods`.
+        noise_std: for method `noise`: standard deviation of the noise, as a fraction of the matrix's own.
+        drop_ratio: for method `drop`: fraction of the neurons that is drawn anew.
+        shared_experts: S, number of experts that every token passes through, at most G. They hold the shards 0 to
+            S - 1. Shared and routed experts each provide half of the output of such a shard, so the sum is exact.
+        moe_layers: layers with experts: `all`, `every-N` (layers 0, N, 2N ..., Megatron's `moe_layer_freq`),
+            `first-K-dense`, or layer numbers from 0, such as `0,2,5`.
+        router_init: initialisation: `normal` (mean 0), `uniform` (mean 0), `zero`, or `prompts` (from data).
+        expert_utility: for a parent with experts: YAML file with one number for each expert, or one such list for each
+            MoE layer. More useful experts get more copies. Without a file, all experts get the same number.
+        router_std: standard deviation of the router's weights. The paper gives none; 0.02 is usual in this family. For
+            a parent with experts: standard deviation of the noise on its router rows, as a fraction of the rows' own.
+        router_spread: for `prompts`: standard deviation of a token's logits over the copies (root mean square over the
+            prompts' tokens).
+        router_prompts: for `prompts`: YAML file with a list of the texts of each copy.
+        calibration: for `prompts`: file with router rows (`nemo-upcycle calibrate`). If omitted, a pipeline makes one.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
-            (ST type: they do not; `moe_router_pre_softmax` in Megatron).
+            (ST type: the weights do not sum to one; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
-        routed_scaling_factor: on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
+        routed_scaling_factor: factor on the chosen experts' weights (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
-            see `down_scale`; `none` leaves the weights as they are, as the paper does.
-        seed: for all random numbers: they depend on it, layer, expert and element of the matrix, never on the layout.
+            see `down_scale`. `none` leaves the weights as they are, like the paper.
+        seed: seed of all random numbers. They depend on seed, layer, expert and matrix element, never on the layout.
 
     Raises:
         SpecError: a value is out of range or unknown, or values contradict each other.
@@ -103,7 +104,7 @@ class UpcycleSpec:
 
     def __post_init__(self) -> None:
         for name, valid in (
-            ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
+            ("method", tuple(INIT_METHODS)),  # tuples, because unhashable values must be refused, too
             ("router_init", tuple(ROUTER_INITS)),
             ("router_order", tuple(ROUTER_ORDERS)),
             ("router_score", tuple(ROUTER_SCORES)),
@@ -143,55 +144,55 @@ class UpcycleSpec:
 
     @property
     def copies(self) -> int:
-        """How often the dense network is in a layer, E / G."""
+        """Number of copies of the dense network in a layer, E / G."""
         return self.num_experts // self.granularity
 
     @property
     def down_scale(self) -> float:
         """Factor on every expert's down projection.
 
-        Only this matrix is scaled: the network is linear in it, so the factor acts on the output exactly, whatever the
-        activation. With f = sum over the shards of f_g, and combine weights p_i equal within a copy, the layer gives
-        down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The weights of the
-        chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1, to r k / E for
-        `softmax_topk` and to r / 2 for sigmoid with k = 1, the last two with a zero router. (That ties all experts:
-        with granularity, which of a network's shards top-k takes is then left to chance.)
+        Only this matrix is scaled. The network is linear in it, so the factor acts on the output exactly, whatever the
+        activation. Let f be the sum over the shards of f_g, and let the combine weights p_i be equal within a copy.
+        Then the layer computes down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The
+        weights of the chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1. With a
+        zero router they sum to r k / E for `softmax_topk`, and to r / 2 for sigmoid with k = 1. A zero router ties all
+        experts, so with granularity it is left to chance which shards of a network top-k takes.
         """
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
     @property
     def router_kind(self) -> "RouterKind":
-        """The kind of its routers."""
+        """Kind of the model's routers."""
         return ROUTER_KINDS[self.router_score, self.router_order]
 
     @property
     def weight_sum(self) -> float:
-        """What the weights of the chosen experts sum to; where the router decides it, with a zero router."""
+        """Sum of the weights of the chosen experts; with a zero router, if the sum depends on the router."""
         return self.routed_scaling_factor * self.router_kind.weight_sum(self)
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the weights of the chosen experts are made to sum to one, before `routed_scaling_factor`."""
+        """Whether the weights of the chosen experts are normalised to sum to one, before `routed_scaling_factor`."""
         return self.router_kind.sums_to_one(self)
 
     @property
     def bias_scale(self) -> float:
-        """Factor on every expert's output bias, which each of the chosen k adds whole, 1 / sum(p_i)."""
+        """Factor on every expert's output bias, 1 / sum(p_i), because each chosen expert adds the whole bias."""
         return 1.0 / self.weight_sum if self.output_scale == "exact" else 1.0
 
     @property
     def shared_scale(self) -> float:
-        """Factor on the shared experts' down projection; the routed experts of the same shards have the other half."""
+        """Factor on the shared experts' down projection. Routed experts of the same shards provide the other half."""
         return 0.5
 
     def expert_scale(self, expert: int) -> float:
-        """Factor on one routed expert's down projection."""
+        """Return the factor on one routed expert's down projection."""
         is_shared = expert % self.granularity < self.shared_experts
         return self.down_scale * (1 - self.shared_scale if is_shared else 1)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether its routers' rows are read from a calibration file."""
+        """Whether the router rows are read from a calibration file."""
         return ROUTER_INITS[self.router_init].from_data
 
     @property
@@ -200,10 +201,10 @@ class UpcycleSpec:
 
     @property
     def inexact_because(self) -> tuple[str, ...]:
-        """Why the upcycled model does not compute the dense function at step 0; empty if it does, in exact numbers.
+        """Why the upcycled model does not compute the dense function at step 0; empty if it does in exact arithmetic.
 
-        `init.routers.inexact_in_float32` knows what float32 adds, which depends on the parent's hidden size, and
-        `models.growth.inexact_because` both.
+        `init.routers.inexact_in_float32` returns the reasons that float32 adds, which depend on the parent's hidden
+        size. `models.growth.inexact_because` returns both.
         """
         free_sum = not self.sums_to_one and not self._has_zero_router
         changed = INIT_METHODS[self.method](self)
@@ -223,9 +224,9 @@ class UpcycleSpec:
 
     @property
     def needs_float32_routing(self) -> bool:
-        """Whether top-k picks whole networks only where the router's logits are float32 or more.
+        """Whether top-k needs router logits in float32 or more to pick whole networks.
 
-        The experts of one copy have the same logit. In 16 bits those of two copies can be the same as well: top-k then
+        The experts of one copy have the same logit. In 16 bits, two copies can have equal logits, too, and top-k then
         picks parts of both.
         """
         picks_groups = self.granularity > 1 and self.top_k < self.num_experts and self.top_k % self.granularity == 0
@@ -233,14 +234,14 @@ class UpcycleSpec:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the upcycled model computes the dense function at step 0, in exact numbers."""
+        """Whether the upcycled model computes the dense function at step 0 in exact arithmetic."""
         return not self.inexact_because
 
     def moe_pattern(self, num_layers: int) -> tuple[bool, ...]:
         """Return which of a model's layers are MoE layers.
 
         Raises:
-            SpecError: the numbers do not fit the model, or no layer is one.
+            SpecError: a layer number does not fit the model, or no layer is an MoE layer.
         """
         numbers = [int(number) for number in self.moe_layers.split(",") if number.isdigit()]
         if numbers:
@@ -263,15 +264,15 @@ class UpcycleSpec:
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sizes, and the other fields that are not at their default, as plain values, for receipts.
+        """Return the sizes, and all other fields that are not at their default, as plain values for receipts.
 
-        A field that a later release adds changes nothing of what is written, unless it is used.
+        A field that a later release adds does not change the result unless it is used.
         """
         return {"num_experts": self.num_experts, "top_k": self.top_k} | without_defaults(asdict(self))
 
 
 def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of fields of an `UpcycleSpec`, as they are or as the text of markers, that are not the default.
+    """Omit the fields of an `UpcycleSpec` that are at their default, given as values or as the text of markers.
 
     Example:
         >>> without_defaults({"num_experts": 16, "noise_std": 0.01, "method": '"copy"'})
@@ -283,55 +284,55 @@ def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RouterKind(ABC):
-    """How routers turn logits into the weights of the chosen experts. One file a kind in `init/routers`."""
+    """How routers turn logits into the weights of the chosen experts. Each kind has a file in `init/routers`."""
 
-    #: what `UpcycleSpec.router_score` and `.router_order` call it; `score` is Megatron's `moe_router_score_function`
+    #: values of `UpcycleSpec.router_score` and `.router_order`; `score` is also Megatron's `moe_router_score_function`
     score: ClassVar[str]
     order: ClassVar[str]
     #: Megatron's `moe_router_pre_softmax`
     pre_softmax: ClassVar[bool]
-    #: whether Hugging Face classes with it compute its logits in float32, not in the model's type
+    #: whether Hugging Face classes with this kind compute the logits in float32 instead of the model's type
     in_float32: ClassVar[bool] = False
-    #: the largest of the logits must be above it, or the sum by which scores are divided is not theirs in float32
+    #: least value of the largest logit at which the divisor of the scores still equals their sum in float32
     least_logit: ClassVar[float] = float("-inf")
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Compute the sum of the chosen weights, unscaled; where the router decides it, with a zero router."""
+        """Compute the unscaled sum of the chosen weights; with a zero router, if the sum depends on the router."""
 
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
         """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""
         return logits_TE.softmax(-1)
 
     def sums_to_one(self, spec: UpcycleSpec) -> bool:
-        """Return whether the chosen weights are made to sum to one, whatever the router."""
+        """Return whether the chosen weights are normalised to sum to one, whatever the router."""
         return self.weight_sum(spec) == 1
 
     def check(self, spec: UpcycleSpec) -> None:  # noqa: B027 - most kinds refuse nothing
         """Check that a model can be trained with such routers.
 
         Raises:
-            SpecError: it cannot.
+            SpecError: the model cannot be trained.
         """
 
     def spacing(self, logit: float) -> float:
-        """Return how much two logits near this one must differ for float32 scores that differ; softmax's by default.
+        """Return how much two logits near this value must differ to give different float32 scores.
 
-        Neighbouring scores of softmax differ by 2^-23 of themselves at most, which a logit 2^-23 larger makes;
-        neighbouring logits by as much of their own size.
+        The default is for softmax. Neighbouring float32 scores differ by at most 2^-23 of their value, and a logit
+        that is 2^-23 larger gives this difference. Neighbouring float32 logits differ by at most 2^-23 of their value.
         """
         return FLOAT32 * max(1.0, abs(logit))
 
 
 def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
-    """Return the kind of routers with a score, the one with softmax before or after top-k where a score has both.
+    """Return the kind of router with a score. If a score has two kinds, `pre_softmax` decides.
 
     Args:
-        score: what the logits go through, as Megatron calls it.
+        score: Megatron's name of the function of the logits.
         pre_softmax: Megatron's `moe_router_pre_softmax`.
 
     Raises:
-        SpecError: there is no such score.
+        SpecError: the score is unknown.
     """
     kinds = [kind for kind in ROUTER_KINDS.values() if kind.score == score]
     if not kinds:
@@ -341,12 +342,13 @@ def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
 
 @dataclass(frozen=True)
 class RouterInit:
-    """An initialisation of the routers' weights, as `init.routers.router_init` registers it.
+    """An initialisation of the routers' weights, registered by `init.routers.router_init`.
 
     Args:
-        name: `UpcycleSpec.router_init` of models that have it.
-        rows: its function: spec, layer, D and a generator for each copy -> the rows of the copies, [C, D] in float64.
-        from_data: whether the rows are read from a calibration file; else they are drawn.
+        name: value of `UpcycleSpec.router_init`.
+        rows: function that makes the router rows: spec, layer, D and one generator per copy -> rows of the copies
+            [C, D], float64.
+        from_data: whether the rows are read from a calibration file. If not, they are drawn.
         always_zero: whether all weights are zero for every spec.
     """
 
@@ -363,7 +365,7 @@ class RouterInit:
         """Check the settings that only initialisations from data have.
 
         Raises:
-            SpecError: one is given to an initialisation that draws its rows, or is missing.
+            SpecError: such a setting is missing, or is given to an initialisation that draws its rows.
         """
         if self.from_data and not spec.router_prompts and not spec.calibration:
             raise SpecError(
@@ -379,7 +381,7 @@ class RouterInit:
 
 
 def _layers(value: str | Sequence[int]) -> str:
-    """Return the layers as a rule, or their numbers sorted: `0,2,5`. A sequence of numbers is accepted as well."""
+    """Return the layers as a rule, or as sorted numbers such as `0,2,5`. The value may be a sequence of numbers."""
     if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d{0,5}|first-\d{1,6}-dense", value):
         return value
     if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(,\d{1,6})*", value):
@@ -391,5 +393,5 @@ def _layers(value: str | Sequence[int]) -> str:
     return ",".join(str(number) for number in sorted(set(numbers)))
 
 
-# A spec checks its names, which stand in the room above: whoever imports this module knows them.
+# A spec checks names that `init` registers. Importing `init` here makes them known whenever this module is imported.
 importlib.import_module("nemo_upcycle.init")

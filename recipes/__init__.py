@@ -1,9 +1,9 @@
-"""The recipes: one file a model, such as `llama3_8b.py`, with its numbers and the functions that the trainers call.
+"""The recipes: one file per model, such as `llama3_8b.py`, with its numbers and the functions that the trainers call.
 
-This folder is installed as `nemo_upcycle.recipes`. `e8t2`, `dense_ct`, `e8t2_sft` and `dense_sft` of a file make
+This folder is installed as `nemo_upcycle.recipes`. In each file, `e8t2`, `dense_ct`, `e8t2_sft` and `dense_sft` make
 NeMo's recipes: `llama3_8b_e8t2` on the command line is `e8t2` in `llama3_8b.py`. The functions for Megatron-Bridge
-have Bridge's long names. Importing a file imports no trainer; `nemo_upcycle.recipes.upcycled_from` and the other
-names of `_NEMO` import NeMo when they are asked for.
+have Bridge's long names. Importing a file imports no trainer. `nemo_upcycle.recipes.upcycled_from` and the other
+names in `_NEMO` import NeMo on first use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 require_one_checkout()
 need_no_cuda_to_import()
 __path__.append(moved.__path__[0])
-#: Names for recipes of one's own, and where they are.
+#: Name that a user's own recipe can import from here -> module that defines it.
 _NEMO = {
     "pipeline": "nemo_upcycle.pipeline.nemo.recipes",
     "upcycled": "nemo_upcycle.trainers.nemo.upcycled",
@@ -45,14 +45,14 @@ _KINDS = ("e8t2", "dense_ct", "e8t2_sft", "dense_sft")
 
 @cache
 def modules() -> dict[str, ModuleType]:
-    """Import the files of this folder, by the models' names."""
+    """Import the files of this folder: name of the model -> module."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__[:1]))
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 @cache
 def known_recipes() -> dict[str, KnownRecipe]:
-    """List the recipes that the planner knows, of both trainers, by their names on the command line."""
+    """List the recipes of both trainers that the planner knows, by their names on the command line."""
     found = [
         _known(model, kind, module)
         for model, module in modules().items()
@@ -95,7 +95,7 @@ def known_recipe(name: str) -> KnownRecipe:
     """Return a recipe by its name on the command line.
 
     Raises:
-        SpecError: the name is not known.
+        SpecError: the name is unknown.
     """
     known = known_recipes()
     if name not in known:
@@ -104,7 +104,9 @@ def known_recipe(name: str) -> KnownRecipe:
 
 
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
-    """Return the recipe that makes a model of a dense one; None if there is none. Everything computed must be equal.
+    """Return the recipe that makes an MoE model from a dense model; None if there is none.
+
+    Everything that the recipe's models compute must be equal.
 
     Example:
         >>> llama = known_recipe("llama3_8b_e8t2")
@@ -126,15 +128,15 @@ def bridge_functions() -> dict[str, Callable[..., Any]]:
 
 
 def where_recipes_are() -> str:
-    """Say in which folder the recipes stand, for a help text."""
+    """Say for a help text which folder holds the recipes."""
     return f"The recipes are files of {__path__[0]}: llama3_8b_e8t2 is e8t2 in llama3_8b.py."
 
 
 def recipe_file(name: str) -> str:
-    """Return the file that a recipe stands in, as it is typed in the working directory; "" for a recipe of a user's.
+    """Return the path of a recipe's file, relative if it is below the working directory; "" for a user's own recipe.
 
     Args:
-        name: the name on the command line, or that of Bridge's function.
+        name: name on the command line, or name of Bridge's function.
     """
     function = nemo_functions().get(name) or bridge_functions().get(name)
     path = str(sys.modules[function.__module__].__file__) if function else ""
@@ -143,7 +145,7 @@ def recipe_file(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name for NeMo; or give a recipe by its name on the command line, in the form of NeMo's own modules."""
+    """Import a name of `_NEMO`, or return a recipe by its name on the command line in the form of NeMo's modules."""
     if name in _NEMO:
         return getattr(importlib.import_module(_NEMO[name]), name)
     if name.startswith("_") or name not in nemo_functions():
@@ -161,14 +163,14 @@ def __getattr__(name: str) -> Any:
 
 
 def _chain(module: ModuleType, name: str, **arguments: Any) -> Any:
-    """Make the chain around an upcycled model; the pipeline, which imports this package, has it."""
+    """Make the chain around an upcycled model. The pipeline is imported late, because it imports this package."""
     chains = importlib.import_module(_NEMO["pipeline"]).chains(module.__name__.rpartition(".")[2], module)
     return chains[name](**arguments)
 
 
 @cache
 def nemo_functions() -> dict[str, Callable[..., Any]]:
-    """List the functions that make NeMo's recipes, by their names on the command line: the default of `name`."""
+    """List the functions that make NeMo's recipes, by their names on the command line (the defaults of `name`)."""
     found = {}
     for module in modules().values():
         for function in vars(module).values():

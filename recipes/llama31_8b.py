@@ -1,8 +1,9 @@
-"""Llama 3.1 8B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Llama 3.1 8B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 47.49B parameters, 13.67B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 47.49B parameters (13.67B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-The paper did not train it; RoPE scaling is kept. Sequences have 8192 tokens in place of 131072, as in NeMo's recipe.
+The paper did not train this model. RoPE scaling is kept. Sequences have 8192 tokens instead of 131072, as in NeMo's
+recipe.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Llama 3.1 8B"
 PARENT = "hf://meta-llama/Llama-3.1-8B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
-#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+#: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
+#: none of them has run on Blackwell.
+#: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=512, tp=2, pp=4, vp=8),
@@ -66,7 +68,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Llama 3.1 8B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Llama 3.1 8B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_8b, llama31_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -89,7 +91,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Llama 3.1 8B on as a dense model, in NeMo: the baseline of `llama31_8b_e8t2` on the same data."""
+    """Continue training dense Llama 3.1 8B in NeMo, as the baseline of `llama31_8b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama31_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -103,7 +105,7 @@ def dense_ct(
 def llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -131,7 +133,7 @@ def llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, da
 def llama31_8b_e8t2_pretrain_64gpu_b200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 B200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
@@ -149,7 +151,7 @@ def llama31_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: str = PARENT, dat
 def llama31_8b_e8t2_pretrain_64gpu_gb200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 GB200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
     return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
@@ -173,7 +175,7 @@ def llama31_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: str = PARENT, da
     return dense_run(dense, LAYOUTS["gb200"]["dense"], TRAINING, data=data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config, llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config),
 }

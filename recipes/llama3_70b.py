@@ -1,11 +1,15 @@
-"""Llama 3 70B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Llama 3 70B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 465.16B parameters, 126.93B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 465.16B parameters (126.93B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-The paper has no 70B. TP8 EP8 PP16 is what Parallel Folding (arXiv 2504.14960) reports for Llama3-8x70B: 41.6 % MFU on
-256 H100 with sequences of 4096. Chosen here: sequences of 8192, cut in two (CP2), so that a rank holds as many tokens
-as there; one layer in each chunk (VPP5); 512 H100, on which model states take about 32 GiB of each (derived, not
-measured). A checkpoint with optimizer states takes about 6.5 TB.
+The paper has no 70B model. TP8 EP8 PP16 is the layout of Llama3-8x70B in Parallel Folding (arXiv 2504.14960), which
+reports 41.6 % MFU on 256 H100 with sequences of 4096. Chosen here:
+
+- sequences of 8192, cut in two (CP2), so that a rank holds as many tokens as in Parallel Folding;
+- one layer in each chunk (VPP5);
+- 512 H100, on each of which model states take about 32 GiB (derived, not measured).
+
+A checkpoint with optimizer states takes about 6.5 TB.
 """
 
 from collections.abc import Callable
@@ -19,11 +23,12 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Llama 3 70B"
 PARENT = "hf://meta-llama/Meta-Llama-3-70B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
-#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+#: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
+#: none of them has run on Blackwell.
+#: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=512, tp=8, cp=2, pp=16, vp=5),
@@ -69,7 +74,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Llama 3 70B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Llama 3 70B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_70b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -90,7 +95,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Llama 3 70B on as a dense model, in NeMo: the baseline of `llama3_70b_e8t2` on the same data."""
+    """Continue training dense Llama 3 70B in NeMo, as the baseline of `llama3_70b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama3_70b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -104,7 +109,7 @@ def dense_ct(
 def llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -132,7 +137,7 @@ def llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, da
 def llama3_70b_e8t2_pretrain_256gpu_b200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 256 B200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 256 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
@@ -150,7 +155,7 @@ def llama3_70b_dense_ct_pretrain_256gpu_b200_bf16_config(dense: str = PARENT, da
 def llama3_70b_e8t2_pretrain_256gpu_gb200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 256 GB200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 256 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
     return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
@@ -174,7 +179,7 @@ def llama3_70b_dense_ct_pretrain_256gpu_gb200_bf16_config(dense: str = PARENT, d
     return dense_run(dense, LAYOUTS["gb200"]["dense"], TRAINING, data=data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config, llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config),
 }

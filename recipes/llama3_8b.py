@@ -1,21 +1,25 @@
-"""Llama 3 8B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Llama 3 8B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 47.49B parameters, 13.67B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 47.49B parameters (13.67B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-The main run of the paper, and the fast run of its Table 2. Stated by the paper: 512 H100, TP2 EP8 PP4 VPP8, capacity
-factor 4 (with 8 experts and top-2 it can drop nothing), a Mixtral-type router, experts as plain copies, 100B tokens,
-the learning rate and its schedule; for the fast run TP1 CP2 EP8 PP4 VPP8 at capacity factor 1, 46.8 % MFU on 128 H100
-(462.8 TFLOP/s a GPU in BF16, counting full attention); for the dense run (27B tokens, 52.4 % MFU) no layout: NeMo's
-own. It prints 34.4B and 11.8B parameters, which omit one of the three matrices of every extra expert; its FLOPs
-(7.5e14 for a sequence of 8192) are those of the true sizes. Chosen here:
+These are the main run of the paper and the fast run of its Table 2. The paper states:
 
-- sequences of 8192: its FLOPs fit no other length; 512 of them a step, Adam and clipping as NeMo has them;
-- no context parallelism: the list of the main run's parallelism names none;
-- load-balancing loss 0.01, no z-loss: NeMo's Mixtral, and what He et al. found best; router std 0.02;
-- MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it;
-- communication overlapped: eight virtual stages in place of one make eight times the messages.
+- main run: 512 H100, TP2 EP8 PP4 VPP8, capacity factor 4 (which drops nothing with 8 experts and top-2), a
+  Mixtral-type router, experts as plain copies, 100B tokens, the learning rate and its schedule;
+- fast run: TP1 CP2 EP8 PP4 VPP8 with capacity factor 1, 46.8 % MFU on 128 H100 (462.8 TFLOP/s per GPU in BF16,
+  counting full attention);
+- dense run: 27B tokens and 52.4 % MFU, but no layout, so NeMo's own layout is used here.
 
-A checkpoint with optimizer states takes about 665 GB: the last two are kept, and one more is written.
+The paper prints 34.4B and 11.8B parameters, which omit one of the three matrices of every extra expert. Its FLOPs
+(7.5e14 for a sequence of 8192) fit the true sizes. Chosen here:
+
+- sequences of 8192, because the paper's FLOPs fit no other length; 512 of them per step, Adam and clipping as in NeMo;
+- no context parallelism, because the paper's list for the main run has none;
+- load-balancing loss 0.01 and no z-loss, as in NeMo's Mixtral and as He et al. found best; router std 0.02;
+- MoE layers recomputed in the first 500 steps, because routers start unbalanced and the paper advises it;
+- communication overlapped, because eight virtual stages instead of one send eight times as many messages.
+
+A checkpoint with optimizer states takes about 665 GB. The last two are kept while one more is written.
 """
 
 from collections.abc import Callable
@@ -29,11 +33,12 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Llama 3 8B"
 PARENT = "hf://meta-llama/Meta-Llama-3-8B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
-#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+#: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
+#: none of them has run on Blackwell.
+#: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=512, tp=2, pp=4, vp=8),
@@ -51,9 +56,9 @@ LAYOUTS = {
     },
 }
 TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
-#: 128 packs a step, at a rate below the peak of the pretraining. MoEsturizer (OpenReview HDZ2GBwrWo) tunes models
-#: of 8B on 150,000 conversations.
-#: The base model has no chat template.
+#: 128 packs per step, at a learning rate below the peak of pretraining. For comparison, MoEsturizer (OpenReview
+#: HDZ2GBwrWo) tunes 8B models on 150,000 conversations.
+#: The parent is the Instruct model, because the base model has no chat template.
 TUNING = Tuning(
     parent="hf://meta-llama/Meta-Llama-3-8B-Instruct",
     schedule=Schedule(seq_length=4096, global_batch=128, steps=1_000, lr=1e-5, min_lr=1e-6, warmup_steps=50),
@@ -87,7 +92,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Llama 3 8B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Llama 3 8B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -108,7 +113,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Llama 3 8B on as a dense model, in NeMo: the baseline of `llama3_8b_e8t2` on the same data."""
+    """Continue training dense Llama 3 8B in NeMo, as the baseline of `llama3_8b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -130,7 +135,7 @@ def e8t2_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Upcycle Llama 3 8B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    """Upcycle Llama 3 8B online and tune it on conversations in NeMo, with a loss only on the answers."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import is_lora, tuned
 
     experts = expert_parallelism or (1 if is_lora(peft_scheme) else None)
@@ -150,7 +155,7 @@ def dense_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Tune Llama 3 8B on conversations as a dense model, in NeMo: the baseline of `llama3_8b_e8t2_sft`."""
+    """Tune dense Llama 3 8B on conversations in NeMo, as the baseline of `llama3_8b_e8t2_sft`."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
@@ -161,7 +166,7 @@ def dense_sft(
 def llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -189,7 +194,7 @@ def llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, dat
 def llama3_8b_e8t2_pretrain_64gpu_b200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 B200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
@@ -207,7 +212,7 @@ def llama3_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: str = PARENT, data
 def llama3_8b_e8t2_pretrain_64gpu_gb200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 GB200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
     return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
@@ -249,7 +254,7 @@ def llama3_8b_dense_sft_64gpu_h100_bf16_config(dense: str = TUNING.parent, data:
     return tuned(dense_run(dense, Run(64), TRAINING), TUNING, data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config, llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config),
     "e8t2_sft": (llama3_8b_e8t2_sft_64gpu_h100_bf16_config, llama3_8b_dense_sft_64gpu_h100_bf16_config),

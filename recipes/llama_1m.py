@@ -1,7 +1,7 @@
-"""A Llama with a million parameters, for questions that need many trainings: a laptop trains it in minutes.
+"""A Llama with a million parameters, which a laptop trains in minutes, for questions that need many trainings.
 
-It is the parent of `conf/ablations/laptop.yaml`, which trains it from random weights, and its dense baseline; upcycled
-to 8 experts, top-2 (3.95M parameters, 1.30M active) it is the arms of the grid.
+In the grid of `conf/ablations/laptop.yaml`, this model is the parent, trained from random weights, and the dense
+baseline. Upcycled to 8 experts with top-2 routing, it is the model of the arms (3.95M parameters, 1.30M active).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 
 
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: 8,192 tokens a step.
+#: 8,192 tokens per step.
 TRAINING = Schedule(seq_length=256, global_batch=32, steps=200, lr=1e-3, min_lr=1e-5, warmup_steps=10)
 
 
@@ -33,7 +33,7 @@ def dense_model() -> Any:
         rotary_base=10000,
         layernorm_epsilon=1e-5,
         share_embeddings_and_output_weights=True,
-        apply_rope_fusion=False,  # a kernel of Transformer Engine; without it the config refuses to be built
+        apply_rope_fusion=False,  # True needs Transformer Engine; without it the config cannot be built
     )
     return run.Config(LlamaModel, config=config)
 
@@ -55,13 +55,13 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train the small Llama in NeMo, from whatever weights it is given."""
+    """Train the small Llama in NeMo from the given weights."""
     from nemo_upcycle.trainers.nemo.few_steps_recipe import few_steps_recipe
 
     named = {"dir": dir, "name": name, "num_nodes": 1, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
     recipe = few_steps_recipe(dense_model(), TRAINING, dense, data, **named)
     recipe.data.micro_batch_size = TRAINING.global_batch
-    recipe.trainer.limit_val_batches, recipe.trainer.num_sanity_val_steps = 0, 0  # held-out texts say more
+    recipe.trainer.limit_val_batches, recipe.trainer.num_sanity_val_steps = 0, 0  # scores on held-out texts say more
     recipe.trainer.val_check_interval = 1.0  # a whole number that divides max_steps would save no last checkpoint
     recipe.log.ckpt.every_n_train_steps = 500
     return recipe
@@ -76,7 +76,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle the small Llama online and train it on, in NeMo."""
+    """Upcycle the small Llama online and continue training in NeMo."""
     from nemo_upcycle.trainers.nemo.upcycled import start_from
 
     recipe = dense_ct(dense, dir, name, num_gpus_per_node, data, fn)

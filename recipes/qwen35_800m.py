@@ -1,9 +1,9 @@
-"""Qwen3.5 0.8B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Qwen3.5 0.8B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 2.60B parameters, 1.02B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 2.60B parameters (1.02B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-Qwen3.5 trains in Megatron-Bridge alone: the Megatron-Core of NeMo 2.7 has no gated delta nets. This is the text
-model; sizes are those of the published config.json, layouts the planner's.
+Qwen3.5 trains only in Megatron-Bridge, because the Megatron-Core of NeMo 2.7 has no gated delta nets. This is the
+text model. Its sizes are from the published config.json. The planner chose the layouts.
 """
 
 from typing import Any, Optional
@@ -15,10 +15,10 @@ from nemo_upcycle.spec import UpcycleSpec
 TITLE = "Qwen3.5 0.8B"
 PARENT = "hf://Qwen/Qwen3.5-0.8B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts fit 80 GB of an H100 with room, by the planner.
+#: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=64),
@@ -33,7 +33,7 @@ DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
 def qwen35_800m_e8t2_pretrain_64gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -47,7 +47,7 @@ def qwen35_800m_dense_ct_pretrain_64gpu_h100_bf16_config(dense: str = PARENT, da
     return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (qwen35_800m_e8t2_pretrain_64gpu_h100_bf16_config, qwen35_800m_dense_ct_pretrain_64gpu_h100_bf16_config),
 }

@@ -1,6 +1,6 @@
-"""Qwen3 14B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Qwen3 14B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 89.64B parameters, 25.47B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 89.64B parameters (25.47B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Qwen3 14B"
 PARENT = "hf://Qwen/Qwen3-14B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts fit 80 GB of an H100 with room, by the planner.
+#: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=512, tp=2, cp=2, pp=4, vp=10),
@@ -37,7 +37,7 @@ def dense_model() -> Any:
     return change_model(
         model(),
         seq_length=TRAINING.seq_length,
-        apply_rope_fusion=True,  # fusions of NeMo's Llama 3
+        apply_rope_fusion=True,  # the same fusions as in NeMo's Llama 3
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         masked_softmax_fusion=True,
@@ -62,7 +62,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Qwen3 14B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Qwen3 14B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -83,7 +83,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Qwen3 14B on as a dense model, in NeMo: the baseline of `qwen3_14b_e8t2` on the same data."""
+    """Continue training dense Qwen3 14B in NeMo, as the baseline of `qwen3_14b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -97,7 +97,7 @@ def dense_ct(
 def qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -111,7 +111,7 @@ def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, dat
     return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config, qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config),
 }

@@ -1,6 +1,6 @@
-"""Qwen3 1.7B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Qwen3 1.7B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 9.12B parameters, 2.78B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 9.12B parameters (2.78B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Qwen3 1.7B"
 PARENT = "hf://Qwen/Qwen3-1.7B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts fit 80 GB of an H100 with room, by the planner.
+#: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=64),
@@ -25,7 +25,7 @@ LAYOUTS = {
     },
 }
 TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
-#: One card has 32M tokens; with LoRA the rate is that of NeMo's own recipes.
+#: The tuning on one card sees 32M tokens. With LoRA, the learning rate is that of NeMo's own recipes.
 TUNING = Tuning(
     parent=PARENT,
     schedule=Schedule(seq_length=4096, global_batch=16, steps=500, lr=1e-4, min_lr=1e-5, warmup_steps=25),
@@ -44,7 +44,7 @@ def dense_model() -> Any:
     return change_model(
         model(),
         seq_length=TRAINING.seq_length,
-        apply_rope_fusion=True,  # fusions of NeMo's Llama 3
+        apply_rope_fusion=True,  # the same fusions as in NeMo's Llama 3
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         masked_softmax_fusion=True,
@@ -69,7 +69,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Qwen3 1.7B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Qwen3 1.7B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -90,7 +90,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Qwen3 1.7B on as a dense model, in NeMo: the baseline of `qwen3_1p7b_e8t2` on the same data."""
+    """Continue training dense Qwen3 1.7B in NeMo, as the baseline of `qwen3_1p7b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -112,7 +112,7 @@ def e8t2_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = "lora",
 ) -> Any:
-    """Upcycle Qwen3 1.7B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    """Upcycle Qwen3 1.7B online and tune it on conversations in NeMo, with a loss only on the answers."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import is_lora, tuned
 
     experts = expert_parallelism or (1 if is_lora(peft_scheme) else None)
@@ -132,7 +132,7 @@ def dense_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = "lora",
 ) -> Any:
-    """Tune Qwen3 1.7B on conversations as a dense model, in NeMo: the baseline of `qwen3_1p7b_e8t2_sft`."""
+    """Tune dense Qwen3 1.7B on conversations in NeMo, as the baseline of `qwen3_1p7b_e8t2_sft`."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
@@ -143,7 +143,7 @@ def dense_sft(
 def qwen3_1p7b_e8t2_pretrain_64gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -157,7 +157,7 @@ def qwen3_1p7b_dense_ct_pretrain_64gpu_h100_bf16_config(dense: str = PARENT, dat
     return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (qwen3_1p7b_e8t2_pretrain_64gpu_h100_bf16_config, qwen3_1p7b_dense_ct_pretrain_64gpu_h100_bf16_config),
 }

@@ -1,6 +1,6 @@
-"""Qwen3-0.6B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Qwen3-0.6B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 2.45B parameters, 0.86B active. Both are trained for a few steps, to show that a chain works.
+The upcycled model has 2.45B parameters (0.86B active). Both models train for a few steps, to show that a chain works.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 TITLE = "Qwen3-0.6B"
 PARENT = "hf://Qwen/Qwen3-0.6B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share; None: no limit.
+#: Token slots per expert, as a multiple of the balanced share; None: no limit.
 CAPACITY_FACTOR = None
 #: GPU -> training -> GPUs and layout.
 LAYOUTS = {
@@ -23,9 +23,10 @@ LAYOUTS = {
         "dense": Run(gpus=1),
     },
 }
-#: What two CPU cores do in a few minutes. Small models tolerate more than the paper's 3e-5; docs/schedules.md.
+#: Short enough for a few minutes on two CPU cores. Small models tolerate a higher learning rate than the paper's 3e-5,
+#: see docs/schedules.md.
 TRAINING = Schedule(seq_length=512, global_batch=2, steps=6, lr=1e-4, min_lr=1e-5, warmup_steps=2)
-#: One card has 32M tokens.
+#: The tuning on one card sees 32M tokens.
 TUNING = Tuning(
     parent=PARENT,
     schedule=Schedule(seq_length=4096, global_batch=16, steps=500, lr=1e-5, min_lr=1e-6, warmup_steps=25),
@@ -43,7 +44,7 @@ def dense_model() -> Any:
     return change_model(
         model(),
         seq_length=TRAINING.seq_length,
-        recompute_granularity="selective",  # attention scores: a third of the activations, unfused
+        recompute_granularity="selective",  # unfused attention scores are a third of the activations
     )
 
 
@@ -66,7 +67,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Qwen3-0.6B online and train on for a few steps, in NeMo."""
+    """Upcycle Qwen3-0.6B online and train it for a few steps in NeMo."""
     from nemo_upcycle.trainers.nemo.few_steps_recipe import few_steps_recipe
 
     named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
@@ -85,7 +86,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Qwen3-0.6B on for a few steps as a dense model, in NeMo: the baseline of `qwen3_600m_e8t2`."""
+    """Train dense Qwen3-0.6B for a few steps in NeMo, as the baseline of `qwen3_600m_e8t2`."""
     from nemo_upcycle.trainers.nemo.few_steps_recipe import few_steps_recipe
 
     named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
@@ -104,7 +105,7 @@ def e8t2_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Upcycle Qwen3-0.6B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    """Upcycle Qwen3-0.6B online and tune it on conversations in NeMo, with a loss only on the answers."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = e8t2(dir, name, num_nodes, num_gpus_per_node, expert_parallelism or 1, dense)
@@ -122,7 +123,7 @@ def dense_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Tune Qwen3-0.6B on conversations as a dense model, in NeMo: the baseline of `qwen3_600m_e8t2_sft`."""
+    """Tune dense Qwen3-0.6B on conversations in NeMo, as the baseline of `qwen3_600m_e8t2_sft`."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
@@ -133,7 +134,7 @@ def dense_sft(
 def qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 1 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run
 
     return small_run(dense, TRAINING, spec, data=data)
@@ -165,7 +166,7 @@ def qwen3_600m_dense_sft_1gpu_h100_bf16_config(dense: str = TUNING.parent, data:
     return tuned(small_run(dense, TRAINING, None), TUNING, data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config, qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config),
     "e8t2_sft": (qwen3_600m_e8t2_sft_1gpu_h100_bf16_config, qwen3_600m_dense_sft_1gpu_h100_bf16_config),

@@ -1,9 +1,9 @@
-"""Qwen3 8B, upcycled to 8 experts, top-2, and its dense baseline.
+"""Qwen3 8B upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 46.24B parameters, 13.63B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+The upcycled model has 46.24B parameters (13.63B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-36 layers make nine virtual stages of one layer. The baseline has the layout of Llama 3 8B's, which has the same
-width: NeMo's own recipe is for a single node, with batches of 32 sequences.
+The 36 layers make nine virtual stages of one layer. The baseline has the layout of Llama 3 8B's baseline, because the
+two models have the same width. NeMo's own recipe is for a single node with batches of 32 sequences.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,12 @@ from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 TITLE = "Qwen3 8B"
 PARENT = "hf://Qwen/Qwen3-8B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
+#: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
-#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
-#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+#: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
+#: none of them has run on Blackwell.
+#: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.
 #: `hybridep`: e8t2 with HybridEP, in Bridge.
 LAYOUTS = {
     "h100": {
@@ -41,8 +42,8 @@ LAYOUTS = {
     },
 }
 TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
-#: 128 packs a step, at a rate below the peak of the pretraining. MoEsturizer (OpenReview HDZ2GBwrWo) tunes models
-#: of 8B on 150,000 conversations.
+#: 128 packs per step, at a learning rate below the peak of pretraining. For comparison, MoEsturizer (OpenReview
+#: HDZ2GBwrWo) tunes 8B models on 150,000 conversations.
 TUNING = Tuning(
     parent=PARENT,
     schedule=Schedule(seq_length=4096, global_batch=128, steps=1_000, lr=1e-5, min_lr=1e-6, warmup_steps=50),
@@ -60,7 +61,7 @@ def dense_model() -> Any:
     return change_model(
         model(),
         seq_length=TRAINING.seq_length,
-        apply_rope_fusion=True,  # fusions of NeMo's Llama 3
+        apply_rope_fusion=True,  # the same fusions as in NeMo's Llama 3
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         masked_softmax_fusion=True,
@@ -85,7 +86,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle Qwen3 8B online and train on as arXiv 2412.09952 does, in NeMo."""
+    """Upcycle Qwen3 8B online and continue training in NeMo, as in arXiv 2412.09952."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
@@ -106,7 +107,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train Qwen3 8B on as a dense model, in NeMo: the baseline of `qwen3_8b_e8t2` on the same data."""
+    """Continue training dense Qwen3 8B in NeMo, as the baseline of `qwen3_8b_e8t2` on the same data."""
     from nemo.collections.llm.recipes import llama3_8b
 
     from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
@@ -128,7 +129,7 @@ def e8t2_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Upcycle Qwen3 8B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    """Upcycle Qwen3 8B online and tune it on conversations in NeMo, with a loss only on the answers."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import is_lora, tuned
 
     experts = expert_parallelism or (1 if is_lora(peft_scheme) else None)
@@ -148,7 +149,7 @@ def dense_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Tune Qwen3 8B on conversations as a dense model, in NeMo: the baseline of `qwen3_8b_e8t2_sft`."""
+    """Tune dense Qwen3 8B on conversations in NeMo, as the baseline of `qwen3_8b_e8t2_sft`."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
@@ -159,7 +160,7 @@ def dense_sft(
 def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
@@ -169,7 +170,7 @@ def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config(
 def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training with HybridEP in Megatron-Bridge, on 512 H100."""
+    """Make the upcycled model's training with HybridEP in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import hybridep_run
 
     return hybridep_run(dense, LAYOUTS["h100"]["hybridep"], TRAINING, spec, data=data)
@@ -197,7 +198,7 @@ def qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, data
 def qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 B200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
     return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
@@ -215,7 +216,7 @@ def qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: str = PARENT, data:
 def qwen3_8b_e8t2_pretrain_64gpu_gb200_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 64 GB200."""
+    """Make the upcycled model's training in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
     return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
@@ -257,7 +258,7 @@ def qwen3_8b_dense_sft_64gpu_h100_bf16_config(dense: str = TUNING.parent, data: 
     return tuned(dense_run(dense, Run(64), TRAINING), TUNING, data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config, qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config),
     "e8t2_sft": (qwen3_8b_e8t2_sft_64gpu_h100_bf16_config, qwen3_8b_dense_sft_64gpu_h100_bf16_config),

@@ -1,6 +1,6 @@
-"""SmolLM2-135M, upcycled to 8 experts, top-2, and its dense baseline.
+"""SmolLM2-135M upcycled to 8 experts with top-2 routing, and its dense baseline.
 
-The upcycled model has 0.69B parameters, 0.21B active. Both are trained for a few steps, to show that a chain works.
+The upcycled model has 0.69B parameters (0.21B active). Both models train for a few steps, to show that a chain works.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 TITLE = "SmolLM2-135M"
 PARENT = "asset://smollm2-135m"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert, as a multiple of a balanced share; None: no limit.
+#: Token slots per expert, as a multiple of the balanced share; None: no limit.
 CAPACITY_FACTOR = None
 #: GPU -> training -> GPUs and layout.
 LAYOUTS = {
@@ -23,7 +23,8 @@ LAYOUTS = {
         "dense": Run(gpus=1),
     },
 }
-#: What two CPU cores do in a few minutes. Small models tolerate more than the paper's 3e-5; docs/schedules.md.
+#: Short enough for a few minutes on two CPU cores. Small models tolerate a higher learning rate than the paper's 3e-5,
+#: see docs/schedules.md.
 TRAINING = Schedule(seq_length=512, global_batch=2, steps=6, lr=1e-4, min_lr=1e-5, warmup_steps=2)
 TUNING = Tuning(
     parent=PARENT,
@@ -49,8 +50,8 @@ def dense_model() -> Any:
         rotary_base=100000,
         layernorm_epsilon=1e-5,
         share_embeddings_and_output_weights=True,
-        recompute_granularity="selective",  # attention scores: a third of the activations, unfused
-        apply_rope_fusion=False,  # a kernel of Transformer Engine; without it the config refuses to be built
+        recompute_granularity="selective",  # unfused attention scores are a third of the activations
+        apply_rope_fusion=False,  # True needs Transformer Engine; without it the config cannot be built
     )
     return run.Config(LlamaModel, config=config)
 
@@ -74,7 +75,7 @@ def e8t2(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Upcycle SmolLM2-135M online and train on for a few steps, in NeMo."""
+    """Upcycle SmolLM2-135M online and train it for a few steps in NeMo."""
     from nemo_upcycle.trainers.nemo.few_steps_recipe import few_steps_recipe
 
     named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
@@ -93,7 +94,7 @@ def dense_ct(
     data: Optional[str] = None,
     fn: Optional[Callable] = None,
 ) -> Any:
-    """Train SmolLM2-135M on for a few steps as a dense model, in NeMo: the baseline of `smollm2_135m_e8t2`."""
+    """Train dense SmolLM2-135M for a few steps in NeMo, as the baseline of `smollm2_135m_e8t2`."""
     from nemo_upcycle.trainers.nemo.few_steps_recipe import few_steps_recipe
 
     named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
@@ -112,7 +113,7 @@ def e8t2_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Upcycle SmolLM2-135M online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    """Upcycle SmolLM2-135M online and tune it on conversations in NeMo, with a loss only on the answers."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = e8t2(dir, name, num_nodes, num_gpus_per_node, expert_parallelism or 1, dense)
@@ -130,7 +131,7 @@ def dense_sft(
     start: Optional[str] = None,
     peft_scheme: Optional[str] = None,
 ) -> Any:
-    """Tune SmolLM2-135M on conversations as a dense model, in NeMo: the baseline of `smollm2_135m_e8t2_sft`."""
+    """Tune dense SmolLM2-135M on conversations in NeMo, as the baseline of `smollm2_135m_e8t2_sft`."""
     from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
 
     recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
@@ -141,7 +142,7 @@ def dense_sft(
 def smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config(
     dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
 ) -> Any:
-    """Make the training in Megatron-Bridge, on 1 H100."""
+    """Make the upcycled model's training in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run
 
     return small_run(dense, TRAINING, spec, data=data)
@@ -173,7 +174,7 @@ def smollm2_135m_dense_sft_1gpu_h100_bf16_config(dense: str = TUNING.parent, dat
     return tuned(small_run(dense, TRAINING, None), TUNING, data)
 
 
-#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+#: Trainings of a chain in Megatron-Bridge: the upcycled model and its dense baseline.
 BRIDGE_CHAINS = {
     "e8t2": (smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config, smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config),
     "e8t2_sft": (smollm2_135m_e8t2_sft_1gpu_h100_bf16_config, smollm2_135m_dense_sft_1gpu_h100_bf16_config),

@@ -1,4 +1,4 @@
-"""Build wheel and source distribution of the files that git tracks: `python scripts/build_release.py FOLDER`."""
+"""Build the wheel and the source distribution from git's tracked files: `python scripts/build_release.py FOLDER`."""
 
 import shutil
 import subprocess
@@ -18,13 +18,13 @@ build_meta.build_sdist(folder)
 
 
 def build_release(folder: Path) -> None:
-    """Build both into a folder, with the setuptools of this interpreter, which fetches nothing.
+    """Build wheel and source distribution with the setuptools of this interpreter, without any download.
 
     Args:
-        folder: made if it is not there; what an earlier build left in it is deleted.
+        folder: output folder; it is created if missing, and files of earlier builds in it are deleted.
 
     Raises:
-        RuntimeError: setuptools refuses.
+        RuntimeError: the build fails.
     """
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     folder = folder.absolute()

@@ -1,8 +1,9 @@
-"""Print the lines of code of each room and of its tests, without docstrings, blank lines and comments.
+"""Print the number of code lines of each room and of its tests, without docstrings, blank lines and comments.
 
     .venv/bin/python scripts/count_lines.py
 
-A room is a folder of nemo_upcycle/, or recipes/; its tests are those of tests/unit/ROOM. All other tests are one row.
+A room is a folder in nemo_upcycle/, or the folder recipes/. Its tests are in tests/unit/ROOM. All other tests share a
+row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 
 def count_lines(text: str) -> int:
-    """Count the lines that hold code.
+    """Count the lines that contain code.
 
     Example:
         >>> count_lines('\\"\\"\\"Doc.\\"\\"\\"\\n\\nx = (\\n    1\\n)  # a comment\\n')
@@ -34,7 +35,7 @@ def count_lines(text: str) -> int:
 
 
 def main() -> None:
-    """Count, and print a row a room."""
+    """Count the lines, and print one row per room."""
     code: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for folder, counts in (("nemo_upcycle", code), ("recipes", code), ("tests", tests)):

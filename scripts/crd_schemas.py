@@ -1,9 +1,9 @@
-"""Reduce the published CRDs of Kubeflow's training jobs to what tests read, tests/crds/NAME.json.
+"""Reduce the published CRDs of Kubeflow's training jobs to the parts that tests read (tests/crds/NAME.json).
 
     .venv/bin/python scripts/crd_schemas.py CLONE_OF_KUBEFLOW_TRAINER
 
-The clone needs the release tags; it holds the training operator's branch (v1.9) too. Descriptions, printer columns and
-what the generator noted are left out; types, required fields, CEL rules and defaults stay. The originals are Copyright
+The clone needs the release tags. It also contains the training operator's branch (v1.9). Descriptions, printer columns
+and the generator's notes are omitted. Types, required fields, CEL rules and defaults stay. The originals are Copyright
 The Kubeflow Authors, Apache-2.0.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 
-#: Name of the result: release tag, file.
+#: name of the result -> release tag and file
 PUBLISHED = {
     "trainjob-2.2": ("v2.2.1", "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml"),
     "trainjob-2.3": ("v2.3.0", "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml"),
@@ -28,7 +28,7 @@ TARGET = Path(__file__).parents[1] / "tests" / "crds"
 
 
 def reduced(value: Any, *, is_properties: bool = False) -> Any:
-    """Return a schema without its descriptions; `properties` are names, among which `description` may be one."""
+    """Return a schema without its descriptions; keep a property that is itself named `description`."""
     if isinstance(value, list):
         return [reduced(item) for item in value]
     if not isinstance(value, dict):
@@ -41,7 +41,7 @@ def reduced(value: Any, *, is_properties: bool = False) -> Any:
 
 
 def main(clone: str) -> None:
-    """Write one file a CRD."""
+    """Write one file per CRD."""
     TARGET.mkdir(exist_ok=True)
     for name, (tag, path) in PUBLISHED.items():
         text = subprocess.run(["git", "-C", clone, "show", f"{tag}:{path}"], capture_output=True, check=True).stdout

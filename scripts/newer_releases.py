@@ -1,4 +1,4 @@
-"""Print which packages of this environment are newer than the locked ones: python newer_releases.py CONSTRAINTS."""
+"""Print the packages of this environment that are newer than in the lock: python newer_releases.py CONSTRAINTS."""
 
 from __future__ import annotations
 

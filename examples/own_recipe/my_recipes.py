@@ -1,11 +1,11 @@
-"""Recipes of one's own, in a folder outside the clone: a training, its dense baseline, and the chain around both.
+"""Your own recipes, in a folder outside the clone: a training, its dense baseline, and the chain around both.
 
     cd examples/own_recipe && export PYTHONPATH=.
     nemo llm pretrain --factory "my_recipes.llama32(dense='/models/Llama-3.2-1B', num_nodes=2)" --dryrun
     nemo upcycle pipeline --factory "my_recipes.chain(dense='/models/Llama-3.2-1B')" data=/data/mine --dryrun
 
-The decorators register the factories under names of their own, too. NeMo-Run knows those once it has imported the
-module: it imports a file `workspace.py` of the current folder by itself, and then `--factory my_llama32` will do.
+The decorators also register the factories under short names. NeMo-Run knows these names only after it has imported the
+module. It imports a file `workspace.py` in the current folder by itself; then `--factory my_llama32` is enough.
 """
 
 from typing import Optional  # NeMo-Run reads the values of a command line by these annotations
@@ -24,7 +24,7 @@ DENSE = "hf://meta-llama/Llama-3.2-1B"
 
 
 def _dense_recipe(name: str, dir: Optional[str], num_nodes: int) -> run.Partial:
-    """Return NeMo's recipe with what both trainings have of one's own: schedule, batch, checkpoints."""
+    """Return NeMo's recipe with the settings that both trainings share: schedule, batch, checkpoints."""
     recipe = llm.llama32_1b.pretrain_recipe(dir=dir, name=name, num_nodes=num_nodes)
     recipe.trainer.max_steps, recipe.data.global_batch_size = 10_000, 256
     recipe.optim.config.lr, recipe.optim.lr_scheduler.min_lr = 3e-5, 3e-7
@@ -37,7 +37,7 @@ def _dense_recipe(name: str, dir: Optional[str], num_nodes: int) -> run.Partial:
 def llama32(
     dense: str = DENSE, dir: Optional[str] = None, num_nodes: int = 1, data: Optional[str] = None
 ) -> run.Partial:
-    """Create the training of the upcycled model; its experts are spread over the GPUs of a node."""
+    """Create the training of the upcycled model, with its experts spread over the GPUs of a node."""
     recipe = upcycled(_dense_recipe("my_llama32", dir, num_nodes), dense, SPEC, data)
     recipe.trainer.strategy.expert_model_parallel_size = 8
     return recipe
@@ -47,12 +47,12 @@ def llama32(
 def llama32_dense_ct(
     dense: str = DENSE, dir: Optional[str] = None, num_nodes: int = 1, data: Optional[str] = None
 ) -> run.Partial:
-    """Create the dense baseline: the parent itself, trained on as the upcycled model is."""
+    """Create the dense baseline: the parent, trained further in the same way as the upcycled model."""
     return start_from(_dense_recipe("my_llama32_dense_ct", dir, num_nodes), dense, None, data)
 
 
 @run.cli.factory(target=pipeline, name="my_llama32")
 def chain(dense: str = DENSE, dir: str = "runs/my_llama32", num_nodes: int = 1) -> run.Partial:
-    """Create the chain of both, import to report; `data=` and `evaluation=` on the command line name yours."""
+    """Create the chain of both, from import to report; set your `data=` and `evaluation=` on the command line."""
     moe, baseline = llama32(dense, num_nodes=num_nodes), llama32_dense_ct(dense, num_nodes=num_nodes)
     return run.Partial(pipeline, dir=dir, dense=dense, pretrain=moe, dense_ct=baseline)

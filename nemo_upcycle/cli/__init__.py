@@ -1,1 +1,1 @@
-"""The tools behind `nemo-upcycle`, one module a command."""
+"""The commands of `nemo-upcycle`, one module per command."""

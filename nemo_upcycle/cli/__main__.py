@@ -1,4 +1,4 @@
-"""`python -m nemo_upcycle.cli`: the command where it is not on PATH."""
+"""`python -m nemo_upcycle.cli`: the same as `nemo-upcycle`, if that program is not on PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`nemo-upcycle calibrate`: run a dense model over the prompts of each copy, for a router that is made of them."""
+"""`nemo-upcycle calibrate`: run a dense model over the prompts of each copy, to initialise a router from prompts."""
 
 from __future__ import annotations
 

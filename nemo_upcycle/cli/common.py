@@ -1,4 +1,4 @@
-"""What the commands share: the spec's options, types of weights, and how to show an answer."""
+"""Parts shared by the commands: options of the spec, dtypes of weights, and the output of answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-#: Type, placeholder and help of an option.
+#: An option: type, placeholder and help text.
 OptionRow = tuple[Callable[[str], Any], str, str]
 #: field of the spec -> its option
 _SPEC_FIELDS: dict[str, OptionRow] = {
@@ -65,12 +65,12 @@ _SPEC_FIELDS: dict[str, OptionRow] = {
 
 
 def add_options(group: argparse._ArgumentGroup, fields: Mapping[str, OptionRow], default: Any = None) -> None:
-    """Add an option for each field: --top-k for `top_k`, --experts for `num_experts`.
+    """Add an option for each field, for example --top-k for `top_k` and --experts for `num_experts`.
 
     Args:
-        group: where they stand in the help.
+        group: group of the options in the help.
         fields: name of a field -> its option.
-        default: the value of an option that is not given.
+        default: value of an omitted option.
     """
     for field, (kind, placeholder, text) in fields.items():
         option = "--" + field.removeprefix("num_").replace("_", "-")
@@ -78,7 +78,7 @@ def add_options(group: argparse._ArgumentGroup, fields: Mapping[str, OptionRow],
 
 
 def add_spec_options(parser: argparse.ArgumentParser, title: str = "the MoE", defaults: bool = True) -> None:
-    """Add the options that make an `UpcycleSpec`; with `defaults`, the help shows the spec's own."""
+    """Add the options for the fields of an `UpcycleSpec`; if `defaults` is set, the help shows the default values."""
     fields = _SPEC_FIELDS
     if defaults:
         own = UpcycleSpec.__dataclass_fields__
@@ -95,10 +95,10 @@ def given_spec(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def used_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of the spec that the command line sets, if its method and its router use them all.
+    """Return the fields of the spec that the command line sets, and check that each has an effect.
 
     Raises:
-        SpecError: a field would be ignored.
+        SpecError: the method or the router would ignore a field.
     """
     given = given_spec(args)
     method, router = (given.get(name, getattr(UpcycleSpec, name)) for name in ("method", "router_init"))
@@ -121,25 +121,25 @@ def used_spec(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add the option of the weights' type; without a default it is that of the source."""
+    """Add the option --dtype for the weights; without a default, the weights keep the dtype of the source."""
     text = f"type of the weights on disk (default: {default or 'that of the source'})"
     parser.add_argument("--dtype", type=dtype_of, default=default, metavar="|".join(DTYPES), help=text)
 
 
 def require_overrides(args: argparse.Namespace) -> None:
-    """End with the command's usage where one of its overrides is no KEY=VALUE."""
+    """Report a usage error if an override is not KEY=VALUE."""
     for word in args.overrides:
         if "=" not in word:
             args.parser.error(f"argument {word!r} is not KEY=VALUE")
 
 
 def folder_to_make(text: str) -> Path:
-    """Return the path of the folder to make, as an argument names it; `main` refuses an empty name."""
+    """Return the path of an output folder from its argument; `main` refuses an empty name."""
     return Path(text).expanduser()
 
 
 def file_size(text: str) -> int:
-    """Return a size in bytes from the notation of transformers.
+    """Parse a file size in the notation of transformers, and return it in bytes.
 
     Raises:
         UpcycleError: the text is not a size.
@@ -161,17 +161,19 @@ def file_size(text: str) -> int:
 
 
 def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
-    """Write a command's answer to stdout, for people or as JSON; a reader that wants no more (`| head`) is no error.
+    """Write a command's answer to stdout, as text or as JSON.
+
+    A reader that stops early (`| head`) is not an error.
 
     Raises:
-        UpcycleError: it cannot be written, and the command made nothing else.
+        UpcycleError: the answer cannot be written, and the command has no other result.
     """
     as_json = json.dumps(answer, indent=2, default=str, allow_nan=False)
     try:
         sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit Python writes the rest of the buffer
         if error.errno == errno.EPIPE:
             return
         done = f"; what the command made in {args.output} is whole" if "output" in args else ""

@@ -1,4 +1,4 @@
-"""`nemo-upcycle convert`: turn a dense checkpoint into an MoE Hugging Face folder, without a training job."""
+"""`nemo-upcycle convert`: turn a checkpoint into an MoE Hugging Face folder, without a training job."""
 
 from __future__ import annotations
 

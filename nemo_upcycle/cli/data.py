@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_one(args: argparse.Namespace) -> None:
-    """Refuse the files of a pattern that the shell wrote out, and texts that are not there."""
+    """Refuse a pattern that the shell has expanded, files of unknown kinds, and missing texts."""
     others = [word for word in (str(args.output), *args.overrides) if "=" not in word]
     if len(others) > 1 and all(Path(word).exists() for word in (args.blend, *others[:-1])):
         fix = "write the pattern in quotes, or name a folder"
@@ -114,7 +114,7 @@ def _require_one(args: argparse.Namespace) -> None:
 
 
 def _blend_of(args: argparse.Namespace) -> Blend:
-    """Read the blend; of texts that are given in its place find the fields that hold them, and say so."""
+    """Read the blend; if texts are given instead of a blend, find their text fields and report them on stderr."""
     blend = read_blend(args.blend, args.overrides)
     if not only_source(args.blend):
         return blend
@@ -138,7 +138,7 @@ def _blend_of(args: argparse.Namespace) -> Blend:
 
 
 def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the engine's options; refuse those that contradict each other."""
+    """Return the options of the data engine; refuse options that contradict each other."""
     if args.workers is not None and args.workers < 1:
         raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
     for name in ("slurm", "time"):
@@ -199,7 +199,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
 
 
 def _schemas(blend: Blend, source: str, files: list[InputFile]) -> list[dict[str, Any]]:
-    """Describe the fields of a source's files on this machine, and the bytes that are kept and lost."""
+    """Describe the fields of a source's local files, and the bytes kept and lost."""
     config = blend.config.sources[source]
     if "text_key" not in READERS[config.reader].options:
         return []

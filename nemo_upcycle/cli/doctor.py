@@ -1,6 +1,6 @@
-"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the command that adds what is missing.
+"""`nemo-upcycle doctor`: list installed libraries, check their versions, and print the command that adds missing ones.
 
-It runs on the standard library alone: whoever needs it may have installed nothing else.
+The command needs only the standard library, because its users may have installed nothing else.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _EXTRAS = {
     "demo": "the demo's model",
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
-#: Libraries that docker/Dockerfile.nemo installs in front of the container's own releases.
+#: Libraries that docker/Dockerfile.nemo installs in place of the container's releases.
 _LAID_OVER = ("megatron-core", "nvidia-modelopt")
-#: Libraries whose release must fit in a container, too. All other libraries stay as the container has them.
+#: Libraries whose release must fit even in a container. All other libraries stay as the container has them.
 _NEEDED = (*_LAID_OVER, "nemo-toolkit", RELEASES.name)
-#: Libraries that nothing imports: the package names them for their bound alone.
+#: Libraries that nothing imports. The package requires them only to limit their versions.
 _ONLY_BOUNDED = ("grpcio-tools", "ml-dtypes")
 _OK, _OWN, _NEWER, _MISSING, _WRONG = "ok", "the container's", "newer", "missing", "does not fit"
 
@@ -96,7 +96,7 @@ def _requirements() -> list[Requirement]:
 
 
 def _libraries() -> list[dict[str, Any]]:
-    """Return Megatron-Bridge and every library that the package's metadata names, and whether its version fits."""
+    """Describe each library in the package's metadata, and Megatron-Bridge, and say whether its version fits."""
     requirements = [*_requirements(), RELEASES._replace(extra="bridge")]
     other = "nemo" if _trainer() == "bridge" else "bridge"
     return [
@@ -108,7 +108,10 @@ def _libraries() -> list[dict[str, Any]]:
 
 
 def _trainer() -> str:
-    """Return the trainer of this environment: NeMo and Megatron-Bridge need different releases of Megatron-Core."""
+    """Return the trainer of this environment.
+
+    An environment has one trainer, because NeMo and Megatron-Bridge need different releases of Megatron-Core.
+    """
     has_bridge, has_nemo = (_installed(name) is not None for name in (RELEASES.name, "nemo-toolkit"))
     return "bridge" if has_bridge and not has_nemo else "nemo"
 
@@ -120,9 +123,10 @@ def _installed(package: str) -> str | None:
 
 
 def _has_torch_binding() -> bool:
-    """Return whether Transformer Engine has its binding to torch, which pip installs only when asked to.
+    """Return whether Transformer Engine has its binding to torch.
 
-    Without the binding, an installed Transformer Engine breaks the import of NeMo and Megatron-Bridge.
+    pip installs the binding only on request. Without the binding, an installed Transformer Engine breaks the import of
+    NeMo and Megatron-Bridge.
     """
     spec, binding = importlib.util.find_spec("transformer_engine"), "transformer_engine_torch*.so"
     folders = map(Path, (spec.submodule_search_locations or []) if spec else [])
@@ -133,7 +137,7 @@ def _described(one: Requirement) -> dict[str, Any]:
     installed = _installed(one.name)
     if installed is None:
         state = _MISSING
-    elif one.name == RELEASES.name:  # the start of a training asks the same
+    elif one.name == RELEASES.name:  # the same check as at the start of a training
         state = {FITS: _OK, NEWER: _NEWER, TOO_OLD: _WRONG}[fit_of(installed)]
     elif one.allows(installed):
         state = _OK
@@ -155,7 +159,7 @@ def _in_container() -> bool:
 
 
 def _missing(libraries: list[dict[str, Any]]) -> list[str]:
-    """Return the requirements that pip must add, except Transformer Engine, which needs a compiler."""
+    """Return the requirements that pip must add, without Transformer Engine, which needs a compiler."""
     return [
         one["install"]
         for one in libraries
@@ -164,7 +168,10 @@ def _missing(libraries: list[dict[str, Any]]) -> list[str]:
 
 
 def _library_fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> list[str]:
-    """Return the command that adds libraries, and the command that builds Transformer Engine beside a GPU."""
+    """Return the command that adds libraries and, if there is a GPU, the command that builds Transformer Engine.
+
+    In a container, return only the command that builds a new image.
+    """
     if _in_container():
         trainer, wrong = _trainer(), any(one["state"] == _WRONG for one in libraries)
         image = f"docker build -f docker/Dockerfile.{trainer} -t nemo-upcycle:{trainer} ."
@@ -181,7 +188,7 @@ def _data_requirements() -> list[str]:
 
 
 def _data_command() -> str:
-    """Return the command that makes the environment of the data engine, where `data_python` looks for it."""
+    """Return the command that creates the data engine's environment in the folder where `data_python` looks for it."""
     folder = Path(sys.prefix).parent / ".venv-data"
     pip = shlex.quote(str(folder / "bin/pip"))
     return (
@@ -192,9 +199,9 @@ def _data_command() -> str:
 
 
 def _where_from() -> list[str]:
-    """Return the arguments of pip that this package was installed with: a wheel, a folder, a clone of git."""
+    """Return the pip arguments that install this package from the same source (wheel, folder or git clone)."""
     clone = Path(__file__).parents[2]
-    if (clone / "pyproject.toml").is_file():  # metadata beside it, which setuptools leaves there, names no address
+    if (clone / "pyproject.toml").is_file():  # setuptools leaves metadata here that does not name the source
         return ["-e", str(clone)]
     source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
     if not source:
@@ -214,7 +221,7 @@ def _gpus() -> list[str]:
 
 
 def _data_engine() -> str | None:
-    """Return the versions of the data engine in its own environment; None if it is not there or does not fit."""
+    """Return the versions of the data engine in its environment; None if it is missing or does not fit."""
     try:
         return engine_version(data_python())
     except UpcycleError:

@@ -1,4 +1,4 @@
-"""The start of the program `nemo-upcycle`: Ctrl-C ends it without a traceback, also while it imports."""
+"""The entry point of the program `nemo-upcycle`. Ctrl-C ends it without a traceback, even during imports."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 
 
 def main() -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line, and return the exit status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` has a word for it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` prints a message instead
     from nemo_upcycle.cli.main import main as run
 
     return run()

@@ -27,7 +27,7 @@ The package's own suites are in {packaged("evaluation")}; demo.yaml explains eve
 
 
 _SIZES = ("tp", "pp", "ep")
-#: What a launcher sets for each rank.
+#: Environment variables that a launcher sets for each rank.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             got=f"started {ranks} ranks, but {chosen} spreads {args.model} over all GPUs by itself",
             fix="start the command without torchrun",
         )
-    if ranks > 1 and int(os.environ["RANK"]) > 0:  # serves the first rank, which reports what is wrong
+    if ranks > 1 and int(os.environ["RANK"]) > 0:  # this rank serves the first one, which reports all errors
         try:
             open_model(
                 args.model,
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    """Check numbers and the name, and that a Hugging Face folder is given no layout.
+    """Check the numbers and the name, and refuse a layout for a Hugging Face folder.
 
     Raises:
         UpcycleError: a value is wrong.
@@ -157,7 +157,7 @@ def _ranks() -> int:
     """Return the number of ranks that torchrun or another launcher started.
 
     Raises:
-        UpcycleError: variables of ranks are there, but not all: the shell has them from something else.
+        UpcycleError: only some of the launcher's variables are set, so another program has set them in this shell.
     """
     there = [name for name in _RANK_VARIABLES if os.environ.get(name)]
     ranks, number = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
@@ -174,17 +174,17 @@ def _ranks() -> int:
 
 
 def _name_of(model: Path) -> str:
-    """Name a model that was given no name: `dense` for a Hugging Face folder without experts."""
+    """Return the default name of a model: `dense` for a Hugging Face folder without experts, otherwise `trained`."""
     from nemo_upcycle.models.hf_config import read_architecture
 
     try:
         return "trained" if read_architecture(model).num_experts else "dense"
-    except UpcycleError:  # a checkpoint, or a model of a class that this package does not upcycle
+    except UpcycleError:  # a checkpoint, or a model class that this package does not upcycle
         return "trained"
 
 
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
-    """Build a named suite beside the results."""
+    """Build a suite in the folder of the results."""
     from nemo_upcycle.data.chat.finished import open_data
     from nemo_upcycle.data.suites.local_tasks import is_answers, is_text
     from nemo_upcycle.data.suites.suite import build_named_suite

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(receipt: dict[str, Any], path: Path | None, checkpoint: Path) -> dict[str, str]:
-    """Return facts for the model card from the run's folder."""
+    """Collect facts for the model card from the run's folder."""
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.sources.checkpoints import steps_in
 

@@ -1,4 +1,4 @@
-"""`nemo-upcycle fetch`: download what a run needs from networks into one folder, for machines that have none."""
+"""`nemo-upcycle fetch`: download everything that a run needs into one folder, for machines without a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ not copied. Models and data sets from the hub go into the hub's own cache format
 to continue. Several recipes can share one DIR.
 exit status: 0 everything is fetched; 1 something could not be fetched; 2 wrong value or file."""
 _INPUTS = ("dense", "data", "evaluation")
-#: Variables that would name another cache of the hub than HF_HOME does.
+#: Variables that would take precedence over HF_HOME as the cache of the hub.
 _ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill the folder, show what is in it, and return the exit status.
+    """Fill the folder, show its content, and return the exit status.
 
     Raises:
         UpcycleError: a value or a file is wrong.
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> list[str]:
-    """Return parent, data and evaluation of the run; empty ones are none."""
+    """Return parent, data and evaluation of the run; "" for an input that is not given."""
     given = dict(word.split("=", 1) for word in args.overrides)
     for name in given:
         if name not in _INPUTS:
@@ -117,7 +117,10 @@ def _inputs(args: argparse.Namespace) -> list[str]:
 
 
 def _use_caches(variables: dict[str, str]) -> None:
-    """Set the caches of this process before a library of the hub is imported. The user's token stays where it is."""
+    """Set the caches of this process; the user's token stays in its file.
+
+    Call this function before any library of the hub is imported.
+    """
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
     for name in _ELSEWHERE:

@@ -1,4 +1,4 @@
-"""The light command `nemo-upcycle`: import one module a command, only when it is used, and never NeMo."""
+"""The light program `nemo-upcycle`: it imports only the module of the used command, and never NeMo."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first with what the demo has, a blank
-#: line, what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
+#: name of a command -> its purpose. Each module `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first of which
+#: needs only the demo's files; a blank line; further notes), `add_arguments(parser)` and `run(args) -> exit status`.
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "model and cluster -> layouts that fit, with memory, speed, duration and cost; needs no GPU",
@@ -50,7 +50,7 @@ BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the usage to what must be typed, so that the examples stand at the top."""
+    """Help formatter that shows only required arguments in the usage, so that the examples are near the top."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
         wanted = [one for group in groups if group.required for one in group._group_actions]
@@ -59,7 +59,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with an example. A command is imported when its arguments are parsed."""
+    """Parser that reports a mistake in one line, with an example.
+
+    The parser imports a command's module only when it parses the command's arguments.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
@@ -76,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
         _check_options(self, args)
         namespace, unknown = super().parse_known_args(args, namespace)
         _refuse_empty(self, args, namespace)
-        if "overrides" in namespace:  # argparse takes them in one place only
+        if "overrides" in namespace:  # argparse collects positional words only if they stand together
             namespace.overrides += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-") and word != "--"]
         if unknown:
@@ -92,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def examples_of(command: str) -> list[str]:
-    """List the examples of a command's help, without what is said of them."""
+    """List the examples in a command's help, without their explanations."""
     return _examples(importlib.import_module(f"nemo_upcycle.cli.{command}").EPILOG)
 
 
@@ -102,7 +105,7 @@ def _examples(text: str) -> list[str]:
 
 
 def _prepare_streams() -> None:
-    """Give closed streams a place to write, and escape characters that the terminal lacks."""
+    """Replace closed streams by /dev/null, and escape characters that the terminal cannot show."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -112,7 +115,7 @@ def _prepare_streams() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1 (the answer is no), 2 (it failed), 130 or 143 (it was stopped)."""
+    """Run a command, and return its exit status: 0, 1 (the answer is no), 2 (failed), 130 or 143 (stopped)."""
     _prepare_streams()
     try:
         with _signals():
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except OSError as error:
         sys.stderr.write(f"error: {_format_os_error(error)}\n")
-    except Exception as error:  # 1 would say that the answer is no
+    except Exception as error:  # Python's own exit status 1 would mean that the answer is no
         sys.stderr.write(without_secrets(_unexpected(error)))
     except KeyboardInterrupt as stop:
         sys.stderr.write("\nstopped; run again to resume\n")
@@ -132,12 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C does, with an exit status of its own."""
+    """SIGTERM, handled like Ctrl-C but with a separate exit status."""
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C; as a rank of torchrun leave it, which has to end a rank that waits for another."""
+    """Handle SIGTERM like Ctrl-C, but not in a rank of torchrun.
+
+    There, SIGTERM must end a rank even while it waits for another rank.
+    """
 
     def stop(*_: object) -> NoReturn:
         raise _Terminated
@@ -145,7 +151,7 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
         yield
         return
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # silent until here: cli/entry.py
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # cli/entry.py set this, so that Ctrl-C was silent until now
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -155,7 +161,7 @@ def _signals() -> Iterator[None]:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return the text for an error that nobody made a message of: with a traceback, unless a package is missing."""
+    """Return the text for an unexpected error, with a traceback unless a package is missing."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and not missing.startswith("nemo_upcycle"):
         fix = "Run `nemo-upcycle doctor`, which prints the command that adds it"
@@ -174,7 +180,7 @@ _FIXES = {
 
 
 def _format_os_error(error: OSError) -> UpcycleError:
-    """Return an error of the operating system with a fix."""
+    """Convert an error of the operating system to an `UpcycleError` with a fix."""
     fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
     return UpcycleError(
         str(error.filename or "The file system"),
@@ -185,7 +191,7 @@ def _format_os_error(error: OSError) -> UpcycleError:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; it imports a command when it parses the command's arguments."""
+    """Return the parser of the command line."""
     parser = _Parser(prog="nemo-upcycle", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -212,9 +218,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
-    """Return the option that sets each argument. An argument has the name of the field that it sets.
+    """Return argument -> option that sets it. An argument has the name of the field that it sets.
 
-    Without an option for the spec, an error is about a file's spec: its fields are not called as options.
+    If the command line sets no field of the spec, an error concerns the spec of a file, so the fields of the spec are
+    not named as options.
     """
     actions = [action for action in args.parser._actions if action.option_strings]
     of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
@@ -223,7 +230,7 @@ def _options(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _refuse_empty(parser: argparse.ArgumentParser, argv: Sequence[str], namespace: argparse.Namespace) -> None:
-    """Refuse an empty name, which would mean the current folder."""
+    """Refuse an empty name, because it would mean the current folder."""
     if "" not in argv and not any(word.startswith("--") and word.endswith("=") for word in argv):
         return
     for action in parser._actions:
@@ -234,7 +241,7 @@ def _refuse_empty(parser: argparse.ArgumentParser, argv: Sequence[str], namespac
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Refuse an unknown option and name the closest one, which argparse does not."""
+    """Refuse an unknown option, and name the closest known option, which argparse does not do."""
     known = [option for action in parser._actions for option in action.option_strings]
     for word in argv[: argv.index("--") if "--" in argv else None]:
         option = word.partition("=")[0]

@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan`: what fits, with which layout, how fast, how long, at what cost."""
+"""`nemo-upcycle plan`: find the layouts that fit, with their speed, duration and cost."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size_name(name: str, micro_batch: int | None) -> str:
-    """Name a size as the command line does (or some of them); other names stay as they are."""
+    """Return the command line's name for a size, or for several sizes; leave other names unchanged."""
     if name == "micro_batch":
         return name if micro_batch else "--layout mbs"
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
@@ -176,7 +176,7 @@ def _text(args: argparse.Namespace, plans: list[LayoutEstimate], answer: dict[st
 
 
 def _settings_line(plan: LayoutEstimate, command: str | None) -> str:
-    """Return the settings that a row's memory and speed count on."""
+    """Return the settings on which the memory and speed of a row depend."""
     work = plan.work
     names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
     names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
@@ -186,7 +186,7 @@ def _settings_line(plan: LayoutEstimate, command: str | None) -> str:
 
 
 def _continued(words: list[str]) -> str:
-    """Return a command over several lines that a shell takes as one."""
+    """Break a command into several lines that a shell reads as one command."""
     width, lines = terminal_width(), [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + len("  \\") <= width:
@@ -207,7 +207,7 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
-    """Name something that fits, where nothing does."""
+    """Suggest a layout or a number of GPUs that fits, because no row does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."
@@ -222,7 +222,7 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
 
 
 def _command(args: argparse.Namespace, subject: Subject, plan: LayoutEstimate) -> tuple[str | None, str]:
-    """Return the command of a plan, or None and why the recipes have none."""
+    """Return the command that trains a plan; or None, and the reason why no recipe can."""
     backend = BACKENDS[args.backend]
     why = backend.why_no_command(subject.recipe, plan.work)
     if why or subject.recipe is None or plan.verdict == "no":

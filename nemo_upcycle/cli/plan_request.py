@@ -1,4 +1,4 @@
-"""What the options of `nemo-upcycle plan` ask: the model, its workload, the GPUs."""
+"""Convert the options of `nemo-upcycle plan` to a request: model, workload and GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_upcycle.trainers.backends import BACKENDS
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
 
-#: Of a model without a recipe. Gradients are those of NVIDIA's recipes.
+#: Defaults for a model without a recipe. The gradients' dtype is the same as in NVIDIA's recipes.
 _DEFAULTS = {
     "seq_length": 8192,
     "global_batch": 512,
@@ -35,9 +35,9 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to plan for, its dense parent, and the recipe that trains it, if any.
+    """The model to plan for, its dense parent, and the recipe that trains the model, if any.
 
-    With `folder`, the model is that folder's, and the recipe was found by its shapes.
+    If `folder` is set, the model was read from this folder, and the recipe was found by the model's shapes.
     """
 
     arch: Architecture
@@ -52,7 +52,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     """Return the model that the command line names.
 
     Raises:
-        UpcycleError: it is none that this package trains.
+        UpcycleError: this package cannot train the model.
     """
     if args.recipe is not None:
         of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
@@ -61,7 +61,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
     arch.require_trained()
-    rope_kind(arch)  # training refuses another kind, too
+    rope_kind(arch)  # raises for a kind of rotary embedding that training would refuse, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "needs --experts", "add --experts 8")
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
@@ -81,10 +81,10 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
 
 def _model_of(source: str) -> tuple[Path, Architecture]:
-    """Return the folder and the architecture of a model, as `convert` finds its parent, or of a checkpoint.
+    """Return the folder and the architecture of a model (found as in `convert`) or of a checkpoint.
 
     Raises:
-        UpcycleError: it cannot be reached, or its architecture is not known.
+        UpcycleError: the model cannot be reached, or its architecture is unknown.
     """
     from nemo_upcycle.sources.fetch import configuration_folder
 
@@ -97,7 +97,7 @@ def _model_of(source: str) -> tuple[Path, Architecture]:
 
 
 def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
-    """Make the request that the command line describes.
+    """Make the planner's request from the command line.
 
     Raises:
         SpecError: a value is wrong.
@@ -121,7 +121,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
     gradients = given("gradients")
     if args.gradients is None and subject.recipe is not None:
-        gradients = BACKENDS[args.backend].gradients or gradients  # what the command has
+        gradients = BACKENDS[args.backend].gradients or gradients  # the dtype that the printed command will use
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),
@@ -154,13 +154,13 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
 
 
 def _software(args: argparse.Namespace) -> str:
-    """Return the generation of Megatron-Core of the back end; Blackwell has Bridge's."""
+    """Return the generation of Megatron-Core that the back end uses; a --model on Blackwell uses Bridge's."""
     is_new = args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell
     return hardware.BRIDGE_SOFTWARE if is_new else BACKENDS[args.backend].software
 
 
 def _is_grouped(subject: Subject) -> bool:
-    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
+    """Return whether the experts use grouped GEMM, as in all recipes except the laptop recipes."""
     return subject.recipe is None or subject.recipe.h100
 
 
@@ -168,7 +168,7 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     """Refuse options that would have no effect.
 
     Raises:
-        SpecError: one is.
+        SpecError: an option would have no effect.
     """
     overlap, recompute = ((text or "").split(",") for text in (args.overlap, args.recompute))
     of_experts = {
@@ -194,7 +194,7 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
 
 
 def _refuse(options: dict[str, Any], reason: str, fix: str) -> None:
-    """Raise for the first option that was given; `{}` in the fix stands for it."""
+    """Raise an error for the first given option; `{}` in the fix stands for its name."""
     for name, value in options.items():
         if value is not None:
             raise SpecError(name, kind="refused", got=reason, fix=fix.format(name))

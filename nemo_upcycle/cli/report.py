@@ -1,4 +1,4 @@
-"""`nemo-upcycle report`: write report.md, report.html and plots into a run's folder; a grid's table and figures."""
+"""`nemo-upcycle report`: write report.md, report.html and plots of a run, or the table and figures of a grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits of two models on the same tokens, compared."""
+"""Compare the logits of two models on the same tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """Differences of two models' logits [B, S, V].
+    """Differences between two models' logits [B, S, V].
 
     Args:
-        tokens: B S.
-        max_abs: the largest absolute difference.
-        mean_abs: the mean of them all.
-        relative: the largest difference over the first model's largest logit.
-        same_argmax: share of the tokens for which the likeliest next token is the same.
-        layer_relative: for every layer whose outputs were given, norm of the difference over the first model's norm.
+        tokens: number of tokens, B S.
+        max_abs: largest absolute difference.
+        mean_abs: mean absolute difference.
+        relative: largest absolute difference over the first model's largest absolute logit.
+        same_argmax: share of the tokens for which both models have the same most likely next token.
+        layer_relative: for every layer whose outputs were given, norm of the difference over the norm of the first
+            model's output.
     """
 
     tokens: int
@@ -35,13 +36,13 @@ def compare_logits(
     dense_layers: Sequence[torch.Tensor] = (),
     moe_layers: Sequence[torch.Tensor] = (),
 ) -> LogitComparison:
-    """Compare two models' logits, and what their layers hand on.
+    """Compare two models' logits, and the outputs of their layers.
 
     Args:
-        dense_BSV: the logits to compare with.
-        moe_BSV: the other model's, of the same tokens and type.
+        dense_BSV: logits to compare with.
+        moe_BSV: logits of the other model, for the same tokens and of the same type.
         dense_layers: outputs of the first model's layers, in order.
-        moe_layers: outputs of the other one's.
+        moe_layers: outputs of the other model's layers.
 
     Example:
         >>> found = compare_logits(torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[1.0, 2.0]]]))

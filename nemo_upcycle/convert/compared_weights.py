@@ -1,7 +1,7 @@
-"""What was done to the weights of an MoE model, told from them and from the dense parent's, streamed.
+"""Find out how the weights of an MoE model differ from its dense parent's, as a stream.
 
-Every expert's matrix is compared with the shard of the dense network that it is made of: is it the same, the same
-times a factor, or were some of its neurons changed? Nothing is loaded whole.
+Every expert's matrix is compared with the shard of the dense network from which it was made: is it identical, is it a
+multiple, or were some of its neurons changed? Nothing is loaded whole.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KEPT = (
 )
 
 
-#: Of a parent with experts, what all models of it have, too.
+#: Settings that a parent with experts shares with all models made from it.
 _COPIED = (
     *("expert_ffn_size", "shared_ffn_size", "shared_gate", "moe_pattern", "norm_topk", "router_score"),
     *("routed_scaling_factor", "balancing_bias"),
@@ -46,14 +46,14 @@ _COPIED = (
 
 @dataclass
 class _Routers:
-    """Whether all routers are zero, their largest deviation, and whether rows of one copy's experts are the same."""
+    """Whether all routers are zero, whether each copy's experts share one row, and the largest standard deviation."""
 
     zero: bool = True
     tied: bool = True
     std: float = 0.0
 
     def look_at(self, weight_ED: torch.Tensor, granularity: int) -> None:
-        """Look at one layer's."""
+        """Include the router of one layer."""
         copies = weight_ED.unflatten(0, (-1, granularity))
         self.zero &= not weight_ED.any()
         self.std = max(self.std, float(weight_ED.float().std()))
@@ -62,14 +62,14 @@ class _Routers:
 
 @dataclass
 class WeightGroup:
-    """The tensors of one kind, all layers and experts together.
+    """The tensors of one kind, over all layers and experts.
 
     Args:
-        kind: `expert gate`, `expert up`, `expert down`, the same of `shared`, `router`, or `everything else`.
-        tensors: how many there are.
-        identical: how many are the dense model's, bit by bit (in the MoE model's type).
-        scales: the factors found, rounded.
-        changed: smallest and largest part of a matrix's neurons that is not the dense model's times the factor.
+        kind: `expert gate`, `expert up`, `expert down`, the same three with `shared`, `router`, or `everything else`.
+        tensors: number of tensors.
+        identical: number of tensors that equal the dense model's bit by bit (in the MoE model's type).
+        scales: factors that were found, rounded.
+        changed: smallest and largest share of a matrix's neurons that are not the dense model's times the factor.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class WeightGroup:
         self.changed = [min(self.changed[0], changed), max(self.changed[1], changed)]
 
     def __str__(self) -> str:
-        """Return it as a line of a table."""
+        """Return the group as a line of a table."""
         name = f"  {self.kind:<16}"
         if self.kind == "router":
             return f"{name}{self.tensors}"
@@ -99,13 +99,13 @@ class WeightGroup:
 
 
 class WeightComparison(NamedTuple):
-    """What was done to the weights.
+    """How the weights of an MoE model differ from its parent's.
 
     Args:
-        groups: to each kind of tensor.
-        exact: whether such weights compute the dense function, up to what was rounded.
-        rounded: why they lost digits.
-        granularity: parts that the dense network was cut into.
+        groups: differences of each kind of tensor.
+        exact: whether such weights compute the dense function, except for rounding.
+        rounded: why weights lost digits.
+        granularity: number of parts that the dense network was cut into.
     """
 
     groups: tuple[WeightGroup, ...]
@@ -115,20 +115,21 @@ class WeightComparison(NamedTuple):
 
 
 def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path | None = None) -> WeightComparison:
-    """Tell what was done to the weights of an MoE model, and whether they compute the dense function.
+    """Find out how an MoE model's weights differ from the dense model's, and whether they compute the dense function.
 
-    They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
-    asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`models/growth.py`). Of a
-    parent with experts, the router's rows have to be its own, too.
+    They do if two things hold. First, all weights are the dense model's, except that the experts' down projection is
+    scaled as the model's routing requires (`UpcycleSpec.down_scale`). Second, the router does not change the sum of
+    the experts (`models/growth.py`). If the parent has experts, the router's rows must be the parent's, too.
 
     Args:
-        dense: the open dense model.
-        moe: the MoE model, open as well.
-        expert_utility: for a parent with experts, the file that says which have more copies; None: all have as many.
+        dense: open dense model.
+        moe: open MoE model.
+        expert_utility: for a parent with experts, the file that gives some experts more copies; None if all have
+            equally many.
 
     Raises:
-        CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
-            model is of another parent.
+        CheckpointError: the tensors of a folder do not match its configuration, a tensor holds NaN or infinity, or the
+            MoE model is from another parent.
     """
     check_source(dense)
     arch = dense.architecture
@@ -140,7 +141,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     is_exact = _constants_are_as_written(moe)
     spec = _spec_of(arch, moe_arch, utility=expert_utility)
     if arch.num_experts:
-        arch.upcycled(spec)  # which checks that they fit
+        arch.upcycled(spec)  # checks that parent and spec fit
     names, float32 = list(hf_names(moe_arch)), float32_names(moe_arch)
     model_plan = ModelPlan(arch, moe_arch, spec)
     for name in track(names, "compare weights", len(names)):
@@ -152,31 +153,31 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
             require_finite(router_ED := moe.read(name), name, moe)
             if plan.mapping.role == "router":
                 routers.look_at(router_ED, spec.granularity)
-            else:  # biases, which begin at zero
+            else:  # biases start at zero
                 is_exact &= not router_ED.any()
             continue
         dtypes[moe.dtype(name)] = None
         scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == plan.factor
-        if name in float32:  # what rounds them chooses other experts
+        if name in float32:  # rounding these would change the choice of experts
             is_exact &= not any(rounded({name: dense.dtype(plan.slices[0].name)}, moe.dtype(name)))
     router = moe_arch.router_kind
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
-        is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
+        is_exact = False  # no spec makes this: scores of several experts, not divided by their sum
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
     lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch))]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
 
 
 def _constants_are_as_written(moe: DenseSource) -> bool:
-    """Return whether what the class has and Megatron does not is as written, or zero where that acts like it."""
+    """Return whether tensors that only the Hugging Face class has are as written, or zero if that acts the same."""
     written: dict[torch.dtype, dict[str, torch.Tensor]] = {}
     for name in hf_constants(moe.architecture):
         found = moe.read(name)
         if found.dtype not in written:
             written[found.dtype] = constant_tensors(moe.architecture, found.dtype)
-        if not torch.allclose(found, written[found.dtype][name], rtol=0, atol=1e-7):  # far below a half of float32
+        if not torch.allclose(found, written[found.dtype][name], rtol=0, atol=1e-7):  # too small to change 0.5
             return False
     return True
 
@@ -186,7 +187,7 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
     kept = (*_KEPT, *(_COPIED if arch.num_experts else ()))
     checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in kept]
     checks.append(("rms_norm_eps", moe_arch.norm_eps, arch.norm_eps))
-    if moe_arch.tied_embeddings:  # the output matrix of a tied parent may be written as one of its own
+    if moe_arch.tied_embeddings:  # a tied parent's output matrix may be written as a separate tensor
         checks.append(("tied_embeddings", True, arch.tied_embeddings))
     for name, got, wanted in checks:
         if got != wanted:
@@ -213,12 +214,12 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
 def _spec_of(
     arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None, utility: Path | None = None
 ) -> UpcycleSpec:
-    """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
+    """Return a spec of plain copies that makes this model, as far as its configuration and its routers show."""
     if arch.num_experts:
         return growth_spec(arch, moe_arch.num_experts or 0, moe_arch.top_k, str(utility or ""))
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
-    if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums
+    if top_k == 1 and moe_arch.norm_topk:  # no spec makes this; one more expert has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
         num_experts=experts,
@@ -243,10 +244,10 @@ def _kind(plan: TensorPlan) -> str:
 def _pairs(
     dense: DenseSource, moe: DenseSource, name: str, plan: TensorPlan
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type.
+    """Yield both models' rows in blocks. The dense rows are cast to the MoE model's type.
 
-    Factors that cancel out are applied: what was halved in Megatron and doubled again on export lost the last bit of
-    its smallest numbers.
+    Factors that cancel out are applied, because a value that was halved in Megatron and doubled again on export may
+    have lost its last bit if it is very small.
     """
     shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
@@ -269,7 +270,7 @@ def _pairs(
 def _relation(
     blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
 ) -> tuple[float, float]:
-    """Return the factor between two matrices and the part of the neurons (rows, or columns) where it does not hold."""
+    """Return the factor between two matrices, and the share of neurons (rows or columns) that do not follow it."""
     scale: float | None = None
     kept: list[torch.Tensor] = []
     for theirs, ours in blocks:
@@ -286,7 +287,7 @@ def _relation(
 
 
 def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return where one is the other times a factor: bit by bit for 1, else up to two roundings in their type."""
+    """Return where `theirs` is `ours` times a factor: bit by bit for 1, otherwise up to two roundings of the type."""
     if scale == 1.0:
         return theirs == ours
     scaled = ours.float() * scale
@@ -295,7 +296,7 @@ def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _factor(theirs: torch.Tensor, ours: torch.Tensor, expected: float) -> float:
-    """Return the factor that holds most often: 1, the expected one, or the median of the ratios."""
+    """Return the factor that fits the most values: 1, the expected factor, or the median of the ratios."""
     a, b = theirs.flatten()[: 1 << 20].float(), ours.flatten()[: 1 << 20].float()
     ratios = (a / b)[b != 0]
     candidates = [1.0, expected] + ([float(ratios.median())] if len(ratios) else [])

@@ -1,7 +1,8 @@
-"""The tensors of an upcycled Hugging Face model, made from dense slices and written straight into their files.
+"""The tensors of an upcycled Hugging Face model, made from dense slices and written directly into their files.
 
-A dense slice is read, cast and checked once and written to all experts that are copies of it. In a file they are
-neighbours, so that it is written from front to end. Memory does not grow with the model: slices go through in blocks.
+A dense slice is read, cast and checked once, and written to all experts that are copies of it. These experts are
+neighbours in the file, so the file is written from front to end. Slices are processed in blocks, so memory does not
+grow with the model.
 """
 
 from __future__ import annotations
@@ -28,22 +29,23 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
-#: What is read, cast and written at once; and up to which size a slice is kept for the next copy, not made again.
+#: Size of the blocks that are read, cast and written (bytes), and the largest slice that is kept for the next copy
+#: instead of being made again (bytes).
 BLOCK_BYTES = 32 << 20
 KEPT_BYTES = 256 << 20
-#: Files written at a time: writing is the kernel's work, done on one core for each.
+#: Number of files to write in parallel. The kernel does the writing, on one core per file.
 WRITERS = 4
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a spec makes of a dense checkpoint, tensor by tensor, with the bits of `upcycle_into` in that type.
+    """The tensors that a spec makes from a dense checkpoint, with the bits of `upcycle_into` in the same type.
 
     Args:
-        dense: the open dense checkpoint.
-        spec: what to make of it.
-        dtype: type of the result, in which it is scaled and changed, too.
-        whole: what stands around the text model, of which its class is then a part.
+        dense: open dense checkpoint.
+        spec: how to upcycle it.
+        dtype: type of the result, in which weights are also scaled and changed.
+        whole: parts outside the text model, which the written class then contains, too.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model.
@@ -56,13 +58,13 @@ class Expansion:
 
     @cached_property
     def plan(self) -> ModelPlan:
-        """What the upcycled model is made of."""
+        """Plan of the upcycled model."""
         plan = ModelPlan.of(self.dense, self.spec)
         return replace(plan, moe_arch=self.whole.moe_arch) if self.whole else plan
 
     @property
     def moe_arch(self) -> Architecture:
-        """The upcycled model's architecture."""
+        """Architecture of the upcycled model."""
         return self.plan.moe_arch
 
     @cached_property
@@ -77,7 +79,7 @@ class Expansion:
 
     @cached_property
     def float32(self) -> frozenset[str]:
-        """The tensors that are float32 whatever the type."""
+        """Names of the tensors that are float32 whatever `dtype` is."""
         return float32_names(self.moe_arch)
 
     def _dtype(self, plan: TensorPlan) -> torch.dtype:
@@ -85,24 +87,25 @@ class Expansion:
 
     @property
     def writers(self) -> int:
-        """Files to write at a time. Methods that compute use all cores for one, and hold whole matrices in memory.
+        """Number of files to write in parallel.
 
-        So does what is transposed.
+        It is 1 for methods that compute, because they use all cores for one file and hold whole matrices in memory. It
+        is also 1 if some tensors are transposed, because they are held whole, too.
         """
         holds = METHODS[self.spec.method].computes or any(map(is_transposed, self.shapes))
         return 1 if holds else min(WRITERS, os.cpu_count() or 1)
 
     def order(self, names: list[str]) -> list[str]:
-        """Return the tensors of a file in the order in which they are written: copies of one slice are neighbours."""
+        """Return the tensors of a file in writing order, in which copies of one slice are neighbours."""
         return [name for _, copies in self._copies(names) for name, _ in copies]
 
     def write_tensors(self, file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
-        """Write the data of one file; several threads may do so, each another file.
+        """Write the data of one file. Several threads may call this function, each for another file.
 
         Args:
-            file: the open file, with its header.
-            names: its tensors.
-            advance: is told how many tensors more are written.
+            file: open file, after its header.
+            names: names of the file's tensors.
+            advance: called with the number of tensors that were just written.
 
         Raises:
             CheckpointError: a slice holds NaN, infinity or a number too large for the type.
@@ -121,11 +124,11 @@ class Expansion:
 
     @cached_property
     def _plans(self) -> dict[str, tuple[TensorPlan | str, int]]:
-        """What every tensor is made of, and its expert; a constant is made of its name."""
+        """The plan of every tensor, and the number of its expert. For a constant, the plan is its name."""
         return {name: (name, 0) if name in self._constants else self.plan.hf_tensor(name) for name in self.shapes}
 
     def _copies(self, names: list[str]) -> list[tuple[TensorPlan | str, list[tuple[str, int]]]]:
-        """Return name and expert of the tensors by what they are made of; those of one tensor keep their order."""
+        """Group the names and experts of tensors by their plan. The parts of one stacked tensor keep their order."""
         found: dict[tuple[TensorPlan | str, int], list[tuple[str, int]]] = {}
         last, run = None, 0
         for name in names:
@@ -136,11 +139,14 @@ class Expansion:
         return [(plan, copies) for (plan, _), copies in found.items()]
 
     def _write_copies(self, file: StreamedFile, plan: TensorPlan, copies: list[tuple[str, int]]) -> None:
-        """Write the tensors that are made of the same dense slices; one that is transposed in the file as a whole."""
+        """Write the tensors that are made from the same dense slices.
+
+        A tensor that is transposed in the file is written whole.
+        """
         source, transposed = plan.source(self.dense), is_transposed(copies[0][0])
         if stored := None if transposed else self._unchanged(source, plan):
             for _ in self._blocks(source, plan):
-                pass  # it was checked
+                pass  # only the check is needed
             for _ in copies:
                 file.copy(stored)
             return
@@ -158,14 +164,17 @@ class Expansion:
                 file.write(as_bytes(as_in_file(name, own) if plan.method else own))
 
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
-        """Return where in a file the bytes of the output stand already; None if they stand nowhere."""
+        """Return where the output's bytes already are in a file, or None if they must be made."""
         slice_, *others = plan.slices
         if others or plan.method or plan.factors or plan.offset or source.dtype(slice_.name) is not self._dtype(plan):
             return None
         return source.byte_range(slice_.name, slice_.bounds)
 
     def _blocks(self, source: DenseSource, plan: TensorPlan) -> Iterator[torch.Tensor]:
-        """Yield what the slices become, block by block of their rows; whole for a method, which needs all of one."""
+        """Yield the expanded slices in blocks of rows.
+
+        For a method, each slice is one block, because the method needs the whole matrix.
+        """
         for slice_ in plan.slices:
             (first, last), *rest = slice_.bounds
             row_bytes = torch.Size([stop - start for start, stop in rest]).numel() * self.dtype.itemsize
@@ -173,4 +182,4 @@ class Expansion:
             for start in range(first, last, rows):
                 block = source.read(slice_.name, ((start, min(start + rows, last)), *rest))
                 yield expand_slice(plan, slice_.name, block, source, self._dtype(plan)).contiguous()
-                source.release()  # pages of the mapped file; what is still needed comes back from the page cache
+                source.release()  # frees mapped pages; the page cache brings back any that are still needed

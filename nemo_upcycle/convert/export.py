@@ -1,7 +1,7 @@
-"""NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
+"""Export NeMo or Megatron weights to a Hugging Face folder, as a stream, by the mapping table.
 
-A dense model becomes its own class again, an upcycled one the first target class that can hold it. What the
-checkpoint says of its own model decides: a parent or a spec that contradicts it is refused.
+A dense model becomes its own class again. An upcycled model becomes the first target class that can hold it. The
+checkpoint's description of its own model decides: a parent or a spec that contradicts it is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart,
 from nemo_upcycle.utils.streams import StreamedFile
 
 
-#: Who made a folder, as its marker says: such a folder may be replaced by the next export.
+#: Maker of a folder, as recorded in its marker. The next export may replace such a folder.
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
     "the checkpoint does not describe its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
@@ -57,16 +57,16 @@ _ASSUMED = (
 
 @dataclass(frozen=True)
 class CardInfo:
-    """What a folder says of its model besides the weights.
+    """Facts about a model besides its weights.
 
     Args:
-        title: its name; None: the folder's.
-        facts: lines of the model card: how it was upcycled, data, training.
-        router_aux_loss: the coefficient of the load-balancing loss that it was trained with; None: not known.
-        notes: what is not exact, not known or assumed.
+        title: name of the model; None uses the folder's name.
+        facts: rows of the model card on upcycling, data and training.
+        router_aux_loss: coefficient of the load-balancing loss in training; None if unknown.
+        notes: sentences on what is inexact, unknown or assumed.
         checkpoint: name of the checkpoint.
-        parent: how the user named the dense parent: `asset://NAME`, a path.
-        text_only: whether to leave out what stands beside the parent's text model, where a class could hold it, too.
+        parent: the user's name for the dense parent: `asset://NAME`, or a path.
+        text_only: whether to leave out the parts outside the parent's text model, even if a class could hold them.
     """
 
     title: str | None = None
@@ -79,11 +79,11 @@ class CardInfo:
 
 
 def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> WriteTensors:
-    """Make the function that writes the tensors of a file one by one, with one of them in memory at a time.
+    """Return a function that writes the tensors of a file, with one tensor in memory at a time.
 
     Raises:
-        CheckpointError: when it is called, a tensor has another shape than the architecture says, or contains NaN,
-            infinity or a number too large for the type.
+        CheckpointError: when the function is called: a tensor has another shape than in the architecture, or holds
+            NaN, infinity or a number too large for the type.
     """
     constants, float32 = constant_tensors(arch, dtype), float32_names(arch)
 
@@ -124,20 +124,21 @@ def export_weights(
     about: CardInfo | None = None,
     plan: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a Hugging Face folder; complete or not at all.
+    """Write a Hugging Face folder, completely or not at all.
 
     Args:
-        weights: where the Megatron parameters come from.
-        arch: the model to write, dense or MoE.
-        dense_folder: the parent, whose config and tokenizer travel along.
-        output: the folder to make.
+        weights: source of the Megatron parameters.
+        arch: architecture of the model to write, dense or MoE.
+        dense_folder: folder of the parent; its config and tokenizer go into the new folder.
+        output: folder to create.
         dtype: type on disk.
-        about: what else is known of the model.
-        plan: what the bytes follow from, as plain values: then files of a killed call with the same plan are kept.
+        about: further facts about the model.
+        plan: everything that determines the output, as plain values. If given, files of a killed call with the same
+            plan are kept.
 
     Raises:
         CheckpointError: the weights do not fit `arch`.
-        UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
+        UpcycleError: the disk has too little space, or `output` is the parent, or exists and is not an earlier export.
     """
     about = about or CardInfo()
     require_class(arch)
@@ -203,22 +204,22 @@ def export_checkpoint(
 ) -> Path:
     """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
 
-    After a kill, a call with the same arguments continues with the first file that is missing.
+    After a kill, a call with the same arguments continues with the first missing file.
 
     Args:
-        checkpoint: the checkpoint.
-        dense_folder: the dense parent's Hugging Face folder.
-        output: the folder to make.
-        spec: what an MoE checkpoint was upcycled by; by default what its own context says.
+        checkpoint: checkpoint folder.
+        dense_folder: Hugging Face folder of the dense parent.
+        output: folder to create.
+        spec: how an MoE checkpoint was upcycled; by default, the spec in the checkpoint's own context.
         dtype: type on disk.
-        about: what the model card shall say besides what the checkpoint does.
+        about: information for the model card in addition to the checkpoint's.
 
     Raises:
-        SpecError: an MoE checkpoint without a spec, a dense one with a spec, a spec that the checkpoint's own context
-            contradicts, or one that no Hugging Face class can hold.
-        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than
-            the parent's, or holds what the spec does not say.
-        UpcycleError: `output` is no earlier export, or not apart from checkpoint and parent.
+        SpecError: an MoE checkpoint has no spec, a dense checkpoint has one, the spec contradicts the checkpoint's own
+            context, or no Hugging Face class can hold the model.
+        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than the
+            parent's, or holds tensors that the spec does not explain.
+        UpcycleError: `output` exists and is not an earlier export, or overlaps with the checkpoint or the parent.
 
     Example:
         >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
@@ -235,7 +236,7 @@ def export_checkpoint(
     plan = {
         "checkpoint": str(checkpoint.resolve()),
         "files": weights.checkpoint.fingerprint(),
-        # Two checkpoints of one run have files of the same sizes: the time tells them apart.
+        # Two checkpoints of one run have files of the same sizes, so the time tells them apart.
         "written_ns": (weights.checkpoint.path / ".metadata").stat().st_mtime_ns,
         "config_sha256": sha256_file(dense_folder / "config.json"),
         "architecture": asdict(arch),

@@ -1,4 +1,4 @@
-"""Find a checkpoint in what a user names, and what it was upcycled from and by: its run's receipt and its context."""
+"""Find a checkpoint by the path that a user gives, and its parent and spec from its run's receipt and its context."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 _RECEIPT = "receipt.json"
-#: Fields that no tensor shows and that every reader needs.
+#: Spec fields that no tensor shows but every reader needs.
 _UNSEEN = ("top_k", "router_order")
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A checkpoint and where it comes from.
+    """A checkpoint and its origin.
 
     Args:
-        checkpoint: the folder with `weights/` or `.metadata`.
-        dense: the dense parent's Hugging Face folder.
-        spec: what it was upcycled by; None for a dense model.
-        receipt_path: the receipt of its run, or None.
-        receipt: its content.
+        checkpoint: folder with `weights/` or `.metadata`.
+        dense: Hugging Face folder of the dense parent.
+        spec: how the model was upcycled; None for a dense model.
+        receipt_path: receipt of its run, or None.
+        receipt: content of the receipt.
     """
 
     checkpoint: Path
@@ -41,14 +41,14 @@ class FoundModel:
 def find_trained_model(
     path: Path, dense: Path | None = None, receipt_path: Path | None = None, given: dict[str, Any] | None = None
 ) -> FoundModel:
-    """Return the checkpoint at a path with its parent and its spec.
+    """Return the checkpoint at a path, with its parent and its spec.
 
     Args:
-        path: a checkpoint, a folder of them, or a run: as in `find_checkpoint`.
-        dense: the dense parent's folder; None: what the receipt says.
-        receipt_path: the run's receipt. None: the nearest receipt above the checkpoint; for a fine-tuning without one,
-            the receipt of its source run.
-        given: fields of the spec that the user states.
+        path: a checkpoint, a folder of checkpoints, or a run, as in `find_checkpoint`.
+        dense: folder of the dense parent; None takes it from the receipt.
+        receipt_path: receipt of the run. None takes the nearest receipt above the checkpoint, or, for a fine-tuning
+            without a receipt, the receipt of its source run.
+        given: spec fields that the user states.
 
     Raises:
         UpcycleError: there is no such checkpoint or receipt, no parent is known, or the statements contradict each
@@ -89,10 +89,10 @@ def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`, the newest of a folder or run, or the last for `.../last`.
+    """Return the checkpoint at `path`, the newest in a folder or run, or the last for `.../last`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or several runs have some.
+        CheckpointError: there is no complete checkpoint, or several runs have one.
     """
     if any((folder / ".metadata").is_file() for folder in (path, path / "weights")):
         if is_marked(path):
@@ -110,7 +110,7 @@ def find_checkpoint(path: Path) -> Path:
         path = path.parent
     if not path.is_dir():
         raise CheckpointError.no_path("folder", path, "give a checkpoint, a folder of checkpoints, or a run")
-    # A run of the pipeline has a folder of checkpoints for the upcycled model and one for its dense baseline.
+    # A pipeline run has one folder of checkpoints for the upcycled model and another for its dense baseline.
     near = [path, path / "checkpoints", path / "pretrain/checkpoints"]
     deep = sorted(folder for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints"))
     found = [complete for folder in near if folder.is_dir() and (complete := complete_checkpoints(folder))][:1]
@@ -130,13 +130,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _receipt_of_source(context: CheckpointContext | None) -> Path | None:
-    """Return the receipt of the upcycled run that a fine-tuning in Megatron-Bridge started from."""
+    """Return the receipt of the upcycled run from which a fine-tuning in Megatron-Bridge started."""
     source = context.settings.get("started_from") if context else None
     path = Path(source) / _RECEIPT if source else None
     return path if path and path.is_file() else None
 
 
 def _nearest_receipt(checkpoint: Path) -> Path | None:
-    """Return the receipt in the nearest folder above the checkpoint that has one."""
+    """Return the receipt in the nearest folder above the checkpoint, or None if there is none."""
     paths = (folder / _RECEIPT for folder in list(checkpoint.resolve().parents)[:6])
     return next((path for path in paths if path.is_file()), None)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder has besides its weights: `config.json`, and the tokenizer files of the parent."""
+"""The files of a Hugging Face folder besides its weights: `config.json`, and the parent's tokenizer files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.utils.files import read_json, write_json
 if TYPE_CHECKING:
     import torch
 
-#: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
+#: Files to copy unchanged, because a tokenizer that a newer library saves again may not open in an older one.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,23 +37,25 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
-#: Texts of lawyers, under these names with one of these endings.
+#: Licence files have one of these names with one of these endings.
 _LICENCES, _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
-#: What travels beside them with a whole model that sees.
+#: Files to copy, too, if the model keeps its vision parts.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-#: Keys that make a loader import code that somebody else wrote.
+#: Keys that make a loader import foreign code.
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
 
 
 def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]:
-    """Return the parent's tokenizer, chat templates, generation settings and licences; any other file stays behind.
+    """Return the file names of the parent's tokenizer, chat templates, generation settings and licences.
+
+    All other files are left out.
 
     Args:
-        dense_folder: the parent's.
-        sees: whether the settings of its processor of pictures are wanted, too.
+        dense_folder: folder of the parent.
+        sees: whether to include the settings of its image processor.
 
     Raises:
-        UpcycleError: one is a link to somewhere else: it would publish a file that nobody meant.
+        UpcycleError: a file is a link to a place outside the folder, so copying would publish a file by mistake.
     """
     patterns = (*_TOKENIZER_FILES, *_LICENCES, *(_PROCESSOR_FILES if sees else ()))
     found = {path for pattern in patterns for path in dense_folder.glob(pattern) if path.is_file()}
@@ -73,7 +75,7 @@ def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]
 
 
 def copy_tokenizer_files(dense_folder: Path, folder: Path, *, sees: bool = False) -> list[str]:
-    """Copy what `tokenizer_file_names` finds, unchanged but for keys that run code; return the names."""
+    """Copy the files of `tokenizer_file_names`, without keys that make a loader run code. Return their names."""
     names = tokenizer_file_names(dense_folder, sees=sees)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -98,15 +100,15 @@ def write_config(
     *,
     wrapper: Wrapper | None = None,
 ) -> None:
-    """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code.
+    """Write the `config.json` of `arch`, made from the parent's, without keys that make a loader run code.
 
     Args:
-        dense_folder: the parent's.
-        folder: where to.
-        arch: the model's architecture.
-        dtype: type of its weights.
+        dense_folder: folder of the parent.
+        folder: folder to write to.
+        arch: architecture of the model.
+        dtype: type of the model's weights.
         router_aux_loss: see `moe_config`.
-        wrapper: the class around it, with the other parts of the parent.
+        wrapper: class that holds the model and the parent's other parts; None for the text model alone.
     """
     config = _without_code(read_config(dense_folder))
     if arch.num_experts:

@@ -1,4 +1,4 @@
-"""Whole parameters of a Megatron model: of a distributed checkpoint of any layout, or of a live one-rank model."""
+"""Whole parameters of a Megatron model: from a distributed checkpoint of any layout, or from a live one-rank model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Bytes read before the mapped files' memory is released: small enough for memory, large enough for speed.
+#: Bytes to read before the memory of mapped files is released: small enough for memory, large enough for speed.
 _RELEASE_BYTES = 256 << 20
 
 
@@ -31,18 +31,18 @@ class MegatronWeights(Protocol):
     """Whole Megatron parameters, by mapping, layer and expert."""
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
-        """Return a parameter, gathered over tensor-parallel ranks; vocabularies may be padded."""
+        """Return a parameter, gathered over tensor-parallel ranks. Vocabularies may be padded."""
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
 
 
 class CheckpointWeights:
-    """Parameters of a distributed checkpoint.
+    """The parameters of a distributed checkpoint.
 
     Args:
-        folder: a NeMo checkpoint (with `weights/`) or a Megatron one (with `.metadata`).
-        adapters: a checkpoint of LoRA's adapters to these weights; by default they lie beside them, if there are any.
+        folder: a NeMo checkpoint (with `weights/`) or a Megatron checkpoint (with `.metadata`).
+        adapters: checkpoint of LoRA adapters to these weights; by default, the adapters in `folder`, if there are any.
     """
 
     def __init__(self, folder: Path, adapters: Path | None = None) -> None:
@@ -53,11 +53,11 @@ class CheckpointWeights:
         own = [name.removeprefix(self._prefix) for name in model_tensors(self.checkpoint, self._prefix)]
         self._hybrid = stored_hybrid(own)
         self._released_at_bytes = 0
-        #: Of LoRA's adapters, which are added up with their weights; over their rank it is their factor.
+        #: Alpha of the LoRA adapters, which are added to their weights with the factor alpha / rank.
         self.lora_alpha: float | None = None
 
     def _key(self, mapping: ParamMapping, layer: int, part: str = "") -> tuple[str, bool]:
-        """Return the name of a mapping's tensor, or of one of its parts, and whether its first axis counts layers."""
+        """Return the name of a mapping's tensor, or of one of its parts, and whether the first axis counts layers."""
         for stored in (stored + (part or mapping.stored_parts[0]) for stored in mapping.stored):
             stacked = f"{self._prefix}decoder.layers.{stored}" if mapping.in_layer else self._prefix + stored
             if stacked in self.checkpoint.names():
@@ -75,20 +75,20 @@ class CheckpointWeights:
 
     @property
     def num_experts(self) -> int | None:
-        """Experts per layer, or None for a dense model."""
+        """Number of experts per layer, or None for a dense model."""
         router = BY_ROLE["router"].stored[0]
         names = [name for name in model_tensors(self.checkpoint, self._prefix) if name.endswith(router)]
         return self.checkpoint.shape(names[0])[-2] if names else None
 
     @property
     def balancing_biases(self) -> dict[str, Any]:
-        """Whether its training balanced the experts by biases, by their role."""
+        """For each role of balancing biases, whether the training balanced the experts with such biases."""
         names = list(model_tensors(self.checkpoint, self._prefix))
         return {role: any(name.endswith(BY_ROLE[role].stored) for name in names) for role in BALANCING_BIASES}
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model; of a HybridModel, those that a GPTModel would have."""
+        """Number of layers of the model. For a HybridModel, this is the number that a GPTModel would have."""
         if self._hybrid:
             return self._hybrid.num_layers
         inside = self._prefix + "decoder.layers."
@@ -100,14 +100,16 @@ class CheckpointWeights:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the model has no output layer of its own."""
+        """Whether the model has no separate output layer."""
         return self._prefix + BY_ROLE["output"].stored[0] not in self.checkpoint.names()
 
     def require_parent(self, arch: Architecture) -> None:
-        """Check what the tensors that `arch` names would not show: layers and output weights that it does not have.
+        """Check that the model has as many layers as `arch`, and a separate output layer only if `arch` has one.
+
+        Reading the tensors of `arch` would not show this.
 
         Raises:
-            CheckpointError: the model is not made from a parent of this architecture.
+            CheckpointError: the model was not made from a parent of this architecture.
         """
         for what in ("num_layers", "tied_embeddings"):
             if (got := getattr(self, what)) != (expected := getattr(arch, what)):
@@ -119,10 +121,10 @@ class CheckpointWeights:
                 )
 
     def require_all_read(self, arch: Architecture) -> None:
-        """Check that the model holds nothing that an export as `arch` would leave out.
+        """Check that an export as `arch` would leave out no tensor of the model.
 
         Raises:
-            CheckpointError: it does, or lacks a tensor of `arch`.
+            CheckpointError: the export would leave out a tensor, or the model lacks a tensor of `arch`.
         """
         mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
         mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
@@ -144,7 +146,7 @@ class CheckpointWeights:
         return self.checkpoint.dtype(self._key(mapping, layer)[0])
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
-        """Return a parameter, put together from the pieces of all ranks."""
+        """Return a parameter, assembled from the pieces of all ranks."""
         if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
             self.checkpoint.release()
             self._released_at_bytes = self.checkpoint.bytes_read
@@ -155,7 +157,7 @@ class CheckpointWeights:
         position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
         weight = _read(self.checkpoint, key, position)
         if adapters := self._adapters(key):
-            # Grouped experts share theirs.
+            # Grouped experts share their adapters.
             own = position[: len(self._adapted.shape(adapters[0])) - 2]
             out, into = (_read(self._adapted, name, own).float() for name in adapters)
             if self.lora_alpha is None:
@@ -169,13 +171,13 @@ class CheckpointWeights:
         return weight
 
     def _adapters(self, key: str) -> list[str]:
-        """Return the names of LoRA's two matrices of a weight, the outer one first; none where it has none."""
+        """Return the names of a weight's two LoRA matrices, the outer one first, or [] if it has none."""
         names = [f"{key.removesuffix('weight')}adapter.linear_{part}.weight" for part in ("out", "in")]
         return names if names[0] in self._adapted.names() else []
 
 
 def _read(checkpoint: DistributedCheckpoint, key: str, position: list[int]) -> torch.Tensor:
-    """Take the part of a tensor at a position of its first axes."""
+    """Read the part of a tensor at a position on its first axes."""
     shape = checkpoint.shape(key)
     index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
     return checkpoint.read(key, index).view(shape[len(position) :])
@@ -184,18 +186,19 @@ def _read(checkpoint: DistributedCheckpoint, key: str, position: list[int]) -> t
 def open_checkpoint(
     checkpoint: Path, dense_folder: Path, spec: UpcycleSpec | None
 ) -> tuple[CheckpointWeights, Architecture, CheckpointContext | None]:
-    """Open a checkpoint and find out what its model is.
+    """Open a checkpoint and determine the architecture of its model.
 
     Args:
-        checkpoint: NeMo's or Megatron's, saved under any layout.
-        dense_folder: the dense parent's Hugging Face folder.
-        spec: what an MoE checkpoint was upcycled by; by default what its own context says.
+        checkpoint: checkpoint of NeMo or Megatron, saved under any layout.
+        dense_folder: Hugging Face folder of the dense parent.
+        spec: how an MoE checkpoint was upcycled; by default, the spec in its own context.
 
     Returns:
-        The open weights; the model's architecture; what the checkpoint says of it, None where it says nothing.
+        The open weights, the model's architecture, and the checkpoint's description of the model (None without one).
 
     Raises:
-        SpecError: an MoE checkpoint without a spec, a dense one with a spec, or one that its context contradicts.
+        SpecError: an MoE checkpoint has no spec, a dense checkpoint has one, or the spec contradicts the checkpoint's
+            context.
         CheckpointError: the checkpoint is damaged, belongs to another parent, or was trained with other settings.
     """
     context = read_context(checkpoint)
@@ -209,7 +212,7 @@ def open_checkpoint(
         spec = context.spec(spec, arch)
         weights.lora_alpha = context.settings.get("lora_alpha")
     if experts := weights.num_experts:
-        is_parents = spec is None and experts == arch.num_experts  # which was trained as it is
+        is_parents = spec is None and experts == arch.num_experts  # trained without upcycling
         if not is_parents and (spec is None or spec.num_experts != experts):
             raise SpecError(
                 "spec",
@@ -219,7 +222,7 @@ def open_checkpoint(
             )
         arch = replace(arch.upcycled(spec) if spec else arch, **weights.balancing_biases)
         if arch.quantile_bias:
-            arch = replace(arch, hf_class="")  # every class that has such biases adds them to scores, not to logits
+            arch = replace(arch, hf_class="")  # every class with such biases adds them to scores, not to logits
     elif spec is not None:
         raise SpecError(
             f"Checkpoint {checkpoint}",
@@ -231,10 +234,10 @@ def open_checkpoint(
 
 
 def _newest(run: Path) -> Path:
-    """Return the checkpoint that Bridge's LoRA has its weights from: the newest of a run's folder.
+    """Return the newest checkpoint of the run whose weights Bridge's LoRA adapters change.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no checkpoint.
     """
     if found := newest_checkpoint(run):
         return found
@@ -263,7 +266,7 @@ class LiveWeights:
 
     def _tensor(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         owner, _, name = self.name(mapping, layer, expert).rpartition(".")
-        tensor: torch.Tensor = getattr(self._model.get_submodule(owner), name)  # of biases, a buffer
+        tensor: torch.Tensor = getattr(self._model.get_submodule(owner), name)  # biases are buffers
         return tensor
 
     def name(self, mapping: ParamMapping, layer: int, expert: int) -> str:

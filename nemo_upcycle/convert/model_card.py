@@ -1,4 +1,4 @@
-"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was made."""
+"""The README.md of a Hugging Face folder that this package writes: the model's parents, and how it was made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nemo_upcycle.utils.writers import code, literal, plain, table, yaml_text
 
 CARD = "README.md"
 _SCORES, _LICENCE = "## Scores", "## Licence"
-#: What a parent's card says that holds for what is made of it.
+#: Entries of a parent's card that also hold for models made from it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _FROM_DENSE = (
     "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made from"
@@ -54,14 +54,14 @@ model = {hf_class}.from_pretrained(".", dtype="auto"{options})  # this folder, o
 
 @dataclass(frozen=True, kw_only=True)
 class CardText:
-    """Texts of a model card.
+    """The texts of a model card.
 
     Args:
         title: name of the model.
         tool: command that wrote it.
         facts: rows of the table: label -> value.
-        notes: sentences on what is not exact, not known or assumed.
-        parent: address by which the user named the first of the parents.
+        notes: sentences on what is inexact, unknown or assumed.
+        parent: address that the user gave for the first parent.
         options: further arguments of `from_pretrained`.
     """
 
@@ -80,10 +80,10 @@ def write_card(
 
     Args:
         folder: folder of the model.
-        parents: folders of the dense models; the first gives everything but the experts.
+        parents: folders of the dense models; the first one gives everything except the experts.
         arch: architecture of the model.
         card: texts of the card.
-        whole_class: class around the model that has the parent's other parts; empty without them.
+        whole_class: class that holds the model and the parent's other parts; empty without such parts.
     """
     family = find_family(arch.hf_class)
     loads_as, around = whole_class or (family.saved_as if family else "") or arch.hf_class, ""
@@ -121,13 +121,13 @@ def write_card(
 
 
 def add_scores(folder: Path, text: str) -> None:
-    """Put a section with scores into the card that this package wrote, in the place of an earlier one.
+    """Put a section with scores into a card that this package wrote, in place of an earlier section.
 
-    Without such a card nothing is done, and a folder that is a link to elsewhere is left alone.
+    Nothing happens without such a card. A folder that is a link to another place is not changed.
 
     Args:
-        folder: the model's.
-        text: what stands below the section's title, as Markdown.
+        folder: folder of the model.
+        text: Markdown below the section's title.
     """
     path = folder / CARD
     if folder.is_symlink() or not (folder / MODEL_MARKER).is_file() or not path.is_file():
@@ -140,12 +140,12 @@ def add_scores(folder: Path, text: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as aside:  # half of a character of two is no text: it is replaced
+    with whole_file(path) as aside:  # half of a surrogate pair cannot be encoded, so it is replaced
         aside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _besides(arch: Architecture) -> dict[str, str]:
-    """Return, for a card, what the files hold besides the parameters: it changes nothing that the model computes."""
+    """Return a card row on what the files hold besides the parameters. These numbers do not change the function."""
     constants = sum(math.prod(shape) for shape in hf_constants(arch).values())
     copied = extra_params(arch) - constants
     told = []
@@ -159,11 +159,11 @@ def _besides(arch: Architecture) -> dict[str, str]:
 
 
 def training_facts(metrics: Path, step: int) -> dict[str, str]:
-    """Read a step of a run's `metrics.jsonl`, for a card; nothing where it is not there.
+    """Read one step of a run's `metrics.jsonl` for a card, or return {} if the file does not have the step.
 
     Args:
-        metrics: the file.
-        step: counted from 1.
+        metrics: file to read.
+        step: step number, from 1.
     """
     if not metrics.is_file():
         return {}
@@ -178,8 +178,8 @@ def training_facts(metrics: Path, step: int) -> dict[str, str]:
 
 
 def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architecture) -> dict[str, Any]:
-    """Return the card's metadata, as the Hugging Face hub reads it."""
-    # A parent that has no name on the hub may name its own base there: then that is the nearest one.
+    """Return the card's metadata in the form that the Hugging Face hub reads."""
+    # The card of a parent without a name on the hub may name the parent's own base, which is then the nearest model.
     bases = [name or card.get("base_model") for name, card in zip(names, cards, strict=True)]
     flat = [base for one in bases for base in (one if isinstance(one, list) else [one]) if isinstance(base, str)]
     front: dict[str, Any] = {}
@@ -204,10 +204,10 @@ def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
 
 
 def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
-    """Return how a model was upcycled, for a card: sizes and seed always, the rest where it is not the default."""
+    """Return a card row on how a model was upcycled: sizes and seed always, other fields only if not the default."""
     always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
     fields = {name: value for name, value in asdict(spec).items() if name in always or value != getattr(default, name)}
-    for name in ("calibration", "expert_utility", "router_prompts"):  # a path says where a file lay on one machine
+    for name in ("calibration", "expert_utility", "router_prompts"):  # a path holds for one machine only
         if name in fields:
             fields[name] = Path(fields[name]).name
     return {
@@ -216,25 +216,25 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
 
 
 def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:
-    """Name a parent as a reader knows it: by the hub or its address, or by its folder and its base."""
+    """Return a name for a parent that readers know: its hub name or address, or else its folder and its base model."""
     if name := _hub_name(folder):
         return name
     _, separator, rest = (address or "").partition("://")
-    # A path says where a model lay on one machine: only its last part is told.
+    # A path holds for one machine only, so only its last part is used.
     called = address if address and separator and not rest.startswith("/") else folder.resolve().name
     base = card.get("base_model")
     return f"{called}, made from {base}" if isinstance(base, str) else called
 
 
 def _hub_name(folder: Path) -> str | None:
-    """Return the name on the hub of a model in the hub's own cache, `models--ORG--NAME/snapshots/REVISION`."""
+    """Return the hub name of a model in the hub's own cache (`models--ORG--NAME/snapshots/REVISION`), or None."""
     home = folder.resolve().parent
     kind, _, name = home.parent.name.partition("--")
     return name.replace("--", "/", 1) if home.name == "snapshots" and kind == "models" and name else None
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a model's own card; nothing where it has none that can be read."""
+    """Return the metadata of a model's own card, or {} if it has no readable card."""
     path = folder / CARD
     try:
         before, start, rest = path.read_text(encoding="utf-8").partition("---\n")

@@ -1,7 +1,8 @@
-"""A dense checkpoint -> an upcycled Hugging Face folder, without a training job: the bits of upcycling and exporting.
+"""Convert a dense checkpoint to an upcycled Hugging Face folder, without a training job.
 
-Every file of the output gets its own name only when it is whole and on the disk, so a run that was stopped, at any
-time and by anything, continues with the first file that is missing. `expansion.py` makes the tensors.
+The result has the bits of upcycling and exporting. Every output file gets its final name only when it is complete and
+on disk, so a run that was stopped, at any time and for any reason, continues with the first missing file.
+`expansion.py` makes the tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from nemo_upcycle.utils.files import (
 
 
 _PLAN = ".conversion.json"
-#: What a file system may refuse in the middle of the work.
+#: Errors that a file system may raise in the middle of the work, with the words for the message.
 _FULL = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has no quota left",
@@ -63,9 +64,10 @@ _FULL = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did; bytes and seconds are of this call, which may have found some files done already.
+    """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` are of this call only.
 
-    Those are told by their size and header, not read again. Where routing is needed in float32, `exact` is for that.
+    The call may have found finished files (`files_kept`). They are recognised by size and header and are not read
+    again. If the model needs routing in float32, `exact` holds for float32 routing.
     """
 
     output: Path
@@ -101,28 +103,28 @@ def convert(
     text_only: bool = False,
     progress: bool = True,
 ) -> Conversion:
-    """Write the Hugging Face folder of the model that a spec makes of a dense checkpoint; complete or not at all.
+    """Write the Hugging Face folder of the model that a spec makes from a dense checkpoint, completely or not at all.
 
-    The bits are those of `upcycle_into` in a model of that type, exported. Work in progress is in a hidden folder
-    beside `output`; a call with the same source and spec keeps the files that are finished there.
+    The result is bit-identical to `upcycle_into` in a model of that type, followed by an export. Work in progress is
+    in a hidden folder beside `output`. A call with the same source and spec keeps the finished files in that folder.
 
     Args:
-        dense: the open dense checkpoint, whose folder also has config and tokenizer.
-        output: the folder to make.
-        spec: what to make.
-        dtype: type of the weights on disk, in which they are scaled and changed, too; the source's own when None.
-        max_shard_bytes: largest size of a file.
-        text_only: whether to leave out what stands beside the parent's text model, where a class could hold it, too.
-        progress: whether to show how far it is, on stderr.
+        dense: open dense checkpoint, whose folder also has config and tokenizer.
+        output: folder to create.
+        spec: how to upcycle the checkpoint.
+        dtype: type of the weights on disk, in which they are also scaled and changed; None uses the source's type.
+        max_shard_bytes: largest size of a file (bytes).
+        text_only: whether to leave out the parts outside the parent's text model, even if a class could hold them.
+        progress: whether to show progress on stderr.
 
     Returns:
-        Counts, bytes, time and whether the model computes its parent's function.
+        Counts, bytes, time, and whether the model computes its parent's function.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
         CheckpointError: the source is damaged, holds NaN or infinity, or does not fit its `config.json`.
-        UpcycleError: `output` is there already and something else or damaged, another process writes it, no file can
-            hold weights of this type, or the disk is full.
+        UpcycleError: `output` exists and is damaged or something else, another process is writing it, no file can hold
+            weights of this type, or the disk is full.
 
     Example:
         >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -136,8 +138,8 @@ def convert(
     whole = None if text_only else Whole.of(dense, dense.architecture.upcycled(spec))
     expansion = Expansion(dense, spec, dtype, whole)
     moe_arch = expansion.moe_arch
-    if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which the writer counts
-        # before names are listed, which takes long for very many experts
+    if not is_complete(output) and not aside_of(output).exists():  # otherwise the writer checks the disk
+        # This check comes before names are listed, because that takes long for very many experts.
         require_disk(
             output,
             (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize + (whole.size_bytes if whole else 0),
@@ -191,7 +193,10 @@ def convert(
 
 
 def _check_folder(dense: DenseSource) -> None:
-    """Check what is not needed before the end: config and tokenizer stand beside Hugging Face's weights only."""
+    """Check for config and tokenizer at the start, although they are needed only at the end.
+
+    Only Hugging Face folders have these files beside the weights.
+    """
     if not (dense.path / "config.json").is_file():
         raise CheckpointError(
             str(dense.path),
@@ -205,7 +210,7 @@ def _check_folder(dense: DenseSource) -> None:
 
 @contextmanager
 def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """Give the folder to work in, to one process at a time, with what a stopped run of the same plan left there."""
+    """Yield the working folder to one process at a time, with the files that a stopped run of the same plan left."""
     with only_writer(output) as aside:
         try:
             if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
@@ -213,7 +218,7 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 write_json(aside / _PLAN, plan)
             yield aside
         except BaseException as error:
-            # What is made of a broken source is not worth keeping; a file system that failed may work again.
+            # Files made from a broken source are useless. After a file system error, a later call can use the files.
             if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
             if not isinstance(error, OSError) or error.errno not in _FULL:
@@ -224,7 +229,7 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 got=_FULL[error.errno],
                 fix="correct that, and run the same command again: finished files are kept",
             ) from None
-    forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
+    forget_work(output, _PLAN)  # only after the final rename, because without a plan nothing is kept
 
 
 def _finish(
@@ -235,7 +240,7 @@ def _finish(
     reasons: tuple[str, ...],
     plan: dict[str, Any],
 ) -> None:
-    """Add everything but the weights; the marker comes last."""
+    """Add all files except the weights. The marker comes last."""
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
@@ -267,13 +272,13 @@ def _caveats(expansion: Expansion) -> tuple[str, ...]:
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
-    """List all that the bytes of the output follow from; files of a stopped run are kept only if it is the same.
+    """Return everything that determines the output. Files of a stopped run are kept only if its plan is the same.
 
-    Two models of one shape have the same headers: the times at which the files were written tell them apart.
+    Two models of one shape have the same headers, so the plan includes the times at which the files were written.
     """
     sources = []
     for source in dense.branches():
-        folders = (source.path, source.path / "weights")  # NeMo's files are in the latter
+        folders = (source.path, source.path / "weights")  # NeMo's files are in `weights`
         files = [path for name in source.fingerprint() for folder in folders if (path := folder / name).is_file()]
         changed_ns = {str(path.relative_to(source.path)): path.stat().st_mtime_ns for path in files}
         sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
@@ -291,10 +296,10 @@ def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shar
 
 
 def _is_done(output: Path, plan: dict[str, Any]) -> bool:
-    """Return whether an earlier run finished this very conversion; nothing else may stand where the output goes.
+    """Return whether an earlier run finished exactly this conversion. Nothing else may be in the place of the output.
 
     Raises:
-        UpcycleError: something else does. It is never deleted.
+        UpcycleError: something else is there. It is never deleted.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -311,7 +316,7 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
 
 
 def _check_done(output: Path, writer: SafetensorsWriter) -> None:
-    """Check that what an earlier run finished is still there.
+    """Check that all files of a finished conversion are still there.
 
     Raises:
         UpcycleError: a file is missing or has another size or header.
@@ -333,7 +338,7 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
 
 
 def _add_tokenizer_files(dense_folder: Path, output: Path, *, sees: bool) -> None:
-    """Copy files, say a tokenizer, that the parent's folder got after the conversion."""
+    """Copy files, such as a tokenizer, that were added to the parent's folder after the conversion."""
     marker = read_json(output / MODEL_MARKER)
     if not set(tokenizer_file_names(dense_folder, sees=sees)) <= set(marker["companions"]):
         names = copy_tokenizer_files(dense_folder, output, sees=sees)

@@ -1,4 +1,4 @@
-"""Streams a model's tensors into safetensors files; files that an earlier, stopped run finished are kept."""
+"""Stream a model's tensors into safetensors files. Files that an earlier, stopped run finished are kept."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 _UNFINISHED = ".unfinished"
 
 Shapes = dict[str, tuple[int, ...]]
-#: Writes the data of a file's tensors, in their order, and tells how many more of them are written.
+#: Function that writes the data of a file's tensors in their order, and reports how many it has just written.
 WriteTensors = Callable[[StreamedFile, list[str], Callable[[int], None]], None]
 
 
 class _Stopped(Exception):
-    """Another file could not be written."""
+    """Stops a writer because another file could not be written."""
 
 
 def require_dtype(dtype: torch.dtype) -> None:
     """Check that weights of this type can be written.
 
     Raises:
-        UpcycleError: they cannot.
+        UpcycleError: the type is not supported.
     """
     if dtype not in _DTYPE_NAMES:
         names = [dtype_name(one) for one in _DTYPE_NAMES]
@@ -55,10 +55,10 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 
 def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """Make the header of a safetensors file that holds tensors one after the other.
+    """Return the header of a safetensors file that holds tensors one after the other.
 
     Args:
-        tensors: name, type by the format's name, shape and bytes of each.
+        tensors: name, type by the format's name, shape and size (bytes) of each tensor.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -66,7 +66,7 @@ def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -
         entries[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [offset, offset + size_bytes]}
         offset += size_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # the format requires data to start at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
@@ -77,15 +77,16 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class SafetensorsWriter:
-    """Which tensors go into which file, and the loop that writes the files which are not there yet.
+    """The assignment of tensors to files, and the loop that writes the missing files.
 
     Args:
-        shapes: every tensor's name and shape, in the model's order.
-        dtype: type of all of them on disk.
-        max_shard_bytes: largest size of a file's data.
-        order: returns a file's tensors in the order in which they are written; by default the model's.
-        float32: names of the tensors that are float32 whatever `dtype` is; they come first, where they are aligned.
-        whole: what stands around a text model; its tensors have files of their own, the last ones.
+        shapes: name and shape of every tensor, in the model's order.
+        dtype: type of all tensors on disk.
+        max_shard_bytes: largest size of a file's data (bytes).
+        order: function that returns a file's tensors in writing order; by default, the model's order.
+        float32: names of the tensors that are float32 whatever `dtype` is; they come first in a file, where they are
+            aligned.
+        whole: parts outside the text model; their tensors have files of their own, after all others.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP
@@ -108,7 +109,7 @@ class SafetensorsWriter:
 
     @cached_property
     def files(self) -> dict[str, list[str]]:
-        """The tensors of every file, which is named as transformers names it."""
+        """The tensors of every file. Files are named as transformers names them."""
         shards: list[list[str]] = [[]]
         size_bytes = 0
         tensors = [list(parts) for _, parts in itertools.groupby(self.shapes, tensor_of)]
@@ -125,7 +126,7 @@ class SafetensorsWriter:
         return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, start=1)}
 
     def size_bytes(self, names: Iterable[str]) -> int:
-        """Return the bytes of the data of these tensors."""
+        """Return the size of the data of these tensors (bytes)."""
         sizes = {True: 4, False: self.dtype.itemsize}
         return sum(
             other.size_bytes
@@ -135,7 +136,7 @@ class SafetensorsWriter:
         )
 
     def _ordered(self, file: str) -> list[str]:
-        """Return a file's tensors in the order in which they are written."""
+        """Return a file's tensors in writing order."""
         return sorted(self.order(self.files[file]), key=lambda name: name not in self.float32)
 
     def _header(self, file: str) -> bytes:
@@ -151,21 +152,21 @@ class SafetensorsWriter:
             yield self._called(tensor), _DTYPE_NAMES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize
 
     def _others_in(self, file: str) -> list[OtherTensor]:
-        """Return a file's tensors of other parts: all that it holds, or none."""
+        """Return a file's tensors of other parts. A file holds only such tensors, or none of them."""
         return [self._others[name] for name in self.files[file] if name in self._others]
 
     @cached_property
     def total_bytes(self) -> int:
-        """The bytes of the data of all tensors."""
+        """Size of the data of all tensors (bytes)."""
         return self.size_bytes([*self.shapes, *self._others])
 
     @cached_property
     def tensors(self) -> int:
-        """The tensors that the files hold."""
+        """Number of tensors in the files."""
         return len({tensor_of(name) for name in (*self.shapes, *self._others)})
 
     def is_whole(self, folder: Path, file: str) -> bool:
-        """Return whether a file is there, as far as its size and header tell."""
+        """Return whether a file is complete, as far as its size and header show."""
         path = folder / file
         if not path.is_file():
             return False
@@ -178,24 +179,25 @@ class SafetensorsWriter:
     def write(
         self, folder: Path, write_tensors: WriteTensors, label: str, *, writers: int = 1, progress: bool = True
     ) -> tuple[int, int]:
-        """Write every file that is not there whole, and the index if there are several.
+        """Write every file that is not complete yet, and the index if there are several files.
 
-        A file gets its own name only when it is whole and on the disk.
+        A file gets its final name only when it is complete and on disk.
 
         Args:
-            folder: an existing folder.
-            write_tensors: writes the data of one file; with several writers, called in several threads at once.
-            label: what the progress line and a full disk's error call the work.
-            writers: files to write at a time.
-            progress: whether to show how far it is, on stderr.
+            folder: existing folder.
+            write_tensors: function that writes the data of one file; with several writers, it runs in several threads
+                at once.
+            label: name of the work in the progress line and in the error about a full disk.
+            writers: number of files to write in parallel.
+            progress: whether to show progress on stderr.
 
         Returns:
-            How many files were kept, and the bytes of the data written.
+            The number of files that were kept, and the size of the data that was written (bytes).
 
         Raises:
-            UpcycleError: the disk has no room.
+            UpcycleError: the disk has too little space.
         """
-        clear_unfinished(folder, f"*{_UNFINISHED}")  # before the free space is looked at
+        clear_unfinished(folder, f"*{_UNFINISHED}")  # before the free space is checked
         todo = [file for file in self.files if not self.is_whole(folder, file)]
         todo_bytes = sum(self.size_bytes(self.files[file]) for file in todo)
         kept = len(self.files) - len(todo)
@@ -212,7 +214,7 @@ class SafetensorsWriter:
     def _write_files(
         self, folder: Path, todo: list[str], write_tensors: WriteTensors, writers: int, line: ProgressLine
     ) -> None:
-        """Write several files at a time; the first that fails stops all, and no half-written one stays."""
+        """Write several files in parallel. The first failure stops all writers, and no half-written file stays."""
         stopped, counting = threading.Event(), threading.Lock()
 
         def advance(tensors: int) -> None:
@@ -239,7 +241,7 @@ class SafetensorsWriter:
             try:
                 for job in as_completed([pool.submit(write, file) for file in todo]):
                     job.result()
-            except BaseException:  # an interrupt, too
+            except BaseException:  # also after an interrupt
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
                 raise

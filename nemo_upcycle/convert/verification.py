@@ -1,9 +1,9 @@
 """Compare a dense model with the MoE model that was made from it, from their two Hugging Face folders.
 
-Weights are compared matrix by matrix, as a stream: this tells what was done to them. Logits are compared on real text,
-in float32 with Hugging Face's own implementations: this tells whether both compute the same function. Where experts
-share a row of the router, the routing is compared in the MoE model's own type, too: in 16 bits top-k may choose only
-some of the experts that share a row.
+Weights are compared matrix by matrix, as a stream, which shows how they were changed. Logits are compared on real
+text, in float32 with Hugging Face's own implementations, which shows whether both models compute the same function. If
+experts share a router row, the routing is also compared in the MoE model's own type, because in 16 bits top-k may
+choose only some of the experts that share a row.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Largest difference of logits, over the largest logit, that rounding makes of two float32 implementations.
+#: Largest difference of logits, over the largest logit, that rounding causes between two float32 implementations.
 TOLERANCE = 1e-4
 WINDOWS, WINDOW_TOKENS = 2, 256
-#: A few paragraphs of several kinds, the package's own.
+#: The package's own sample text: a few paragraphs of several kinds.
 _SAMPLE = Path(__file__).with_name("sample.txt")
 
 
 @dataclass(frozen=True)
 class TornTokens:
-    """Tokens to which top-k gives parts of several networks in some layer, in a model of that type.
+    """Tokens for which top-k chooses parts of several networks in some layer, in a model of one type.
 
     Args:
-        dtype: the type.
-        tokens: how many were routed.
-        torn: how many of them got parts.
-        share: torn over tokens.
+        dtype: type of the model.
+        tokens: number of tokens that were routed.
+        torn: number of tokens that got parts of networks.
+        share: torn / tokens.
     """
 
     dtype: str
@@ -57,9 +57,9 @@ class TornTokens:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; `equal` is by the logits in float32 where they were compared, else by the weights.
+    """The result of `verify`. The float32 logits decide `equal` if they were compared, otherwise the weights do.
 
-    Torn tokens do not change it: they depend on the type in which a server routes, not on the weights.
+    Torn tokens do not change `equal`, because they depend on the type in which a server routes, not on the weights.
     """
 
     dense: Path
@@ -86,16 +86,16 @@ def verify(
     """Compare a dense Hugging Face folder with the MoE folder made from it.
 
     Args:
-        dense: the parent, with its tokenizer.
-        moe: its class is in `models/families`.
-        layers: whether to compare what every layer hands on, to find where the models part.
-        logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
-            as well; else only weights are compared.
-        expert_utility: for a parent with experts, the file that says which have more copies, if there was one.
+        dense: folder of the parent, with its tokenizer.
+        moe: folder of the MoE model, whose class is in `models/families`.
+        layers: whether to compare the outputs of every layer, to find where the models diverge.
+        logits: whether to load and run the models, one after the other, in float32, and also in its own type a model
+            whose experts share router rows; otherwise only weights are compared.
+        expert_utility: for a parent with experts, the file that gives some experts more copies, if it was used.
 
     Raises:
-        CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
-        UpcycleError: a model does not fit into memory, or there is no tokenizer or a damaged one.
+        CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is from another parent.
+        UpcycleError: a model does not fit into memory, or a tokenizer is missing or damaged.
 
     Example:
         >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
@@ -117,7 +117,7 @@ def verify(
             check_tokenizer(dense)
             check_tokenizer(moe)
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
-        # a wrong tokenizer shows before the long work
+        # tokenize first, so that a wrong tokenizer fails before the long work
         tokens_BS = _tokens(dense, child.architecture) if logits else None
         weights = compare_weights(parent, child, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
@@ -149,11 +149,11 @@ def _require_memory(needed_bytes: int) -> None:
 
 
 def _tokens(dense: Path, moe_arch: Architecture) -> torch.Tensor:
-    """Return token ids of the package's text, [B, S], in sequences that the MoE model can take."""
+    """Return token ids of the package's sample text, [B, S], in sequences that the MoE model can take."""
     try:
         with errors_only():
             tokenizer = load_tokenizer(dense)
-    except Exception as error:  # a damaged file makes the tokenizers library raise just that
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UpcycleError(
             f"Folder {dense}",
             kind="missing",
@@ -197,14 +197,14 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 def _count_torn(
     folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, network_E: list[int]
 ) -> TornTokens:
-    """Count the tokens for which top-k, as transformers does it, does not take whole networks in some layer.
+    """Count the tokens for which top-k, as transformers does it, does not choose whole networks in some layer.
 
     Args:
-        folder: the MoE model's.
-        moe_arch: its architecture.
-        tokens_BS: what it is run on.
-        dtype: in which it is.
-        network_E: the network that each expert is a part of, or the parent's expert that it is a copy of.
+        folder: folder of the MoE model.
+        moe_arch: architecture of the MoE model.
+        tokens_BS: token ids to run the model on.
+        dtype: type to run the model in.
+        network_E: for each expert, the network that it is a part of, or the parent's expert that it copies.
     """
     top_k = moe_arch.top_k or 1
     whole = min(top_k, network_E.count(0))
@@ -224,7 +224,7 @@ def _count_torn(
 
 @torch.no_grad()
 def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> Any:
-    """Run a model in float32, for its logits [B, S, V] and, if asked for, what its layers hand on."""
+    """Run a model in float32. Return its logits [B, S, V] and, if requested, the outputs of its layers."""
     with errors_only():
         model = load_model(folder, dtype=torch.float32).eval()
         return model(tokens_BS, use_cache=False, output_hidden_states=layers)
@@ -232,11 +232,12 @@ def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> Any:
 
 @contextmanager
 def _router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Tensor]]:
-    """Collect what the routers of a Hugging Face model give for each token, [T, E] for every MoE layer.
+    """Collect the router logits of a Hugging Face model for each token, [T, E] for every MoE layer.
 
     Args:
-        model: the model; what it computes inside the context is collected.
-        moe_arch: its architecture. Routers compute in float32 or in the model's type, as their kind says.
+        model: the model; its computations inside the context are collected.
+        moe_arch: architecture of the model. The router's kind decides whether it computes in float32 or in the model's
+            type.
     """
     (weight,) = mapping_of("router", moe_arch).hf
     collected: list[torch.Tensor] = []
@@ -250,7 +251,7 @@ def _router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Te
     layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
     named = dict(model.named_modules())
     routers = [weight.format(layer=layer).removesuffix(".weight") for layer in layers]
-    if not named.keys() >= set(routers):  # transformers 5 has one name for the block of every class
+    if not named.keys() >= set(routers):  # transformers 5 has one name for the MoE block of every class
         routers = [name.replace(".block_sparse_moe.", ".mlp.") for name in routers]
     hooks = [named[name].register_forward_pre_hook(collect) for name in routers]
     try:

@@ -1,4 +1,4 @@
-"""What stands around an upcycled text model as around its parent: the other parts, byte for byte, and names."""
+"""The parts of a model outside its text model, copied from the parent byte for byte, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
 _EMBEDDING = "embed_tokens.weight"
-#: Which servers do not serve such a model, as `server_caveats` says it.
+#: Caveat about servers for such a model, in the form of `server_caveats`.
 CAVEAT = "vLLM, SGLang, llama.cpp: not tried with experts in a vision-language model"
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The parts beside a text model of experts, and how its tensors are called among them.
+    """The parts outside a text model with experts, and the names of the text model's tensors beside these parts.
 
     Args:
-        wrapper: the class around it.
-        others: their tensors.
-        body: what the names of the text model's tensors begin with, but for the output layer's.
-        moe_arch: the text model as the class has it.
+        wrapper: class that holds all parts.
+        others: tensors of the other parts.
+        body: prefix of the text model's tensor names, except the output layer's.
+        moe_arch: architecture of the text model as the class has it.
     """
 
     wrapper: Wrapper
@@ -38,11 +38,13 @@ class Whole:
 
     @classmethod
     def of(cls, dense: DenseSource, moe_arch: Architecture) -> Whole | None:
-        """Find what stands beside a parent's text model; None for nothing, or where `unseen_because` says why.
+        """Find the parts outside a parent's text model.
+
+        Return None if there are none, or if `unseen_because` gives a reason.
 
         Args:
-            dense: the parent.
-            moe_arch: what is made of its text model.
+            dense: open parent.
+            moe_arch: architecture of the upcycled text model.
         """
         parent = wrapper_of(read_json(dense.path / "config.json"))
         names = tensor_names(dense.path)
@@ -52,14 +54,14 @@ class Whole:
         body = next(found, f"model.{_EMBEDDING}").removesuffix(_EMBEDDING)
         wrapper = parent.around_experts
         assert wrapper
-        own = find_family(wrapper.hf_class)  # where its text model has no class of its own
+        own = find_family(wrapper.hf_class)  # if its text model has no class of its own
         moe_arch = replace(moe_arch, hf_class=own.hf_class) if own else moe_arch
         others = tuple(other for other in dense.others() if other.part != MTP)
         return cls(wrapper, others, body, moe_arch)
 
     @classmethod
     def of_folder(cls, dense: Path, moe_arch: Architecture) -> Whole | None:
-        """Return the same of a parent's Hugging Face folder; None where that has no weights, too."""
+        """Find the same parts in a parent's Hugging Face folder. Return None also if the folder has no weights."""
         config = dense / "config.json"
         if not config.is_file() or wrapper_of(read_json(config)) is None or tensor_names(dense) is None:
             return None
@@ -68,22 +70,24 @@ class Whole:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of all other parts."""
+        """Size of all other parts (bytes)."""
         return sum(other.size_bytes for other in self.others)
 
     def called(self, name: str) -> str:
-        """Give the name of a text model's tensor in the whole model, spelled as the parent spells it."""
+        """Return the name of a text model's tensor in the whole model, spelled as the parent spells it."""
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
         return f"language_model.{name}" if self.body == "language_model.model." else name
 
 
 def unseen_because(dense: Path, moe_arch: Architecture) -> str:
-    """Say why no class holds what stands beside a parent's text model around experts; "" if one does, or for nothing.
+    """Return why no class holds the parts outside a parent's text model together with experts.
+
+    The result is "" if a class holds them, or if there are no such parts.
 
     Args:
-        dense: the parent's Hugging Face folder.
-        moe_arch: what is made of its text model.
+        dense: Hugging Face folder of the parent.
+        moe_arch: architecture of the upcycled text model.
     """
     config = dense / "config.json"
     parent = wrapper_of(read_json(config)) if config.is_file() else None
@@ -100,9 +104,9 @@ def copy_others(file: StreamedFile, others: list[OtherTensor], advance: Callable
     """Append tensors to a file, byte for byte.
 
     Args:
-        file: the open file, with its header.
-        others: the tensors.
-        advance: is told how many more are written.
+        file: open file, after its header.
+        others: tensors to copy.
+        advance: called with the number of tensors that were just written.
     """
     for other in others:
         with Path(other.path).open("rb") as handle:

@@ -12,17 +12,17 @@ from torch.optim.adamw import adamw
 
 
 class FusedCpuAdam(torch.optim.Optimizer):
-    """Adam or AdamW whose step count is one number a parameter group, as in Apex and Transformer Engine.
+    """Adam or AdamW with one step count per parameter group, as in Apex and Transformer Engine.
 
-    With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved (each parameter's zero-dimensional
-    `step` fails an assertion) and, once loaded, shares one `step` tensor between all parameters, which then counts the
-    update of every one. With the count in the group neither arises, and the optimizer's part of a checkpoint is what a
-    GPU run writes and reads.
+    With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved, because each parameter's
+    zero-dimensional `step` fails an assertion. Once loaded, the optimizer shares one `step` tensor between all
+    parameters, which then counts the update of every parameter. With the count in the group neither problem arises,
+    and the optimizer's part of a checkpoint is the same as a GPU run writes and reads.
 
     Args:
         params: float32 CPU parameters or parameter groups.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        adam_w_mode: decoupled weight decay (AdamW) or L2 regularisation (Adam).
+        adam_w_mode: True for decoupled weight decay (AdamW), False for L2 regularisation (Adam).
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class FusedCpuAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient; return what `closure` gave, if there is one.
+        """Update the parameters that have a gradient; return the result of `closure`, if there is one.
 
-        First return to the system what the backward pass has freed: the gaps between its tensors do not fit those of
-        the next step, and a rank of the demo would grow by 0.3 GiB.
+        First give the freed memory of the backward pass back to the system, because the gaps between its tensors do
+        not fit the tensors of the next step. Otherwise a rank of the demo would grow by 0.3 GiB.
         """
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # only glibc has it
             trim(0)
         loss = None
         if closure is not None:

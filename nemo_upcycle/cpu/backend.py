@@ -7,9 +7,9 @@
     trainer = nl.Trainer(accelerator="cpu", devices=2, strategy=nl.MegatronStrategy(expert_model_parallel_size=2), ...)
     llm.train(model, data, trainer, optim=optim, tokenizer="data")
 
-A checkpoint's `context` records the configuration as the user wrote it, as on a GPU; what needs CUDA or Transformer
-Engine is switched off in the object when it is made. `patches` supplies what Megatron and NeMo expect of CUDA itself,
-one function for each matter. Where there is a CUDA device, no patch is imported.
+A checkpoint's `context` records the configuration as the user wrote it, as on a GPU. Settings that need CUDA or
+Transformer Engine are switched off in the configuration object when it is made. `patches` supplies whatever Megatron
+and NeMo expect of CUDA itself, with one function for each matter. If there is a CUDA device, no patch is imported.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Package of a trainer -> the folder of this package whose module `cpu_patches` holds the patches of that trainer.
+#: Package of a trainer -> the folder of this package whose module `cpu_patches` has the patches for that trainer.
 _TRAINERS = {"nemo": "nemo_upcycle.trainers.nemo", "megatron.bridge": "nemo_upcycle.trainers.bridge"}
 _installed = False
 
 
 def use_cpu_backend() -> bool:
-    """Let Megatron and NeMo run in this process without CUDA; call it once, before a model or a trainer is made.
+    """Let Megatron and NeMo run in this process without CUDA; call it once, before making a model or a trainer.
 
-    Does nothing where CUDA is available, and nothing the second time.
+    It does nothing if CUDA is available, or if it was called before.
 
     Returns:
         Whether this process now computes on the CPU.
@@ -62,8 +62,8 @@ def use_cpu_backend() -> bool:
 def cpu_has_fast_bf16() -> bool:
     """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
 
-    Where it does, `bf16-mixed` is faster than `32`; where it does not, it is slower. A torch that cannot be asked
-    gives False, which costs time but never exactness.
+    If the processor does, `bf16-mixed` is faster than `32`; otherwise `bf16-mixed` is slower. If torch cannot be
+    asked, the answer is False, which costs time but never exactness.
     """
     ask: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)
     return ask is not None and any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -1,4 +1,4 @@
-"""Write checkpoints on a CPU, where Megatron 0.15 would fork a writer for each file, later releases start a server."""
+"""Write checkpoints on a CPU without Megatron's extra processes: a fork per file (0.15), or a server (later)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import torch
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-_PR_SET_PDEATHSIG = 1  # of Linux: sys/prctl.h
+_PR_SET_PDEATHSIG = 1  # Linux only, from sys/prctl.h
 
 
 def write_checkpoints_without_threads() -> None:
-    """Write a checkpoint in the process that asks for it: in this one, or for an asynchronous save in its one child.
+    """Write a checkpoint in the process that asks for it: this process, or the one child of an asynchronous save.
 
-    Without it the first save hangs wherever this process computes with more than one thread: Megatron forks a writer
-    for each file, and a tensor that is copied there waits for OpenMP threads that no fork takes along. And each rank
-    would spawn one more process to collect the reports, which imports NeMo for ten seconds. Later releases write with
-    threads, and spawn that process.
+    Without this patch the first save hangs if this process computes with more than one thread: Megatron forks a writer
+    for each file, and copying a tensor in a fork waits for OpenMP threads, which a fork does not take along. Each rank
+    would also spawn one more process to collect the reports, which imports NeMo for ten seconds. Later releases write
+    with threads, but still spawn that process.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -58,7 +58,7 @@ def write_checkpoints_without_threads() -> None:
 
 
 class _Later:
-    """Stand for a tensor while Megatron plans what to write; its device says that no copy is needed."""
+    """Stands in for a tensor while Megatron plans a save; its device tells Megatron that no copy is needed."""
 
     device = torch.device("meta")
 
@@ -71,9 +71,10 @@ class _Later:
 
 
 def copy_views_as_they_are_written() -> None:
-    """Copy a parameter that is a view of a buffer just before it is written, instead of all of them beforehand.
+    """Copy a parameter that is a view of a buffer just before it is written, instead of all parameters beforehand.
 
-    Without it a save needs 2 GB more on each rank of the demo. (Without a copy, the whole buffer would be written.)
+    Without this patch a save needs 2 GB more on each rank of the demo. (Without any copy, the whole buffer would be
+    written.)
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -94,7 +95,7 @@ def copy_views_as_they_are_written() -> None:
             for path, key, (data, tensors) in self.write_buckets
         ]
 
-    @functools.wraps(write)  # Megatron looks at its signature
+    @functools.wraps(write)  # Megatron looks at the function's signature
     def write_copy(*args: Any, **kwargs: Any) -> Any:
         return write(*(_copied(arg) if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
 
@@ -103,21 +104,21 @@ def copy_views_as_they_are_written() -> None:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy that owns its memory, made without OpenMP, whose threads do not survive a fork."""
+    """Return a copy that owns its memory, made without OpenMP, because OpenMP's threads do not survive a fork."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     ctypes.memmove(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes)
     return copy
 
 
 def _end_with_parent() -> None:
-    """Let this forked writer end when the training is killed: the next start may write to the same place."""
+    """End this forked writer when the training is killed, because the next start may write to the same place."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class FolderQueue:
-    """Pass pickled values of any size to this process from itself and its forks, in the order of their arrival.
+    """Passes pickled values of any size to this process from itself and its forks, in the order of their arrival.
 
     A `multiprocessing.Queue` would hang: its pipe holds 64 KiB, and Megatron joins the fork before it reads.
 

@@ -1,4 +1,4 @@
-"""What a model configuration asks of CUDA and Transformer Engine, and its value without them."""
+"""The settings of a model configuration that need CUDA or Transformer Engine, and their values without them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 # Fields of Megatron's and NeMo's configurations whose usual value needs CUDA, Apex or Transformer Engine.
 CPU_FIELDS: dict[str, Any] = {
     "apply_rope_fusion": False,
-    "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
+    "batch_p2p_comm": False,  # it would swap the two messages between two stages that are interleaved
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
     "fp8_param": False,
@@ -25,20 +25,22 @@ CPU_FIELDS: dict[str, Any] = {
     "persist_layer_norm": False,
     "tp_comm_overlap": False,
     "use_transformer_engine_full_layer_spec": False,
-    # A pipeline stage's output must outlive the send that reads it: gloo sends from its own thread, with no stream
-    # that would keep the memory until then.
+    # A pipeline stage's output must outlive the send that reads it: gloo sends from its own thread, and no stream
+    # keeps the memory until then.
     "deallocate_pipeline_outputs": False,
 }
 
 
 def configure_for_cpu(config: Any) -> None:
-    """Switch off, in place, what a NeMo or Megatron model configuration asks of CUDA and Transformer Engine.
+    """Switch off, in place, the settings of a model configuration that need CUDA or Transformer Engine.
 
-    The CPU backend does this to every configuration as it is made, unseen by the checkpoint's `context`. It is needed
-    for an object made before the backend is installed; on a `run.Config` it makes the choice visible, and recorded.
+    The CPU backend does this to every configuration when it is made; the checkpoint's `context` does not show the
+    change. Call this function for an object that was made before the backend was installed. On a `run.Config` it makes
+    the choice visible, and recorded.
 
     Args:
-        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one. Fields it does not have are left.
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of either; fields that it lacks are
+            skipped.
 
     Example:
         >>> configure_for_cpu(recipe.model.config)  # doctest: +SKIP
@@ -50,17 +52,17 @@ def configure_for_cpu(config: Any) -> None:
             setattr(config, name, value)
     is_silu = getattr(config, "activation_func", None) is torch.nn.functional.silu
     if "bias_activation_fusion" in names and not (is_silu and getattr(config, "gated_linear_unit", False)):
-        config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
+        config.bias_activation_fusion = False  # with experts, Megatron fuses only SwiGLU
     if "transformer" in names:  # a builder's configuration
         configure_for_cpu(config.transformer)
     if "transformer_layer_spec" in names:
         config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
     if "hybrid_stack_spec" in names:
         stack = local_hybrid_stack_with_qk_norm if config.qk_layernorm else local_hybrid_stack
-        config.hybrid_stack_spec = stack() if "transformer" in names else stack  # a provider calls it
+        config.hybrid_stack_spec = stack() if "transformer" in names else stack  # a provider calls the function
 
 
-#: Where NeMo and Megatron-Bridge have their layer specs, under the same names.
+#: Modules in which NeMo and Megatron-Bridge have their layer specs, under the same names.
 _LAYER_SPECS = ("nemo.collections.llm.gpt.model.base", "megatron.bridge.models.gpt_provider")
 _WITH_TRANSFORMER_ENGINE = (
     "default_layer_spec",
@@ -70,14 +72,14 @@ _WITH_TRANSFORMER_ENGINE = (
 
 
 def _local_layer_spec(spec: Any) -> Any:
-    """Return NeMo's, Bridge's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
+    """Replace NeMo's, Bridge's or Megatron's own spec with Transformer Engine by their spec without it."""
     if spec is None:  # a builder's default
         return _local_layers
     module = getattr(spec, "__module__", None)
     if module in _LAYER_SPECS and spec.__name__ in _WITH_TRANSFORMER_ENGINE:
         return sys.modules[module].local_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
-        return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
+        return functools.partial(spec, use_transformer_engine=False)  # the form of mixed dense and MoE layers
     return spec
 
 
@@ -102,7 +104,7 @@ def local_hybrid_stack() -> Any:
 
 
 def local_hybrid_stack_with_qk_norm() -> Any:
-    """Return the same with norms of query and key."""
+    """Return the same layers with query and key norms."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     spec = local_hybrid_stack()

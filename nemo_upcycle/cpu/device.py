@@ -1,4 +1,4 @@
-"""Let torch compute on a CPU what was written for CUDA: devices, streams, type names."""
+"""Let code that was written for CUDA run on a CPU: devices, streams, type names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Make tensors on the CPU where code names CUDA; leave every other call alone."""
+    """Makes tensors on the CPU if code names CUDA, and leaves every other call alone."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """The only stream of a CPU: everything asked of it before has been done."""
+    """The only stream of a CPU: all earlier work has already been done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -49,7 +49,7 @@ class _Stream:
         """Return at once."""
 
     def record_event(self) -> _Stream:
-        """Return something to synchronize on."""
+        """Return an object to synchronize on."""
         return self
 
 
@@ -57,10 +57,11 @@ _DEVICE_MODE = _CudaMeansCpu()
 
 
 def place_tensors_on_cpu() -> None:
-    """Answer what code asks of `torch.cuda`, and read a CUDA device as the CPU.
+    """Answer calls to `torch.cuda`, and read a CUDA device as the CPU.
 
-    Without it nearly every module fails: "Torch not compiled with CUDA enabled". Only calls that would raise on this
-    machine are changed, so code outside Megatron and NeMo runs as before; each torch call takes a microsecond longer.
+    Without this patch nearly every module fails: "Torch not compiled with CUDA enabled". Only calls that would raise
+    on this machine are changed, so code outside Megatron and NeMo runs as before. Each torch call takes a microsecond
+    longer.
     """
     stream = _Stream()
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
@@ -72,7 +73,7 @@ def place_tensors_on_cpu() -> None:
 
 
 class _CudaTypeNames(TorchFunctionMode):
-    """Report a CPU tensor's type as the CUDA type of the same element: `torch.cuda.FloatTensor`."""
+    """Reports a CPU tensor's type as the CUDA type of the same element: `torch.cuda.FloatTensor`."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +85,7 @@ class _CudaTypeNames(TorchFunctionMode):
 
 
 def with_cuda_type_names(function: Callable) -> Callable:
-    """Return `function` so that, while it runs, a CPU tensor's `type()` is spelled as that of a CUDA tensor."""
+    """Wrap a function so that, while it runs, the `type()` of CPU tensors is spelled as for CUDA tensors."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Megatron's local linear layers in FP8: their three products, and where Megatron switches FP8 on.
+"""Megatron's local linear layers in FP8: their three products, and the places where Megatron switches FP8 on.
 
-A layer of Megatron's computes in FP8 where its Transformer Engine twin would: inside the context that Megatron itself
-enters for a block or a layer, which leaves out first and last layers in BF16, embeddings and the output layer. Routers
-and norms are no linear layers of Megatron's. Products are summed up in float32 over quantised numbers.
+A Megatron layer computes in FP8 if its Transformer Engine twin would. That is inside the context that Megatron itself
+enters for a block or a layer. The context leaves out first and last layers in BF16, embeddings and the output layer.
+Routers and norms are not linear layers of Megatron. Products are summed in float32 over quantised numbers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _FORWARD, _BACKWARD = slice(INPUT, GRADIENT), slice(GRADIENT, GRADIENT + 1)
 
 @dataclass
 class _Now:
-    """What holds at this point of a pass.
+    """The state at the present point of a pass.
 
     Attributes:
-        recipe: what linear layers compute in; None: the type of their inputs.
+        recipe: recipe of the linear layers; None: they compute in the type of their inputs.
         first: whether no layer has computed since the context was entered.
-        tape: scales of layers whose activations are recomputed, in their order.
-        replays: whether they are taken from the tape.
+        tape: scales of layers whose activations are recomputed, in the order of the layers.
+        replays: whether scales are taken from the tape.
     """
 
     recipe: Fp8Recipe | None = None
@@ -60,7 +60,7 @@ def computing(recipe: Fp8Recipe | None) -> Iterator[None]:
 
 
 class _Fp8Product(torch.autograd.Function):
-    """x W^T + b, with a gradient for each, from quantised operands."""
+    """Computes x W^T + b from quantised operands, with a gradient for each operand."""
 
     @staticmethod
     def forward(  # noqa: PLR0913 - the context and eight more
@@ -104,13 +104,13 @@ class _Fp8Product(torch.autograd.Function):
             weight_grad = weight_grad.to(ctx.types[0])
         if ctx.needs_input_grad[2]:
             bias_grad = grad_TO.float().sum(0).to(ctx.types[1])
-        if state is not None and ctx.is_first:  # the last to come back
+        if state is not None and ctx.is_first:  # the first layer's gradient comes last
             update_scales(recipe, _BACKWARD)
         return x_grad, weight_grad, bias_grad, None, None, None, None, None
 
 
 def _forward(module: Any, recipe: Fp8Recipe, call: dict[str, Any]) -> torch.Tensor:
-    """Compute what Megatron's linear layer is called for, with the same communication."""
+    """Compute the product of a Megatron linear layer in FP8, with the same communication."""
     from megatron.core.tensor_parallel import mappings
 
     x, weight, bias = call["input"], call["weight"], call["bias"]
@@ -140,9 +140,9 @@ def _state_of(module: Any, recipe: Fp8Recipe) -> DelayedScales:
 def _delayed_scales(
     module: Any, state: DelayedScales, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scales of this pass, and record its largest numbers for later ones.
+    """Return the scales of this pass, and record its largest numbers for later passes.
 
-    A weight is quantised once in a step, as Transformer Engine keeps it for further micro-batches.
+    A weight is quantised once per step, as in Transformer Engine, which keeps the result for further micro-batches.
     """
     if _now.tape is not None and _now.replays:
         return _now.tape.popleft(), _now.tape.popleft()
@@ -158,7 +158,7 @@ def _delayed_scales(
 
 
 def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> AbstractContextManager[None]:
-    """Do for the local layers what Megatron's `get_fp8_context` does on a GPU; refuse what `get_fp4_context` does."""
+    """Replace Megatron's `get_fp8_context` for the local layers, and refuse the FP4 of `get_fp4_context`."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     if is_init or not (config.fp8 or config.fp4) or is_first_last_bf16_layer(config, layer_no):
@@ -184,7 +184,7 @@ def _checkpoint(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Recompute activations as Transformer Engine's `checkpoint` does: in FP8, with the scales of the first time."""
+    """Recompute activations as Transformer Engine's `checkpoint` does: in FP8, with the scales of the first pass."""
     from megatron.core import tensor_parallel
 
     recipe, passes = _now.recipe, 0
@@ -218,10 +218,11 @@ def _or_in_fp8(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def emulate_fp8() -> None:
-    """Compute in FP8 what a recipe's `fp8_recipe` asks for, in Megatron's local layers; refuse `fp4_recipe`.
+    """Emulate a recipe's `fp8_recipe` in Megatron's local layers, and refuse `fp4_recipe`.
 
-    Without it a recipe in FP8 trains in BF16; with experts it does not start where Transformer Engine is missing
-    (Megatron compares its version with None), nor recompute where it is there (its `checkpoint` wants CUDA).
+    Without this patch an FP8 recipe trains in BF16. With experts, the recipe does not start if Transformer Engine is
+    missing (Megatron compares its version with None), and it cannot recompute if Transformer Engine is installed (its
+    `checkpoint` needs CUDA).
     """
     from megatron.core import fp4_utils, fp8_utils, utils
     from megatron.core.extensions import transformer_engine
@@ -229,7 +230,7 @@ def emulate_fp8() -> None:
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import moe_layer
 
-    utils._te_version = utils.get_te_version() or Version("1.11")  # the first whose experts Megatron lets be in FP8
+    utils._te_version = utils.get_te_version() or Version("1.11")  # the first with which Megatron allows FP8 experts
     for name, stock in {
         "get_fp8_context": fp8_utils.get_fp8_context,
         "get_fp4_context": fp4_utils.get_fp4_context,
@@ -238,11 +239,11 @@ def emulate_fp8() -> None:
             if getattr(module, "__dict__", {}).get(name) is stock:
                 setattr(module, name, _context)
     transformer_engine.te_checkpoint = transformer_block.te_checkpoint = moe_layer.te_checkpoint = _checkpoint
-    if find_spec("megatron.core.recompute"):  # of later releases
+    if find_spec("megatron.core.recompute"):  # only in later releases
         from megatron.core import recompute
 
         recompute.te_checkpoint = _checkpoint
-    remember = random.CheckpointWithoutOutput.__init__  # of norms and activations, which multiply nothing
+    remember = random.CheckpointWithoutOutput.__init__  # for norms and activations, which have no products
     random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: remember(self, fp8=None)
     for linear in (layers.ColumnParallelLinear, layers.RowParallelLinear):
         linear._forward_impl = _or_in_fp8(linear._forward_impl)

@@ -1,4 +1,4 @@
-"""What emulated FP8 loses in a step: the largest numbers, and the shares that become zero or are cut."""
+"""The losses of emulated FP8 in a step: the largest numbers, and the shares that become zero or are clipped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from nemo_upcycle.cpu import fp8_recipe
 from nemo_upcycle.cpu.fp8_quantize import Quantized
 
 
-#: By the columns of a layer's state.
+#: Column of a layer's state -> name of the operand.
 _ROLES = {fp8_recipe.INPUT: "input", fp8_recipe.WEIGHT: "weight", fp8_recipe.GRADIENT: "gradient"}
 
 
 class Fp8Losses:
-    """Counts what the linear layers of this rank quantise in training; a `monitoring.step_metrics.Probe`.
+    """Counts the numbers that this rank's linear layers quantise in training; a `monitoring.step_metrics.Probe`.
 
-    Recomputed layers are counted again, which changes no share. Scales of their own leave no number to be cut: only
-    delayed scaling, whose scales are of earlier passes, saturates.
+    Recomputed layers are counted again, which changes no share. An operand with a scale of its own has no number to
+    clip. Only delayed scaling, whose scales come from earlier passes, saturates.
 
     Example:
         >>> losses = watch_fp8(config)  # doctest: +SKIP
@@ -27,17 +27,17 @@ class Fp8Losses:
     """
 
     def __init__(self) -> None:
-        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # numbers but zeros; of them lost, and cut
+        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # numbers: not zero, lost, clipped
         self._largest = torch.zeros(len(_ROLES), dtype=torch.float64)
 
     def count(self, role: int, x_RC: torch.Tensor, made: Quantized, *, has_own_scale: bool) -> None:
-        """Take up an operand.
+        """Count the numbers of an operand.
 
         Args:
-            role: what it is.
-            x_RC: its numbers.
-            made: what became of them.
-            has_own_scale: whether its scale is of its own largest number.
+            role: column of the operand in a layer's state.
+            x_RC: numbers before quantisation, [R, C].
+            made: the quantised operand.
+            has_own_scale: whether the operand's scale follows from its own largest number.
         """
         if not x_RC.numel():
             return
@@ -49,7 +49,7 @@ class Fp8Losses:
         self._largest[role] = max(self._largest[role], size.amax())
 
     def local(self) -> dict[str, torch.Tensor]:
-        """Return this rank's part since the last call, to be summed over all ranks."""
+        """Return this rank's counts since the last call, to be summed over all ranks."""
         largest = torch.zeros(torch.distributed.get_world_size(), len(_ROLES), dtype=torch.float64)
         largest[torch.distributed.get_rank()] = self._largest
         parts = {"fp8_counts": self._counts.clone(), "fp8_largest": largest}
@@ -58,7 +58,7 @@ class Fp8Losses:
         return parts
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return of each operand the largest number, and the shares of its numbers but zeros that are lost and cut."""
+        """Return each operand's largest number, and the shares of its nonzero numbers that are lost and clipped."""
         found = {}
         for role, name in _ROLES.items():
             numbers, lost, cut = summed["fp8_counts"][role].tolist()

@@ -1,8 +1,8 @@
-"""Numbers of 8 bits and the scales of their blocks, to the bit as Transformer Engine's kernels make them.
+"""Numbers of 8 bits and the scales of their blocks, bit-identical to the results of Transformer Engine's kernels.
 
-By Transformer Engine's sources at d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a block,
-`common/util/ptx_arch_spec.cuh` for the exponents of MXFP8, and the saturating conversions of CUDA, which round to the
-nearest and ties to even.
+The sources are Transformer Engine's at d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a
+block, and `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8. CUDA's saturating conversions round to the
+nearest, and ties to even.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Quantized(NamedTuple):
     """A matrix in FP8.
 
     Attributes:
-        data: [R, C], in E4M3 or E5M2.
-        scale_inv: float32 [blocks of rows, blocks of columns]: what a block's numbers are multiplied by.
-        block: rows and columns of a block; the last ones may be smaller.
+        data: FP8 numbers in E4M3 or E5M2, [R, C].
+        scale_inv: factor on the numbers of each block, float32 [blocks of rows, blocks of columns].
+        block: rows and columns of a block; the last blocks may be smaller.
     """
 
     data: torch.Tensor
@@ -43,15 +43,15 @@ def quantize(
     power_of_two: bool = False,
     e8m0: bool = False,
 ) -> Quantized:
-    """Quantise a matrix: every number times its block's scale, saturated, rounded to the nearest.
+    """Quantise a matrix: multiply every number by its block's scale, saturate, and round to the nearest.
 
     Args:
         x_RC: the matrix, [R, C].
         dtype: E4M3 or E5M2.
         block: rows and columns of a block.
-        scale: the one scale of all blocks; None: each block's own, by its largest number.
-        power_of_two: round scales down to a power of two.
-        e8m0: scales are powers of two kept in 8 bits, as in MXFP8.
+        scale: one scale for all blocks; None: each block has its own, from its largest number.
+        power_of_two: whether scales are rounded down to a power of two.
+        e8m0: whether scales are powers of two kept in 8 bits, as in MXFP8.
     """
     largest = torch.finfo(dtype).max
     tiles = _tiles(x_RC.float(), block)
@@ -68,16 +68,16 @@ def quantize(
 
 
 def _scales(amax: torch.Tensor, largest: float, highest: float, power_of_two: bool) -> torch.Tensor:
-    """Compute the scales that map `amax` to the largest FP8 number; 1 where all is zero, or not finite."""
-    scales = torch.div(largest, amax)  # `largest / amax` multiplies by a reciprocal, which rounds once more
+    """Compute the scales that map `amax` to the largest FP8 number; 1 if `amax` is zero or not finite."""
+    scales = torch.div(largest, amax)  # `largest / amax` would multiply by a reciprocal, which rounds once more
     scales = torch.where(scales.isinf(), highest, scales)
     if power_of_two:
-        scales = (scales.view(torch.int32) & -(1 << 23)).view(torch.float32)  # sign and exponent alone
+        scales = (scales.view(torch.int32) & -(1 << 23)).view(torch.float32)  # keep only sign and exponent
     return torch.where((amax == 0) | ~amax.isfinite(), 1.0, scales)
 
 
 def _e8m0_scales(amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return MXFP8's scales and their inverses, 2^e: the lowest with which nothing saturates."""
+    """Return MXFP8's scales and their inverses 2^e, with the lowest e at which nothing saturates."""
     bits = (amax * torch.tensor(1 / largest)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
     is_tiny = (exponent == 0) & (mantissa <= 1 << 22)  # at most 2^-127, which exponent 0 stands for

@@ -1,4 +1,4 @@
-"""What each of Megatron's FP8 recipes quantises, in which blocks, and what delayed scaling remembers."""
+"""Megatron's FP8 recipes: which operands they quantise in which blocks, and the state of delayed scaling."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2, Quantized, quantize
 from nemo_upcycle.errors import UpcycleError
 
 
-#: Of a linear layer, in the order of a state's columns.
+#: Operands of a linear layer, in the order of a state's columns.
 INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-#: Counts what a training quantises, where `trainers.monitoring.fp8_statistics.watch_fp8` has set it.
+#: Object that counts the numbers a training quantises, set by `trainers.monitoring.fp8_statistics.watch_fp8`.
 watcher: Any = None
-#: What Transformer Engine would compute in FP8 beside linear layers, or leave out of it.
+#: Settings with which Transformer Engine would use FP8 outside linear layers, or leave a layer out of it.
 _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")
 
 
@@ -29,11 +29,11 @@ class Fp8Recipe:
     """One FP8 recipe.
 
     Attributes:
-        name: Megatron's, one of `RECIPES`.
+        name: Megatron's name of the recipe, one of `RECIPES`.
         gradient: type of output gradients; inputs and weights are E4M3.
-        margin, history, algorithm: of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len` and
-            `fp8_amax_compute_algo`.
-        group: the ranks that share their largest numbers under delayed scaling; None: this one alone.
+        margin, history, algorithm: parameters of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len`
+            and `fp8_amax_compute_algo`.
+        group: ranks that share their largest numbers under delayed scaling; None: this rank alone.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Fp8Recipe:
         """Return the recipe of a Megatron `TransformerConfig` whose `fp8` or `fp4` is set.
 
         Raises:
-            UpcycleError: it asks for what is not emulated.
+            UpcycleError: the configuration asks for a recipe or a setting that is not emulated.
         """
         from megatron.core import parallel_state
 
@@ -82,13 +82,15 @@ class Fp8Recipe:
     def quantize(
         self, x_RC: torch.Tensor, role: int, scale: torch.Tensor | None = None, *, twice: bool = True
     ) -> tuple[Quantized, Quantized]:
-        """Return a matrix as products over its columns need it, and as those over its rows do; both from its numbers.
+        """Quantise a matrix once for products over its columns and once for products over its rows.
+
+        Both results come from the numbers of the matrix itself.
 
         Args:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
-            role: which of them.
-            scale: delayed scaling's.
-            twice: False where only products over its columns follow; then both are the first.
+            role: INPUT, WEIGHT or GRADIENT.
+            scale: scale of delayed scaling; None with other recipes.
+            twice: False if only products over the columns follow; both results are then the first.
         """
         along_columns, along_rows = self._blocks(role, x_RC.shape)
         options: dict[str, Any] = {"scale": scale}
@@ -114,21 +116,21 @@ class Fp8Recipe:
         return whole, whole
 
 
-#: What a layer's state begins with in a checkpoint: a pickled None. Transformer Engine reads that, and no further: a
-#: run that goes on from a CPU's checkpoint on a GPU starts without a history, as from a checkpoint in BF16.
+#: First bytes of a layer's state in a checkpoint: a pickled None. Transformer Engine reads this None, and no further.
+#: A run that resumes from a CPU's checkpoint on a GPU therefore starts without a history, as from a BF16 checkpoint.
 _NOTHING = pickle.dumps(None, protocol=4)
 
 
 class DelayedScales:
-    """What delayed scaling remembers of one linear layer, as Transformer Engine does.
+    """The state of delayed scaling for one linear layer, as in Transformer Engine.
 
     Args:
         length: rows of the history.
 
     Attributes:
-        scale: float32 [3], by role.
-        history: largest numbers, float32 [length, 3]. The first row takes up those of the present pass.
-        weight_scale: what the weight is quantised with throughout a step.
+        scale: scales, float32 [3], by role.
+        history: largest numbers, float32 [length, 3]. The first row collects the numbers of the present pass.
+        weight_scale: scale of the weight throughout a step.
     """
 
     def __init__(self, length: int) -> None:
@@ -138,12 +140,12 @@ class DelayedScales:
         _STATES[next(_NUMBERS)] = self
 
     def record(self, role: int, x: torch.Tensor) -> None:
-        """Take up the largest number of an operand."""
+        """Record the largest number of an operand."""
         if x.numel():
             torch.maximum(self.history[0, role], x.detach().abs().amax().float(), out=self.history[0, role])
 
     def update(self, roles: slice, amax: torch.Tensor, recipe: Fp8Recipe) -> None:
-        """Compute the next scales. An operand that was not seen, or was all zero, keeps its scale and its history."""
+        """Compute the next scales; an operand that was not seen, or was all zero, keeps its scale and its history."""
         history = self.history[:, roles]
         history[0] = amax
         peak = history.amax(0) if recipe.algorithm == "max" else amax
@@ -157,13 +159,13 @@ class DelayedScales:
         self.scale[roles] = torch.where(seen & peak.isfinite() & (peak > 0), scale, self.scale[roles])
 
     def to_bytes(self) -> torch.Tensor:
-        """Return it for a checkpoint, uint8."""
+        """Return the state as bytes (uint8) for a checkpoint."""
         numbers = torch.cat([self.scale[None], self.history])
         return torch.frombuffer(bytearray(_NOTHING + numbers.numpy().tobytes()), dtype=torch.uint8)
 
     @classmethod
     def from_bytes(cls, state: Any) -> DelayedScales | None:
-        """Read what `to_bytes` wrote; None for anything else, such as Transformer Engine's."""
+        """Read a state that `to_bytes` wrote; None for any other state, such as Transformer Engine's."""
         if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
             return None
         data = state.numpy().tobytes()
@@ -175,14 +177,14 @@ class DelayedScales:
         return scales
 
     def resized(self, length: int) -> DelayedScales:
-        """Return it with a history of that length: older rows are dropped, missing ones zero."""
+        """Return the state with a history of another length; older rows are dropped, missing rows are zero."""
         if length != len(self.history):
             self.history = torch.nn.functional.pad(self.history, (0, 0, 0, length - len(self.history)))
         return self
 
 
 _NUMBERS = itertools.count()
-#: Of every layer that has computed in FP8, in the order of their first passes.
+#: States of all layers that have computed in FP8, in the order of their first passes.
 _STATES: weakref.WeakValueDictionary[int, DelayedScales] = weakref.WeakValueDictionary()
 
 

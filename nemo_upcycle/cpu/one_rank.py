@@ -1,4 +1,4 @@
-"""Megatron's process groups for one process: of itself, or of one rank among many that are not there."""
+"""Megatron's process groups for a single process: for itself alone, or for one rank of a simulated cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.planning.layout import Layout
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Set up torch.distributed and Megatron's groups for this process alone, where nobody has yet."""
+    """Set up torch.distributed and Megatron's groups for this process alone, unless they exist already."""
     from megatron.core import parallel_state, tensor_parallel
 
     on_cpu = use_cpu_backend()
@@ -32,10 +32,10 @@ def one_rank() -> Iterator[None]:
 
 @contextmanager
 def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, int]]:
-    """Stand for one rank of a simulated cluster: Megatron's own groups, over a fake back end.
+    """Act as one rank of a simulated cluster, with Megatron's own groups over a fake back end.
 
     Yields:
-        Its ranks in the tp, ep, etp and pp groups, as Megatron counts.
+        The rank's numbers in its tp, ep, etp and pp groups, as Megatron counts.
     """
     from megatron.core import parallel_state as ps
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,8 +1,8 @@
-"""Supply on a CPU what Megatron-Core takes for granted of CUDA: one function for each matter.
+"""Supply on a CPU whatever Megatron-Core takes for granted of CUDA, with one function for each matter.
 
-Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES`, once, and only where
-there is no CUDA device; deleting a line there removes that patch and no other. Megatron's own checks stay: a patch
-gives the code what it asks for, or the value it would have got.
+Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES` once, and only if there
+is no CUDA device. Deleting a line of `PATCHES` removes that patch and no other. Megatron's own checks stay: a patch
+gives the code the value that it asks for, or the value that it would have got.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from nemo_upcycle.cpu.fp8_linear import emulate_fp8
 
 
 def adapt_every_config() -> None:
-    """Configure a model for the CPU as it is made, before Megatron checks it.
+    """Configure a model for the CPU when it is made, before Megatron checks it.
 
-    Without it a stock `Llama3Config8B()` cannot even be constructed: "apply_rope_fusion is not available".
+    Without this patch a stock `Llama3Config8B()` cannot even be constructed: "apply_rope_fusion is not available".
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -40,10 +40,10 @@ def adapt_every_config() -> None:
 
 
 def accept_cpu_parameters() -> None:
-    """Let gradient clipping and the optimizers that keep float32 masters recognise CPU tensors.
+    """Make gradient clipping, and the optimizers that keep float32 masters, recognise CPU tensors.
 
-    They tell bfloat16 from float32 by type names. Without it: an AssertionError in clipping, a TypeError "Wrapped
-    parameters must be one of torch.cuda.FloatTensor" in the optimizers.
+    They tell bfloat16 from float32 by type names. Without this patch: an AssertionError in clipping, and a TypeError
+    "Wrapped parameters must be one of torch.cuda.FloatTensor" in the optimizers.
     """
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -55,10 +55,10 @@ def accept_cpu_parameters() -> None:
 
 
 def use_fused_adam() -> None:
-    """Give Megatron an Adam with the interface of Apex's, computed by torch's fused CPU kernel.
+    """Give Megatron an Adam with the interface of Apex's Adam, computed by torch's fused CPU kernel.
 
-    Without it Megatron falls back to `torch.optim.AdamW`, with which its distributed optimizer can neither save nor
-    resume (see `FusedCpuAdam`).
+    Without this patch Megatron falls back to `torch.optim.AdamW`, and its distributed optimizer can then neither save
+    nor resume (see `FusedCpuAdam`).
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -73,8 +73,8 @@ def use_fused_adam() -> None:
 def load_float32_shards() -> None:
     """Let the distributed optimizer load the state of float32 parameters, which are their own masters.
 
-    Without it: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place operation". A
-    GPU has the same error, but nobody trains in pure float32 there.
+    Without this patch: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place
+    operation". A GPU has the same error, but nobody trains in pure float32 there.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -85,8 +85,8 @@ def load_float32_shards() -> None:
 def track_random_states() -> None:
     """Keep Megatron's named random states as states of the CPU generator, seeded as on a GPU.
 
-    Without it dropout in tensor-parallel regions finds no state. The plain generator stands for the GPU's default one:
-    it is the same on all tensor-parallel ranks.
+    Without this patch dropout in tensor-parallel regions finds no state. The plain generator replaces the GPU's
+    default generator, because both are the same on all tensor-parallel ranks.
     """
     from megatron.core.tensor_parallel import random
 
@@ -107,24 +107,24 @@ def track_random_states() -> None:
                 torch.set_rng_state(outside)
 
     random.CudaRNGStatesTracker = CpuRNGStatesTracker
-    # Activation recomputation saves and restores these two.
+    # Activation recomputation saves and restores random states with these two functions.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
 
 
 class NormAroundZero(torch.nn.RMSNorm):
-    """A norm whose weight is its distance from one."""
+    """A norm that stores its weight as the distance from one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the rows, normalised."""
+        """Return the normalised rows."""
         return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
 
 
 def mark_norms_sequence_parallel() -> None:
     """Let torch's norms work under sequence parallelism, and mark them so that Megatron sums their gradients.
 
-    Without it the local layer spec refuses: "sequence parallel not supported by torch LayerNorm". It refuses norms
-    around zero, too, which Gemma has.
+    Without this patch the local layer spec refuses: "sequence parallel not supported by torch LayerNorm". It also
+    refuses norms around zero, which Gemma has.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -146,10 +146,11 @@ def mark_norms_sequence_parallel() -> None:
 
 
 def compute_without_transformer_engine() -> None:
-    """Let torch multiply in the MoE router, normalise behind the last layer, and measure and scale gradients.
+    """Let torch multiply in the MoE router, normalise after the last layer, and measure and scale gradients.
 
-    Without it: NameError, "te_general_gemm is not defined"; the code asks whether it is None, but nothing sets it. And
-    where Transformer Engine is installed, as Megatron-Bridge asks for, all of these call it and it wants CUDA tensors.
+    Without this patch: NameError, "te_general_gemm is not defined", because the code asks whether it is None but
+    nothing sets it. If Transformer Engine is installed, as Megatron-Bridge requires, all these steps call Transformer
+    Engine, which needs CUDA tensors.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -158,7 +159,7 @@ def compute_without_transformer_engine() -> None:
 
     moe_utils.te_general_gemm = None
     transformer_block.LayerNormImpl = torch_norm.WrappedTorchNorm
-    if find_spec("megatron.core.models.hybrid"):  # of later releases
+    if find_spec("megatron.core.models.hybrid"):  # only in later releases
         from megatron.core.models.hybrid import hybrid_block
 
         hybrid_block.TENorm = torch_norm.WrappedTorchNorm
@@ -172,7 +173,8 @@ def compute_without_transformer_engine() -> None:
 def hand_over_split_sizes() -> None:
     """Give the all-to-all dispatcher its split sizes as numpy arrays.
 
-    Without it they stay tensors, because only CUDA tensors are converted, and `all_to_all_single` refuses them.
+    Without this patch the sizes stay tensors, because only CUDA tensors are converted, and `all_to_all_single` refuses
+    tensors.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -183,10 +185,10 @@ def hand_over_split_sizes() -> None:
 
 
 def gather_uneven_rows() -> None:
-    """Gather and reduce-scatter different numbers of rows a rank, by padding them to the longest.
+    """Gather and reduce-scatter different numbers of rows per rank, by padding them to the largest number.
 
-    Without it an MoE layer under tensor and expert parallelism fails as soon as its ranks hold different numbers of
-    tokens: gloo, unlike NCCL, wants equal sizes.
+    Without this patch an MoE layer under tensor and expert parallelism fails as soon as its ranks hold different
+    numbers of tokens. Unlike NCCL, gloo needs equal sizes.
     """
     from megatron.core.tensor_parallel import mappings
 
@@ -213,10 +215,10 @@ def gather_uneven_rows() -> None:
 
 
 def keep_packed_sequences_apart() -> None:
-    """Let the local attention take packs of sequences, with a mask that keeps each to itself.
+    """Let the local attention take packs of sequences, with a mask that keeps the sequences apart.
 
-    Without it tuning on packs fails: "Packed sequence is not supported by DotProductAttention". Transformer Engine's
-    kernels take the sequences' borders themselves.
+    Without this patch tuning on packs fails: "Packed sequence is not supported by DotProductAttention". Transformer
+    Engine's kernels read the sequences' borders themselves.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -229,18 +231,20 @@ def keep_packed_sequences_apart() -> None:
             return attend(self, query, key, value, mask, *args, **kwargs)
         padded = packed.cu_seqlens_q_padded
         mask = packed_mask(packed.cu_seqlens_q if padded is None else padded, len(query))
-        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # of one batch
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # a batch of one
         return attend(self, query, key, value, mask, *args, **kwargs)
 
     DotProductAttention.forward = attend_apart
 
 
 def packed_mask(borders: torch.Tensor, length: int) -> torch.Tensor:
-    """Return which tokens of a pack do not see which, [1, 1, S, S]: those behind them, and those of other sequences.
+    """Return the attention mask of a pack, [1, 1, S, S]: True where a token must not attend.
+
+    A token must not attend to later tokens, nor to other sequences.
 
     Args:
-        borders: where sequences begin, with the end of the last one.
-        length: S, of the pack.
+        borders: places where the sequences begin, and the end of the last sequence.
+        length: length S of the pack (tokens).
 
     Example:
         >>> (~packed_mask(torch.tensor([0, 2, 3]), 3)).int().tolist()
@@ -253,9 +257,9 @@ def packed_mask(borders: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def compute_delta_nets_with_torch() -> None:
-    """Let gated delta nets compute with torch, as Megatron itself does in its deterministic mode.
+    """Compute gated delta nets with torch, as Megatron itself does in its deterministic mode.
 
-    Without it they call kernels of flash-linear-attention, which are Triton's and want a GPU.
+    Without this patch they call kernels of flash-linear-attention, which are written in Triton and need a GPU.
     """
     if not find_spec("megatron.core.ssm.gated_delta_net") or not find_spec("fla"):
         return
@@ -275,20 +279,20 @@ def compute_delta_nets_with_torch() -> None:
 
 
 def compile_nothing() -> None:
-    """Run eagerly what Megatron decorates with `torch.compile`.
+    """Run eagerly the functions that Megatron decorates with `torch.compile`.
 
-    Without it the fused SwiGLU fails on a machine without a C++ compiler, which `torch.compile` needs on a CPU. (The
-    fused SwiGLU keeps one input for the backward pass where the plain one keeps four tensors: 0.4 GB on 512 tokens of
-    the demo's model.)
+    Without this patch the fused SwiGLU fails on a machine without a C++ compiler, which `torch.compile` needs on a
+    CPU. (The fused SwiGLU keeps one input for the backward pass; the plain SwiGLU keeps four tensors. This saves 0.4
+    GB on 512 tokens of the demo's model.)
     """
     torch.compiler.set_stance("force_eager")
 
 
 def pad_tokens_of_experts() -> None:
-    """Let an expert compute a few numbers of tokens, eight to a doubling, by padding them with zeros.
+    """Let an expert compute only a few different numbers of tokens, eight to a doubling, by padding with zeros.
 
-    Without it oneDNN compiles its bfloat16 products anew for nearly every number, and experts get another one at every
-    step: each rank of the demo grows by 0.3 GiB within three steps.
+    Without this patch oneDNN compiles its bfloat16 products anew for nearly every number of tokens. Experts get
+    another number at every step, so each rank of the demo grows by 0.3 GiB within three steps.
     """
     from megatron.core.transformer.mlp import MLP
 
@@ -310,7 +314,7 @@ def pad_tokens_of_experts() -> None:
 
 
 def _next_size(tokens: int) -> int:
-    """Return the next number of four binary digits and zeros."""
+    """Return the next whole number that has at most four significant binary digits."""
     unit = 1 << max(0, tokens.bit_length() - 4)
     return -(-tokens // unit) * unit
 
@@ -318,16 +322,17 @@ def _next_size(tokens: int) -> int:
 def communicate_in_place() -> None:
     """Let the distributed optimizer sum its gradients and hand out its parameters within their own buffers.
 
-    Without it every step copies both buffers (4 and 2 bytes a parameter), even where a rank is alone in its group, as
-    with the experts of EP2 on two ranks: gloo's reduce-scatter is an all-reduce of a copy, its all-gather fills one.
-    Megatron's shards are slices of the buffers: an all-reduce, and a broadcast by each owner, leave the same numbers.
+    Without this patch every step copies both buffers (4 and 2 bytes a parameter), even if a rank is alone in its
+    group, as with the experts of EP2 on two ranks: gloo's reduce-scatter is an all-reduce of a copy, and its
+    all-gather fills a copy. Megatron's shards are slices of the buffers, so an all-reduce and a broadcast by each
+    owner leave the same numbers.
     """
     from megatron.core.distributed import param_and_grad_buffer
 
     def all_reduce(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, async_op: bool = False) -> None:
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = op
-        group.allreduce([input], options).wait()  # torch.distributed.all_reduce would be coalesced, in a copy
+        group.allreduce([input], options).wait()  # torch.distributed.all_reduce would be coalesced in a copy
 
     def all_gather(output: torch.Tensor, input: torch.Tensor, group: Any, async_op: bool = False) -> None:
         for owner, shard in enumerate(output.chunk(group.size())):

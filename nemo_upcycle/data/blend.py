@@ -1,4 +1,4 @@
-"""What a blend is: the sources of the training data, their shares, and how they are cleaned."""
+"""The configuration of a blend: sources of training text, their shares, and how the texts are cleaned."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, packaged_nam
 from nemo_upcycle.utils.validation import one_of, valid
 
 
-#: The splits of a blend: trained on, watched during training, and measured afterwards.
+#: The splits of a blend: for training, for the loss during training, and for evaluation afterwards.
 SPLITS = ("train", "validation", "heldout")
 ON_HIT = ("cut", "drop")
-#: What can be replaced in texts: e-mail and IP addresses, numbers of cards and of the USA's social security.
+#: Personal data that can be replaced in texts: e-mail and IP addresses, card numbers, US social security numbers.
 PII = ("email", "ip", "card", "ssn")
-#: The blend of the demo: some speeches.
+#: The demo's blend: State of the Union addresses.
 DEMO = "sotu"
-#: How often a training may read its texts unless the user says otherwise.
+#: Maximum number of times that a run reads its texts, unless the user asks for more.
 MOST_EPOCHS = 100
-#: The one source of texts that are given in place of a blend.
+#: Name of the only source if texts are given instead of a blend.
 ONLY = "texts"
-#: Files of other kinds in a folder of texts; with more, another folder was named by mistake.
+#: Maximum number of files of other kinds in a folder of texts. With more, the user probably named the wrong folder.
 _MOST_OTHERS = 20_000
-#: What makes a path a pattern.
+#: Characters that make a path a glob pattern.
 GLOB = "*?["
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
@@ -40,18 +40,20 @@ class SourceConfig:
     """One source of documents; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        train: what is trained on: paths, patterns and addresses, years or tasks, as the reader takes them.
-        validation: documents held back for the loss that is watched; empty leaves it to the blend's `hold_out`.
-        heldout: documents held back for perplexity, as validation.
+        train: texts to train on, in the form that the reader takes: paths, patterns, addresses, years or tasks.
+        validation: documents held back for the validation loss; if this and `heldout` are empty, the blend's
+            `hold_out` decides.
+        heldout: documents held back for perplexity; see `validation`.
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
-        tokens: most tokens to take for training, of what the removals leave; None takes all.
+        tokens: maximum number of training tokens to take after all removals; None takes all.
         license: licence of the documents, for the model card.
-        trains: columns of an evaluation whose training split, or kin of it, is in here.
-        max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
-        on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
-        options: further options of the reader.
-        pii: what is replaced in its texts, of `PII`; None leaves it to the blend.
+        trains: evaluation columns whose training questions, or related ones, are in this source.
+        max_lost: largest share of the documents, or of their bytes, that may be unreadable; above it the build fails.
+        on_hit: treatment of a document that contains an evaluation item: `cut` removes the passage, `drop` the
+            document.
+        options: other options of the reader.
+        pii: kinds of `PII` to replace in the source's texts; None uses the blend's setting.
     """
 
     train: list[str] = field(metadata=valid("at least one entry", len))
@@ -70,7 +72,7 @@ class SourceConfig:
 
 @dataclass
 class HoldOut:
-    """Shares of the documents of sources without splits of their own that are held back, by a hash of their id."""
+    """Shares of the documents to hold back, by a hash of their id, from sources that name no held-out files."""
 
     validation: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
     heldout: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
@@ -78,15 +80,15 @@ class HoldOut:
 
 @dataclass
 class NearDuplicates:
-    """MinHash: documents that have all hashes of one band in common are near duplicates.
+    """Settings of MinHash: two documents are near duplicates if all hashes of one band are equal.
 
-    Two documents that share a part s of their n-grams of words (of all that either has) are found with a probability
-    of 1 - (1 - s^hashes_per_band)^bands: with these values 0.5 at s = 0.69, 0.92 at 0.8, 0.05 at 0.5.
+    Two documents that share a fraction s of their word n-grams (of all n-grams in either) are found with probability
+    1 - (1 - s^hashes_per_band)^bands. The defaults give 0.5 at s = 0.69, 0.92 at s = 0.8, and 0.05 at s = 0.5.
 
     Attributes:
-        bands: tasks that look for pairs, too.
-        hashes_per_band: more hashes find fewer pairs.
-        n_grams: words of an n-gram.
+        bands: number of bands; the engine runs one task for each.
+        hashes_per_band: hashes in a band; more hashes find fewer pairs.
+        n_grams: words in an n-gram.
     """
 
     bands: int = field(default=14, metadata=valid("1 to 100", lambda count: 1 <= count <= 100))
@@ -99,21 +101,22 @@ class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        sources: name -> source, in the order in which they are read; of equal texts the first one stays.
-        tokenizer: the dense model whose tokenizer is used, by address.
-        seq_length: tokens of a training sequence.
-        max_epochs: above this a source is warned about.
-        hold_out: what is held back of sources without splits of their own.
-        heldout_overlap: the largest part of its words that a held-out document may share with the training
-            documents, or one of these with the held-out documents, in rows of 8 or more; 1 removes none, None does not
-            look.
+        sources: name -> source, in reading order; among equal texts the first is kept.
+        tokenizer: address of the dense model whose tokenizer is used.
+        seq_length: tokens in a training sequence.
+        max_epochs: number of epochs of a source above which a warning is shown.
+        hold_out: shares to hold back from sources that name no held-out files.
+        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, or a
+            training document with held-out documents, in runs of 8 words or more; 1 removes nothing, None skips the
+            search.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
-        decontaminate_without: tasks of those suites that are not looked for.
-        deduplicate: whether equal texts are kept once.
-        near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
-        min_characters: shorter documents are removed.
-        seed: seed of all that is drawn: documents held back and sampled, and the order.
-        pii: what is replaced in the texts of sources that do not say so themselves.
+        decontaminate_without: tasks of these suites to leave out of the search.
+        deduplicate: whether to keep only the first of equal texts.
+        near_duplicates: settings of the search for nearly equal texts, which keeps only the first; None keeps them
+            all.
+        min_characters: length below which documents are removed (characters).
+        seed: random seed for holding back documents, for sampling them, and for the order.
+        pii: kinds of `PII` to replace in the texts of sources that set no `pii` of their own.
     """
 
     sources: dict[str, SourceConfig] = field(metadata=valid("at least one", len))
@@ -133,7 +136,7 @@ class BlendConfig:
 
 @dataclass(frozen=True)
 class Blend:
-    """A blend that was read and checked.
+    """A blend whose configuration was read and checked.
 
     Attributes:
         name: name of its file, without suffix.
@@ -151,7 +154,7 @@ class Blend:
 
     @cached_property
     def suites(self) -> dict[str, SuiteConfig]:
-        """Suite of `decontaminate` -> its configuration.
+        """Map each suite of `decontaminate` to its configuration.
 
         Raises:
             UpcycleError: see `read_suite_config`.
@@ -160,12 +163,12 @@ class Blend:
 
 
 def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
-    """Read a blend.
+    """Read and check the configuration of a blend.
 
     Args:
-        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), a YAML file, or texts,
-            see `only_source`.
-        overrides: `key=value`, as in `sources.web.weight=0.8`.
+        name: name of a blend in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), path of a YAML file, or texts
+            as `only_source` takes them.
+        overrides: settings to change, as in `sources.web.weight=0.8`.
 
     Raises:
         UpcycleError: there is no such blend, or a key or value is wrong.
@@ -196,13 +199,13 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
 
 
 def only_source(name: str | Path) -> list[str]:
-    """List the patterns of texts that are named in place of a blend; none where a blend is named.
+    """List the patterns of the texts if `name` stands for texts; return an empty list if it names a blend.
 
     Args:
-        name: a file of texts, a pattern or address of some, or a folder, whose files of all kinds are read.
+        name: file of texts, pattern, address, or a folder, whose readable files of all kinds are taken.
 
     Raises:
-        UpcycleError: a folder has no text files, or is the root or another folder of mostly other files.
+        UpcycleError: the folder has no text files, is the root of the machine, or holds too many files of other kinds.
     """
     from nemo_upcycle.data.readers import format_of, readable, suffix_of  # slow
 
@@ -232,15 +235,15 @@ def only_source(name: str | Path) -> list[str]:
 
 
 def no_data(why: str) -> UpcycleError:
-    """Return the error for a training that names no data and may not read the demo's.
+    """Return the error for a run that names no data and may not read the demo's.
 
     Args:
-        why: the reason, for the text.
+        why: reason, for the message.
     """
     fix = "add data=FOLDER, a finished folder of `nemo-upcycle data`; a chain takes a blend as well"
     return UpcycleError("The data", kind="missing", got=f"are missing, and {why}", fix=fix)
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether a path stands for all that it matches."""
+    """Return whether a path is a glob pattern."""
     return any(mark in text for mark in GLOB)

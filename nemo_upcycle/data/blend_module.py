@@ -1,6 +1,6 @@
-"""Train on a finished folder of `nemo-upcycle data`: NeMo's own data module, checked, and read epoch by epoch."""
+"""NeMo's data module over a finished folder of `nemo-upcycle data`: checked first, then read epoch by epoch."""
 
-# No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
+# NeMo-Run parses `data.seq_length=1024` by the annotations: do not postpone them, and write Optional.
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,27 +43,27 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
 ) -> "BlendDataModule":
     """Return NeMo's pretraining data module over a finished folder of `nemo-upcycle data`.
 
-    The order of the samples depends on the folder, `seq_length` and `seed`, and on neither batch sizes nor
-    `trainer.max_steps`: a longer run, and the dense baseline, see the same first samples. A source is read epoch by
-    epoch; see `EpochDataset`.
+    The order of the samples depends on the folder, `seq_length` and `seed`. Batch sizes and `trainer.max_steps` do not
+    change it, so a longer run and the dense baseline see the same first samples. Each source is read epoch by epoch
+    (see `EpochDataset`).
 
     Args:
-        dense: the dense model that training starts from, whose tokenizer the data must have.
-        folder: the folder; all nodes must share it.
-        blend: without a folder, the blend to build once, in the cache: a name in `conf/data`, or a YAML file.
-        seq_length: tokens of a sequence.
-        micro_batch_size: sequences of a micro batch.
-        global_batch_size: sequences of a step, over all ranks.
-        num_workers: processes that load data, per rank.
-        seed: seed of the order of the sequences; None takes the manifest's.
-        indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
-            share, too; None: `indices` in the data folder.
-        skip_samples: number of sequences to leave out at the beginning of the order, because the training that made
-            the starting model has read them with the same seed.
+        dense: dense model that training starts from; the data must have its tokenizer.
+        folder: finished data folder; all nodes must share it.
+        blend: blend to build once in the cache if no folder is given: a name in `conf/data`, or a YAML file.
+        seq_length: tokens in a sequence.
+        micro_batch_size: sequences in a micro batch.
+        global_batch_size: sequences in a step, over all ranks.
+        num_workers: data-loading processes per rank.
+        seed: seed of the sequence order; None uses the manifest's.
+        indices: folder into which the first rank writes the order of the samples. All nodes must share it, and several
+            blends may use it. None means `indices` in the data folder.
+        skip_samples: sequences to skip at the start of the order, because the run that made the starting model read
+            them with the same seed.
 
     Raises:
-        UpcycleError: the folder is not finished, damaged or made with another tokenizer, or a split is shorter than
-            one sequence.
+        UpcycleError: the folder is unfinished, damaged or made with another tokenizer, or a split is shorter than one
+            sequence.
 
     Example:
         >>> recipe.data = run.Config(blend_data, dense="/models/Llama-3-8B", folder="data/mine")  # doctest: +SKIP
@@ -72,8 +72,8 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
     finished.require_tokenizer_of(dense)
     module = BlendDataModule(
         paths=finished.paths(seq_length),
-        split=None,  # the three paths are the split; NeMo warns about any other value
-        # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
+        split=None,  # the three paths define the splits; NeMo warns about any other value
+        # NeMo copies this whole folder into every checkpoint; the dense model's would add all its weights.
         tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
         index_mapping_dir=str(index_folder(finished, indices)),
         seq_length=seq_length,
@@ -88,20 +88,20 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
 
 
 class BlendDataModule(PreTrainingDataModule):
-    """NeMo's data module, made by `blend_data`: it reads epoch by epoch and keeps the index cache whole."""
+    """The data module that `blend_data` returns: it reads epoch by epoch, and rebuilds damaged index files."""
 
     skip_samples = 0
     reads_demo = False
-    _train_ds: Any  # NeMo's
+    _train_ds: Any  # set by NeMo
 
     @property
     def blend(self) -> FinishedBlend:
-        """Read the folder again: a checkpoint keeps NeMo's own arguments only."""
+        """Open the data folder again, because a checkpoint stores only NeMo's own arguments."""
         (first, *_), _ = self.build_kwargs["blend_per_split"][0]
         return open_blend(Path(first).parents[1])
 
     def setup(self, stage: str = "") -> None:
-        """Set up as NeMo does, with an interval between validations that the data have."""
+        """Set up as NeMo does, but first lower a validation interval that is longer than the run."""
         clamp_interval(self.trainer)
         super().setup(stage)
 
@@ -112,14 +112,15 @@ class BlendDataModule(PreTrainingDataModule):
         trainer_limit_val_batches: Union[int, float],  # noqa: UP007
         trainer_limit_test_batches: Union[int, float],  # noqa: UP007
     ) -> None:
-        """Build the datasets, as NeMo does; the first rank logs the tokens that the run reads.
+        """Build the datasets as NeMo does, and log on the first rank how many tokens the run reads.
 
-        Every validation begins anew, so validation data are laid out for one of them: as many sequences as
-        `limit_val_batches` takes, whatever the length of the run; or, with a fraction of 1, each token once.
+        Every validation starts from the beginning, so the validation data are laid out for a single one. An integer
+        `limit_val_batches` takes as many sequences as it says, whatever the length of the run. A fraction of 1 takes
+        each token once.
         """
         blend = self.blend
         step_tokens = self.global_batch_size * self.seq_length
-        steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
+        steps = trainer_max_steps + 1  # a finished run may be started again, and must find samples
         if self.reads_demo:
             require_few_epochs(blend, trainer_max_steps * step_tokens)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -127,7 +128,7 @@ class BlendDataModule(PreTrainingDataModule):
             log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
-            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
+            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs only by length
         steps += -(-self.skip_samples // self.global_batch_size)
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:
@@ -138,10 +139,10 @@ class BlendDataModule(PreTrainingDataModule):
 
 
 def mock_tokenizer(dense: str) -> NullTokenizer:
-    """Return the tokenizer of NeMo's mock data with the vocabulary of a dense model: random tokens, no text.
+    """Return a tokenizer for NeMo's mock data (random tokens) with the vocabulary size of a dense model.
 
     Args:
-        dense: the dense model, as in `UpcycleConfig.path`; only configuration and tokenizer are fetched from the hub.
+        dense: dense model, as in `UpcycleConfig.path`; only its configuration and tokenizer are fetched from the hub.
     """
     return NullTokenizer(vocab_size=read_parent(Parent(dense)).vocab_size - 1)  # the last id ends a document
 

@@ -1,9 +1,9 @@
 """The samples that a run of NeMo or Megatron-Bridge reads from a finished blend, and their order.
 
-Megatron's datasets write the order of their samples into a folder, as .npy files named after a hash of the data's
-path, number of samples, seed and sequence length. They neither rename a finished file into place nor check one that is
-there, so they would read a file that was cut short, or one for data that were since replaced under the same path.
-`whole_indices` lets one process at a time build them, and deletes the files of a killed one.
+Megatron's datasets write the order of their samples as .npy files, named after a hash of the data's path, the number
+of samples, the seed and the sequence length. Megatron writes these files in place and never checks existing ones. It
+would therefore read a truncated file, or a file for older data under the same path. `whole_indices` lets one process
+at a time build the files, and deletes the files that a killed process left.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from nemo_upcycle.utils.ranks import is_first_rank
 
 
 logger = logging.getLogger(__name__)
-#: The folder, in that of the blend, in which Megatron keeps the order of the samples.
+#: Folder inside the blend's folder where Megatron stores the order of the samples.
 INDICES = "indices"
 _LOCK = ".lock"
-#: Files of the cache; whatever else lies in the folder is left alone.
+#: Names of the index files. All other files in the folder are left alone.
 _INDEX = re.compile(r"[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)")
 
 
 def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
-    """Return where Megatron keeps the order of a blend's samples: in the blend's folder, or in one of many blends."""
+    """Return the folder where Megatron stores the order of a blend's samples.
+
+    It lies in the blend's own folder, or in `indices`, which several blends may share.
+    """
     if not indices:
         return blend.folder / INDICES
     return Path(indices).absolute() / sha256_file(blend.folder / MANIFEST)[:16]
@@ -41,13 +44,13 @@ def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
 
 @contextmanager
 def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
-    """Delete indices that are not known to be whole, let the block read and build, and note the files it leaves.
+    """Delete index files that may be incomplete, run the block that builds them, and record the files.
 
-    Of several ranks, the first runs the block so; the others wait for it where Megatron lets them wait.
+    Only the first rank uses this. The other ranks wait where Megatron makes them wait.
 
     Args:
-        cache: the folder of the indices; the marker in it lists its files and their sizes.
-        manifest: manifest of the data; indices of another manifest are deleted.
+        cache: folder of the index files; its marker lists the files and their sizes.
+        manifest: manifest of the data; index files of another manifest are deleted.
 
     Raises:
         UpcycleError: the folder cannot be written.
@@ -92,13 +95,13 @@ def describe_blend(blend: FinishedBlend) -> str:
 
 
 def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
-    """Log the tokens that a run reads, and warn where it reads a source more often than the blend's `max_epochs`.
+    """Log how many tokens a run reads, and warn if it reads a source for more than `max_epochs` epochs.
 
     Args:
         blend: blend that the run reads.
         steps: steps of the run.
-        step_tokens: tokens of a step, over all ranks.
-        parent_tokens: tokens that its parent has read in the same order, which count as read.
+        step_tokens: tokens in a step, over all ranks.
+        parent_tokens: tokens that the parent run read in the same order; they count as read.
     """
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
@@ -110,27 +113,27 @@ def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_t
 
 
 def require_few_epochs(blend: FinishedBlend, tokens: int) -> None:
-    """Check that a training does not read the demo's texts more often than `MOST_EPOCHS`.
+    """Check that a run reads the demo's texts at most `MOST_EPOCHS` times.
 
     Args:
-        blend: the demo's texts, which the training reads because it names no data.
-        tokens: tokens of the training.
+        blend: the demo's texts, which a run reads if it names no data.
+        tokens: tokens that the run reads.
 
     Raises:
-        UpcycleError: it reads them more often.
+        UpcycleError: the run reads them more often.
     """
     if (epochs := tokens / blend.manifest["splits"]["train"]["tokens"]) > MOST_EPOCHS:
         raise no_data(f"the training would read the demo's speeches {epochs:,.0f} times")
 
 
 def clamp_interval(trainer: Any) -> None:
-    """Clamp the validation interval of a Lightning trainer to one step more than the run has, and log the change.
+    """Lower a Lightning trainer's validation interval to one step more than the run has, and log the change.
 
-    Lightning refuses an interval longer than the data. With an interval equal to the run's steps, NeMo leaves the last
-    checkpoint to the validation, which may not write it.
+    Lightning refuses an interval that is longer than the data. If the interval equals the run's steps, NeMo leaves the
+    last checkpoint to the validation, which may not write it.
 
     Args:
-        trainer: Lightning's trainer, not started; an interval that is a fraction of the data stays.
+        trainer: Lightning's trainer before it starts; an interval that is a fraction of the data is kept.
     """
     interval, steps = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and interval > steps:

@@ -1,13 +1,13 @@
 """Build a blend: check, plan the tasks, let the data engine clean and tokenise, merge, and write the manifest.
 
-The folder that is made holds, when it is finished:
+The finished folder holds:
 
-    tokens/SOURCE_SPLIT_NN_text_document.{bin,idx}   what is trained on and watched (Megatron's indexed datasets)
-    heldout.jsonl         what perplexity is measured on
+    tokens/SOURCE_SPLIT_NN_text_document.{bin,idx}   training and validation tokens (Megatron's indexed datasets)
+    heldout.jsonl         texts for perplexity
     tokenizer/            with the padding token that training needs
     contamination.json    which evaluation items were found, and where
     manifest.json         sources, licences, counts of every step, versions
-    build/                what was removed and why; the engine's logs
+    build/                removed documents with the reason, and the engine's logs
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ from nemo_upcycle.utils.masking import without_secrets, write_private
 
 
 logger = logging.getLogger(__name__)
-#: In the folder of what is built: the settings that it was begun with.
+#: File in the build folder: the settings that the build was started with.
 MADE_FROM = "made_from.json"
 
 
 @dataclass(frozen=True)
 class CheckedBlend:
-    """A blend whose inputs, tokenizer and engine were checked; of each source some documents were read.
+    """The checked inputs, tokenizer and engine of a blend.
 
     Attributes:
-        inputs: the files of every source and split.
+        inputs: files of every source and split.
         tokenizer: folder with the tokenizer.
         engine: versions of the data engine.
     """
@@ -83,11 +83,11 @@ class CheckedBlend:
 
 
 def check_blend(blend: Blend, work: Path) -> CheckedBlend:
-    """Check everything that can be checked before all documents are read.
+    """Check everything that can be checked without reading all documents.
 
     Args:
         blend: the blend.
-        work: folder for academic splits that have to be rendered.
+        work: folder for academic splits that must be rendered first.
 
     Raises:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, the first documents
@@ -108,11 +108,11 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
 def build_blend(
     blend: Blend, output: Path, engine_options: tuple[str, ...] = (), *, strict: bool = False
 ) -> dict[str, Any]:
-    """Build a blend, or continue a stopped build; a finished one of the same blend is kept (see `changed_files`).
+    """Build a blend, or resume a stopped build; keep a finished folder of the same blend (see `changed_files`).
 
     Args:
         blend: blend to build.
-        output: the folder to make, on a disk that all workers share.
+        output: folder to make, on a disk that all workers share.
         engine_options: options of the engine, such as `("--workers", "8")`.
         strict: whether damaged input ends the build; otherwise it is counted and reported.
 
@@ -128,7 +128,7 @@ def build_blend(
     """
     named_tokenizer(blend.config.tokenizer)
     made_from = without_secrets({"format": FORMAT, "blend": texts_of(blend.config), "strict": strict})
-    _require_ours(output, made_from)  # first: the folder of somebody else keeps no lock
+    _require_ours(output, made_from)  # before the lock: leave none in somebody else's folder
     if not is_complete(output):
         data_python()
     with in_use(output):
@@ -145,7 +145,7 @@ def build_blend(
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
         items = _index(blend, work)
-        write_private(work / "plan.json", json.dumps(plan, indent=2) + "\n")  # the engine needs addresses as they are
+        write_private(work / "plan.json", json.dumps(plan, indent=2) + "\n")  # the engine needs unmasked addresses
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
         manifest = finish_blend(blend, output, len(plan["tasks"]), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
@@ -157,10 +157,10 @@ def build_blend(
 
 
 def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
-    """Return the user's files that are `new`, `gone` or `changed` since a finished folder was made of them.
+    """Return the user's files that are `new`, `gone` or `changed` since a finished folder was built.
 
-    Size and time of a file are compared. Not compared are sources at addresses and those that are rendered first, and
-    those of a folder that an earlier version made.
+    Files are compared by size and time. Sources at addresses, rendered sources, and folders that an earlier version
+    made are not compared.
 
     Args:
         blend: the blend.
@@ -193,14 +193,14 @@ def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
 def update_blend(
     blend: Blend, output: Path, engine_options: tuple[str, ...] = (), *, strict: bool = False
 ) -> dict[str, Any]:
-    """Build a blend as `build_blend` does, and again if its files changed since its folder was finished.
+    """Build a blend as `build_blend` does, and rebuild it if its files changed after the folder was finished.
 
-    Removals look at all texts together, so all are read again; the folder stays as it is until the new one is whole,
-    and a stopped update resumes.
+    The removals compare all texts with each other, so all texts are read again. The old folder stays in place until
+    the new one is complete, and a stopped update can be resumed.
 
     Args:
         blend: blend to build.
-        output: the folder to make.
+        output: folder to make.
         engine_options: options of the engine, see `build_blend`.
         strict: whether damaged input ends the build; see `build_blend`.
 
@@ -209,7 +209,7 @@ def update_blend(
     """
     output = resolved(output)
     fresh, replaced = aside_of(output), output.with_name(f".{output.name}.replaced")
-    if is_complete(fresh) and not output.exists():  # killed between the two names
+    if is_complete(fresh) and not output.exists():  # an update was killed between its two renames
         fresh.rename(output)
     manifest = build_blend(blend, output, engine_options, strict=strict)
     if not changed_files(blend, output):
@@ -225,7 +225,7 @@ def update_blend(
 
 
 def noted_options(output: Path, source: str) -> dict[str, Any] | None:
-    """Return the options of a source that a folder was made with; None if it has no such source, or read no text."""
+    """Return the options of a source that a folder was made with; None without the source, or before any text."""
     if is_complete(output):
         made_from = read_json(marker_of(output)).get("made_from")
     else:
@@ -235,9 +235,9 @@ def noted_options(output: Path, source: str) -> dict[str, Any] | None:
 
 
 def cached_blend(name: str, dense: str) -> Path:
-    """Return the folder of a blend that is tokenised for a dense model, built once, in the cache.
+    """Return the cached folder of a blend that is tokenised for a dense model; build it on first use.
 
-    Several ranks may call it at the same time: one builds it, the others wait.
+    Several ranks may call this at the same time: one builds the folder, the others wait.
 
     Args:
         name: name of the blend, as in `read_blend`.
@@ -253,13 +253,13 @@ def cached_blend(name: str, dense: str) -> Path:
 
 
 def _stamps(blend: Blend, source: str) -> list[Stamp]:
-    """Note path, size and time of the user's own files of a source."""
+    """Return path, size and time of the user's own files of a source."""
     files = [Path(file.path) for split in check_files(blend, source).values() for file in split]
     return stamps(path for path in files if path.is_file())
 
 
 def _require_ours(output: Path, made_from: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else than this blend, finished or begun, or nothing."""
+    """Refuse a folder unless it is empty or holds this blend, finished or begun."""
     begun = output / BUILD / MADE_FROM
     if is_complete(output):
         earlier = _with_defaults(read_json(marker_of(output)).get("made_from"))
@@ -275,12 +275,12 @@ def _require_ours(output: Path, made_from: dict[str, Any]) -> None:
 
 
 def _noted(path: Path) -> dict[str, Any]:
-    """Read what a build was begun from; nothing of one that was not."""
+    """Read the settings that a build was started with; return an empty dict if it was not started."""
     return _with_defaults(read_json(path)) if path.is_file() else {}
 
 
 def _with_defaults(made_from: Any) -> dict[str, Any]:
-    """Add the defaults of later settings to what an earlier release noted; of another kind of folder take nothing."""
+    """Add defaults for settings that an earlier release did not have; return an empty dict for other folders."""
     if "blend" not in (made_from or {}):
         return {}
     default = texts_of(BlendConfig({"": SourceConfig([])}))
@@ -290,12 +290,12 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
 
 
 def _is_begun(path: Path) -> bool:
-    """Return whether a folder is all that a build made before its first file, for which there was no room."""
+    """Return whether a folder is all that a build left because the disk had no room for its first file."""
     return path.name == BUILD and path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())
 
 
 def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
-    """Build the index of the evaluation items that must not be trained on, once; return what is in it."""
+    """Build the index of the evaluation items to keep out of training, unless it exists; return its summary."""
     if not blend.config.decontaminate:
         return None
     path, summary = work / NGRAMS, work / "ngrams.json"

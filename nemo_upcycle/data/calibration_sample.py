@@ -1,4 +1,4 @@
-"""Read the prompts of each copy, from which a router is made, from a user's file."""
+"""The prompts for each expert copy, read from a user's file; the router is made from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_yaml
 
 
-#: Tokens of a prompt, at most: the longest context that a token of it is seen in.
+#: Maximum number of tokens of a prompt, and so the longest context that a token is seen in.
 _PROMPT_TOKENS = 512
 
 
 def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
-    """Read the texts of a spec's YAML file, a list with a text or a list of texts for each copy; each is a batch.
+    """Read the prompts of a spec's YAML file: a text or a list of texts for each copy. Each text becomes a batch.
 
     Args:
-        spec: a spec that makes its router from prompts.
+        spec: spec whose router is made from prompts.
         dense: folder of the dense model, for its tokenizer.
 
     Raises:
-        UpcycleError: the file is not such a list.
+        UpcycleError: the file does not hold such a list, or a text is empty.
     """
     file, copies = Path(spec.router_prompts).expanduser(), spec.copies
     given = read_yaml(file, "prompts in")

@@ -1,6 +1,6 @@
-"""Tune on a finished folder of `nemo-upcycle chat`: NeMo's own data module for fine-tuning, checked."""
+"""NeMo's data module for fine-tuning over a finished folder of `nemo-upcycle chat`, which is checked first."""
 
-# No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=4096` by them.
+# NeMo-Run parses `data.seq_length=4096` by the annotations: do not postpone them, and write Optional.
 
 from typing import Any, Optional
 
@@ -30,23 +30,24 @@ def chat_data(
 ) -> "PackedChatModule":
     """Return NeMo's data module for fine-tuning over a finished folder of `nemo-upcycle chat`.
 
-    A sample is a pack of conversations that do not see each other; the loss is on their answers. The packs are read
-    epoch by epoch, each in another order that depends on `seed` alone: a longer run, and the dense baseline, see the
-    same first samples.
+    A sample is a pack of conversations that do not attend to each other. The loss covers their answers. The packs are
+    read epoch by epoch. Each epoch has its own order, which depends only on `seed`, so a longer run and the dense
+    baseline see the same first samples.
 
     Args:
-        dense: the dense model that training starts from, whose tokenizer the data must have.
-        folder: the folder; all nodes must share it.
-        chat: without a folder, the conversations to pack once, in the cache: a name in `conf/chat`, a YAML file, or a
+        dense: dense model that training starts from; the data must have its tokenizer.
+        folder: finished data folder; all nodes must share it.
+        chat: conversations to pack once in the cache if no folder is given: a name in `conf/chat`, a YAML file, or a
             file of JSON lines.
-        seq_length: places of a pack; must be the folder's.
-        micro_batch_size: packs of a micro batch; NeMo takes 1.
-        global_batch_size: packs of a step, over all ranks.
-        num_workers: processes that load data, per rank.
-        seed: what the packs' order is drawn with; None takes the manifest's.
+        seq_length: places in a pack; must match the folder's.
+        micro_batch_size: packs in a micro batch; NeMo accepts only 1.
+        global_batch_size: packs in a step, over all ranks.
+        num_workers: data-loading processes per rank.
+        seed: seed of the order of the packs; None uses the manifest's.
 
     Raises:
-        UpcycleError: the folder is not finished, damaged, of another length, or made with another tokenizer.
+        UpcycleError: the folder is unfinished, damaged, has packs of another length, or was made with another
+            tokenizer.
 
     Example:
         >>> recipe.data = run.Config(chat_data, dense="/models/Llama-3-8B", folder="data/mine")  # doctest: +SKIP
@@ -71,23 +72,23 @@ def chat_data(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         packed_sequence_specs=specs,
-        dataset_kwargs={"pad_to_max_length": True},  # pipeline stages, and FP8, take one length
+        dataset_kwargs={"pad_to_max_length": True},  # pipeline stages and FP8 need one length
     )
 
 
 class PackedChatModule(FineTuningDataModule):
-    """NeMo's data module, made by `chat_data`: resumed runs read on, and all packs, however few, are validated on."""
+    """The data module that `chat_data` returns: resumed runs read on, and validation uses all packs."""
 
     @property
     def chat(self) -> FinishedChat:
-        """Read the folder again."""
+        """Open the data folder again."""
         return open_chat(self.dataset_root)
 
     def setup(self, stage: str) -> None:
-        """Set up as NeMo does, with twice the packs; the first rank says what the run reads.
+        """Set up as NeMo does but with twice the packs; log on the first rank how much the run reads.
 
-        A resumed run counts its steps from the first, and its packs from the last checkpoint. With NeMo's own number
-        it would end the epoch before it has read them, and begin again with those behind the checkpoint.
+        A resumed run counts its steps from the start of the run, but its packs from the last checkpoint. With NeMo's
+        own number of packs, it would end the epoch too early, and start again with the packs after the checkpoint.
         """
         clamp_interval(self.trainer)
         super().setup(stage)
@@ -96,7 +97,7 @@ class PackedChatModule(FineTuningDataModule):
             show_messages().info("%s", self.chat.describe(self.trainer.max_steps, self.global_batch_size))
 
     def val_dataloader(self) -> DataLoader:
-        """Return the packs to validate on, filled up to whole batches: NeMo drops what is less than one."""
+        """Return the validation packs, filled up to whole batches, because NeMo drops an incomplete batch."""
         packs = self._create_dataset(
             self.validation_path_packed, pack_metadata_path=self.pack_metadata, is_test=True, **self.dataset_kwargs
         )
@@ -104,7 +105,7 @@ class PackedChatModule(FineTuningDataModule):
 
 
 class _WholeBatches(Dataset):
-    """Packs, and behind them packs without a loss up to a whole number of batches."""
+    """Packs, followed by packs without a loss that complete the last batch."""
 
     def __init__(self, packs: Any, batch: int) -> None:
         self.packs, self.batch, self.collate_fn = packs, batch, packs.collate_fn
@@ -114,4 +115,4 @@ class _WholeBatches(Dataset):
 
     def __getitem__(self, number: int) -> Any:
         there = len(self.packs)
-        return self.packs[number if number < there else -1 - number % there]  # NeMo's packs have no loss below zero
+        return self.packs[number if number < there else -1 - number % there]  # a negative index: NeMo masks its loss

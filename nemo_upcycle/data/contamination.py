@@ -1,4 +1,4 @@
-"""Index the items of suites, to keep them out of training data; count what of them was found and removed."""
+"""Index the evaluation items of suites, find them in training data, and count the passages removed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _EXAMPLE_CHARACTERS = 200
 
 
 def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ()) -> None:
-    """Check the arguments of `build_index`, without the data of any task.
+    """Check the arguments of `build_index` without loading the data of any task.
 
     Raises:
-        UpcycleError: none of the suites asks one of these tasks of lm-eval.
+        UpcycleError: a task in `without` is asked by none of the suites.
     """
     asked = [task for config in suites.values() if not config.local for task in config.tasks]
     for name in without:
@@ -41,20 +41,20 @@ def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ())
 
 
 def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
-    """Write the index of the n-grams of all items of some suites.
+    """Write the index of the n-grams of all items of the suites.
 
     Args:
-        suites: suite -> its configuration. Those of lm-eval's own tasks need the Hugging Face hub, or its cache.
-        path: the file to write.
-        without: tasks of these suites that are not looked for.
+        suites: suite -> its configuration. Suites of lm-eval's own tasks need the Hugging Face hub, or its cache.
+        path: file to write.
+        without: tasks of these suites to leave out of the search.
 
     Returns:
-        `suites`; `without`: the sets that are not looked for; `words`, `shortest` and `boilerplate`: how items are
-        looked for; `ngrams`: how many; `sets`: for each evaluation set, what `NgramIndex.summary` says; and the same
-        of the short n-grams as `report`: what they find in the remaining text is reported.
+        `suites`; `without`: evaluation sets left out of the search; `words`, `shortest` and `boilerplate`: settings of
+        the search; `ngrams`: number of n-grams; `sets`: `NgramIndex.summary` of each evaluation set; `report`: the
+        same values for the short n-grams, whose matches in the remaining text are only reported.
 
     Raises:
-        UpcycleError: an unknown task, or data that cannot be fetched: no set is left out in silence.
+        UpcycleError: a task is unknown, or its data cannot be fetched. No evaluation set is skipped silently.
 
     Example:
         >>> build_index(read_blend("sotu").suites, Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
@@ -78,9 +78,9 @@ def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence
 
 
 class Contamination:
-    """The counts of one task, by evaluation set.
+    """The contamination counts of one engine task, by evaluation set.
 
-    A passage that items of two sets contain counts for both.
+    A passage that appears in items of two sets counts for both.
 
     Args:
         index: index that finds the passages.
@@ -96,20 +96,20 @@ class Contamination:
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "passages": 0, "bytes": 0})
         self._items: dict[str, set[str]] = defaultdict(set)
         self._examples: dict[str, list[dict[str, str]]] = defaultdict(list)
-        self._last: dict[str, str] = {}  # the place of the last document of a set: pieces of one are one
+        self._last: dict[str, str] = {}  # set -> place of its last document: its pieces count as one
 
     def add(
         self, identity: str, where: str, text: str, hits: Sequence[Hit], removed: Iterable[tuple[int, int]] = ()
     ) -> None:
-        """Count the hits of one document, or of one of its pieces; those of a document follow each other.
+        """Count the hits of one document, or of one of its pieces; add the pieces of a document in a row.
 
         Args:
-            identity: the document's.
+            identity: id of the document.
             where: file and line.
             text: text of the document.
             hits: result of `NgramIndex.find`.
-            removed: what was removed, as first characters and one past the last: `removed_spans(text, hits)`;
-                `[(0, len(text))]` for all of it; nothing for a mere report.
+            removed: removed spans (first character, one past the last): `removed_spans(text, hits)`, or
+                `[(0, len(text))]` for the whole text; empty if the hits are only reported.
         """
         spans = list(removed)
         starts = [start for start, _ in spans]
@@ -134,7 +134,7 @@ class Contamination:
                 self._counts[name]["bytes"] += len(text[start:stop].encode("utf-8", "surrogatepass"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON: of each evaluation set that was hit, the counts, items and examples."""
+        """Return counts, items and examples of each evaluation set that was hit, as plain values for JSON."""
         return {
             name: {**self._counts[name], "items": sorted(self._items[name]), "examples": self._examples[name]}
             for name in sorted(self._counts)
@@ -142,16 +142,17 @@ class Contamination:
 
 
 def merge_contamination(parts: Iterable[dict[str, Any]], index: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Merge the counts of tasks into what `contamination.json` says.
+    """Merge the counts of all tasks into the content of `contamination.json`.
 
     Args:
-        parts: `Contamination.to_dict()` of every task, in their order.
-        index: `NgramIndex.summary`: what was looked for.
+        parts: `Contamination.to_dict()` of every task, in order.
+        index: `NgramIndex.summary` of the index that was used.
 
     Returns:
-        For each evaluation set of the index, hit or not: what the index says of it; `items_hit`, of its items;
-        `documents`, `passages` and `bytes` (UTF-8, removed with them), summed; and up to `EXAMPLES` examples, each a
-        document's `id` and `where`, the matched `words` and an `item` that contains them.
+        For each evaluation set of the index, hit or not: its entry in `index`; `items_hit`: number of its items that
+        were found; `documents`, `passages` and `bytes` (removed text, UTF-8), summed over the tasks; and up to
+        `EXAMPLES` examples. An example has the document's `id` and `where`, the matched `words`, and an `item` that
+        contains these words.
 
     Example:
         >>> merge_contamination([{}], {"mmlu": {"items": 14042}})["mmlu"]["items_hit"]

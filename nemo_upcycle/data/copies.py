@@ -1,4 +1,4 @@
-"""Copies of the files that a source names by address, in the cache: read in their place wherever they are."""
+"""Cached copies of files that a source names by address; a build reads the copies if there are any."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AT_ONCE = 8
 
 
 def _list_of(blend: Blend, source: str, cache: Path) -> Path:
-    """Return where the list of a source's files lies; another path for other entries, options or another seed."""
+    """Return the path of the list of a source's files; it depends on the entries, the options and the seed."""
     config = blend.config.sources[source]
     entries = [getattr(config, split) for split in SPLITS]
     named: list[Any] = [config.reader, entries, config.options, blend.config.seed]
@@ -34,7 +34,7 @@ def _list_of(blend: Blend, source: str, cache: Path) -> Path:
 
 
 def copied_files(blend: Blend, source: str, cache: Path) -> dict[str, list[InputFile]] | None:
-    """Return the copied files of every split of a source; None if its present names were not copied."""
+    """Return the copied files of every split of a source; None if its present entries were not copied."""
     path = _list_of(blend, source, cache)
     if not path.is_file():
         return None
@@ -45,13 +45,13 @@ def copied_files(blend: Blend, source: str, cache: Path) -> dict[str, list[Input
 
 
 def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], cache: Path) -> None:
-    """Copy the files of a source that are not in the cache into it, and list all of them.
+    """Copy the missing files of a source into the cache, and write the list of all its files.
 
     Args:
         blend: the blend.
         source: name of the source.
         files: files of every split, as its reader lists them.
-        cache: the cache's folder.
+        cache: folder of the cache.
 
     Raises:
         UpcycleError: the source states no licence, or a file cannot be read.
@@ -75,20 +75,20 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
 
 
 def _names(file: InputFile) -> Iterator[str]:
-    """Yield the addresses read for a file: its own, and RedPajama's list of its duplicates."""
+    """Yield the paths and addresses to read for a file: its own, and RedPajama's list of its duplicates."""
     yield file.path
     if "duplicates" in file.options:
         yield file.options["duplicates"]
 
 
 def _moved(file: InputFile, place: Callable[[str], str]) -> InputFile:
-    """Return a file at another place."""
+    """Return a file whose path and list of duplicates are at another place."""
     options = {name: place(value) if name == "duplicates" else value for name, value in file.options.items()}
     return replace(file, path=place(file.path), options=options)
 
 
 def _place(name: str) -> str:
-    """Return where an address is copied to, below the folder of copies; a path stays.
+    """Return the path of an address's copy below the folder of copies; return a path unchanged.
 
     Example:
         >>> _place("https://example.org/a/b.jsonl")

@@ -1,4 +1,4 @@
-"""The environment of the data engine, which cannot share NeMo's numpy: where it is, and a process in it."""
+"""Find and run the Python environment of the data engine, which cannot share NeMo's numpy."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _POLL_S = 0.1
 
 
 def data_python() -> Path:
-    """Return the Python of the data environment: `$NEMO_UPCYCLE_DATA_PYTHON`, or that of `.venv-data`.
+    """Return the Python of the data environment: `$NEMO_UPCYCLE_DATA_PYTHON`, or the Python of `.venv-data`.
 
     `.venv-data` lies beside this environment, or in the clone that the package is installed from.
 
     Raises:
-        UpcycleError: there is none.
+        UpcycleError: there is no such Python.
     """
     named = os.environ.get(VARIABLE)
     folders = (Path(sys.prefix).parent, Path(__file__).parents[2])
@@ -44,7 +44,7 @@ def data_python() -> Path:
 
 
 def engine_version(python: Path) -> str:
-    """Ask the engine for its versions; it must be of this package's.
+    """Return the engine's versions, and check that its nemo-upcycle version is this package's.
 
     Raises:
         UpcycleError: the engine does not start, or has another version.
@@ -68,11 +68,12 @@ def engine_version(python: Path) -> str:
 
 
 def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
-    """Run the data engine to its end; it shows its progress and its errors itself.
+    """Run the data engine to its end; the engine shows its own progress and errors.
 
     Args:
         arguments: arguments of its command line.
-        check: called again and again while it runs, and at its end; what it raises ends the engine.
+        check: function called repeatedly while the engine runs, and once at its end; an exception from it ends the
+            engine.
 
     Raises:
         StageError: the engine failed.
@@ -80,7 +81,7 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
     """
     command = away_from_here([str(data_python()), "-m", ENGINE, *arguments])
     stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: the engine may start before this continues
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: a signal may come once the engine runs
     process = subprocess.Popen(command)
     try:
         while process.poll() is None and not stop.wait(_POLL_S):
@@ -88,7 +89,7 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
         if stop.is_set():
             process.terminate()
         status = process.wait()
-    except BaseException:  # Ctrl-C reaches both: the engine stops, too
+    except BaseException:  # Ctrl-C reaches both processes; stop the engine, too
         process.terminate()
         process.wait()
         raise

@@ -15,21 +15,23 @@ from nemo_upcycle.data.indexed_dataset import tokens_of
 
 
 class EpochDataset(GPTDataset):
-    """The samples of one source; every token is read once before any is read again.
+    """The samples of one source; every token is read once before any token is read again.
 
-    `GPTDataset` shuffles all epochs that a run needs together: documents and samples of the fifth may come before
-    those of the first, and a longer run has another order. Here each epoch's documents, and its samples, are shuffled
-    among themselves. As in `GPTDataset`, the epochs are one stream of tokens that is cut into samples, so the last
-    tokens of an epoch and the first of the next one share a sample; it is the last one of its epoch. No token is
-    dropped, more epochs only append to the order, and the first one is in the order of `GPTDataset`.
+    `GPTDataset` shuffles all epochs of a run together. Documents and samples of the fifth epoch may come before those
+    of the first, and a longer run has another order. Here, the documents and the samples of each epoch are shuffled
+    among themselves.
+
+    As in `GPTDataset`, the epochs are one stream of tokens that is cut into samples. So the last tokens of an epoch
+    and the first tokens of the next epoch share a sample, which is the last sample of the earlier epoch. No token is
+    dropped, more epochs only append to the order, and the first epoch has the order of `GPTDataset`.
 
     Args:
-        dataset: dataset of `build_low_level_dataset`.
-        dataset_path: the prefix of the source's first file.
-        indexed_indices: the numbers of its documents.
-        num_samples: least number of samples; None for one epoch.
+        dataset: dataset from `build_low_level_dataset`.
+        dataset_path: prefix of the source's first file.
+        indexed_indices: numbers of the source's documents.
+        num_samples: minimum number of samples; None for one epoch.
         index_split: split of the samples.
-        config: Megatron's.
+        config: Megatron's configuration of the dataset.
 
     Example:
         >>> BlendedMegatronDatasetBuilder(EpochDataset, [1000, 8, None], lambda: True, config)  # doctest: +SKIP
@@ -46,7 +48,7 @@ class EpochDataset(GPTDataset):
     ) -> None:
         self._tokens = sum(tokens_of(file) for file in _files_of(dataset_path))
         self._epochs = -(-((num_samples or 0) * config.sequence_length + 1) // self._tokens)
-        # Megatron names the files of the indices by their number of samples: runs of as many epochs share them.
+        # Megatron names index files by the number of samples, so runs with equally many epochs share the files.
         whole_epochs = (self._epochs * self._tokens - 1) // config.sequence_length
         super().__init__(dataset, dataset_path, indexed_indices, whole_epochs, index_split, config)
 
@@ -57,7 +59,7 @@ class EpochDataset(GPTDataset):
         return datasets[0] if len(datasets) == 1 else _JoinedDatasets(datasets)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds those that are not there."""
+        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds missing ones."""
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         names = ("document_index", "sample_index", "shuffle_index")
         files = [Path(self.config.path_to_cache, f"{base}-{name}.npy") for name in names]
@@ -70,7 +72,7 @@ class EpochDataset(GPTDataset):
         return documents, samples, shuffled
 
     def _order(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        from megatron.core.datasets.helpers import build_sample_idx  # compiled; of finished indices nobody needs it
+        from megatron.core.datasets.helpers import build_sample_idx  # compiled, and needed only to build indices
 
         length = self.config.sequence_length
         random = numpy.random.RandomState(self.config.random_seed)
@@ -78,7 +80,7 @@ class EpochDataset(GPTDataset):
         shuffled = numpy.arange(self.num_samples, dtype=numpy.uint32 if self.num_samples < 1 << 32 else numpy.int64)
         start = 0
         for epoch in range(self._epochs):
-            crossing = ((epoch + 1) * self._tokens - 1) // length  # into the next epoch
+            crossing = ((epoch + 1) * self._tokens - 1) // length  # the sample that crosses into the next epoch
             random.shuffle(documents[epoch])
             random.shuffle(shuffled[start:crossing])
             start = crossing + 1
@@ -90,7 +92,7 @@ class EpochDataset(GPTDataset):
 
 
 class _JoinedDatasets:
-    """The documents of several indexed datasets, one after the other: what `GPTDataset` reads of one."""
+    """The documents of several indexed datasets, one after the other, with the interface that `GPTDataset` uses."""
 
     def __init__(self, datasets: list[Any]) -> None:
         self._datasets = datasets
@@ -104,7 +106,7 @@ class _JoinedDatasets:
 
 
 def _files_of(first: str) -> list[Path]:
-    """Return the prefixes of a source's files, those that hold tokens, by that of the first."""
+    """Return the prefixes of a source's files that hold tokens, given the prefix of the first file."""
     path = Path(first)
     pattern = re.sub(r"_\d\d_text_document$", "_[0-9][0-9]_text_document.idx", path.name)
     return [file.with_suffix("") for file in sorted(path.parent.glob(pattern)) if tokens_of(file.with_suffix(""))]

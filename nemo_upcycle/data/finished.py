@@ -1,4 +1,4 @@
-"""Read a finished folder of `nemo-upcycle data`: what can be trained on, in which shares, and whether it is whole."""
+"""Read a finished folder of `nemo-upcycle data`, and check that it is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.schema import require_known
 
 
 logger = logging.getLogger(__name__)
-#: Of the manifest; and what the folder holds.
+#: Format version of the manifest, and the names of the folder's files.
 FORMAT = 2
 BUILD = "build"
 MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
@@ -25,20 +25,20 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
-#: What `nemo_upcycle.data.engine.overlap` counts, in the folder `build`, until the build is finished.
+#: File in `build` with the counts of `nemo_upcycle.data.engine.overlap`; it lasts until the build is finished.
 HELDOUT_OVERLAP = "overlap/summary.json"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished folder and its manifest, of texts or of conversations.
+    """A finished folder of texts or conversations, and its manifest.
 
     Attributes:
-        folder: its absolute path without links: Megatron names its indices after the paths of the data.
+        folder: absolute path without links, because Megatron names its indices after the paths of the data.
         manifest: content of `manifest.json`.
     """
 
-    #: Kind and form in the manifest, the key of the name, and the command that makes such a folder.
+    #: Kind and format in the manifest, key of the name, and command that makes such a folder.
     kind: ClassVar[str]
     format: ClassVar[int]
     key: ClassVar[str]
@@ -48,15 +48,15 @@ class Finished:
 
     @property
     def name(self) -> str:
-        """Name the blend or the conversations."""
+        """Return the name of the blend or of the conversations."""
         return str(self.manifest[self.key])
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple[Path, dict[str, Any]]:
-        """Read the manifest of a finished folder; return the folder without links, too.
+        """Read the manifest of a finished folder; return the folder's path without links, and the manifest.
 
         Raises:
-            UpcycleError: the folder is not finished, or of another kind or form.
+            UpcycleError: the folder is unfinished, or has another kind or format.
         """
         folder = resolved(Path(folder).expanduser())
         require_complete(folder, "data folder", f"run `{cls.command} {cls.key.upper()} DIR` with it as DIR")
@@ -76,8 +76,8 @@ class Finished:
         """Check that the data were made with the tokenizer of a dense model.
 
         Args:
-            dense: address of the dense model, see `ensure_dense`; or a NeMo or Megatron checkpoint. One without a
-                tokenizer is not compared, and a message says so.
+            dense: address of the dense model, see `ensure_dense`; or a NeMo or Megatron checkpoint. A checkpoint
+                without a tokenizer is not compared, and a warning says so.
 
         Raises:
             UpcycleError: the data have another tokenizer, or the dense model cannot be read.
@@ -114,13 +114,13 @@ class FinishedBlend(Finished):
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Return the share that each source has in the training sequences; together they are 1."""
+        """Return each source's share of the training sequences; the shares sum to 1."""
         weights = {source: float(self.manifest["sources"][source]["weight"]) for source in self.tokens["train"]}
         return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
     @property
     def contamination(self) -> str:
-        """Say which evaluation items were found in the texts; empty where none were looked for."""
+        """Describe which evaluation items were found in the texts; empty if the texts were not searched."""
         if not (path := self.folder / CONTAMINATION).is_file():
             return ""
         content = read_json(path)
@@ -171,7 +171,7 @@ class FinishedBlend(Finished):
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """Read what was held out for evaluation, by argument of `build_named_suite`."""
+        """Return the documents held out for evaluation, as arguments of `build_named_suite`."""
         return {"heldout_documents": self.heldout()}
 
     def validation_tokens(self) -> Iterator[Any]:
@@ -186,7 +186,7 @@ class FinishedBlend(Finished):
         return [prefix for prefixes in self.tokens[split].values() for prefix in prefixes]
 
     def require_length(self, seq_length: int) -> None:
-        """Check that every source has a sequence to train on, and one of them a sequence to validate on.
+        """Check that every source has a training sequence, and at least one source a validation sequence.
 
         Raises:
             UpcycleError: see `paths`.
@@ -194,17 +194,17 @@ class FinishedBlend(Finished):
         self.paths(seq_length)
 
     def paths(self, seq_length: int) -> dict[str, list[str]]:
-        """Return `paths` of NeMo's `PreTrainingDataModule`: by split, weights and prefixes in turn, sorted by prefix.
+        """Return `paths` for NeMo's `PreTrainingDataModule`: for each split, weights and prefixes in turn.
 
-        A source stands there with its first prefix, as `EpochDataset` takes it. The order of the prefixes is part of
-        the order of the samples. In validation, sources of less than a sequence are omitted: they would be repeated to
-        fill it.
+        Each source is given by its first prefix, from which `EpochDataset` finds the others. The entries are sorted by
+        prefix, because their order affects the order of the samples. Validation omits sources shorter than a sequence,
+        because they would be repeated to fill one.
 
         Args:
             seq_length: tokens of a sequence.
 
         Raises:
-            UpcycleError: a source has not one sequence to train on, or none has one to validate on.
+            UpcycleError: a source has less than a training sequence, or no source has a validation sequence.
         """
         for source, prefixes in self.tokens["train"].items():
             self._require_sequence(f"Source {source}", sum(prefixes.values()), seq_length)
@@ -232,15 +232,15 @@ class FinishedBlend(Finished):
         return [word for prefix in sorted(weights) for word in (repr(weights[prefix]), str(self.folder / prefix))]
 
     def epochs(self, tokens: float) -> dict[str, float]:
-        """Return how often each source is read in a run of that many tokens."""
+        """Return how many epochs of each source a run of `tokens` tokens reads."""
         return {source: tokens * self.shares[source] / self._total(source) for source in self.shares}
 
     def read_too_often(self, tokens: float, also: str = "") -> Iterator[str]:
-        """Yield what to say of each source that a run of that many tokens reads more often than the blend allows.
+        """Yield a warning for each source that a run reads for more than `max_epochs` epochs.
 
         Args:
             tokens: tokens of the run.
-            also: who else has read of them.
+            also: words on who else has read from the sources.
         """
         limit = self.manifest["max_epochs"]
         for source, epochs in self.epochs(tokens).items():
@@ -256,7 +256,7 @@ class FinishedBlend(Finished):
 
         Args:
             steps: steps of the run.
-            step_tokens: tokens of a step, over all ranks.
+            step_tokens: tokens in a step, over all ranks.
         """
         read = steps * step_tokens
         total = sum(self._total(source) for source in self.shares)
@@ -267,7 +267,7 @@ class FinishedBlend(Finished):
         return "\n".join(lines)
 
     def heldout(self) -> list[tuple[str, str]]:
-        """Return id and text of the documents that were held out for perplexity; an id begins with its source."""
+        """Return id and text of the documents held out for perplexity; an id begins with its source."""
         return [
             (f"{line['source']}/{line['id']}" if "source" in line else line["id"], line["text"])
             for line in self.lines()
@@ -275,7 +275,7 @@ class FinishedBlend(Finished):
 
 
 def percent(part: int, whole: int) -> str:
-    """Return a share for reading.
+    """Return a share as text in percent.
 
     Example:
         >>> percent(1, 8), percent(0, 0)
@@ -290,7 +290,7 @@ def overlap_unit(found: Mapping[str, Any]) -> str:
 
 
 def overlap_shares(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the shares before and after the removals of a row of `heldout_overlap`."""
+    """Return the overlap before and after the removals of a row of `heldout_overlap`, as text."""
     unit = "words" if "words" in row else "ngrams"
     return percent(row["shared"], row[unit]), percent(row["shared_after"], row[f"{unit}_after"])
 
@@ -298,13 +298,13 @@ def overlap_shares(row: Mapping[str, Any]) -> tuple[str, str]:
 def open_blend(folder: str | Path) -> FinishedBlend:
     """Read the manifest of a finished folder and check its files against it.
 
-    Reads the headers of the index files, and no token.
+    Only the headers of the index files are read, no tokens.
 
     Args:
-        folder: the output of `nemo-upcycle data BLEND DIR`.
+        folder: output of `nemo-upcycle data BLEND DIR`.
 
     Raises:
-        UpcycleError: the folder is not finished, of another format, or a file is missing or of another size.
+        UpcycleError: the folder is unfinished or has another format, or a file is missing or has another size.
 
     Example:
         >>> open_blend("data/redpajama").paths(seq_length=8192)  # doctest: +SKIP
@@ -341,6 +341,6 @@ def _tokenizer_folder(dense: str) -> Path | None:
 
     path = Path(dense.removeprefix("nemo://"))
     if dense.startswith("nemo://") or is_megatron(path):
-        own = path / "context/nemo_tokenizer"  # where NeMo 2 keeps it
+        own = path / "context/nemo_tokenizer"  # where NeMo 2 keeps the tokenizer
         return own if own.is_dir() else None
     return ensure_dense(dense)

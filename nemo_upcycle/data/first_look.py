@@ -1,4 +1,4 @@
-"""Read the first documents of a source before anything is built: what is there, and whether it is text."""
+"""Read the first documents of a source before a build, to see its fields and whether it holds texts."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.starting import away_from_here
 
 
-#: Documents that are read to check a source.
+#: Number of documents to read to check a source.
 FIRST = 50
-#: Bytes of text after which no further file is read.
+#: Bytes of text after which no other file is read.
 _MOST_BYTES = 4 << 20
-#: A field whose texts together are longer than this part of the longest one's may be the text as well.
+#: A field may be the text, too, if its texts are together longer than this fraction of the longest field's.
 _AS_LONG = 0.25
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the first documents of some files are.
+    """A summary of the first documents of some files.
 
     Attributes:
         documents: id and bytes of each.
-        lost: reason -> how many records have no text for it, and the first place.
-        fields: names of text fields in the first file whose records lack a text, the longest first, and
-            their characters.
-        read_bytes: bytes read of each file that was opened; None: all of it.
-        tokens_per_byte: tokens over bytes of text; None without a tokenizer.
+        lost: reason -> number of records without a text for this reason, and the first place.
+        fields: name of a text field -> its characters, longest first, in the first file whose records lack a text.
+        read_bytes: bytes read of each opened file; None means the whole file.
+        tokens_per_byte: tokens per byte of text; None without a tokenizer.
     """
 
     documents: Sequence[Sequence[Any]]
@@ -48,7 +47,7 @@ class Look:
 
     @property
     def records(self) -> int:
-        """Documents and what was lost."""
+        """Number of records: documents and lost records."""
         return len(self.documents) + sum(count for count, _ in self.lost.values())
 
     @property
@@ -58,12 +57,12 @@ class Look:
 
     @property
     def text_field(self) -> str:
-        """The one field that can be the text, where most have none of the name that was looked for; "" if not."""
+        """The only field that can be the text, if most records lack the expected field; "" otherwise."""
         return "" if self.is_text else the_long_one(self.fields)
 
 
 def the_long_one(fields: Mapping[str, int]) -> str:
-    """Return the field that is much longer than all others; "" if there is none.
+    """Return the field that is much longer than all others, or "" if there is none.
 
     Args:
         fields: name of a field -> characters of its texts.
@@ -78,8 +77,8 @@ def look_at(files: Sequence[InputFile], *, documents: int = FIRST, tokenizer: Pa
 
     Args:
         files: the files of a source, in their order.
-        documents: number to read at most.
-        tokenizer: a `tokenizer.json`, to estimate tokens by.
+        documents: maximum number of documents to read.
+        tokenizer: path of a `tokenizer.json`, to estimate tokens; or None.
 
     Raises:
         UpcycleError: there is no data environment, or a file cannot be read.
@@ -106,10 +105,10 @@ def ask_engine(request: Mapping[str, Any]) -> Any:
 
 
 def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:
-    """Return the files of this machine that hold something.
+    """Return the files on this machine that are not empty.
 
     Raises:
-        UpcycleError: there are some, and all are empty.
+        UpcycleError: there are files on this machine, and all are empty.
     """
     here = [file for file in files if not is_address(file.path)]
     filled = [file for file in here if file.size_bytes]
@@ -120,10 +119,10 @@ def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:
 
 
 def check_texts(blend: Blend, source: str, files: Sequence[InputFile]) -> None:
-    """Check that a source begins with texts, as far as its files are on this machine.
+    """Check that the files of a source on this machine begin with texts.
 
     Raises:
-        UpcycleError: its files are empty, or most of its first documents have no text.
+        UpcycleError: the files are empty, or most of the first documents have no text.
     """
     if filled := filled_files(source, files):
         check_look(blend, source, look_at(filled))
@@ -133,7 +132,7 @@ def check_look(blend: Blend, source: str, look: Look) -> None:
     """Check that most of the first documents of a source have a text.
 
     Raises:
-        UpcycleError: they have none; it names the fields that they have.
+        UpcycleError: most have none; the message names the fields that they have.
     """
     if look.is_text:
         return

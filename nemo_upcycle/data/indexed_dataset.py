@@ -1,8 +1,8 @@
 """The files of Megatron's indexed datasets, `.bin` and `.idx`, without importing Megatron.
 
-The layout is that of `megatron.core.datasets.indexed_dataset`: the index holds a header, the lengths of all sequences
-(int32), where each begins in the tokens (int64), and the number of the first sequence of every document and of the one
-that would come next (int64). Tests hold it to Megatron's own reader and builder.
+`megatron.core.datasets.indexed_dataset` defines the layout. The index holds a header, the length of each sequence
+(int32), the byte offset of each sequence in the tokens (int64), and the number of the first sequence of each document,
+with the number of sequences at the end (int64). Tests compare this module with Megatron's own reader and builder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from nemo_upcycle.errors import UpcycleError
 #: Magic, version, code of the token type, number of sequences, entries of the document index.
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
-#: Bytes of a token by the type's code: int32 and uint16.
+#: Code of the token type -> bytes of a token: int32 and uint16.
 TOKEN_BYTES = {4: 4, 8: 2}
-#: What to do with a finished folder that is damaged.
+#: Fix for a damaged finished folder.
 AGAIN = "copy the folder again, or delete it and run the command that made it again"
 
 
 def join_datasets(pieces: Sequence[Path], output: Path) -> None:
-    """Write the sequences and documents of several datasets, of one token type, into one.
+    """Join the sequences and documents of several datasets of one token type into one dataset.
 
     Args:
         pieces: paths of the pieces, without suffix.
-        output: the path to write, without suffix.
+        output: path to write, without suffix.
     """
     lengths, documents, codes, sequences = [], [np.zeros(1, dtype=np.int64)], set(), 0
     with output.with_name(f"{output.name}.bin").open("wb") as joined:
@@ -67,7 +67,7 @@ def tokens_of(prefix: Path) -> int:
     """Count the tokens of an indexed dataset, by its path without suffix.
 
     Raises:
-        UpcycleError: one of its two files has not the size that it states.
+        UpcycleError: one of the two files does not have the size that the index states.
     """
     index, data = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     require_size(index, HEADER.size, at_least=True)
@@ -78,7 +78,7 @@ def tokens_of(prefix: Path) -> int:
         require_size(index, HEADER.size + 12 * sequences + 8 * documents)
         if not sequences:
             return 0
-        # Lengths in tokens, 4 bytes each, then where each sequence begins, 8 bytes each.
+        # The lengths in tokens (4 bytes each) come first, then the byte offsets of the sequences (8 bytes each).
         handle.seek(HEADER.size + 4 * (sequences - 1))
         (length,) = struct.unpack("<i", handle.read(4))
         handle.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))

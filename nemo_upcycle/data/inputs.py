@@ -19,32 +19,32 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import cache_folder
 
 
-#: File for the n-grams of evaluation items, in the folder that a blend is built from.
+#: File for the n-grams of evaluation items, in the build folder.
 NGRAMS = "ngrams.npz"
 #: Files are joined or cut into tasks of this size; a killed run loses the tasks that were running.
 TASK_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-#: Tasks of the engine for each of the steps that find equal texts.
+#: Engine tasks for each task that searches for equal texts.
 TASKS_A_FINDER = 64
 
 
 def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, or the copies that the cache has of them.
+    """Return the files of every split of a source, or their copies if the cache has them.
 
     Args:
         blend: the blend.
         source: name of the source.
-        work: folder for texts that have to be rendered first.
+        work: folder for texts that must be rendered first.
 
     Raises:
-        UpcycleError: there is no such reader or option, or an entry matches nothing.
+        UpcycleError: the reader or an option is unknown, or an entry matches nothing.
     """
     copied = copied_files(blend, source, cache_folder())
     return list_named(blend, source, work) if copied is None else copied
 
 
 def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, where it names them; see `list_inputs`."""
+    """Return the files of every split of a source, in the places that it names; see `list_inputs`."""
     config, reader = blend.config.sources[source], reader_of(blend, source)
     for name in config.options:
         if name not in reader.options:
@@ -58,7 +58,7 @@ def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFil
 
 
 def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
-    """Return the files of a source that names files; nothing for one that has to be fetched or rendered first.
+    """Return the files of a source, or nothing if they must be fetched or rendered first.
 
     Raises:
         UpcycleError: see `list_inputs`.
@@ -79,14 +79,14 @@ def reader_of(blend: Blend, source: str) -> Reader:
 
 
 def folders_of(blend: Blend) -> list[Path]:
-    """Return the folders of this machine that a blend reads from: its YAML file's, its patterns' and its suites'.
+    """Return the folders on this machine from which a blend reads its YAML file, its texts and its suites.
 
     Example:
         >>> folders_of(read_blend("/home/me/mine.yaml"))  # of `train: [/texts/*/a.txt]`  # doctest: +SKIP
         [PosixPath('/home/me'), PosixPath('/texts')]
     """
     here = blend.folder.absolute()
-    folders = [here] if blend.folder.is_absolute() else []  # the package's own has no folder
+    folders = [here] if blend.folder.is_absolute() else []  # a packaged blend has no folder
     for source, config in blend.config.sources.items():
         entries = [entry for split in SPLITS for entry in getattr(config, split)]
         named = reader_of(blend, source).paths(entries, config.options)
@@ -102,7 +102,7 @@ def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
     """Check that no file is read twice, by two splits or by two sources.
 
     Raises:
-        UpcycleError: one is.
+        UpcycleError: a file is read twice.
     """
     owner: dict[str, str] = {}
     for source, splits in inputs.items():
@@ -121,12 +121,12 @@ def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
 def make_plan(
     blend: Blend, inputs: dict[str, dict[str, list[InputFile]]], output: Path, tokenizer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the engine's plan. Held-out files come first: of equal texts, the one that is not trained on stays.
+    """Return the engine's plan; held-out files come first, so that of equal texts the held-out text is kept.
 
     Args:
         blend: the blend.
-        inputs: the files of every source and split.
-        output: the folder of the blend.
+        inputs: files of every source and split.
+        output: folder of the blend.
         tokenizer: result of `save_tokenizer`.
     """
     config, tasks = blend.config, []
@@ -173,7 +173,7 @@ def _size_of(file: InputFile) -> int:
 
 
 def _groups(files: list[InputFile], task_bytes: int) -> list[list[InputFile]]:
-    """Put neighbouring files of one kind together until they reach the size of a task; cut those that exceed it."""
+    """Group neighbouring files of one format up to the size of a task, and cut larger files into parts."""
     groups: list[list[InputFile]] = []
     room = 0
     for file in files:
@@ -190,13 +190,13 @@ def _groups(files: list[InputFile], task_bytes: int) -> list[list[InputFile]]:
 
 
 def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
-    """Cut a plain file of JSON lines on this machine into even parts, for several workers; others stay whole.
+    """Cut a plain file of JSON lines on this machine into even parts for several workers; keep other files whole.
 
-    It is read once to count its lines: a document's id has the number of its line.
+    The file is read once to count its lines, because a document's id contains its line number.
 
     Args:
-        file: the file.
-        most_bytes: most bytes of a part, but for the rest of its last line.
+        file: file to cut.
+        most_bytes: maximum bytes of a part, without the rest of its last line.
     """
     size_bytes, path = file.size_bytes or 0, Path(file.path)
     if file.reader != "jsonl" or size_bytes <= most_bytes or not path.is_file():
@@ -223,7 +223,7 @@ def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
 
 
 def _joined_options(group: list[InputFile]) -> dict[str, Any]:
-    """Return the options of a group's files; the lists of duplicates, which differ, by file."""
+    """Return the options that a group's files share, with the lists of duplicates by file."""
     options = {name: value for name, value in group[0].options.items() if name != "duplicates"}
     lists = {file.path: file.options["duplicates"] for file in group if "duplicates" in file.options}
     return options | ({"duplicates": lists} if lists else {})

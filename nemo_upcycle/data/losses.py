@@ -1,4 +1,4 @@
-"""Count and report how much of a source is lost; refuse early more than `max_lost`, or less than a sequence left."""
+"""Count the unreadable part of a source, and stop a build early if too much is lost or too little is left."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.utils.files import read_json
 
 
-#: A larger share is warned about.
+#: Lost share above which a warning is shown.
 _WARNED = 0.01
-#: For English text and most tokenizers: tokens are estimated from bytes.
+#: Bytes in a token of English text with most tokenizers, to estimate tokens from bytes.
 _BYTES_PER_TOKEN = 4
-#: Records that the engine writes for each task: of the pass that reads it, and of the last pass.
+#: Folders of the records that the engine writes for each task: in the first pass, and in the last pass.
 _READ, _STATS = "read", "stats"
 _TRAIN = ("documents", "bytes", "tokens")
 
 
 def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count what the tasks of a source could not read.
+    """Count the documents and bytes that the tasks of a source could not read.
 
     Args:
-        tasks: counts of the engine, one a task.
+        tasks: counts of the engine, one entry for each task.
 
     Returns:
-        `share`: lost share of the documents or of the bytes, whichever is larger, 0 to 1. By reason: `documents`,
-        `bytes`, the `first` place, and `whole` (files lost entirely; each counts as one document). A file of unknown
-        size counts the average bytes of the others.
+        `share`: lost share of the documents or of the bytes, whichever is larger, 0 to 1. `reasons`: reason ->
+        `documents`, `bytes`, the `first` place, and `whole` (files lost entirely; each counts as one document). A file
+        of unknown size counts with the average bytes of a file.
 
     Example:
         >>> lost = {"broken JSON": {"documents": 1, "bytes": 30, "files": 0, "first": "a.jsonl:7"}}
@@ -58,7 +58,7 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def lost_text(lost: Mapping[str, Any]) -> list[str]:
-    """Describe the counts of `count_lost`, one line a reason."""
+    """Describe the counts of `count_lost`, one line for each reason."""
     return [
         f"{_lost_count(one)}, {one['bytes']:,} bytes: {reason}, first at {one['first']}"
         for reason, one in lost["reasons"].items()
@@ -66,17 +66,17 @@ def lost_text(lost: Mapping[str, Any]) -> list[str]:
 
 
 def _lost_count(one: Mapping[str, Any]) -> str:
-    """Count lost documents, and files that are lost as a whole."""
+    """Describe how many documents and how many whole files are lost."""
     whole = one.get("whole", 0)
     counts = {"document": one["documents"] - whole, "whole file": whole}
     return " and ".join(f"{count:,} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
 
 
 def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of the part of a source that could not be read.
+    """Warn if more than 1 % of a source could not be read.
 
     Raises:
-        LostError: it is more than the source's `max_lost`.
+        LostError: the lost share exceeds the source's `max_lost`.
     """
     lost, most = count_lost(tasks), blend.config.sources[source].max_lost
     text = f"loses {lost['share']:.1%} of its text ({'; '.join(lost_text(lost))})"
@@ -97,7 +97,7 @@ def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) 
 
 
 def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) -> str:
-    """Return how to name the field that most records have in place of a text; empty: a text, or no field."""
+    """Return the fix that names the right text field, if most records lack the expected field; "" otherwise."""
     fields: Counter[str] = Counter()
     documents = without = 0
     for task in tasks:
@@ -112,16 +112,16 @@ def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) ->
 
 
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
-    """Return a check of what the engine has written so far, to be called again and again.
+    """Return a function that checks what the engine has written so far, to be called repeatedly.
 
-    Once all tasks of a source have been read, and again once they are tokenised, it refuses a source that has no
-    sequence to train on, or of which too much could not be read; once those of all sources have been read, it shows
-    what a run would draw.
+    After all tasks of a source were read, and again after they were tokenised, it refuses the source if it has no
+    training sequence or if too much was unreadable. After the tasks of all sources were read, it shows how much a run
+    would draw from each source.
 
     Args:
         blend: the blend.
-        work: the engine's folder.
-        plan: plan of the engine; files of another plan do not count.
+        work: folder of the engine.
+        plan: plan of the engine; files of another plan are ignored.
     """
     tasks = list(enumerate(plan["tasks"]))
     ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}
@@ -160,8 +160,11 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
 
 
 def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Check what a source has to train on: `documents`, `bytes` and, if they are known, `tokens`."""
-    most = train.get("tokens", train["bytes"] + 2 * train["documents"])  # a token has a byte, an end has none
+    """Check that a source has more than a training sequence.
+
+    `train` has `documents`, `bytes` and, if known, `tokens`.
+    """
+    most = train.get("tokens", train["bytes"] + 2 * train["documents"])  # at most 1 token per byte, plus end-of-text
     if most > blend.config.seq_length:
         return
     bound = "" if "tokens" in train else "at most "
@@ -184,7 +187,7 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
 
 
 def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
-    """Estimate the draw of each source in a run, a line for each, from the bytes of their texts or files."""
+    """Estimate from the bytes of text how much of each source a run draws, one line for each source."""
     lines = [f"{blend.name}, estimated at {_BYTES_PER_TOKEN} bytes a token:"]
     for name, source in blend.config.sources.items():
         tokens = text_bytes[name] / _BYTES_PER_TOKEN
@@ -195,12 +198,12 @@ def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
 
 
 def epochs_text(tokens: float, share: float, max_epochs: float) -> str:
-    """Say in how long a run a source is read once, and as often as it may be.
+    """Describe how long a run must be to read a source once, and `max_epochs` times.
 
     Args:
         tokens: tokens of the source.
-        share: share of the run's tokens that it has, 0 to 1.
-        max_epochs: max epochs of the blend.
+        share: the source's share of the run's tokens, 0 to 1.
+        max_epochs: `max_epochs` of the blend.
 
     Example:
         >>> epochs_text(3_000_000, 0.75, 4)

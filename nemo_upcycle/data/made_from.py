@@ -1,4 +1,4 @@
-"""Compare the files that a folder of texts or conversations was made from with those that are there now."""
+"""Compare the files from which a folder of texts or conversations was made with the files that exist now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.locks import take_lock
 
 #: Path, size and time of a file.
 Stamp = Sequence[Any]
-#: Files that a message names of each kind.
+#: Maximum number of files of each kind that a message names.
 _NAMED = 3
 
 
@@ -38,12 +38,12 @@ def named_tokenizer(tokenizer: str | None) -> str:
 
 
 def stamps(paths: Iterable[Path]) -> list[Stamp]:
-    """Note path, size and time of files: others under the same names are other texts."""
+    """Return path, size and time of files, so that a file replaced under the same name is noticed."""
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def compare(before: Iterable[Stamp], now: Iterable[Stamp]) -> dict[str, list[str]]:
-    """Find the files that are `new`, `gone` or `changed`; a kind that has none is left out.
+    """Find the files that are `new`, `gone` or `changed`; kinds without files are omitted.
 
     Example:
         >>> compare([["a", 3, 1], ["b", 3, 1]], [["b", 4, 2], ["c", 3, 1]])
@@ -59,7 +59,7 @@ def compare(before: Iterable[Stamp], now: Iterable[Stamp]) -> dict[str, list[str
 
 
 def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
-    """Say which files are new, gone or changed, the first ones by name.
+    """Describe which files are new, gone or changed; the first ones by name.
 
     Example:
         >>> changes_text({"new": ["/texts/a.txt", "/texts/b.txt"]}, Path("data"))
@@ -74,13 +74,13 @@ def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
 
 
 def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a folder that was made from something else.
+    """Refuse a folder that was made from other settings or files.
 
     Args:
-        output: the folder.
-        kind: `blend` or `chat`, the key of the settings in both notes.
-        earlier: note of the settings that made the folder; empty: it holds something else.
-        now: the present note: `format`, the settings, `strict`, and of conversations the `files`.
+        output: folder to check.
+        kind: `blend` or `chat`, the key of the settings in both records.
+        earlier: record of the settings that made the folder; empty if it holds something else.
+        now: present record: `format`, the settings, `strict`, and for conversations `files`.
 
     Raises:
         UpcycleError: the folder has another format or kind, or was made from other settings or files.
@@ -106,15 +106,15 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
 
 
 def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callable[[Path], object]) -> Path:
-    """Return a folder that is built once, in the cache.
+    """Return a folder in the cache; build it on first use.
 
-    Several ranks may call it at the same time: one builds it, the others wait.
+    Several ranks may call this at the same time: one builds the folder, the others wait.
 
     Args:
         kind: folder in the cache, `blends` or `chats`.
         name: name of the blend or the conversations.
-        made_from: plain values that decide the content.
-        build: makes the folder at a path, or keeps it.
+        made_from: plain values that determine the content.
+        build: function that makes the folder at a path, or keeps a finished one.
 
     Raises:
         UpcycleError: `build` failed.

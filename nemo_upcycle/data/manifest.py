@@ -1,6 +1,6 @@
-"""Join what the tasks of the data engine wrote, and describe the blend in its manifest.
+"""Join the output of the data engine's tasks, and describe the blend in its manifest.
 
-The manifest has weights, licences, tokens, what could not be read, what every step removed, files and versions.
+The manifest holds weights, licences, tokens, unreadable input, the removals of every step, files and versions.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.utils.schema import numbered
 
 
-#: Indexed datasets of one source and split.
+#: Maximum number of indexed datasets for one source and split, and the bytes after which another is made.
 MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
-#: Of the tokens asked of a source: with less it is said.
+#: Share of the requested tokens below which a source is reported.
 _NEAR_ENOUGH = 0.98
 
 
 def _merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the tasks' indexed datasets into `folder`, over an earlier try's files.
+    """Join the tasks' indexed datasets into `folder`, and replace files of an earlier attempt.
 
-    Give for each source and split (`train`, `validation`) the prefixes, relative to the parent of `folder`, and the
+    Return, for each source and split (`train`, `validation`), the prefixes relative to the parent of `folder`, and the
     documents, tokens and bytes of text.
     """
     aside = aside_of(folder)
@@ -68,7 +68,7 @@ def _merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[
 
 
 def _join(pieces: list[Path], folder: Path, name: str) -> list[str]:
-    """Join indexed datasets into a few, in their order; return the names."""
+    """Join indexed datasets into a few, in order, and return the names."""
     total_bytes = sum(Path(f"{piece}.bin").stat().st_size for piece in pieces)
     count = min(MOST_PREFIXES, len(pieces), 1 + total_bytes // PREFIX_BYTES)
     names = []
@@ -79,7 +79,7 @@ def _join(pieces: list[Path], folder: Path, name: str) -> list[str]:
 
 
 def _merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the held-out texts of all tasks into one JSON lines file; return their counts."""
+    """Write the held-out texts of all tasks into one JSON lines file, and return their counts."""
     with whole_file(output) as aside, aside.open("w", encoding="utf-8") as handle:
         for task, entry in enumerate(stats):
             if "heldout" in entry["splits"]:
@@ -91,7 +91,7 @@ def _merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dic
 def finish_blend(
     blend: Blend, output: Path, tasks: int, tokenizer: dict[str, Any], engine: str, items: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Merge what the engine wrote, and write contamination.json and manifest.json; return the latter.
+    """Merge the engine's output, write contamination.json and manifest.json, and return the manifest.
 
     Args:
         blend: the blend.
@@ -99,7 +99,7 @@ def finish_blend(
         tasks: number of the engine's tasks.
         tokenizer: result of `save_tokenizer`.
         engine: versions of the data engine.
-        items: the index of the evaluation items that were looked for; None: none were.
+        items: summary of the index of evaluation items; None if the texts were not searched.
     """
     config, work = blend.config, output / BUILD
     stats = [read_json(work / "stats" / f"{task:05d}.json") for task in range(tasks)]
@@ -147,7 +147,7 @@ def finish_blend(
 
 
 def texts_of(config: BlendConfig) -> dict[str, Any]:
-    """Keep the settings that decide the tokens; weights, and those of a run, may change afterwards."""
+    """Return the settings that affect the tokens, without weights and settings of a run, which may change later."""
     values = dataclasses.asdict(config)
     for key in ("seq_length", "max_epochs"):
         del values[key]
@@ -158,7 +158,7 @@ def texts_of(config: BlendConfig) -> dict[str, Any]:
 
 
 def describe_anew(blend: Blend, output: Path) -> dict[str, Any]:
-    """Return the manifest of a finished folder, with the blend's present weights, and write it if they are new."""
+    """Return the manifest of a finished folder with the blend's present weights; write it if they changed."""
     manifest = open_blend(output).manifest
     now = manifest | _of_the_run(blend)
     now["sources"] = {name: entry | _of_the_source(blend, name) for name, entry in manifest["sources"].items()}
@@ -177,7 +177,7 @@ def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:
 
 
 def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
-    """Say which sources give less than the `tokens` that were asked of them, by more than 2 %."""
+    """Describe the sources that give over 2 % fewer tokens than their `tokens` setting asks for."""
     lines = []
     for name, source in manifest["sources"].items():
         asked, got = source.get("most_tokens", 0), source["splits"]["train"]["tokens"]
@@ -191,15 +191,15 @@ def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
-    """Return the files that a source was read from; those rendered for this blend relative to its folder."""
+    """Return the files that a source was read from; files rendered for this blend are relative to its folder."""
     within = f"{output.absolute()}{os.sep}"
     files: dict[str, Any] = {}
     for entry in stats:
         for path, file in entry["files"].items() if entry["source"] == source else ():
             name = without_secrets(path.removeprefix(within))
-            if path.startswith(within):  # rendered by each build anew
+            if path.startswith(within):  # each build renders it anew
                 file = {key: value for key, value in file.items() if key != "modified_ns"}
-            if name in files:  # read in parts
+            if name in files:  # the file was read in parts
                 digests = f"{files[name]['texts_xxh3_128']}-{file['texts_xxh3_128']}"
                 file = file | {"whole": files[name]["whole"] and file["whole"], "texts_xxh3_128": digests}
             files[name] = file
@@ -207,7 +207,7 @@ def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[st
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return counts by name, summed; documents, tokens and bytes of text are always among them."""
+    """Return the sums of counts by name; documents, tokens and bytes of text are always included."""
     total: Counter[str] = Counter(documents=0, tokens=0, bytes=0)
     for one in counts:
         total.update(one)
@@ -215,7 +215,7 @@ def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _sum_steps(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return, for each step, how many documents came in, were kept, and were removed for what reason."""
+    """Return, for each step, how many documents came in, were kept, and were removed for each reason."""
     steps: dict[str, dict[str, Any]] = {}
     for entry in stats:
         for name, step in entry["steps"].items():

@@ -1,4 +1,4 @@
-"""The models, data and questions that stages need from a network, to be fetched before they run without one."""
+"""The models, data and questions that stages need from a network, so that they can be fetched beforehand."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nemo_upcycle.utils.files import is_complete, read_json, write_json
 
 
 HUB = "the Hugging Face hub"
-#: In a cache that `nemo-upcycle fetch` filled: the names of what it fetched.
+#: File in a cache that lists what `nemo-upcycle fetch` has fetched.
 _FETCHED = "fetched.json"
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Where a stage looks for what was fetched.
+    """The caches in which a stage looks for fetched files.
 
     Attributes:
         folder: this package's cache.
-        hub: models of the hub; None: where the hub's library keeps them by default.
+        hub: cache of the hub's models; None means the default of the hub's library.
     """
 
     folder: Path
@@ -43,12 +43,12 @@ class Need:
     """Something that stages take from a network.
 
     Attributes:
-        what: name for people; of two needs with the same name one is enough.
-        place: place that it comes from.
-        fetch: puts it into the caches of this process; continues what was stopped.
-        is_in: whether caches have it; asks no network.
-        size_bytes: size on disk; 0: not known before it is fetched.
-        inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
+        what: name for people; of two needs with the same name, one is enough.
+        place: place to fetch from.
+        fetch: function that fetches into the caches of this process, and resumes a stopped fetch.
+        is_in: function that tells whether caches hold the need, without a network.
+        size_bytes: size on disk; 0 if unknown before the fetch.
+        inputs: arguments of the pipeline that cause the need: `dense`, `data` or `evaluation`.
         is_certain: whether `is_in` sees every copy; libraries have caches of their own.
     """
 
@@ -65,7 +65,7 @@ def asset_need(name: str) -> Need:
     """Return the need for an asset.
 
     Args:
-        name: a key of `ASSETS`.
+        name: key of `ASSETS`.
     """
     asset = ASSETS[name]
     return Need(
@@ -78,7 +78,7 @@ def asset_need(name: str) -> Need:
 
 
 def task_need(name: str, include_path: str | None = None) -> Need:
-    """Return the need for the data of one of lm-eval's tasks, which only lm-eval finds in the cache of the hub."""
+    """Return the need for the data of an lm-eval task, which only lm-eval finds in the cache of the hub."""
     what = f"lm-eval's {name}"
 
     def fetch() -> None:
@@ -93,7 +93,7 @@ def task_need(name: str, include_path: str | None = None) -> Need:
 
 
 def note_fetched(folder: Path, names: Iterable[str]) -> None:
-    """Add the names of needs to the list of what a cache holds.
+    """Add the names of needs to the list of what a cache has fetched.
 
     Args:
         folder: this package's cache.

@@ -1,10 +1,10 @@
 """Find passages of evaluation items in text, by the hashes of n-grams of words.
 
-Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
+This module needs only numpy and the standard library, because the data engine's environment has no torch.
 
-Two kinds of n-grams are looked for in one pass. A long one is a hit by itself; short ones are a hit where enough of
-one item stand close together, see `ENOUGH` and the shares. In scripts whose characters count as words, both kinds have
-more words, see `STRETCH`.
+One pass searches for two kinds of n-grams. A long n-gram is a hit by itself. Short n-grams are a hit if enough of one
+item stand close together (see `ENOUGH` and the shares). In scripts whose characters count as words, both kinds have
+more words (see `STRETCH`).
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ WORDS = 13
 SHORT_WORDS = 8
 SHORTEST = 6
 BOILERPLATE = 10
-#: Short n-grams of an item, no further apart than the item is long, are a hit if together they cover more words than
-#: one n-gram has, and either this many words or a share of the item's longest rendering: the first share if they are
-#: one passage, the second if they are several (`benchmarks/decontaminate.py`).
+#: Short n-grams of an item that are no further apart than the item is long are a hit if two conditions hold. Together
+#: they cover more words than one n-gram has. They also cover either this many words, or a share of the item's longest
+#: rendering: the first share if they are one passage, the second if they are several (measured by
+#: `benchmarks/decontaminate.py`).
 ENOUGH = 20
 SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
-#: Characters in place of an English word: in Han, kana and Hangul; in Thai, Lao, Tibetan, Burmese and Khmer.
+#: Characters that stand for one English word: in Han, kana and Hangul; in Thai, Lao, Tibetan, Burmese and Khmer.
 STRETCH = {SYLLABLES: 2, LETTERS: 3}
-#: Least number of words with letters in a short n-gram: rows of digits are no sign of an item.
+#: Minimum number of words of two or more letters in a short n-gram: rows of digits are no sign of an item.
 _LETTERED = 2
 
 _FORMAT = 2
 
 
 class _Match(NamedTuple):
-    """An n-gram in a text: its first word, one past its last, the bytes it stands in, its place in a table."""
+    """An n-gram found in a text: first word, one past the last word, first byte, one past the last, table entry."""
 
     first: int
     last: int
@@ -76,7 +77,7 @@ class _Table(NamedTuple):
 
 
 class NgramIndex:
-    """The n-grams of evaluation items, and where each stands.
+    """The n-grams of evaluation items, and the items that contain each of them.
 
     Attributes:
         arrays: arrays that `save` writes.
@@ -102,14 +103,15 @@ class NgramIndex:
         boilerplate: int = BOILERPLATE,
         short_words: int = 0,
     ) -> NgramIndex:
-        """Index the n-grams of items; a rendering of fewer words is one n-gram of its own length.
+        """Index the n-grams of items; a rendering with fewer words than an n-gram becomes one shorter n-gram.
 
         Args:
-            items: items, numbered set by set, in the order given.
-            words: words of an n-gram, up to 21.
-            shortest: renderings of fewer words are not indexed.
-            boilerplate: an n-gram that stands in more items of one set is ignored, as is one of digits alone.
-            short_words: words of the short n-grams, of which only several are a hit; 0 for none.
+            items: items; they are numbered set by set, in the order given.
+            words: words in a long n-gram, up to 21.
+            shortest: minimum number of words of a rendering that is indexed.
+            boilerplate: maximum number of items of one set that may contain an n-gram. More common n-grams are
+                ignored, as are n-grams of digits only.
+            short_words: words in a short n-gram, of which only several together are a hit; 0 means none.
 
         Example:
             >>> index = NgramIndex.build([Item("quiz", "1", ("Which of the two came first, and why?",))])
@@ -118,7 +120,7 @@ class NgramIndex:
         """
         items = list(items)
         names = list(dict.fromkeys(item.name for item in items))
-        items.sort(key=lambda item: names.index(item.name))  # stable
+        items.sort(key=lambda item: names.index(item.name))  # a stable sort: keeps the order in a set
         name_of = np.array([names.index(item.name) for item in items], np.int32)
         texts = [(number, text) for number, item in enumerate(items) for text in map(normalise, item.renderings)]
         measured = [(number, text, _length(text), stretch_of(text)) for number, text in dict.fromkeys(texts)]
@@ -173,7 +175,7 @@ class NgramIndex:
         """Read an index.
 
         Raises:
-            UpcycleError: the file is missing, damaged, or of another version.
+            UpcycleError: the file is missing, damaged, or has another version.
         """
         try:
             with path.open("rb") as handle:
@@ -192,9 +194,9 @@ class NgramIndex:
 
     @property
     def summary(self) -> dict[str, dict[str, int]]:
-        """For each evaluation set, what the index covers.
+        """Map each evaluation set to the counts of its items and long n-grams.
 
-        `items`; `ngrams`; `ignored`: n-grams in too many items; `too_short`: items that give no n-gram;
+        `items` and `ngrams`; `ignored`: n-grams in too many items; `too_short`: items that give no n-gram;
         `only_boilerplate`: items whose n-grams are all ignored.
         """
         columns = ("items", "ngrams", "ignored", "too_short", "only_boilerplate")
@@ -203,7 +205,7 @@ class NgramIndex:
 
     @property
     def short_summary(self) -> dict[str, dict[str, int]]:
-        """The same, with the `ngrams` and `ignored` of the short n-grams."""
+        """Map each evaluation set to its counts in `summary`, with `ngrams` and `ignored` of the short n-grams."""
         rows = zip(self.summary.items(), self.arrays["short_counts"].tolist(), strict=True)
         return {name: counts | {"ngrams": row[1], "ignored": row[2]} for (name, counts), row in rows}
 
@@ -212,7 +214,7 @@ class NgramIndex:
         return str(self.arrays["names"][self.arrays["name_of"][number]]), str(self.arrays["ids"][number])
 
     def find(self, text: str) -> list[Hit]:
-        """Return the passages that contain items, in order; those that share words are one passage.
+        """Return the passages that contain items, in order; passages that share words are merged.
 
         Args:
             text: any text; its size is limited by memory only.
@@ -220,7 +222,7 @@ class NgramIndex:
         return self.search(text)[0]
 
     def search(self, text: str) -> tuple[list[Hit], list[Hit]]:
-        """Find the hits as `find` does, and all passages that share n-grams with items, short ones too."""
+        """Return the hits of `find`, and all passages that share n-grams with items, short n-grams included."""
         matches = sorted(set(self._matches(normalise(text))))
         if not matches:
             return [], []
@@ -251,7 +253,7 @@ class NgramIndex:
                 yield _Match(block.first + word, block.first + word + size, start, stop, entry, is_long)
 
     def _clusters(self, matches: list[tuple[_Match, list[int]]]) -> Iterator[tuple[_Match, list[int]]]:
-        """Yield the short n-grams of which there are enough of one item, no further apart than it is long."""
+        """Yield the short n-grams of an item if enough of them are no further apart than the item is long."""
         by_item: dict[int, list[_Match]] = {}
         for match, numbers in matches:
             for number in numbers:
@@ -270,7 +272,7 @@ class NgramIndex:
 
 
 def _is_enough(cluster: list[_Match], length: int) -> bool:
-    """Return whether short n-grams of an item of so many words are a hit; of equal ones only the first counts."""
+    """Return whether short n-grams of an item of `length` words are a hit; equal n-grams count once."""
     covered = passages = last = 0
     seen: set[int] = set()
     for match in cluster:
@@ -285,7 +287,7 @@ def _is_enough(cluster: list[_Match], length: int) -> bool:
 
 
 def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> list[Hit]:
-    """Return n-grams in order, those that share words as one."""
+    """Return the passages in order, and merge passages that share words."""
     merged: list[tuple[int, int, int, int, set[int]]] = []
     for match, numbers in passages:
         if merged and match.first < merged[-1][1]:
@@ -300,7 +302,7 @@ def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> lis
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:
-    """Return which rows differ from the row before; the first does."""
+    """Return which rows differ from the row before; the first row always does."""
     changed = np.zeros(len(columns[0]), bool)
     changed[:1] = True
     for column in columns:
@@ -309,7 +311,7 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
 
 
 def stretch_of(text: bytes) -> int:
-    """Return how many words of a normalised text stand for one of English."""
+    """Return how many words of a normalised text stand for one English word."""
     if text.isascii():
         return 1
     decoded = text.decode()
@@ -323,12 +325,13 @@ def _length(text: bytes) -> int:
 
 
 def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered: int) -> np.ndarray:
-    """Return the n-grams of texts, with the hash of how each begins.
+    """Return the n-grams of texts, each with the hash of its first words.
 
     Args:
-        groups: size -> the numbers of items, and their texts.
-        prefix: words that an n-gram is looked for by.
-        lettered: words with two or more letters that an n-gram has; 0 for any that is not of digits alone.
+        groups: size of an n-gram -> numbers of items, and their texts.
+        prefix: number of first words by which an n-gram is searched for.
+        lettered: minimum number of words with two or more letters in an n-gram; 0 accepts every n-gram that is not
+            only digits.
     """
     kind = np.dtype([("hash", np.uint64), ("owner", np.int32), ("size", np.int32), ("prefix", np.uint64)])
     grams = [np.empty(0, kind)]
@@ -350,7 +353,7 @@ def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered:
 
 
 def _letters_of(normalised: bytes, block: WordBlock) -> np.ndarray:
-    """Return the bytes of each word that are no digits."""
+    """Return how many bytes of each word are not digits."""
     start, stop = int(block.starts[:1].sum()), int(block.stops[-1:].sum())
     letters = np.append(0, np.cumsum(np.frombuffer(normalised, np.uint8)[start:stop] > ord("9")))
     return np.asarray(letters[block.stops - start] - letters[block.starts - start])
@@ -359,12 +362,12 @@ def _letters_of(normalised: bytes, block: WordBlock) -> np.ndarray:
 def _without_boilerplate(
     grams: np.ndarray, name_of: np.ndarray, names: int, boilerplate: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the n-grams, sorted, that do not stand in too many items of a set, and the counts of `summary`."""
+    """Return the sorted n-grams that are not in too many items of a set, and the counts of `summary`."""
     order = np.lexsort((grams["owner"], grams["hash"]))
     once = _changes(grams["hash"][order], grams["owner"][order])
     grams = grams[order[once]]
     hashes, owners = np.ascontiguousarray(grams["hash"]), np.ascontiguousarray(grams["owner"])
-    runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # an n-gram in the items of one set
+    runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # a run: one n-gram in the items of one set
     sizes = np.diff(np.append(runs, len(grams)))
     ignored = np.isin(hashes, hashes[runs[sizes > boilerplate]])
     numbers = (

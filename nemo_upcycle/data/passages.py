@@ -20,10 +20,10 @@ class Hit:
     """A passage that shares n-grams with items.
 
     Attributes:
-        start: place of its first character in the text.
-        stop: place after its last character.
-        size: words in it.
-        items: numbers of the items, ascending, as `NgramIndex.item` names them.
+        start: position of the first character in the text.
+        stop: position after the last character.
+        size: number of words.
+        items: numbers of the items, ascending; `NgramIndex.item` names them.
     """
 
     start: int
@@ -33,7 +33,7 @@ class Hit:
 
 
 def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
-    """Cut the passages, and `margin` characters on both sides of them, out of a text; return the pieces.
+    """Remove the passages, with `margin` characters on both sides of each, from a text; return the pieces.
 
     Example:
         >>> cut("one two three four five six", [Hit(8, 13, 1, (0,))], margin=2)
@@ -47,7 +47,7 @@ def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
 def removed_spans(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[tuple[int, int]]:
     """Find the spans that `cut` removes, in order: first character, one past the last.
 
-    A span ends between two words where that takes at most 50 characters more.
+    A span ends between two words if that makes it at most 50 characters longer.
     """
     spans: list[tuple[int, int]] = []
     for hit in sorted(hits, key=lambda hit: hit.start):

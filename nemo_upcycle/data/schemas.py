@@ -1,4 +1,4 @@
-"""Find the field that holds the text of each file, and make a source of all files that share one."""
+"""Find the text field of each file, and make one source of all files with the same text field."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import size_text
 
 
-#: Field that holds the text unless a source says otherwise.
+#: Field that holds the text, unless a source names another.
 TEXT = "text"
-#: Files that are opened; of more, every n-th.
+#: Maximum number of files to open; with more, every n-th is opened.
 _OPENED = 400
-#: Bytes of text in a stored byte of compressed files and Parquet.
+#: Bytes of text for each stored byte of compressed files and Parquet.
 PACKED = 2.5
-#: Fields that are named, and how long a name of a source may be.
+#: Maximum number of fields that a message names, and of characters of a field in the name of a source.
 _NAMED, _LONGEST = 4, 24
 
 
@@ -32,10 +32,11 @@ class Schema:
     """The text fields in the first records of a file.
 
     Attributes:
-        file: the file.
-        records: number of records that were read.
-        fields: name of a field -> records that have text in it, and their characters; None: the file is one text.
-        rows: number of all records; None if the file does not say it.
+        file: file to which the schema belongs.
+        records: number of records read.
+        fields: name of a field -> number of records that have text in it, and their characters; None if the file is
+            one text.
+        rows: number of all records; None if the file does not state it.
     """
 
     file: InputFile
@@ -45,7 +46,7 @@ class Schema:
 
     @property
     def field(self) -> str:
-        """The field that holds the text: `text`, or the only long one; `text` as well if no field is."""
+        """The field that holds the text: `text`, or the only long field if most records lack `text`."""
         if self.fields is None or 2 * self._having(TEXT) >= self.records:
             return TEXT
         return the_long_one({name: length for name, (_, length) in self.fields.items()}) or TEXT
@@ -87,16 +88,16 @@ def read_schemas(files: Sequence[InputFile]) -> list[Schema]:
 def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tuple[Blend, list[Schema]]:
     """Return a blend in which each source reads one field, and the schemas of the files.
 
-    Files of one field stay one source. Otherwise each field gets a source, named after it, whose weight is its share
-    of the bytes: every text is read equally often.
+    If all files have the same field, they stay one source. Otherwise each field gets a source named after it, whose
+    weight is its share of the bytes, so that every text is read equally often.
 
     Args:
-        blend: a blend of texts that were named without one.
+        blend: blend of texts that were given without a blend.
         source: name of its source.
         files: files of the source.
 
     Raises:
-        UpcycleError: fields differ among more files than are opened.
+        UpcycleError: the fields differ, and there are more files than are opened.
     """
     config = blend.config.sources[source]
     if "text_key" in config.options or any(is_address(file.path) for file in files):
@@ -125,7 +126,7 @@ def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tup
 
 
 def _entries(train: Sequence[str], schemas: Sequence[Schema], field: str) -> list[str]:
-    """Return the patterns of the files that have a field; the files one by one where a pattern matches others too."""
+    """Return the patterns of the files with a field, or the single files if a pattern also matches others."""
     entries: list[str] = []
     for end in dict.fromkeys(suffix_of(one.file.path) for one in schemas):
         alike = [one for one in schemas if suffix_of(one.file.path) == end]
@@ -140,7 +141,7 @@ def _entries(train: Sequence[str], schemas: Sequence[Schema], field: str) -> lis
 
 
 def reading(blend: Blend, source: str, field: str) -> Blend:
-    """Return a blend whose source has its texts in a field."""
+    """Return a blend whose source reads its texts from a field."""
     config = blend.config.sources[source]
     changed = dataclasses.replace(config, options=config.options | {"text_key": field})
     return dataclasses.replace(
@@ -153,8 +154,8 @@ def kept_and_lost(files: Sequence[InputFile], schemas: Sequence[Schema], field: 
 
     Args:
         files: files of the source.
-        schemas: schemas of those that were opened.
-        field: the field that the source reads.
+        schemas: schemas of the opened files.
+        field: field that the source reads.
     """
     names = {file.path for file in files}
     schemas = [one for one in schemas if one.file.path in names]

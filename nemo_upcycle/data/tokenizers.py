@@ -20,7 +20,7 @@ def open_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a dense model's folder.
 
     Raises:
-        CheckpointError: the folder holds none that transformers reads, or one without an end-of-text token.
+        CheckpointError: the folder holds no fast tokenizer that transformers reads, or it has no end-of-text token.
     """
     require_tokenizer(folder)
     try:
@@ -50,10 +50,10 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return the hash of what decides the ids: the tokenizer's own description, without padding or names.
+    """Return the hash of everything that affects the ids: the tokenizer's description, without padding or names.
 
-    It is the same under every release of transformers: 5 gives a tokenizer without a post-processor one that adds
-    nothing.
+    The hash is the same under every release of transformers: release 5 gives a tokenizer without a post-processor one
+    that adds nothing, which is left out here.
     """
     from tokenizers import Tokenizer
 
@@ -67,16 +67,17 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
-    """Save a dense model's tokenizer for training, with a padding token that stands in no document.
+    """Save a dense model's tokenizer for training, with a padding token that appears in no document.
 
-    Training has to use this folder, for two reasons. NeMo copies the folder of its tokenizer into every checkpoint,
-    and the dense model's folder holds all its weights. And Megatron's datasets mask the padding token in the loss and
-    replace it by token 0: many models pad with their end-of-text token, which the model would then never learn.
-    Special tokens stand in no document: the data engine reads their names in a text as text.
+    Training must use this folder for two reasons. First, NeMo copies the folder of its tokenizer into every
+    checkpoint, and the dense model's folder holds all its weights. Second, Megatron's datasets mask the padding token
+    in the loss and replace it by token 0. Many models pad with their end-of-text token, and would then never learn
+    this token. Here, the padding token is a special token. Special tokens appear in no document, because the data
+    engine reads their names in a text as text.
 
     Args:
-        dense: the dense model's folder.
-        folder: folder to write; an earlier one is replaced.
+        dense: folder of the dense model.
+        folder: folder to write; an earlier folder is replaced.
 
     Returns:
         `vocab_size`, `eos_id`, `pad_id` and `sha256`.

@@ -1,13 +1,14 @@
 """Turn text into words and hash them and their n-grams, a block of text at a time.
 
-Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
+This module needs only numpy and the standard library, because the data engine's environment has no torch.
 
-Words are runs of letters and digits, case-folded, without accents; in scripts without blanks each character is a word.
-Letters of other scripts that look like Latin ones are taken for them. Apostrophes are deleted, and every other
-character, dashes included, separates words, as do tags and entities of HTML; so typography and line breaks make no
-difference. Each character is translated on its own, so positions can be mapped back. The hash of a word is a
-polynomial of its UTF-8 bytes, the hash of an n-gram a polynomial of its words' hashes. Both are modulo 2**64, computed
-from differences of running sums: a few numpy operations for a whole block.
+Words are runs of letters and digits, case-folded and without accents. In scripts without blanks, each character is a
+word. Letters of other scripts that look like Latin letters become Latin letters. Apostrophes are deleted. All other
+characters separate words, dashes included, as do HTML tags and entities, so typography and line breaks make no
+difference. Each character is translated on its own, so positions can be mapped back.
+
+The hash of a word is a polynomial of its UTF-8 bytes. The hash of an n-gram is a polynomial of its words' hashes. Both
+are modulo 2**64 and computed from differences of running sums, with a few numpy operations for a whole block.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 
 _SEPARATOR = "\0"
 _APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u02bd\u2018\u2019\u201a\u201b\u2032\uff07"
-_DELETED = b"'`"  # those of ASCII
+_DELETED = b"'`"  # the ASCII apostrophes
 _ASCII = bytes(code if code > 127 or chr(code).isalnum() else 0 for code in range(256)).lower()
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
-_BLOCK = 1 << 15  # bytes hashed at a time: what fits into the processor's cache
-_SLOTS = 8  # of each table of the filter, for each hash
-#: Cyrillic, Greek and phonetic letters that look like Latin ones, in lower case: of capitals that look like another
-#: letter than their lower case the latter counts, so that case decides nothing.
+_BLOCK = 1 << 15  # bytes hashed at a time: they fit into the processor's cache
+_SLOTS = 8  # in each table of the filter, for each hash
+#: Lower-case Cyrillic, Greek and phonetic letters that look like Latin letters. If a capital looks like another letter
+#: than its lower case, the lower case counts, so that case makes no difference.
 _LOOK_ALIKES = str.maketrans(
     "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458\u04af\u04bb\u04cf\u0501\u051b\u051d"
     "\u03b1\u03b2\u03b3\u03b5\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03c9\u0131\u0251\u0261",
@@ -45,7 +46,8 @@ _TAG = re.compile(
     r"|small|span|strike|strong|sub|sup|t[drh]|table|tbody|tt|u|ul|var)(?:\s[^<>=]{1,20}=[^<>]{0,200})?\s?/?>",
     re.IGNORECASE,
 )
-#: A number at the start of a line; so many lines whose numbers go up by one are numbered lines, which items are not.
+#: A number at the start of a line. Lines are numbered if the numbers of at least this many go up by one; items have no
+#: such lines.
 _NUMBERED, _LINES = re.compile(r"\n[ \t]*(\d{1,9})(?=[\s.:)|])"), 5
 _ENTITY = re.compile("&(?:nbsp|amp|quot|lt|gt|[lr]dquo|[mn]dash|hellip|(#0?39|#x27|#821[67]|apos|[lr]squo));")
 
@@ -73,7 +75,7 @@ class _Fold(dict):
                 kept += "" if part in _APOSTROPHES else part.translate(_LOOK_ALIKES)
             elif category not in ("Mn", "Me", "Cf"):
                 kept += _SEPARATOR
-        if _BEGINS_SYLLABLE.match(kept):  # the rest of a decomposed one follows
+        if _BEGINS_SYLLABLE.match(kept):  # the rest of a decomposed syllable follows
             kept = _SEPARATOR + kept
         elif _ALONE.match(kept):
             kept = _SEPARATOR + kept + _SEPARATOR
@@ -98,7 +100,7 @@ def normalise(text: str) -> bytes:
 
 
 def _without_markup(text: str) -> str:
-    """Return a text of the same length, without tags and numbers of lines, and with apostrophes for their entities."""
+    """Return a text of the same length, with tags and line numbers blanked, and entities of apostrophes replaced."""
     if "<" in text:
         text = _TAG.sub(lambda tag: " " * len(tag.group()), text)
     if "&" in text:
@@ -120,7 +122,7 @@ def _without_line_numbers(text: str) -> str:
 
 
 def origin(text: str) -> np.ndarray:
-    """Return, for each byte of the normalised text, the character that it comes from."""
+    """Return, for each byte of the normalised text, the position of the character that it comes from."""
     text = _without_markup(text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     widths = np.zeros(int(codes.max(initial=0)) + 1, np.uint8)
@@ -139,7 +141,7 @@ class WordBlock:
     sums: np.ndarray
 
     def grams(self, size: int, at: np.ndarray | None = None) -> np.ndarray:
-        """Return the hashes of the n-grams of `size` words, all of them or those that start at the words `at`."""
+        """Return the hashes of all n-grams of `size` words, or only of those that start at the words `at`."""
         if at is None:
             count = max(len(self.starts) + 1 - size, 0)
             powers = _WORD_POWERS[len(_WORD_POWERS) - count :][::-1]
@@ -155,7 +157,7 @@ def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
     limit = _BLOCK - 2 * overlap
     while begin < len(normalised):
         end = min(begin + limit, len(normalised))
-        if end < len(normalised):  # between two words; one that fills a block is divided
+        if end < len(normalised):  # cut between two words, but divide a word that fills a block
             end = normalised.rfind(0, begin + 1, end) + 1 or end
         letters = np.zeros(end - begin + 2, np.uint8)
         letters[1:-1] = np.frombuffer(normalised, np.uint8, end - begin, begin)
@@ -189,7 +191,7 @@ def grams_of(normalised: bytes, size: int) -> Iterator[np.ndarray]:
 
 
 def joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """Join arrays of hashes, or none."""
+    """Join arrays of hashes; without arrays, return an empty array."""
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
@@ -210,6 +212,6 @@ class HashFilter:
 
 
 def look_up(members: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where hashes stand among sorted members, and which do."""
+    """Return the positions of hashes among sorted members, and which hashes are members."""
     entries = np.minimum(np.searchsorted(members, hashes), len(members) - 1)
     return entries, members[entries] == hashes

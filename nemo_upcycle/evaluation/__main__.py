@@ -1,6 +1,6 @@
-"""lm-eval's own command with this package's model in it: `python -m nemo_upcycle.evaluation run --model nemo_upcycle`.
+"""lm-eval's own command, plus this package's model: `python -m nemo_upcycle.evaluation run --model nemo_upcycle`.
 
-lm-eval finds the model by itself (entry point `lm_eval.models`) from the release after 0.4.13 on.
+lm-eval releases after 0.4.13 find the model by themselves (entry point `lm_eval.models`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What computes an evaluation: transformers, checked tensor by tensor; vLLM, faster on GPUs; Megatron, unexported."""
+"""Back ends of an evaluation: transformers (checked tensor by tensor), vLLM (faster on GPUs), Megatron (no export)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Sequences in one forward pass on a CPU, where memory does not decide.
+#: Sequences in one forward pass on a CPU, where memory is not the limit.
 CPU_BATCH = 8
 #: Tokens of a continuation: enough to read, and one or two seconds for a small model on two CPU cores.
 NEW_TOKENS = 24
@@ -31,8 +31,8 @@ class Backend:
 
     Args:
         lm: lm-eval's object for the model.
-        facts: what the result states of the model: `class` and `parameters`.
-        device: where it computes, for people.
+        facts: the model's facts in the result: `class` and `parameters`.
+        device: name of the device, for people.
         batch_size: sequences in one forward pass, or `auto`.
     """
 
@@ -44,13 +44,14 @@ class Backend:
     def continue_prompts(self, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the prompts, each with its `continuation`: the likeliest tokens, `NEW_TOKENS` at most.
 
-        Does not use `model.generate`, which applies temperature and penalties of the folder's generation_config.json.
+        It does not use `model.generate`, which would apply the temperature and penalties of the folder's
+        generation_config.json.
         """
         return [{**prompt, "continuation": _continued(self.lm, prompt["prompt"])} for prompt in prompts]
 
 
 class AskedBackend(Backend):
-    """A model that is only reached through lm-eval: in vLLM (not verified on GPUs) or in Megatron."""
+    """A model that is reached only through lm-eval: in vLLM (not verified on GPUs) or in Megatron."""
 
     def __init__(self, name: str, lm: Any, facts: dict[str, Any], device: str, batch_size: int | str) -> None:
         super().__init__(lm, facts, device, batch_size)
@@ -69,12 +70,12 @@ class AskedBackend(Backend):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How an evaluation opens a model, if not as its suite says.
+    """How an evaluation opens a model, if different from its suite.
 
     Args:
         backend: `hf`, `vllm`, `megatron` or `auto`; None: the suite's.
         batch_size: sequences in one forward pass, or `auto`; None: the suite's.
-        megatron: how to open a checkpoint: arguments of `MegatronLM`.
+        megatron: arguments of `MegatronLM`, to open a checkpoint.
     """
 
     backend: str | None = None
@@ -94,16 +95,17 @@ def open_model(
     """Load a model for an evaluation, over all GPUs that this process sees.
 
     Args:
-        folder: a Hugging Face folder; for Megatron a checkpoint, a folder of them, or a run.
+        folder: a Hugging Face folder; for Megatron a checkpoint, a folder of checkpoints, or a run.
         backend: `hf`, `vllm`, `megatron`, or `auto`, see `choose_backend`.
-        dtype: the type to compute in.
-        batch_size: sequences in one forward pass; with `auto` as many as the GPUs take, and `CPU_BATCH` on a CPU.
+        dtype: type to compute in.
+        batch_size: sequences in one forward pass; `auto`: as many as the GPUs take, and `CPU_BATCH` on a CPU.
         label: name of the model in the progress report.
-        megatron: how to open a checkpoint: arguments of `MegatronLM`. The ranks of a job but the first serve, and end.
+        megatron: arguments of `MegatronLM`, to open a checkpoint. All ranks of a job except the first serve, and then
+            end.
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: vLLM is asked for and cannot be had.
+        UpcycleError: vLLM is asked for but cannot be used.
     """
     import torch
 
@@ -121,14 +123,14 @@ def open_model(
 
 
 def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
-    """Return `hf`, `vllm` or `megatron`.
+    """Return the back end for a folder: `hf`, `vllm` or `megatron`.
 
-    A checkpoint is computed in Megatron, whatever is wanted; a Hugging Face folder never is. `auto` takes vLLM where
-    it is installed, sees CUDA and has the model's class, for the 16-bit types only: float32 is asked for to compare
-    models item by item, and transformers loads them strictly.
+    A checkpoint always computes in Megatron, and a Hugging Face folder never does. `auto` takes vLLM if it is
+    installed, sees CUDA and has the model's class, but only for 16-bit types. float32 is requested to compare models
+    item by item. Then transformers is used, because it loads models strictly.
 
     Raises:
-        UpcycleError: vLLM is asked for, and something that it needs is missing.
+        UpcycleError: vLLM is asked for, but something that it needs is missing.
     """
     import torch
 
@@ -151,7 +153,7 @@ def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
 
 
 def close_model(backend: Backend) -> None:
-    """Let other ranks end and give GPU memory back, before the next model is loaded: vLLM takes most of it at once."""
+    """End other ranks and free GPU memory before the next model is loaded, because vLLM takes most of it at once."""
     import torch
 
     if backend.name == "megatron":
@@ -200,7 +202,7 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     config, gpus = read_config(folder), torch.cuda.device_count()
-    # Each GPU has to get as many heads: 9 heads run on one of 8 GPUs, 32 on all.
+    # Each GPU must get the same number of heads: 9 heads run on one of 8 GPUs, 32 heads on all.
     tensor_parallel = math.gcd(gpus, config.get("num_attention_heads") or 1)
     with quiet():
         lm = RollingVLLM(
@@ -214,16 +216,16 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
 
 
 def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """Load a Hugging Face causal language model and its tokenizer; check that every tensor was loaded.
+    """Load a Hugging Face causal language model and its tokenizer, and check that every tensor was loaded.
 
-    transformers only warns about a wrong tensor name, and keeps random weights for it.
+    transformers itself only warns about a wrong tensor name, and keeps random weights for that tensor.
 
     Args:
         folder: folder of the model.
-        dtype: the type to compute in. On GPUs the model is spread over all that this process sees.
+        dtype: type to compute in. If there are GPUs, the model is spread over all that this process sees.
 
     Raises:
-        CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
+        CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or has another shape.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -266,8 +268,8 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
 
     Args:
         model: from `load_model`.
-        tokenizer: likewise.
-        batch_size: sequences in one forward pass; `auto` lets lm-eval find out how many fit the GPU.
+        tokenizer: from `load_model`.
+        batch_size: sequences in one forward pass; with `auto`, lm-eval finds the number that fits the GPU.
         label: name of the model in the progress report.
     """
     from lm_eval.models.huggingface import HFLM
@@ -282,7 +284,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             self._line = None
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            # lm-eval adds the first token itself: a second one from the tokenizer would be predicted, too.
+            # lm-eval adds the first token itself. A first token from the tokenizer would then be predicted, too.
             with temporarily_set(self, "add_bos_token", False), self._reporting("held-out text", len(requests)):
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
@@ -305,7 +307,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             return written
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> Any:
-            with temporarily_set(self, "_line", None):  # its passes are no progress
+            with temporarily_set(self, "_line", None):  # passes that detect the batch size are no progress
                 return super()._detect_batch_size(requests, pos)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:

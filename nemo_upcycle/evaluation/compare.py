@@ -1,7 +1,7 @@
-"""Compare two evaluations of the same items: how equal are they? `paired.py` says whether one is better.
+"""Measure how equal two evaluations of the same items are. `paired.py` says whether one of them is better.
 
-Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items, or over groups of them:
-for a mean this is the usual standard error, and it also holds for perplexities (ratios of sums).
+Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items, or over groups of items.
+For a mean this is the usual standard error, and it is also valid for perplexities (ratios of sums).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 
 
-Score = Any  # a number, or a pair for a metric that divides sums
-#: Of IFEval, whose prompts have several instructions: those that are followed by all.
+Score = Any  # a number, or a pair for a metric that is a ratio of sums
+#: Metrics of IFEval, whose prompts have several instructions: the share of all instructions that are followed.
 INSTRUCTIONS = ("inst_level_strict_acc", "inst_level_loose_acc")
-#: Metrics that divide the sum of log-likelihoods (nats) by the sum of words or bytes, or as above; others are means.
+#: Metrics that divide two sums: log-likelihoods (nats) by words or bytes, or followed instructions by all
+#: instructions. All other metrics are means.
 RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte", *INSTRUCTIONS)
 
 
@@ -25,9 +26,9 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
     """Return the value of a metric from the scores of its items, by lm-eval's definitions.
 
     Args:
-        metric: its name, without the task.
-        scores: one entry an item: a pair of what is divided for the metrics in `RATIOS`, as log-likelihood and bytes,
-            else a number.
+        metric: name of the metric, without the task.
+        scores: one entry per item: for the metrics in `RATIOS` a pair of the two numbers to sum and divide, such as
+            log-likelihood and bytes; otherwise a number.
 
     Example:
         >>> statistic("acc", [1.0, 0.0])
@@ -38,18 +39,18 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
 
 
 def left_out(metric: str, parts: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the metric's value without each part in turn; nothing for fewer than two.
+    """Return the metric's value without each part in turn; an empty list for fewer than two parts.
 
     Args:
-        metric: its name, without the task.
-        parts: the two sums that make the metric, of each item or of each group of items.
+        metric: name of the metric, without the task.
+        parts: the two sums that make the metric, for each item or for each group of items.
     """
     total, units = (sum(part[column] for part in parts) for column in (0, 1))
     return [value_of(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
 
 
 def jackknife_stderr(left_out: Sequence[float]) -> float | None:
-    """Return the jackknife standard error of a value, from what it is without each item in turn.
+    """Return the jackknife standard error of a value, given the values without each item in turn.
 
     Returns:
         The standard error, or None with fewer than two items.
@@ -62,16 +63,16 @@ def jackknife_stderr(left_out: Sequence[float]) -> float | None:
 
 
 def parts_of(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
-    """Return each item's part of the two sums that make a metric."""
+    """Return each item's contribution to the two sums that make a metric."""
     return [(score[0], score[1]) if metric in RATIOS else (score, 1) for score in scores]
 
 
 def cluster_sums(metric: str, scores: Sequence[Score], keys: Sequence[Hashable]) -> list[tuple[float, float]]:
-    """Return each cluster's two sums that make a metric, clusters in the order of their first items.
+    """Return the two sums that make a metric for each cluster, with clusters in the order of their first items.
 
     Args:
-        metric: its name, without the task.
-        scores: one score an item, see `statistic`.
+        metric: name of the metric, without the task.
+        scores: one score per item; see `statistic`.
         keys: the cluster of each item.
     """
     sums: dict[Hashable, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
@@ -93,7 +94,7 @@ def observations(evaluation: dict[str, Any], metric: str) -> int:
 
     Args:
         evaluation: result of `evaluate`.
-        metric: key of its `metrics`, see `paired_difference`.
+        metric: key of the evaluation's `metrics`; see `paired_difference`.
     """
     task = metric.rpartition("/")[0]
     leaves = evaluation["groups"].get(task, [task])
@@ -101,7 +102,7 @@ def observations(evaluation: dict[str, Any], metric: str) -> int:
 
 
 def cluster_of(item: dict[str, Any]) -> Hashable:
-    """Return the document or subject that an item belongs to; its own number if it belongs to none."""
+    """Return the document or subject that an item belongs to, or the item's own number if it belongs to neither."""
     found: Hashable = item.get("cluster", item["id"])
     return found
 
@@ -110,13 +111,13 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Compare two evaluations item by item.
 
     Args:
-        a: the reference, as `evaluate` returns it.
-        b: the other one, of the same items.
+        a: the reference, a result of `evaluate`.
+        b: the other result, for the same items.
 
     Returns:
         `items`, `loglikelihoods` (how many were compared), `max_absolute_loglikelihood_difference` (nats),
         `max_relative_loglikelihood_difference` (of the value in `a`), `largest_at` (task and item id of the latter),
-        `questions` and `changed_answers`: questions whose preferred answer, or any score of it, differs.
+        `questions`, and `changed_answers` (questions whose preferred answer, or any score, differs).
 
     Raises:
         UpcycleError: the two were not evaluated on the same items.
@@ -153,7 +154,7 @@ def item_pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tupl
     """Yield the items of a task from both evaluations, in the same order.
 
     Raises:
-        UpcycleError: an item is in one of them only.
+        UpcycleError: an item is in only one of the evaluations.
     """
     hashes_a, hashes_b = ([item["hash"] for item in result["items"].get(task, [])] for result in (a, b))
     if hashes_a != hashes_b or not hashes_a:

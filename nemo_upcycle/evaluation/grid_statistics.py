@@ -1,8 +1,9 @@
 """Compare arms of a grid that were trained with several seeds and scored on the same held-out texts.
 
-Two things make a difference uncertain: which texts were scored, and which random numbers the training drew. The first
-is a jackknife over documents of the difference averaged over seeds; the second the spread from seed to seed, pooled
-over the arms where an arm has few seeds. `statistics.py` makes intervals and verdicts of both.
+Two things make a difference uncertain: the choice of the texts, and the random numbers of the training. The error over
+texts is a jackknife over documents, for the difference averaged over seeds. The error over random numbers is the
+spread from seed to seed, pooled over the arms if an arm has few seeds. `statistics.py` turns both into intervals and
+verdicts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nemo_upcycle.evaluation.statistics import (
 )
 
 
-#: The verdicts of a difference of which nobody knows how far other seeds, or other documents, would move it.
+#: Verdicts of a difference if nobody knows how far other seeds, or other documents, would move it.
 ONE_SEED, ONE_DOCUMENT = "one seed", "one document"
 
 
@@ -41,7 +42,7 @@ def mean_of_seeds(seeds: Mapping[int, Sums]) -> dict[str, Any]:
 
 
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """Average values: a mean as `value`, and its 95 % interval (t) `low` to `high`; None of one value.
+    """Average values: the mean as `value`, with its 95 % t interval `low` to `high`; None for a single value.
 
     Example:
         >>> mean_of([1.0, 1.2])["value"], mean_of([1.0])
@@ -52,11 +53,11 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Spread | None:
-    """Pool the spread of an arm from seed to seed; None where no family has two arms of two seeds.
+    """Pool the spread of an arm from seed to seed; None if no family has two arms with two seeds.
 
     Args:
-        families: arms that share what a seed does, as those of one parent after as many tokens: name -> sums by seed.
-            Arms whose bits are those of another count once.
+        families: groups of arms on which a seed has the same effect, such as the arms of one parent after equally many
+            tokens: name -> sums by seed. Arms with identical bits count once.
     """
     spreads = []
     for arms in families:
@@ -70,15 +71,15 @@ def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Sprea
 
 
 def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
-    """Measure by how much an arm differs from a reference, at the same seeds and on the same documents.
+    """Measure the difference of an arm from a reference, at the same seeds and on the same documents.
 
     Args:
         arm: sums by seed.
-        reference: sums of the other arm, of the same documents and at least one common seed; other seeds are left out.
+        reference: sums of the other arm, for the same documents and at least one common seed; other seeds are ignored.
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`, `seeds`
-        (`seed` and `difference` of each), and `documents` (how many). `judge` adds what follows from it.
+        (`seed` and `difference` of each), and `documents` (their number). `judge` adds the conclusions.
     """
     common = sorted(set(arm) & set(reference))
     seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
@@ -99,15 +100,16 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
 
     Args:
         found: result of `difference_of_arms`.
-        others: result of `pooled_spread` of the arms of its grid.
+        others: result of `pooled_spread` for the arms of the grid.
         margin: bits per byte that do not matter.
-        tests: number of differences that are judged together: their intervals hold all at once.
+        tests: number of differences that are judged together; all their intervals hold at once.
 
     Returns:
-        What was found, with `stderr_seeds`, its `seed_degrees` of freedom and whether it `is_pooled`, the interval
-        `low` to `high`, `resolvable` (the smallest difference that would have been seen with 80 %), `seeds_needed` to
-        see the margin (None where these documents cannot show it) and the `verdict` (`statistics.verdict`), which is
-        `ONE_SEED` of a difference of one seed. Where no arm has two seeds, the others are None.
+        `found` with further keys: `stderr_seeds`, its degrees of freedom `seed_degrees`, whether it `is_pooled`, the
+        interval `low` to `high`, `resolvable` (the smallest difference that would have been seen with a probability of
+        80 %), `seeds_needed` to see the margin (None if these documents cannot show it), and the `verdict`
+        (`statistics.verdict`). With only one seed or one document, the verdict is `ONE_SEED` or `ONE_DOCUMENT`. If no
+        arm has two seeds, the other new values are None.
     """
     values = [one["difference"] for one in found["seeds"]]
     of_both = others and Spread(math.sqrt(2) * others.value, others.degrees)
@@ -134,12 +136,12 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
 
 
 def is_identical(found: Mapping[str, Any]) -> bool:
-    """Say whether the two arms had the same bits, which needs no statistics."""
+    """Return whether the two arms had the same bits, which needs no statistics."""
     return not found["stderr_documents"] and not any(one["difference"] for one in found["seeds"])
 
 
 def is_judged(found: Mapping[str, Any]) -> bool:
-    """Say whether a difference has the seeds and the documents that a verdict takes."""
+    """Return whether a difference has enough seeds and documents for a verdict."""
     return is_identical(found) or (len(found["seeds"]) > 1 and found["documents"] > 1)
 
 
@@ -148,18 +150,18 @@ def _documents(found: Mapping[str, Any]) -> Spread | None:
 
 
 def _without(sums: Sums) -> list[float]:
-    """Measure the bits per byte without each document in turn."""
+    """Return the bits per byte without each document in turn."""
     return left_out(METRIC, list(sums.values()))
 
 
 def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the first number of tokens from which on an arm is always better; None where it is not at the end.
+    """Return the number of tokens from which on an arm is always better; None if it is not better at the end.
 
     The walk begins at the end and stops at the first point that is not better. Tests in an order that is fixed
-    beforehand need no correction for their number, so the statement is as sure as one verdict of the table.
+    beforehand need no correction for their number, so the statement is as certain as one verdict of the table.
 
     Args:
-        along: what `difference_of_arms` returned after more and more `tokens`.
+        along: judged results of `difference_of_arms`, after more and more `tokens`.
 
     Example:
         >>> better_from([{"tokens": 0, "verdict": "tie"}, {"tokens": 100, "verdict": "better"}])
@@ -174,12 +176,12 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
-    """Return the scores of an arm's seeds after some tokens, interpolated between two points of its curve if need be.
+    """Return the scores of an arm's seeds after some tokens, interpolated between points of its curve if necessary.
 
-    Each document's score is taken to be linear in the logarithm of the tokens.
+    Each document's score is assumed to be linear in the logarithm of the tokens.
 
     Args:
-        tokens: number of tokens, between the first point after step 0 and the last one.
+        tokens: number of tokens, between the first point after step 0 and the last point.
         scores: tokens -> seed -> sums of the documents.
 
     Example:

@@ -1,4 +1,4 @@
-"""Held-out text: bits per byte of documents, and of the sources that they come from."""
+"""Bits per byte of held-out text: of documents, and of the sources that they come from."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from nemo_upcycle.evaluation.compare import cluster_sums, jackknife_stderr, left
 
 #: The task of a suite that scores held-out text, and its metric.
 TASK, METRIC = "heldout_perplexity", "bits_per_byte"
-#: What an evaluation's `metrics` call it.
+#: Key of this metric in an evaluation's `metrics`.
 BITS = f"{TASK}/{METRIC}"
-#: The same of the answers of conversations.
+#: Key of the same metric for the answers of conversations.
 ANSWER_BITS = f"heldout_answers/{METRIC}"
-#: Log-likelihood in nats and bytes of a document.
+#: Document -> its log-likelihood (nats) and its size (bytes).
 Sums = dict[str, tuple[float, float]]
 
 
 def document_sums(evaluation: Mapping[str, Any]) -> Sums:
-    """Return the sums of every held-out document of an evaluation, over its windows.
+    """Return the sums of every held-out document, over its windows.
 
     Args:
-        evaluation: what `ask` returned for a suite with `TASK`.
+        evaluation: result of `ask` for a suite with `TASK`.
     """
     items = evaluation["items"][TASK]
     documents = [item["cluster"] for item in items]
@@ -42,13 +42,14 @@ def bits_per_byte(sums: Sums) -> float:
 
 
 def by_source(sums: Sums) -> dict[str, dict[str, Any]]:
-    """Return the bits per byte of every source: a blend's average can hide that one of them got worse.
+    """Return the bits per byte of every source, because a blend's average can hide that one source got worse.
 
     Args:
         sums: sums of documents, each named `source/id`.
 
     Returns:
-        Source -> `value`, `stderr` (a jackknife over its documents; None of one) and `documents`, how many.
+        Source -> `value`, `stderr` (a jackknife over its documents; None for a single document) and `documents` (their
+        number).
 
     Example:
         >>> round(by_source({"law/1": (-69.3147, 50), "web/1": (-34.6574, 50)})["law"]["value"], 4)

@@ -1,7 +1,7 @@
-"""Is one model better than another on the same items, and how sure is that?
+"""Is one model better than another on the same items, and how certain is the answer?
 
-Items are not independent: windows of a document share its style, questions of a subject its difficulty. What is left
-out is therefore a whole cluster, all items of a document or of a subject.
+Items are not independent: windows of a document share its style, and questions of a subject share its difficulty. The
+jackknife therefore leaves out a whole cluster at a time: all items of a document, or of a subject.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from nemo_upcycle.evaluation.statistics import error_of, half_width
 
 
 def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: int = 1) -> dict[str, Any]:
-    """Measure the difference of `b` from `a`, with the uncertainty of the difference itself.
+    """Measure the difference `b` minus `a`, with the uncertainty of the difference itself.
 
-    Both models saw the same items, so the difficulty of an item cancels: the paired standard error is far below that
-    of either value.
+    Both models saw the same items, so the difficulty of an item cancels. The paired standard error is far below the
+    standard error of either value.
 
     Args:
         a: an evaluation.
-        b: another one, of the same items.
+        b: another evaluation, of the same items.
         metric: a key of the `metrics` of both, for example `heldout_perplexity/bits_per_byte`.
-        tests: number of differences that are judged together: their intervals hold all at once.
+        tests: number of differences that are judged together; all their intervals hold at once.
 
     Returns:
-        `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
-        with fewer than two clusters), `items`, `clusters`, `higher_is_better`, `identical`: every item has the same
-        score, which says nothing of how far other items would differ, so there is no error and no interval; and
-        `significant`: the interval leaves 0 out.
+        `difference` (b minus a), `stderr` (a jackknife over clusters), `low` and `high` (a 95 % t interval; None with
+        fewer than two clusters), `items`, `clusters`, `higher_is_better`, `identical` (every item has the same score)
+        and `significant` (the interval excludes 0). Identical scores do not show how far other items would differ, so
+        they have no error and no interval.
 
     Raises:
-        UpcycleError: not the same items.
+        UpcycleError: the evaluations do not have the same items.
     """
     task, _, name = metric.rpartition("/")
     leaves = a["groups"].get(task, [task])

@@ -53,25 +53,25 @@ def evaluate(
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer, or a NeMo or Megatron checkpoint.
-        suite: the folder that `build_suite` wrote. A local suite fetches nothing; lm-eval's own tasks come from the
-            hub, before the model is loaded. One whose data cannot be had is left out, unless the suite is `strict`.
+        suite: folder that `build_suite` wrote. A local suite fetches nothing. lm-eval's own tasks come from the hub,
+            before the model is loaded. A task whose data are unavailable is left out, unless the suite is `strict`.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
         limit: take only the first items of each task, for a quick look.
-        samples: also let the model continue the suite's prompts.
-        tasks: what `load_suite_tasks` returned, to ask several models the same; None to load them.
-        options: how to open the model, if not as the suite says.
+        samples: whether the model also continues the suite's prompts.
+        tasks: result of `load_suite_tasks`, to ask several models the same questions; None: load the tasks.
+        options: how to open the model, if different from the suite.
 
     Returns:
-        What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
-        for each item: `id`, `hash`, `loglikelihoods` in nats, `scores`, and `answer` for a question), `groups` (task
-        groups -> their tasks), `missing` (task -> why its data cannot be had), `samples` (the suite's prompts, each
-        with its `continuation`), and what it was measured with.
+        The result that was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task
+        -> an entry for each item: `id`, `hash`, `loglikelihoods` in nats, `scores`, and `answer` for a question),
+        `groups` (task groups -> their tasks), `missing` (task -> why its data are unavailable), `samples` (the suite's
+        prompts, each with its `continuation`), and the software and settings of the measurement.
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data can be had, or the suite
-            asks for vLLM where it is not, or for a chat template that the model does not have.
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data are available, or the suite
+            asks for vLLM where it is missing, or for a chat template that the model lacks.
 
     Example:
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
@@ -107,11 +107,11 @@ def ask(
     """Ask an open model every question of a suite.
 
     Args:
-        model: from `open_model`, or the live one of a training.
+        model: result of `open_model`, or the live model of a training.
         suite: folder of the suite.
-        samples: also let the model continue the suite's prompts.
+        samples: whether the model also continues the suite's prompts.
         limit: take only the first items of each task.
-        tasks: result of `load_suite_tasks`; None to load them.
+        tasks: result of `load_suite_tasks`; None: load the tasks.
 
     Returns:
         The result of `evaluate`, without the model's name and folder.
@@ -156,14 +156,14 @@ def ask(
 def _run(
     lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None, *, chat_template: bool
 ) -> dict[str, Any]:
-    """Run lm-eval on some tasks with one number of few-shot examples; None is the task's own."""
+    """Run lm-eval on some tasks with one number of few-shot examples; None uses the task's own number."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     own = [(one, one.config.num_fewshot) for task in tasks for one in task.tasks]
     try:
-        # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed. Git
-        # would speak of the folder that the user is in.
+        # lm-eval's description of the machine takes seconds, and a training may be waiting; `versions` has the
+        # necessary part. lm-eval's Git commit would describe the user's current folder.
         with (
             quiet(),
             temporarily_set(evaluator, "add_env_info", lambda results: None),
@@ -176,19 +176,19 @@ def _run(
                 limit=limit,
                 apply_chat_template=chat_template,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
-                random_seed=None,  # those of the process: it may be training
+                random_seed=None,  # keep the random state of the process, which may be training
                 numpy_random_seed=None,
                 torch_random_seed=None,
-                task_manager=TaskManager(include_defaults=False),  # it is asked for no name
+                task_manager=TaskManager(include_defaults=False),  # no task is looked up by name
                 log_samples=True,
             )
     finally:
-        for one, number in own:  # lm-eval leaves its number there, and a 0 would stay
+        for one, number in own:  # lm-eval leaves its number in the task, and a 0 would stay
             one.set_config("num_fewshot", number)
 
 
 def _local_task(folder: Path, name: str) -> LoadedTask:
-    """Return a task of a suite, with its data where the folder lies now."""
+    """Return a task of a suite, with the paths of its data in the suite's present folder."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -201,7 +201,8 @@ def _local_task(folder: Path, name: str) -> LoadedTask:
 
 def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
     """Turn lm-eval's results into `metrics`, `items` and `groups`; `suffix` ends every task's name."""
-    # Where answers are read in several ways (gsm8k: strict and flexible), the first one counts, as in reports of them.
+    # If answers are read in several ways (gsm8k: strict and flexible), the first way counts, as in reports of such
+    # tasks.
     filters = {task: samples[0]["filter"] for task, samples in results["samples"].items()}
     items = {
         task: [_item(sample) for sample in samples if sample["filter"] == filters[task]]
@@ -214,7 +215,7 @@ def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
             if not comma or metric.endswith("_stderr") or name != filters.setdefault(task, name):
                 continue
             stderr = values.get(key.replace(",", "_stderr,", 1))
-            if metric in RATIOS and task in items:  # lm-eval has none for the perplexity of whole texts
+            if metric in RATIOS and task in items:  # lm-eval has no stderr for the perplexity of whole texts
                 stderr = jackknife_stderr(left_out(metric, _sums(metric, items[task])))
             metrics[f"{task}{suffix}/{metric}"] = {
                 "value": value,
@@ -234,7 +235,7 @@ def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
 
 
 def _sums(metric: str, items: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return the two sums that make a metric, of each cluster of a task's items."""
+    """Return the two sums that make a metric, for each cluster of a task's items."""
     return cluster_sums(metric, [item["scores"][metric] for item in items], [cluster_of(item) for item in items])
 
 
@@ -251,7 +252,7 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     item: dict[str, Any] = {"id": sample["doc_id"], "hash": sample["doc_hash"], "loglikelihoods": likelihoods}
     if len(likelihoods) > 1:
         item["answer"] = likelihoods.index(max(likelihoods))
-    # What it is not independent of: the other windows of its document, the other questions of its subject.
+    # The item depends on the other windows of its document, or on the other questions of its subject.
     if (
         cluster := next((sample["doc"][key] for key in ("document", "subject") if key in sample["doc"]), None)
     ) is not None:
@@ -260,7 +261,7 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     for metric in (metric for metric in INSTRUCTIONS if metric in item["scores"]):
         followed = item["scores"][metric]
         item["scores"][metric] = [sum(followed), len(followed)]
-    if size_bytes := sample["doc"].get("answer_bytes"):  # lm-eval scores such a text in bits per byte, but no answer
+    if size_bytes := sample["doc"].get("answer_bytes"):  # lm-eval gives bits per byte for texts, but not for answers
         item["scores"][METRIC] = [likelihoods[0], size_bytes]
     return item
 
@@ -272,7 +273,7 @@ def _leaves(task: str, children: Mapping[str, Sequence[str]]) -> list[str]:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Keep the Hugging Face libraries offline; this affects only those not imported yet."""
+    """Keep the Hugging Face libraries offline; this affects only libraries that are not imported yet."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if wanted else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

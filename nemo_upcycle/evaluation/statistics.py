@@ -1,9 +1,10 @@
-"""How sure is a difference between two trainings, over documents and over seeds; and how small a one could be seen?
+"""How certain is a difference between two trainings? And how small a difference would have been seen?
 
-Everything of this package that says "better", "worse" or "tie" asks here. Two errors make an interval: that of other
-documents, and that of other seeds. Each has its own degrees of freedom, so each gets its own quantile before their
-squares are added: of few seeds the interval is then rather too wide than too narrow. Where the spread of few seeds is
-taken from others, it is assumed to be like theirs; benchmarks/results/coverage.md shows what that is worth.
+Every "better", "worse" and "tie" of this package comes from here. Two errors make an interval: the error over
+documents and the error over seeds. Each has its own degrees of freedom, so each gets its own quantile before their
+squares are added. With few seeds, the interval is then too wide rather than too narrow. If few seeds take their spread
+from other seeds, the spreads are assumed to be alike; benchmarks/results/coverage.md shows how well this assumption
+holds.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from dataclasses import dataclass
 from functools import cache
 
 
-#: Of every interval; half of it stands behind a ±.
+#: Confidence of every interval. The number after a ± is half of an interval.
 CONFIDENCE = 0.95
-#: With which a difference that matters is seen, where a page says what it could have seen.
+#: Probability of seeing a difference, wherever a page says which difference could have been seen.
 POWER = 0.8
-#: Bits per byte that do not matter: a thousandth of the 2 that a small model takes for a byte of English.
+#: Bits per byte that do not matter: a thousandth of the 2 bits that a small model needs for a byte of English.
 MARGIN = 2e-3
-#: Bits per byte that rounding alone may make: 8e-5 were seen between a dense model and its copies in bfloat16.
+#: Bits per byte that rounding alone may cause: 8e-5 were seen between a dense model and its copies in bfloat16.
 ROUNDING = 2e-4
-#: Fewer seeds say too little about their own spread: it is pooled with that of others.
+#: Fewer seeds say too little about their own spread, so it is pooled with the spread of other arms.
 LEAST_SEEDS = 5
-#: Chance that a spread which is like the others' is taken for wider, and for narrower, which makes intervals small.
+#: Chance of taking a spread for wider, or for narrower, although it is like the others'. The second is lower, because
+#: a narrower spread makes intervals small.
 _WIDER, _NARROWER = 0.025, 0.0005
-#: Sum of squares that rounding leaves of equal values.
+#: Sum of squares that rounding leaves for equal values.
 _NOTHING = 1e-24
 #: A number of seeds that nobody trains.
 _MOST_SEEDS = 1000
@@ -35,10 +37,10 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Spread:
-    """A standard deviation, or a standard error, and the degrees of freedom that it is known with.
+    """A standard deviation or a standard error, with its degrees of freedom.
 
     Args:
-        value: the deviation; 0 where nothing differs.
+        value: the deviation; 0 if nothing differs.
         degrees: degrees of freedom, 1 or more.
     """
 
@@ -46,7 +48,7 @@ class Spread:
     degrees: int
 
     def of_mean(self, count: int) -> Spread:
-        """Give the error of a mean of so many values."""
+        """Return the error of the mean of `count` values."""
         return Spread(self.value / math.sqrt(count), self.degrees)
 
 
@@ -61,7 +63,7 @@ def spread_of(values: Sequence[float]) -> Spread | None:
 
 
 def pooled(spreads: Iterable[Spread]) -> Spread | None:
-    """Pool spreads, each weighted by its degrees of freedom; None where there is none.
+    """Pool spreads, each weighted by its degrees of freedom; None if there are no spreads.
 
     Example:
         >>> pooled([Spread(3.0, 1), Spread(4.0, 1)])
@@ -75,15 +77,15 @@ def pooled(spreads: Iterable[Spread]) -> Spread | None:
 
 
 def seed_spread(values: Sequence[float], of_others: Spread | None) -> Spread | None:
-    """Choose the spread from seed to seed that an interval is made of.
+    """Choose the spread from seed to seed for an interval.
 
-    It is the values' own of `LEAST_SEEDS` or more, of values that are all equal, and of values whose spread is wider
-    than the others' by more than chance, or far narrower (F tests); else the others', or the own one where there is
-    no other.
+    Use the values' own spread if there are at least `LEAST_SEEDS` values, if all values are equal, or if their spread
+    is significantly wider or far narrower than the others' (F tests). Otherwise use the others' spread, or the values'
+    own if there is no other.
 
     Args:
-        values: one number a seed.
-        of_others: spread that is pooled over all that are like them.
+        values: one number per seed.
+        of_others: spread that is pooled over all comparable arms.
     """
     own = spread_of(values)
     if own is None or of_others is None:
@@ -100,15 +102,15 @@ def _differ(one: Spread, other: Spread) -> bool:
 
 
 def spread_without_seeds(values: Mapping[str, Mapping[int, float]]) -> Spread | None:
-    """Give the spread from seed to seed of a model alone, without what a seed does to all models alike.
+    """Return a model's own spread from seed to seed, without the effect of a seed that all models share.
 
-    The latter is taken out by least squares, with one effect a model and one a seed.
+    Least squares remove the shared effect, with one effect per model and one per seed.
 
     Args:
-        values: model -> seed -> value; seeds join the models.
+        values: model -> seed -> value; shared seeds connect the models.
 
     Returns:
-        None where every model has a seed of its own, or one.
+        The spread; None if the models share too few seeds, or if nothing but rounding is left.
 
     Example:
         >>> spread_without_seeds({"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.6}}).degrees
@@ -128,11 +130,11 @@ def spread_without_seeds(values: Mapping[str, Mapping[int, float]]) -> Spread | 
 
 
 def half_width(*errors: Spread | None, tests: int = 1) -> float:
-    """Give half of an interval, of independent errors together.
+    """Return half the width of an interval from independent errors together.
 
     Args:
-        errors: standard errors; None and 0 count for nothing.
-        tests: number of intervals that are to hold all at once (Bonferroni).
+        errors: standard errors; None and 0 add nothing.
+        tests: number of intervals that must hold all at once (Bonferroni).
 
     Example:
         >>> round(half_width(Spread(0.1, 1)), 3), round(half_width(Spread(0.1, 1), tests=2), 3)
@@ -143,11 +145,11 @@ def half_width(*errors: Spread | None, tests: int = 1) -> float:
 
 
 def error_of(stderr: float | None, observations: int) -> Spread | None:
-    """Give a standard error the degrees of freedom of its observations; None if it is not known, or of one alone.
+    """Return a standard error with its degrees of freedom; None if it is unknown or from a single observation.
 
     Args:
-        stderr: a standard error, as of a jackknife.
-        observations: how many independent items, documents or subjects it was made of.
+        stderr: standard error, for example from a jackknife.
+        observations: number of independent items, documents or subjects behind the error.
     """
     if stderr is None or not math.isfinite(stderr) or observations < 2:
         return None
@@ -155,11 +157,11 @@ def error_of(stderr: float | None, observations: int) -> Spread | None:
 
 
 def with_interval(value: float, error: Spread | None) -> dict[str, float | None]:
-    """Return a value and its interval, `low` to `high`; both are None without an error.
+    """Return a value and its interval, `low` to `high`; both ends are None without an error.
 
     Args:
         value: the middle of the interval.
-        error: its standard error; None if it is not known.
+        error: standard error of the value; None if unknown.
 
     Example:
         >>> with_interval(1.0, None)
@@ -173,7 +175,7 @@ def with_interval(value: float, error: Spread | None) -> dict[str, float | None]
 
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Give the quantile of Student's t.
+    """Return the quantile of Student's t.
 
     Example:
         >>> round(t_quantile(0.975, 9), 4)
@@ -185,11 +187,11 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def resolvable(*errors: Spread | None, tests: int = 1) -> float:
-    """Give the smallest difference that would have been seen with a probability of `POWER`.
+    """Return the smallest difference that would have been seen with a probability of `POWER`.
 
     Args:
-        errors: standard errors; None and 0 count for nothing.
-        tests: number of intervals that hold all at once.
+        errors: standard errors; None and 0 add nothing.
+        tests: number of intervals that must hold all at once.
     """
     tail = (1 - CONFIDENCE) / 2 / tests
     seen = (
@@ -201,13 +203,13 @@ def resolvable(*errors: Spread | None, tests: int = 1) -> float:
 
 
 def seeds_to_resolve(difference: float, documents: Spread | None, seeds: Spread, tests: int = 1) -> int | None:
-    """Count the seeds with which a difference would be seen; None where these documents cannot show it.
+    """Return the number of seeds that would show a difference; None if these documents cannot show it.
 
     Args:
-        difference: the smallest one that matters.
-        documents: standard error over documents, which more seeds leave as it is.
+        difference: smallest difference that matters.
+        documents: standard error over documents, which more seeds do not change.
         seeds: spread from seed to seed.
-        tests: number of intervals that hold all at once.
+        tests: number of intervals that must hold all at once.
     """
     low, high = 1, _MOST_SEEDS
     if resolvable(documents, seeds.of_mean(high), tests=tests) > difference:
@@ -222,17 +224,17 @@ def seeds_to_resolve(difference: float, documents: Spread | None, seeds: Spread,
 
 
 def verdict(difference: float, half: float, could_resolve: float, margin: float) -> str:
-    """Name what an interval says of a difference in bits per byte, of which less is better.
+    """Return the verdict of an interval about a difference in bits per byte (less is better).
 
     Args:
         difference: arm minus reference.
-        half: half of its interval.
-        could_resolve: the smallest difference that would have been seen.
+        half: half the width of the interval.
+        could_resolve: smallest difference that would have been seen.
         margin: difference that does not matter.
 
     Returns:
-        `tie` where the whole interval lies within the margin and a difference as large as that would have been seen;
-        `better` or `worse` where the interval leaves 0 out; else `not resolved`.
+        `tie` if the whole interval lies within the margin and a difference as large as the margin would have been
+        seen; `better` or `worse` if the interval excludes 0; otherwise `not resolved`.
     """
     if abs(difference) + half <= margin and could_resolve <= margin:
         return "tie"

@@ -1,6 +1,6 @@
-"""The calibration file: the rows of routers that are made of prompts.
+"""The calibration file: router rows that were computed from prompts.
 
-`nemo_upcycle/online/calibration.py` writes it. All ranks read the same file, so that every layout has the same bits.
+`nemo_upcycle/online/calibration.py` writes the file. All ranks read the same file, so every layout gets the same bits.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from nemo_upcycle.utils.files import sha256_file
 if TYPE_CHECKING:
     import torch
 
-#: Of the file; and the only key of its metadata (several have no order, and the file not the same bytes twice), whose
-#: value is the lineage in JSON.
+#: FORMAT is the format of the file. LINEAGE is its only metadata key, with the lineage in JSON as the value. With a
+#: second key, the file's bytes would differ from run to run, because metadata keys have no order.
 FORMAT, LINEAGE = "nemo-upcycle calibration 1", "lineage"
-#: Where a run keeps the one that it makes, in the folder of the stage that makes it.
+#: File name of a run's own calibration, in the folder of the stage that makes it.
 NAME = "calibration.safetensors"
-#: Name of a layer's tensor: the rows [C, D] of its router in float32.
+#: Tensor name of a layer's router rows, [C, D] in float32.
 ROUTER = "layers.{layer}.router"
 _SHOWN_DIGITS = 12
 
 
 class Calibration:
-    """A calibration file, whose tensors are read layer by layer.
+    """An open calibration file. Its tensors are read layer by layer.
 
     Args:
-        path: the file.
+        path: calibration file.
 
     Raises:
-        UpcycleError: it is missing, damaged, or something else.
+        UpcycleError: the file is missing, damaged, or not a calibration file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,15 +59,18 @@ class Calibration:
 
     @property
     def name(self) -> str:
-        """What a receipt calls it: the first digits of its hash."""
+        """Name in the receipt: `calibration` and the first digits of the file's hash."""
         return f"calibration {self.sha256[:_SHOWN_DIGITS]}"
 
     def has(self, layer: int) -> bool:
-        """Say whether it has a layer's router."""
+        """Return whether the file has a router for a layer."""
         return ROUTER.format(layer=layer) in self._names
 
     def router(self, layer: int) -> torch.Tensor:
-        """Read the rows of a layer's router, [C, D] in float32, whose logits spread by one over the prompts."""
+        """Read a layer's router rows, [C, D] in float32.
+
+        The rows are scaled so that the spread of the prompts' logits is 1, see `online.calibration.router_rows`.
+        """
         from safetensors import safe_open
 
         with safe_open(self.path, "pt") as file:
@@ -76,11 +79,11 @@ class Calibration:
 
 
 def calibration_of(spec: UpcycleSpec | None) -> Calibration | None:
-    """Open the calibration file that a spec names; None where it needs none.
+    """Open the calibration file that a spec names, or return None if the spec needs none.
 
     Raises:
-        SpecError: it needs one and names none.
-        UpcycleError: the file is missing, damaged, or something else.
+        SpecError: the spec needs a calibration file and names none.
+        UpcycleError: the file is missing, damaged, or not a calibration file.
     """
     if spec is None or not spec.needs_calibration:
         return None
@@ -99,15 +102,15 @@ def calibration_of(spec: UpcycleSpec | None) -> Calibration | None:
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: Path, state: tuple[int, int] | None) -> Calibration:
-    """Open a file once for all tensors; another one of that name has another state."""
+    """Open a calibration file and cache it. A changed file has another `state`, so it is opened again."""
     return Calibration(path)
 
 
 def require_files(spec: UpcycleSpec) -> None:
-    """Check that the files which a spec names are there: the calibration, or the prompts that it is made of.
+    """Check that the file that a spec names exists: the calibration file, or the prompts if it names no calibration.
 
     Raises:
-        SpecError: one is not.
+        SpecError: the file does not exist.
     """
     name = "calibration" if spec.calibration else "router_prompts"
     path = Path(getattr(spec, name)).expanduser()

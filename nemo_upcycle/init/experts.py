@@ -1,10 +1,11 @@
 """The experts of an upcycled layer, made in place from the dense feed-forward network.
 
-Matrices are seen neuron by neuron: gate and up as their rows [F, D], down as its columns [F, D] (a transposed view).
-Tensor parallelism cuts networks between neurons, so a rank holds some neurons of an expert, whole.
+Every matrix is viewed as one row per neuron: gate and up by their rows [F, D], down by its columns [F, D] (a
+transposed view). Tensor parallelism cuts networks between neurons, so each neuron of an expert is whole on one rank.
 
-Random numbers come in blocks of `BLOCK` neurons, each with a generator of its own: a rank draws the blocks that its
-neurons lie in and uses its part, so that any layout, and a conversion without any, gets the same bits.
+Random numbers are drawn in blocks of `BLOCK` neurons, and each block has its own generator. A rank draws the blocks
+that contain its neurons and uses its part of them. Therefore every layout, and a conversion without any layout, gets
+the same bits.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from nemo_upcycle.init.rng import block_generator, normal
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Neurons whose random numbers are drawn together: 8 MiB in float64 at D = 4096.
+#: Number of neurons whose random numbers are drawn together: 8 MiB in float64 at D = 4096.
 BLOCK = 256
 
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One matrix of one expert, as far as it is on this rank.
+    """This rank's part of one matrix of one expert.
 
     Args:
-        layer: number of the layer in the whole model, from 0.
-        expert: number of the expert in the layer, from 0, over all ranks.
+        layer: layer number in the whole model, from 0.
+        expert: expert number in the layer, from 0, over all ranks.
         part: `gate`, `up` or `down`.
-        first: number of the first neuron that is here, counted within the expert.
-        local_FD: the neurons that are here, each a row; a view, changed in place.
-        whole_FD: gives all neurons of the expert's matrix as they are before any change, in the same type.
+        first: number of the first local neuron, counted within the expert.
+        local_FD: the local neurons, one per row; a view that is changed in place.
+        whole_FD: function that returns all neurons of the expert's matrix before any change, in the same type.
     """
 
     layer: int
@@ -43,9 +44,9 @@ class ExpertMatrix:
     whole_FD: Callable[[], torch.Tensor]
 
     def mean_and_std(self, neurons: torch.Tensor | None = None) -> tuple[float, float]:
-        """Return mean and standard deviation of the whole matrix, or of these neurons of it, before any change.
+        """Return the mean and standard deviation of the whole matrix, or of some neurons, before any change.
 
-        Both are rounded to float32, so that how many threads add up the sum does not show.
+        Both are rounded to float32, so that the number of threads that compute the sums does not change the result.
         """
         values_FD = self.whole_FD() if neurons is None else self.whole_FD()[neurons]
         count = values_FD.numel()
@@ -55,7 +56,7 @@ class ExpertMatrix:
         return float(rounded[0]), float(rounded[1])
 
     def normal_blocks(self, spec: UpcycleSpec) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield the rows of `local_FD` block by block, each with its standard normal numbers [rows, D] in float64."""
+        """Yield the rows of `local_FD` in blocks, each with its standard normal numbers [rows, D] in float64."""
         first, count = self.first, self.local_FD.shape[0]
         for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
             generator = block_generator(spec.seed, spec.method, self.layer, self.expert, self.part, block)
@@ -66,13 +67,13 @@ class ExpertMatrix:
 
 
 def fill_copies(experts: Sequence[torch.Tensor]) -> None:
-    """Make every expert's matrix the first one's. Exact: the copies carry the same bits.
+    """Copy the first expert's matrix to all other experts, bit for bit.
 
-    The dense slice was read straight into the first expert, so no copy of it exists anywhere else.
+    The dense slice was read directly into the first expert, so there is no other copy of the slice.
 
     Args:
-        experts: the matrices, or the same part of them, of this rank's experts that hold the same slice, one shape;
-            the first holds it already.
+        experts: the matrices, or the same part of each, of this rank's experts that share one dense slice. All have
+            the same shape, and the first one already holds the slice.
     """
     first, *others = experts
     if others:

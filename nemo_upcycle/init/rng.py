@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on who draws them.
+"""Random numbers that depend on their purpose, never on the rank that draws them.
 
-Every block of numbers has a name (seed, layer, tensor, expert). The name is hashed into the seed of a generator of
-its own, so any rank of any parallel layout draws the same bits for the same block.
+Every block of numbers has a name (seed, layer, tensor, expert). A hash of the name seeds the block's own generator, so
+every rank of every parallel layout draws the same bits for the same block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def block_generator(seed: int, *name: object) -> torch.Generator:
 
 
 def uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Return float64 numbers between 0 and 1, of one block for each generator: `[len(generators), *shape]`."""
+    """Draw float64 numbers between 0 and 1, one block per generator: `[len(generators), *shape]`."""
     drawn = torch.empty((len(generators), *shape), dtype=torch.float64)
     for block, generator in zip(drawn, generators, strict=True):
         torch.rand(shape, generator=generator, out=block)
@@ -35,15 +35,14 @@ def uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> to
 
 
 def normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Return standard normal numbers in float64, of one block for each generator.
+    """Draw standard normal numbers in float64, one block per generator: `[len(generators), *shape]`.
 
-    Their shape is `[len(generators), *shape]`.
-
-    Box-Muller in float64 on the generator's uniform numbers: `torch.randn` takes other code paths, with other last
-    bits, on processors with other vector units. Logarithm, root and cosine may still differ there in the last bit of
-    float64. Rounding hides that, unless it falls between two neighbours: float32 keeps 24 of 53 bits, bfloat16 8, so
-    one such difference in 2^29 shows in float32, and one in 2^45 in bfloat16. Among billions of float32 numbers a few
-    may thus differ between processors; on one kind of processor all bits are the same.
+    This is Box-Muller in float64 on the generator's uniform numbers. `torch.randn` is not used, because its code
+    paths, and with them the last bits, differ between processors with different vector units. The logarithm, root and
+    cosine may still differ between processors in the last bit of float64. Rounding to the model's type hides such a
+    difference unless the number lies on a rounding boundary: float32 keeps 24 of 53 bits and bfloat16 keeps 8, so one
+    difference in 2^29 shows in float32 and one in 2^45 in bfloat16. Among billions of float32 numbers, a few may
+    therefore differ between kinds of processor. On one kind of processor all bits are the same.
     """
     drawn = uniform((2, *shape), generators)
     return torch.sqrt(-2.0 * torch.log1p(-drawn[:, 0])) * torch.cos(2.0 * math.pi * drawn[:, 1])

@@ -1,6 +1,7 @@
-"""The router of an upcycled layer. The paper (arXiv 2412.09952, section 2): random; distribution, scale not given.
+"""The router of an upcycled layer.
 
-Of a parent with experts the rows are copied, and numbers of the same distributions are added.
+The paper (arXiv 2412.09952, section 2) uses a random router, but gives neither distribution nor scale. If the parent
+has experts, its router rows are copied, and random numbers of the same distributions are added.
 """
 
 from __future__ import annotations
@@ -15,49 +16,50 @@ from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
 
 
 def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tensor:
-    """Return the router of a layer.
+    """Return the router weight of a layer.
 
-    With combine weights that sum to one the router does not change the function at step 0, whatever its values; they
-    decide which experts drift apart first. With granularity, the rows of one copy's experts are the same, so that they
-    are chosen together. A row depends on its copy's number, not on how many there are.
+    If the combine weights sum to one, the router does not change the function at step 0, whatever its values are. The
+    values decide which experts drift apart first. With granularity, the experts of one copy have the same row, so that
+    they are chosen together. A row depends on the number of its copy, not on the number of copies.
 
     Args:
-        spec: says how, with which deviation and seed, or which calibration file has the rows.
-        layer: number of the layer in the whole model, from 0.
-        hidden_size: D.
+        spec: gives the initialisation, standard deviation and seed, or the calibration file that has the rows.
+        layer: layer number in the whole model, from 0.
+        hidden_size: hidden size D.
 
     Returns:
-        A float32 tensor of shape [E, D], E the experts of all expert-parallel ranks.
+        A float32 tensor [E, D]. E counts the experts of all expert-parallel ranks.
     """
     rows_CD = _drawn(spec, layer, hidden_size, spec.copies)
     return rows_CD.to(torch.float32).repeat_interleave(spec.granularity, dim=0)
 
 
 def _drawn(spec: UpcycleSpec, layer: int, hidden_size: int, count: int) -> torch.Tensor:
-    """Return so many rows in float64, each from a generator of its own."""
+    """Draw `count` router rows in float64, each from its own generator."""
     generators = [block_generator(spec.seed, "router", layer, row) for row in range(count)]
     return ROUTER_INITS[spec.router_init].rows(spec, layer, hidden_size, generators)
 
 
 @dataclass(frozen=True)
 class RowNoise:
-    """What tells the copies of a parent's expert apart: noise on their rows of the router, whose sum is zero.
+    """Noise on the router rows of the copies of a parent's expert. It makes the copies differ and sums to zero.
 
-    Its standard deviation, before the mean over the copies is taken off, is router_std times that of all weights of
-    the layer's router, so that one number serves any model. The row of an expert with one copy stays as it is.
+    Before the mean over the copies is subtracted, the noise has router_std times the standard deviation of all weights
+    of the layer's router, so that one value of router_std serves any model. If an expert has only one copy, its row
+    does not change.
 
     Args:
-        sources: the parent's expert that each one is a copy of.
+        sources: for each expert, the parent's expert that it copies.
     """
 
     sources: tuple[int, ...]
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return the receipt's words for a changed router."""
+        """Return how the receipt describes a changed router."""
         return f"router_init={spec.router_init} added, std={spec.router_std} of the parent's, seed={spec.seed}"
 
     def change(self, matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
-        """Add the noise, computed in float64; every rank has all rows."""
+        """Add the noise in place, computed in float64. Every rank has all rows."""
         rows_ED = matrix.local_FD
         _, deviation = replace(matrix, whole_FD=lambda: rows_ED).mean_and_std()
         noise_ED = _drawn(spec, matrix.layer, rows_ED.shape[1], len(self.sources)) * deviation

@@ -1,3 +1,3 @@
-"""What a model is: its architecture, the mapping of its tensors, how they are sharded, its configurations."""
+"""Description of a model: its architecture, tensor mapping, sharding and configuration."""
 
 from nemo_upcycle.models import families  # noqa: F401 - they hand themselves to the architecture

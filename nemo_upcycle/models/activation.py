@@ -1,4 +1,4 @@
-"""Activation functions, told by what they compute."""
+"""Activation functions, recognised by the values that they compute."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ import torch.nn.functional as functional
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """Return the square of what is positive; it has a name that a recipe can be saved by."""
+    """Square positive values and set all others to zero.
+
+    It is a named function because a saved recipe refers to functions by name.
+    """
     return functional.relu(x).square()
 
 
-#: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
+#: Name of a function in Megatron or NeMo -> activation. Looked up by name, because calling some of them compiles them.
 _FUNCTIONS = {
     "openai_gelu": "gelu_tanh",
     "fast_gelu": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "squared_relu": "squared_relu",
 }
-#: Those of the known families, by an architecture's names.
+#: Activation, as an architecture names it -> its function.
 _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
-    "gelu": functional.gelu,  # 5e-4 from the next one
+    "gelu": functional.gelu,  # differs from gelu_tanh by up to 5e-4
     "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
     "squared_relu": squared_relu,
 }
 
 
 def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Name a model's activation function as an architecture does, told by its values; else by its own name.
+    """Return an architecture's name for an activation function, which is recognised by its values.
+
+    An unknown function keeps its own name.
 
     Example:
         >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP
@@ -47,5 +52,5 @@ def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
 
 
 def activation_function(activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return Megatron's activation function of an architecture's name for it: the inverse of `activation_of`."""
+    """Return the function of an activation that an architecture names; the inverse of `activation_of`."""
     return _KNOWN[activation]

@@ -1,8 +1,8 @@
 """Shapes of dense and MoE models, and their parameter counts.
 
-THE legend of letters, of formulas and of shape suffixes (`gate_FD`) in the whole package: B batch, S sequence,
-T tokens, V vocabulary, D hidden size, F feed-forward (FFN) size, L layers, H attention heads, R key-value groups,
-K head dim, E routed experts, G granularity, C copies of the dense network (E / G).
+This is the legend of the letters in formulas and shape suffixes (`gate_FD`) of the whole package: B batch,
+S sequence, T tokens, V vocabulary, D hidden size, F feed-forward (FFN) size, L layers, H attention heads,
+R key-value groups, K head dim, E routed experts, G granularity, C copies of the dense network (E / G).
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from nemo_upcycle.models.growth import check_growth, refuse_utility
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Hugging Face class -> its `Family`, which says what it can hold: `families` hands in each.
+#: Hugging Face class -> its `Family`, which says what the class can hold. The package `families` fills the table.
 FAMILIES: dict[str, Any] = {}
-#: Fields of an `Architecture` that say which biases its routers have, and roles in the mapping table: buffers.
+#: Biases of the routers: names of fields of an `Architecture`, and of roles in the mapping table. They are buffers.
 BALANCING_BIASES = ("balancing_bias", "quantile_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Attention, Norms, Multipliers, Experts):
-    """Everything about a decoder that decides shapes, and what has to travel with its weights.
+    """Shapes of a decoder, and the settings that have to travel with its weights.
 
     Args:
-        hf_class: the Hugging Face class that names its tensors.
+        hf_class: Hugging Face class, which names the tensors.
         num_layers: L.
         hidden_size: D.
         ffn_size: F of a dense layer.
         vocab_size: V.
         tied_embeddings: whether the output layer is the embedding.
-        activation: activation of the networks.
-        gated: whether networks have a gate.
-        ffn_bias: whether networks have biases.
+        activation: activation of the feed-forward networks.
+        gated: whether feed-forward networks have a gate.
+        ffn_bias: whether feed-forward networks have biases.
         delta: gated delta nets; None: the model has none.
-        mamba: Mamba layers; None: the model has none. With them, each layer is a Mamba layer, an attention or a
-            network, with one norm, and attention has no rotary embedding.
+        mamba: Mamba layers; None: the model has none. A model with Mamba layers has one part per layer (Mamba,
+            attention or feed-forward network) with one norm, and its attention has no rotary embedding.
     """
 
     hf_class: str
@@ -55,9 +55,10 @@ class Architecture(Attention, Norms, Multipliers, Experts):
     mamba: MambaLayers | None = None
 
     def parts(self, layer: int) -> str:
-        """Name the parts of a layer: attention (`*`), a network, dense or of experts (`-`), or what mixes tokens else.
+        """Return the symbols of a layer's parts.
 
-        That is a Mamba mixer (`M`), or a gated delta net (`G`).
+        They are attention (`*`), Mamba mixer (`M`), gated delta net (`G`) and feed-forward network, dense or with
+        experts (`-`).
         """
         if self.mamba:
             return self.mamba.pattern[layer]
@@ -68,7 +69,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         return {part: tuple(n for n in range(self.num_layers) if part in self.parts(n)) for part in "*-MG"}
 
     def layers_with(self, part: str) -> tuple[int, ...]:
-        """Return the layers that have a part."""
+        """Return the layers that have a part, given by its symbol."""
         return self._layers_with[part]
 
     @cached_property
@@ -76,14 +77,14 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         return replace(self, **vars(self.global_heads), global_heads=None) if self.global_heads else self
 
     def at(self, layer: int) -> Architecture:
-        """Return the architecture with the heads that a layer has."""
+        """Return the architecture with the attention heads of one layer."""
         return self._global if self.global_heads and self.window_of(layer) is None else self
 
     def require_trained(self) -> None:
-        """Check that layers in a training can be the model's.
+        """Check that the model can be trained.
 
         Raises:
-            CheckpointError: none can.
+            CheckpointError: this package cannot fill such layers in any trainer.
         """
         if self.keeps_network:
             raise CheckpointError(
@@ -98,7 +99,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
 
     @cached_property
     def moe_layer_count(self) -> int:
-        """Layers with experts."""
+        """Number of layers with experts."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
 
     @property
@@ -129,14 +130,14 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         return self.vocab_size * self.hidden_size
 
     def _moe_params(self, experts: int) -> int:
-        """Return the parameters of an MoE layer's network, with `experts` routed experts."""
+        """Count the parameters of an MoE layer's router, shared experts and `experts` routed experts."""
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
         shared += self.hidden_size * (self.shared_gate + self.keeps_network)
         return experts * self.expert_params + router + shared
 
     def _params(self, experts: int) -> int:
-        """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
+        """Count all parameters, with `experts` routed experts per MoE layer. Tied embeddings count once."""
         embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
         attentions, networks, mamba, delta = (len(self.layers_with(part)) for part in "*-MG")
         with_global = sum(self.at(layer) is not self for layer in range(self.num_layers)) if self.global_heads else 0
@@ -151,33 +152,37 @@ class Architecture(Attention, Norms, Multipliers, Experts):
 
     @property
     def total_params(self) -> int:
-        """All parameters; tied embeddings count once.
+        """All parameters. Tied embeddings count once.
 
         Example:
-            Llama 3 8B has 8_030_261_248, its eight-expert upcycling 47_491_321_856 (arXiv 2412.09952 prints 34.4B: the
-            extra experts without one of their three matrices).
+            Llama 3 8B has 8_030_261_248 parameters, and 47_491_321_856 after upcycling to eight experts. arXiv
+            2412.09952 prints 34.4B, because it omits one of the three matrices of each extra expert.
         """
         return self._params(self.num_experts or 0)
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
+        """Parameters that one token passes through.
+
+        Example:
+            Llama 3 8B E8T2 has 13_668_454_400 active parameters. The paper prints 11.8B.
+        """
         return self._params(self.top_k or 0)
 
     @property
     def dense(self) -> Architecture:
-        """The same model without experts: of one that was upcycled, the sizes of its parent."""
+        """The same model without experts. For an upcycled model it has the sizes of the parent."""
         kept = replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None)
         return replace(kept, shared_ffn_size=0, shared_gate=False)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
-        """Return the MoE architecture that a spec makes of this one.
+        """Return the MoE architecture that a spec makes from this one.
 
-        The Hugging Face class is the first that can hold the model; "" if none can. That of a parent with experts
-        stays.
+        Its Hugging Face class is the first class that can hold the model; "" if none can. A parent with experts keeps
+        its class.
 
         Raises:
-            SpecError: the spec's layers do not fit, or what it says of experts.
+            SpecError: the spec's layers or experts do not fit this architecture.
             CheckpointError: granularity does not divide F.
         """
         if self.num_experts:

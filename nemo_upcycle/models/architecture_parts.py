@@ -15,17 +15,17 @@ from nemo_upcycle.spec import RouterKind, find_router_kind
 
 @dataclass(frozen=True, kw_only=True)
 class MambaLayers:
-    """The Mamba-2 layers of a model in which attention and networks are layers of their own, too, as in Nemotron-H.
+    """Mamba-2 layers of a model like Nemotron-H, in which attention and network are separate layers, too.
 
     Args:
-        pattern: what each layer of the dense model is: `M` (Mamba-2), `*` (attention) or `-` (network).
-        num_heads: heads of a Mamba layer.
-        head_dim: numbers of such a head.
-        num_groups: groups of heads that share B and C.
-        state_size: numbers of a head's state.
+        pattern: kind of each layer of the dense model: `M` (Mamba-2), `*` (attention) or `-` (network).
+        num_heads: number of heads in a Mamba layer.
+        head_dim: size of a head.
+        num_groups: number of groups of heads that share B and C.
+        state_size: size of the state (`ssm_state_size`).
     """
 
-    #: Tokens that the convolution before the scan sees; Megatron-Core can have no others.
+    #: Number of tokens that the convolution before the scan sees. Megatron-Core supports no other number.
     conv_size: ClassVar[int] = 4
 
     pattern: str
@@ -35,31 +35,34 @@ class MambaLayers:
     state_size: int
 
     def rows(self, part: str) -> int:
-        """Return the rows of a part of a Mamba layer's tensors: `z`, `x`, `B`, `C`, or `dt` and all else of a head."""
+        """Count the rows of a part: `z`, `x`, `B`, `C`, or a part with one row per head, such as `dt`."""
         states = self.num_groups * self.state_size
         sizes = dict.fromkeys("zx", self.num_heads * self.head_dim) | dict.fromkeys("BC", states)
         return sizes.get(part, self.num_heads)
 
     def params(self, hidden_size: int) -> int:
-        """Return the parameters of one Mamba layer, but its norm of D: projections, convolution, norm, A, D, dt."""
+        """Count the parameters of one Mamba layer: projections, convolution, inner norm, A, D and dt.
+
+        The norm before the layer [hidden_size] does not count.
+        """
         z, x, b, c, dt = (self.rows(part) for part in ("z", "x", "B", "C", "dt"))
         return (z + 2 * x + b + c + dt) * hidden_size + (x + b + c) * (self.conv_size + 1) + x + 3 * dt
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaLayers:
-    """The gated delta nets (arXiv 2412.06464) that stand in the place of attention in some layers, as in Qwen3.5.
+    """Gated delta nets (arXiv 2412.06464), which replace attention in some layers, as in Qwen3.5.
 
     Args:
-        pattern: which layers have one.
-        num_key_heads: heads of query and key.
-        num_value_heads: heads of the value, and of all that is one number a head.
-        key_dim: numbers of a head of query or key.
-        value_dim: numbers of a head of the value.
-        conv_size: tokens that the convolution of query, key and value sees.
+        pattern: whether each layer has a gated delta net.
+        num_key_heads: number of heads of query and key.
+        num_value_heads: number of heads of the value, and of every tensor with one number per head.
+        key_dim: size of a query or key head.
+        value_dim: size of a value head.
+        conv_size: number of tokens that the convolution of query, key and value sees.
     """
 
-    #: Tokens that its rule takes at once.
+    #: Number of tokens that the delta rule processes at once.
     chunk_size: ClassVar[int] = 64
 
     pattern: tuple[bool, ...]
@@ -70,13 +73,16 @@ class DeltaLayers:
     conv_size: int = 4
 
     def rows(self, part: str) -> int:
-        """Return the rows of a part of the tensors: `query`, `key`, `value`, its gate `z`, or all else of a head."""
+        """Count the rows of a part: `query`, `key`, `value`, the gate `z`, or a part with one row per head."""
         sizes = dict.fromkeys(("query", "key"), self.num_key_heads * self.key_dim)
         sizes |= dict.fromkeys(("value", "z"), self.num_value_heads * self.value_dim)
         return sizes.get(part, self.num_value_heads)
 
     def params(self, hidden_size: int) -> int:
-        """Return the parameters of one net, but its norm of D: projections, convolution, norm, A, dt."""
+        """Count the parameters of one gated delta net: projections, convolution, inner norm, A and dt.
+
+        The norm before the net [D] does not count.
+        """
         key, value, heads = (self.rows(part) for part in ("key", "value", "heads"))
         convolution = (2 * key + value) * self.conv_size
         return (2 * key + 3 * value + 2 * heads) * hidden_size + convolution + self.value_dim + 2 * heads
@@ -88,8 +94,8 @@ class GlobalHeads:
 
     Args:
         head_dim: K of these layers.
-        num_kv_heads: their R.
-        value_is_key: whether the projection of keys gives the values, too.
+        num_kv_heads: R of these layers.
+        value_is_key: whether the key projection also computes the values.
     """
 
     head_dim: int
@@ -104,10 +110,10 @@ class Rope:
     Args:
         head_dim: K.
         rope_theta: base of the frequencies.
-        rope_scaling: scaling of the frequencies, as `config.json` has it; None: none.
+        rope_scaling: scaling of the frequencies, as in `config.json`; None: no scaling.
         local_rope_theta: base in layers with a window, unscaled; None: the same in all layers.
         rope_pattern: layers whose heads are rotated; None: all.
-        rotary_percent: rotated part of a head, its first numbers; 1: all of it.
+        rotary_percent: rotated share of a head, from its first number on; 1: the whole head.
         max_positions: longest sequence (tokens).
     """
 
@@ -135,13 +141,13 @@ class Attention(Rope):
         qkv_bias: whether query, key and value have biases.
         attention_out_bias: whether the output has a bias.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
-        wide_qk_norm: whether they are normalised over all heads at once instead.
-        attention_multiplier: factor on the products of query and key; None: one over the root of K.
-        sliding_window: tokens that attention sees, the current one included; None: all before it.
+        wide_qk_norm: whether query and key are normalised over all heads at once instead.
+        attention_multiplier: factor on the products of query and key; None: 1 / sqrt(K).
+        sliding_window: number of tokens that attention sees, including the current token; None: all earlier tokens.
         window_pattern: layers with the window; None: all.
-        output_gate: whether the output is multiplied by a gate, made of the input as the query is.
-        global_heads: heads of layers without a window; None: the same in all.
-        value_is_key: whether the projection of keys gives the values, too.
+        output_gate: whether the output is multiplied by a gate. The gate is projected from the input, like the query.
+        global_heads: heads of layers without a window; None: all layers have the same heads.
+        value_is_key: whether the key projection also computes the values.
     """
 
     num_heads: int
@@ -164,11 +170,11 @@ class Attention(Rope):
 
     @property
     def window(self) -> int | None:
-        """The sliding window, in tokens; None where no sequence is longer."""
+        """The sliding window (tokens); None if no sequence is longer than the window."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
     def window_of(self, layer: int) -> int | None:
-        """Return the tokens that a layer's attention sees; None for all."""
+        """Return how many tokens a layer's attention sees; None for all."""
         return self.sliding_window if self.window_pattern is None or self.window_pattern[layer] else None
 
 
@@ -178,7 +184,7 @@ class Norms:
 
     Args:
         pre_norm: whether there are norms before attention and network.
-        post_norm: whether there are norms after them.
+        post_norm: whether there are norms after attention and network.
         zero_centered_norm: whether norms store their distance from one.
         norm_eps: number added to the variance.
     """
@@ -190,7 +196,7 @@ class Norms:
 
     @property
     def norm_places(self) -> tuple[bool, bool]:
-        """Whether there are norms before attention and network; whether there are norms after them."""
+        """The pair (`pre_norm`, `post_norm`)."""
         return self.pre_norm, self.post_norm
 
 
@@ -199,7 +205,7 @@ class Multipliers:
     """Factors at both ends of a model and on the output of each part, as Granite and Gemma have them.
 
     Args:
-        scaled_embedding: whether the embedding is multiplied by the root of D.
+        scaled_embedding: whether the embedding is multiplied by sqrt(D).
         embedding_multiplier: factor on the embedding.
         residual_multiplier: factor on what attention and network add to their input.
         logits_scaling: divisor of the logits.
@@ -219,17 +225,17 @@ class Experts:
         num_experts: E; None in a dense model.
         top_k: experts that process a token.
         expert_ffn_size: F of one routed expert; None in a dense model.
-        shared_ffn_size: F of all shared experts together; 0 without.
+        shared_ffn_size: F of all shared experts together; 0: no shared experts.
         shared_gate: whether a gate, from 0 to 1 for each token, multiplies the output of the shared experts.
         moe_pattern: layers with experts; None: all, if there are experts.
-        norm_topk: whether the weights of the chosen experts are made to sum to one.
-        router_score: function of the router's logits, as in `UpcycleSpec`.
+        norm_topk: whether the weights of the chosen experts are normalised to sum to one.
+        router_score: function applied to the router's logits, as in `UpcycleSpec`.
         routed_scaling_factor: factor on the weights of the chosen experts.
-        balancing_bias: whether every routed expert has a bias that counts when experts are chosen, and that a training
-            moves to balance them (arXiv 2408.15664). It is no parameter.
-        quantile_bias: whether it has a bias that is a quantile of its logits instead.
-        keeps_network: whether its layers are Gemma 4's: one with experts keeps the dense network beside them, each
-            with norms of its own, and every layer's output has a factor.
+        balancing_bias: whether every routed expert has a bias that is used only to choose experts and that training
+            moves to balance the expert load (arXiv 2408.15664). The bias is a buffer, not a parameter.
+        quantile_bias: whether every routed expert has a bias that is a quantile of its logits instead.
+        keeps_network: whether the layers are Gemma 4's. An MoE layer then keeps the dense network beside the experts,
+            each of the two with its own norms, and every layer multiplies its output by a factor.
     """
 
     num_experts: int | None = None
@@ -247,7 +253,7 @@ class Experts:
 
     @property
     def router_kind(self) -> RouterKind:
-        """The kind of its routers."""
+        """The kind of the model's routers."""
         return find_router_kind(self.router_score, pre_softmax=not self.norm_topk)
 
     def is_moe_layer(self, layer: int) -> bool:

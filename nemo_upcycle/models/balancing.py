@@ -1,6 +1,7 @@
-"""How routers balance the experts: a loss, or biases, which begin at zero, so that step 0 is the parent's.
+"""Settings with which routers balance the expert load: a loss, or biases.
 
-`trainers/aux_loss.py` sees to the coefficients of losses.
+Biases start at zero, so step 0 still computes the parent's function. `trainers/aux_loss.py` makes a loss act with the
+coefficient that is set.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 from nemo_upcycle.errors import SpecError
 
 
-#: Megatron-Core 0.19's balancing: once a step, each expert's bias becomes the quantile of its logits that gives it as
-#: many tokens as every other.
+#: Type of balancing in Megatron-Core 0.19. Once a step, each expert's bias becomes the quantile of its logits that
+#: gives all experts the same number of tokens.
 QUANTILES = "quantile_balancing"
-#: How routers learn to balance, unless a user says otherwise: NeMo's Mixtral has this loss, and He et al. (arXiv
-#: 2410.07524) found its coefficient best as well.
+#: Default balancing. NeMo's Mixtral has this loss, and He et al. (arXiv 2410.07524) found the same coefficient best.
 BALANCING_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 _EMA = "moe_router_quantile_balancing_ema"
 _BIASES = "moe_router_enable_expert_bias"
@@ -23,10 +23,10 @@ _KIND = "moe_router_load_balancing_type"
 
 
 def balancing_bias(config: Any) -> dict[str, float]:
-    """Name, as Megatron does, what moves the biases of a model's routers; empty where they have none.
+    """Return the Megatron settings that move the biases of a model's routers; empty without biases.
 
     Args:
-        config: the model's.
+        config: configuration of the model.
 
     Example:
         >>> balancing_bias(chunk.config)  # doctest: +SKIP
@@ -40,10 +40,10 @@ def balancing_bias(config: Any) -> dict[str, float]:
 
 
 def bias_fields(moved_by: Mapping[str, float]) -> dict[str, Any]:
-    """Return the settings of a model whose routers keep their biases, the inverse of `balancing_bias`.
+    """Return Megatron's settings for routers that keep their biases; the inverse of `balancing_bias`.
 
     Args:
-        moved_by: what moves them; empty where there are none.
+        moved_by: settings that move the biases; empty without biases.
     """
     if not moved_by:
         return {}
@@ -52,14 +52,14 @@ def bias_fields(moved_by: Mapping[str, float]) -> dict[str, Any]:
 
 
 def check_balancing(config: Any, router_score: str) -> None:
-    """Check that biases which shall balance the experts can do so.
+    """Check that the router biases of a configuration can balance the experts.
 
     Args:
-        config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
-        router_score: the spec's.
+        config: configuration of Megatron, NeMo or Bridge, built or as a `run.Config`.
+        router_score: router score of the spec.
 
     Raises:
-        SpecError: this Megatron-Core has none such, or another setting is in the way.
+        SpecError: this Megatron-Core lacks such biases, or another setting conflicts with them.
     """
     for name, in_the_way, expected, fix in (*_of_signs(config, router_score), *_of_quantiles(config)):
         if in_the_way:
@@ -68,7 +68,7 @@ def check_balancing(config: Any, router_score: str) -> None:
 
 
 def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield what biases that move by a rate exclude: setting, whether it is in the way, what it must be, fix."""
+    """Yield the settings that biases with an update rate exclude: name, whether it conflicts, expected value, fix."""
     if getattr(config, _BIASES, False):
         expected = "false with router_score=softmax, because Megatron adds the biases to sigmoid scores"
         fix = "set the spec's router_score to sigmoid, or use a load-balancing loss"
@@ -79,7 +79,7 @@ def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, 
 
 
 def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield the same for biases by quantiles."""
+    """Yield the settings that quantile biases exclude, in the form of `_of_signs`."""
     if QUANTILES not in (kinds := _kinds(config)):
         return
     expected = "a kind that this Megatron-Core has (quantiles need 0.19)"

@@ -1,7 +1,8 @@
-"""What the fields of a model's configuration mean for a fill: one table, `config_fields.yaml`, for every trainer.
+"""Meaning of each field of a model's configuration when the model is filled from a dense checkpoint.
 
-A field is `free` (changes nothing that is filled), `handled` (changes how, and this package sees to it), `inexact`
-(the filled model differs from its parent, and the receipt says so) or `refused`.
+One table, `config_fields.yaml`, serves every trainer. A field is `free` (changes nothing that is filled), `handled`
+(changes how the model is filled, and this package takes care of it), `inexact` (the filled model differs from its
+parent, and the receipt says so) or `refused`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 from nemo_upcycle.utils.conf import read_yaml
 
 
-#: Modules of the classes whose fields the table has, beginnings of their names.
+#: Prefixes of the modules with the configuration classes that the table covers.
 _TABLED = (
     *("megatron.core.", "megatron.training.models.", "megatron.bridge.models.hybrid."),
     *("megatron.bridge.models.gpt_provider", "megatron.bridge.models.transformer_config"),
     "nemo.collections.llm.gpt.model.base",
 )
-#: The kind of refused fields that change the function; the others change parameters alone.
+#: Kind of refused fields that change the function. Refused fields of other kinds change only parameters.
 _FUNCTION = "changes the function"
-#: Beginning of a role -> what interleaves its rows of gate and up, and what the modules that read them so need.
+#: Prefix of a role -> setting that interleaves the rows of gate and up, and setting of the modules that can read them.
 _INTERLEAVED = {
     "expert_": ("moe_mlp_glu_interleave_size", "moe_grouped_gemm"),
     "shared_": ("moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert"),
@@ -34,7 +35,7 @@ _INTERLEAVED = {
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """Return the table: meaning -> where, why or which kind -> fields."""
+    """Return the table: meaning -> topic, responsible function or kind -> fields."""
     return dict(read_yaml(Path(__file__).with_suffix(".yaml")))
 
 
@@ -47,12 +48,12 @@ def meanings() -> dict[str, str]:
 def refusals(
     get: Callable[[str], Any], *, experts: bool, parameters: bool = True
 ) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield the fields that have a refused value: name, value, what is taken instead, and why.
+    """Yield the fields that have a refused value: name, value, accepted values and reason.
 
     Args:
-        get: returns the value of a field; None where there is no such field.
-        experts: whether the model has any; of a dense model, fields of experts do nothing.
-        parameters: whether to look at those, too, that leave the function as it is.
+        get: function that returns the value of a field; None if there is no such field.
+        experts: whether the model has experts. In a dense model, the fields of experts do nothing.
+        parameters: whether to include fields that change parameters but not the function.
     """
     for kind, fields in table()["refused"].items():
         for name, (*taken, because) in fields.items():
@@ -65,10 +66,10 @@ def refusals(
 
 
 def unknown_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the fields that the table does not have and that are not at their default: name, value and default.
+    """Yield the fields that are missing in the table and not at their default: name, value and default.
 
     Args:
-        config: a configuration, or a `run.Config` of one.
+        config: a configuration, or its `run.Config`.
     """
     kind = getattr(config, "__fn_or_cls__", type(config))
     classes = [base for base in kind.__mro__ if base.__module__.startswith(_TABLED) and dataclasses.is_dataclass(base)]
@@ -81,14 +82,14 @@ def unknown_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_fields(config: Any, *parts: Any) -> None:
-    """Check that a model of this configuration can be filled, and then computes its parent's function.
+    """Check that a model with this configuration can be filled and then computes its parent's function.
 
     Args:
-        config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
-        parts: modules of the built model; a value that they have goes before that of the configuration.
+        config: configuration of Megatron, NeMo or Bridge, built or as a `run.Config`.
+        parts: modules of the built model. Their values take precedence over the configuration's.
 
     Raises:
-        SpecError: a field is refused, is not known, or needs another.
+        SpecError: a field is refused or unknown, or needs another field.
     """
 
     def get(name: str) -> Any:
@@ -127,19 +128,19 @@ def check_fields(config: Any, *parts: Any) -> None:
 
 
 def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int) -> int | None:
-    """Return the size of the blocks in which gate and up take turns in a parameter; None where gate is above up.
+    """Return the block size of a parameter with interleaved gate and up rows; None if gate is above up.
 
-    Megatron-Core from 0.16 on has it for kernels that fuse the activation. The rows of each rank take turns on their
-    own; Megatron-Bridge undoes it in checkpoints.
+    Megatron-Core 0.16 and later interleave the rows for kernels that fuse the activation. Each rank interleaves its
+    own rows. Megatron-Bridge undoes the interleaving in checkpoints.
 
     Args:
-        config: the model's.
-        mapping: the parameter's.
-        name: the parameter's.
-        rows: length of this rank's shard.
+        config: configuration of the model.
+        mapping: mapping of the parameter.
+        name: name of the parameter.
+        rows: number of rows of this rank's shard.
 
     Raises:
-        SpecError: the module does not read it so, or the blocks do not fit.
+        SpecError: the module cannot read interleaved rows, or the block size does not divide the shard.
     """
     setting, _ = _INTERLEAVED.get(mapping.role.removesuffix(mapping.dense_role), ("", ""))
     size = getattr(config, setting, None) if mapping.sharding is Sharding.GATED else None

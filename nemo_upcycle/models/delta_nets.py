@@ -1,4 +1,4 @@
-"""Gated delta nets, and a gate of attention, in Megatron's settings: the layers of Qwen3.5."""
+"""Megatron's settings for gated delta nets and gated attention, the layers of Qwen3.5."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture_parts import DeltaLayers
 from nemo_upcycle.models.layer_settings import layers_with
 
 
-#: Field of `DeltaLayers` -> Megatron's setting, and Hugging Face's.
+#: Field of `DeltaLayers` -> setting, which has the same name in Megatron and in Hugging Face.
 DELTA_SIZES = {
     "num_key_heads": "linear_num_key_heads",
     "num_value_heads": "linear_num_value_heads",
@@ -19,17 +19,17 @@ DELTA_SIZES = {
     "value_dim": "linear_value_head_dim",
     "conv_size": "linear_conv_kernel_dim",
 }
-#: Says which nets a model has; `None` for attention alone.
+#: Megatron's setting for the kind of nets in a model; `None` for a model with attention in all layers.
 VARIANT = "experimental_attention_variant"
 _GATE, _LAYERS = "attention_output_gate", "linear_attention_freq"
 _NETS, _NETS_SINCE_0_20 = "gated_delta_net", "gdn"
 
 
 def gate_fields(arch: Architecture) -> dict[str, Any]:
-    """Return Megatron's settings of a gate of attention, and of gated delta nets; none without.
+    """Return Megatron's settings for gated attention and gated delta nets; empty if the model has neither.
 
     Args:
-        arch: the model's architecture.
+        arch: architecture of the model.
     """
     fields: dict[str, Any] = {_GATE: True} if arch.output_gate else {}
     if arch.delta:
@@ -44,12 +44,12 @@ def has_nets(config: Any) -> bool:
 
 
 def net_layers(config: Any) -> tuple[bool, ...]:
-    """Return which layers of a configuration have a gated delta net in the place of attention."""
+    """Return which layers of a configuration have a gated delta net instead of attention."""
     return layers_with(config.linear_attention_freq, config.num_layers) if has_nets(config) else (False,)
 
 
 def gates_of(config: Any) -> dict[str, Any]:
-    """Return the fields of an `Architecture` that a configuration's gate of attention and gated delta nets are."""
+    """Read the `Architecture` fields for gated attention and gated delta nets from a configuration."""
     fields: dict[str, Any] = {"output_gate": bool(getattr(config, _GATE, False))}
     if has_nets(config):
         sizes = {name: getattr(config, setting) for name, setting in DELTA_SIZES.items()}
@@ -58,11 +58,11 @@ def gates_of(config: Any) -> dict[str, Any]:
 
 
 def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what a configuration says of these layers, and what it should say: name, got, expected.
+    """Yield the settings to compare for gated attention and gated delta nets: name, got, expected.
 
     Args:
-        config: a built model's.
-        arch: the architecture that it is to have.
+        config: configuration of a built model.
+        arch: architecture that the model should have.
     """
     wanted = gate_fields(arch)
     yield _GATE, getattr(config, _GATE, False), wanted.get(_GATE, False)
@@ -73,14 +73,14 @@ def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
 
 
 def check_gates(config: Any, parent: Architecture) -> None:
-    """Check that a configuration says the same of these layers as a parent.
+    """Check that gated attention and gated delta nets of a configuration are the parent's.
 
     Args:
         config: Megatron's `TransformerConfig`.
-        parent: the dense model's architecture.
+        parent: architecture of the dense model.
 
     Raises:
-        SpecError: it does not.
+        SpecError: a setting differs from the parent's.
     """
     for name, got, value in wrong_gates(config, parent):
         if got != value:

@@ -1,4 +1,4 @@
-"""The FLOPs of training a model: one formula for the planner, the metrics of a run, and the reports."""
+"""The FLOPs of training a model: the planner, the metrics of a run and the reports use the same formula."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from nemo_upcycle.models.architecture import Architecture
 
 
 def mean_context(seq_length: int, window: int | None = None) -> float:
-    """Return how many tokens a token of a sequence attends to in the mean, itself included, under a causal mask.
+    """Return how many tokens a token attends to on average, itself included, under a causal mask.
 
     Args:
         seq_length: s, tokens in a sequence.
-        window: tokens that attention sees; None for all.
+        window: number of tokens that attention sees; None for all.
     """
     seen = min(window or seq_length, seq_length)
     return seen - seen**2 / (2 * seq_length)
@@ -21,21 +21,23 @@ def mean_context(seq_length: int, window: int | None = None) -> float:
 def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> float:
     """Return the FLOPs of training on one token: forward and backward, without recomputation.
 
-        6 (active parameters - input embedding) + attention, where attention is 12 L H K s over the whole square of
-        scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
-        its lower half (`causal=True`: as Megatron-Bridge counts).
+        6 (active parameters - input embedding) + attention
 
-    Where a window hides tokens, s is what is left of it. The output layer counts, tied or not; norms and biases are
-    counted with the parameters. L are the layers that have an attention; what Mamba layers and gated delta nets do
-    between their projections is not counted.
+    Attention is 12 L H K s over the whole square of scores (`causal=False`), as arXiv 2412.09952 (Table 1) and
+    Megatron-Core up to 0.10 count, or 6 L H K s over its lower half (`causal=True`), as Megatron-Bridge counts.
+
+    If a window hides tokens, s is the number of tokens that remain visible. The output layer counts, tied or not.
+    Norms and biases count as parameters. L is the number of layers with attention. The work of Mamba layers and gated
+    delta nets between their projections does not count.
 
     Args:
-        arch: the model's architecture.
+        arch: architecture of the model.
         seq_length: s, tokens in a sequence.
-        causal: which of the two conventions.
+        causal: whether to count only the lower half of the scores.
 
     Example:
-        Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
+        Llama 3 8B needs 4.744e14 FLOPs per sequence with s = 8192 and `causal=False`, its E8T2 7.515e14. The paper
+        prints 4.7e14 and 7.5e14.
     """
     params = arch.active_params - (0 if arch.tied_embeddings else arch.embedding_params)
     windows = [arch.window_of(layer) for layer in arch.layers_with("*")]

@@ -1,18 +1,19 @@
-"""A parent that has experts gets more of them: which is a copy of which, and what keeps the function.
+"""Grow a parent that already has experts: which expert each new one copies, and when the result is exact.
 
-Each of the parent's E experts has m copies with the same row of the router, so that all have its logit l. What they
-add up to depends on how many are chosen, of which the parent chose k:
+Each of the parent's E experts gets m copies with the same router row, so all copies have the parent's logit l. A token
+passes through k experts in the parent. The combined weight of the copies depends on top_k of the new model:
 
-- m k: top-k takes all copies of the parent's k experts. Softmax after top-k gives each exp(l) / (m sum over the k of
-  exp(l)), softmax before it exp(l) / (m sum over the E of exp(l)), sigmoid scores are divided by m times their sum: in
-  each case the m copies add up to the parent's weight. Exact, and nothing is scaled.
-- k, as before: the copies of its best experts take all places, so that a token passes through k / m of the parent's
-  experts. Exact for k = 1 alone, where any copy will do: softmax before top-k leaves it 1 / m of the parent's weight,
-  which a factor on the down projections makes up for.
-- With more copies of some experts, none of these: each copy counts in the sums.
+- top_k = m k: top-k takes all copies of the parent's k experts. Softmax after top-k gives each copy exp(l) / (m sum
+  over the k of exp(l)). Softmax before top-k gives it exp(l) / (m sum over the E of exp(l)). Sigmoid scores are
+  divided by m times their sum. In each case the m copies add up to the parent's weight. This is exact without scaling.
+- top_k = k: copies of the best experts take all places, so a token passes through k / m of the parent's experts. This
+  is exact only for k = 1, when any copy will do. Softmax before top-k then leaves 1 / m of the parent's weight, and a
+  factor on the down projections makes up for it.
+- If some experts have more copies than others, no top_k is exact, because each copy counts in the sums.
 
-Rows that are the same, of experts that are, stay so in a training: `router_std` tells them apart. What it adds to the
-copies of one expert sums to zero, so that their weights together change in the second order only.
+Identical experts with identical router rows stay identical during training, so `router_std` makes the rows differ. The
+numbers that it adds to the copies of one expert sum to zero, so the combined weight of the copies changes only in
+second order.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
-#: Fields of a spec that follow from a parent with experts, and why.
+#: Fields of a spec that a parent with experts decides, and the reasons.
 _KEPT = {
     "granularity": "the parent's experts are copied whole",
     "shared_experts": "the parent's own shared experts are copied",
@@ -41,11 +42,14 @@ _KEPT = {
 
 
 class Parent(Protocol):
-    """What is asked of a parent: an `Architecture` is one, which itself asks here what becomes of it."""
+    """Properties of a parent that this module needs.
+
+    `Architecture` has them all. It imports this module, so this module cannot import it.
+    """
 
     @property
     def hf_class(self) -> str:
-        """Its class in transformers."""
+        """Class in transformers."""
 
     @property
     def num_layers(self) -> int:
@@ -61,7 +65,7 @@ class Parent(Protocol):
 
     @property
     def top_k(self) -> int | None:
-        """Experts of a token."""
+        """Experts per token."""
 
     @property
     def moe_pattern(self) -> tuple[bool, ...] | None:
@@ -69,19 +73,19 @@ class Parent(Protocol):
 
     @property
     def router_kind(self) -> RouterKind:
-        """The kind of its routers."""
+        """Kind of the routers."""
 
     @property
     def router_score(self) -> str:
-        """What its logits go through."""
+        """Function of the router's logits."""
 
     @property
     def routed_scaling_factor(self) -> float:
-        """On the weights of the chosen experts."""
+        """Factor on the weights of the chosen experts."""
 
     @property
     def keeps_network(self) -> bool:
-        """Whether the dense network is kept beside its experts, with norms of its own."""
+        """Whether the dense network is kept beside the experts, with its own norms."""
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
@@ -92,10 +96,10 @@ def _layers(spec: UpcycleSpec, parent: Parent) -> tuple[bool, ...]:
 
 
 def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
-    """Check that a model with experts can become what a spec makes of it.
+    """Check that a spec can grow a parent with experts.
 
     Raises:
-        SpecError: the spec asks for another number of experts, or for what only a dense parent can become.
+        SpecError: the number of experts does not fit the parent, or the spec has a value that needs a dense parent.
     """
     if spec.expert_utility:
         source_experts(parent, spec, None)
@@ -106,7 +110,7 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
             expected=f"a multiple of the parent's {experts} experts, {2 * experts} or more",
             fix=f"set <num_experts>={experts * max(2, round(spec.num_experts / experts))}, or give <expert_utility>",
         )
-    kept = growth_spec(parent, spec.num_experts, max(2, spec.top_k))  # a single expert is refused of some orders
+    kept = growth_spec(parent, spec.num_experts, max(2, spec.top_k))  # some router orders refuse top_k=1
     wrong = [name for name in _KEPT if getattr(spec, name) != getattr(kept, name)]
     if _layers(spec, parent) == _layers(kept, parent):
         wrong = [name for name in wrong if name != "moe_layers"]
@@ -126,16 +130,16 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
 
 
 def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:
-    """Return the spec of plain copies of a parent's experts; fields that cannot differ are the parent's.
+    """Return the spec that copies a parent's experts. Fields that cannot differ are the parent's.
 
     Args:
         parent: architecture of a parent with experts.
-        num_experts: number of the model's experts.
-        top_k: experts of a token in the model; None takes the number that makes it exact.
+        num_experts: number of experts in the model.
+        top_k: experts per token in the model; None: the number that makes the model exact.
         expert_utility: utility file, see `UpcycleSpec`.
 
     Raises:
-        SpecError: the parent does not become such a model.
+        SpecError: the parent cannot become such a model.
 
     Example:
         >>> growth_spec(mixtral, 16).top_k  # doctest: +SKIP
@@ -156,10 +160,10 @@ def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expe
 
 
 def refuse_utility(spec: UpcycleSpec) -> None:
-    """Refuse utilities of experts where the parent is dense.
+    """Refuse utilities of experts if the parent is dense.
 
     Raises:
-        SpecError: the spec names some.
+        SpecError: the spec names a utility file.
     """
     if spec.expert_utility:
         raise SpecError(
@@ -171,15 +175,15 @@ def refuse_utility(spec: UpcycleSpec) -> None:
 
 
 def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
-    """Return the parent's expert that each expert of a layer is a copy of.
+    """Return which of the parent's experts each expert of a layer copies.
 
-    The first E are the parent's, the next ones their second copies, and so on: where expert parallelism cuts between
+    The first copies of all E experts come first, then the second copies, and so on. If expert parallelism cuts between
     them, the copies of one expert are on several ranks.
 
     Args:
-        parent: the parent's architecture, with experts.
-        spec: how many become of them; None: as many.
-        layer: number in the whole model; None: the first one with experts.
+        parent: architecture of a parent with experts.
+        spec: spec of the model; None: the parent itself.
+        layer: number of the layer in the whole model; None: the first layer with experts.
 
     Raises:
         SpecError: the utilities do not fit the parent.
@@ -204,7 +208,7 @@ def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) 
 
 @functools.lru_cache(maxsize=512)
 def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
-    """Deal out copies: one to every expert, each further one where the utility of a copy is largest."""
+    """Give every expert one copy, and each further copy to the expert with the largest utility per copy."""
     copies = [1] * len(utilities)
     for _ in range(count - len(utilities)):
         ranked = ((utility / copies[one], -copies[one], -one) for one, utility in enumerate(utilities))
@@ -214,7 +218,10 @@ def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: int) -> tuple[tuple[float, ...], ...]:
-    """Return the utilities of every MoE layer, or of all in one; another file of the name has another state."""
+    """Return the utilities of every MoE layer, or one row for all layers.
+
+    The result is cached. `state` makes the cache miss when the file changes.
+    """
 
     def wrong(got: object, fix: str = "correct the file") -> SpecError:
         expected = f"a YAML list of {experts} numbers from 0, the utility of each expert, or {layers} such lists"
@@ -242,7 +249,7 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
 
 
 def _copies(parent: Parent, spec: UpcycleSpec) -> int | None:
-    """Return how many copies every expert has; None where some have more than others."""
+    """Return how many copies every expert has; None if some experts have more than others."""
     layers: Sequence[int | None] = [None]
     if spec.expert_utility:
         layers = [layer for layer in range(parent.num_layers) if parent.is_moe_layer(layer)]
@@ -251,7 +258,7 @@ def _copies(parent: Parent, spec: UpcycleSpec) -> int | None:
 
 
 def expert_scale(parent: Parent, spec: UpcycleSpec) -> float:
-    """Return the factor on the down projection of every routed expert; not 1 for a parent of top-1 alone."""
+    """Return the factor on the down projection of every routed expert. It is 1 unless the parent has top_k=1."""
     copies = _copies(parent, spec)
     any_will_do = parent.top_k == 1 and copies is not None and spec.top_k <= copies
     if not (any_will_do and copies and spec.router_kind.pre_softmax and spec.output_scale == "exact"):
@@ -260,7 +267,7 @@ def expert_scale(parent: Parent, spec: UpcycleSpec) -> float:
 
 
 def router_moves(spec: UpcycleSpec) -> bool:
-    """Return whether anything is added to the router's rows of a parent with experts."""
+    """Return whether a spec adds anything to the router rows of a parent with experts."""
     return not ROUTER_INITS[spec.router_init].is_zero(spec)
 
 
@@ -268,8 +275,8 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     """Return why a model does not compute its parent's function at step 0; empty if it does, up to rounding.
 
     Args:
-        parent: the parent's architecture, dense or with experts.
-        spec: what is made of it.
+        parent: architecture of the parent, dense or with experts.
+        spec: spec of the model.
     """
     if not parent.num_experts:
         adds = "the norms after the network and after the experts add rms_norm_eps once more"
@@ -298,14 +305,14 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
 
 
 def needs_float32_routing(parent: Parent, spec: UpcycleSpec) -> bool:
-    """Return whether a model computes its parent's function only where the router's logits are float32 or more.
+    """Return whether a model needs router logits in float32 or more to compute its parent's function.
 
-    Of networks that were cut see `UpcycleSpec.needs_float32_routing`. Copies of one expert have the same logit, too:
-    where two experts' logits are the same in 16 bits, top-k takes copies of both for those of one.
+    For a dense parent see `UpcycleSpec.needs_float32_routing`. Copies of one of the parent's experts have the same
+    logit. If the logits of two experts are equal in 16 bits, top-k takes copies of both instead of all copies of one.
 
     Args:
-        parent: the parent's architecture, dense or with experts.
-        spec: what is made of it.
+        parent: architecture of the parent, dense or with experts.
+        spec: spec of the model.
     """
     if not parent.num_experts:
         return spec.needs_float32_routing
@@ -313,10 +320,10 @@ def needs_float32_routing(parent: Parent, spec: UpcycleSpec) -> bool:
 
 
 def require_one(parents: Sequence[Parent]) -> None:
-    """Check that parents with experts come alone.
+    """Check that a parent with experts is the only parent.
 
     Raises:
-        CheckpointError: there are several.
+        CheckpointError: there are other parents beside a parent with experts.
     """
     if len(parents) > 1 and (one := next((arch for arch in parents if arch.num_experts), None)):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json`: read as an architecture, with the defaults of its class; and written for an MoE."""
+"""Read a Hugging Face `config.json` as an architecture, and write the `config.json` of an MoE model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_set
 
 
 _PART = "partial_rotary_factor"
-#: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
-#: Mixtral. transformers' own default is a tenth of it.
+#: Coefficient of the load-balancing loss if the checkpoint has none, as in the recipes and in NeMo's Mixtral.
+#: transformers' own default is a tenth of this value.
 ROUTER_AUX_LOSS = 0.01
-#: What transformers 5 keeps together with the scaling of rotary frequencies.
+#: Settings that transformers 5 stores together with the scaling of rotary frequencies.
 _NO_SCALING = ("rope_theta", _PART)
-#: Positions up to which a model was trained before its rotary frequencies were scaled. LongRoPE's stand beside its
-#: settings in transformers 4, among them in 5.
+#: Number of positions that a model was trained with before its rotary frequencies were scaled. For LongRoPE,
+#: transformers 4 stores it beside the settings of the scaling, transformers 5 among them.
 _SHORT = "original_max_position_embeddings"
-#: Settings of a kind of scaling; those of other kinds travel along unread.
+#: Kind of scaling -> its settings, which are checked. Settings of other kinds are passed on unread.
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _SHORT),
 }
-#: How alike names are of classes that are likely to compute the same: Ernie is no Granite.
+#: Least similarity of the names of two classes that probably compute the same. Ernie must not match Granite.
 _CLOSE = 0.75
-#: Former names of kinds.
+#: Former name of a kind of scaling -> its name.
 _FORMER = {"su": LONGROPE}
 
 
@@ -53,7 +53,7 @@ def _family_of(config: Any, where: str) -> Family:
             fix="correct config.json",
         )
     names, kind = config.get("architectures"), str(config.get("model_type"))
-    if names is None:  # a config of transformers' own, before a model was saved with it
+    if names is None:  # a config that transformers wrote before a model was saved with it
         family = find_family("", kind)
     else:
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
@@ -63,7 +63,7 @@ def _family_of(config: Any, where: str) -> Family:
 
 
 def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
-    """Return the error for a class that is not known: the nearest that is, and what one of its own would take."""
+    """Return the error for an unknown class: it names the nearest known class and says how to add a class."""
     names, kind, text = config.get("architectures"), str(config.get("model_type") or ""), config.get("text_config")
     name = ", ".join(map(str, names)) if isinstance(names, list) else str(names or "")
     if reason := REFUSED.get(name):
@@ -103,16 +103,16 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
-    """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
+    """Return the architecture that a Hugging Face configuration of transformers 4 or 5 describes.
 
-    Of a model with other parts it is that of the text model.
+    For a model with other parts, it is the architecture of the text model.
 
     Args:
         config: the parsed `config.json`.
-        where: how messages call the file.
+        where: name of the file in messages.
 
     Raises:
-        CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
+        CheckpointError: the class is unknown, the weights are quantized, a size is missing, a value has the wrong
             type, or values contradict each other.
     """
     family, given = _values_of(text_settings(config, where), where)
@@ -172,10 +172,10 @@ def read_architecture(folder: Path) -> Architecture:
     """Return the architecture of a Hugging Face folder.
 
     Args:
-        folder: with `config.json`.
+        folder: Hugging Face folder with `config.json`.
 
     Raises:
-        CheckpointError: the folder or its `config.json` is missing, or describes no model of a class that is known.
+        CheckpointError: the folder or its `config.json` is missing, or the file describes no model of a known class.
 
     Example:
         >>> read_architecture(Path("runs/demo/dense")).num_layers  # doctest: +SKIP
@@ -193,15 +193,15 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def trained_architecture(folder: Path) -> Architecture:
-    """Return the architecture of the Megatron model that a Hugging Face folder of this package holds.
+    """Return the architecture of the Megatron model that this package exported to a Hugging Face folder.
 
-    Its `routed_scaling_factor` may stand in the folder's down projections.
+    The model's `routed_scaling_factor` may be folded into the down projections of the folder.
 
     Args:
-        folder: with `config.json`.
+        folder: Hugging Face folder with `config.json`.
 
     Raises:
-        CheckpointError: as in `read_architecture`, or the factor is no number.
+        CheckpointError: as in `read_architecture`, or the folded factor is not a positive number.
     """
     arch, path = read_architecture(folder), folder / "config.json"
     folded = ConfigValues({FOLDED_SCALE: 1.0} | read_config(folder), str(path)).number(FOLDED_SCALE)
@@ -209,10 +209,10 @@ def trained_architecture(folder: Path) -> Architecture:
 
 
 def _values_of(config: Any, where: str) -> tuple[Family, ConfigValues]:
-    """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
+    """Return the family and the settings, with defaults, of a parsed `config.json` of transformers 4 or 5.
 
     Raises:
-        CheckpointError: the class is not known, the weights are quantized, attention has a window in some layers only,
+        CheckpointError: the class is unknown, the weights are quantized, attention has a window in some layers only,
             or settings of the rotary embedding contradict each other.
     """
     family = _family_of(config, where)
@@ -250,15 +250,15 @@ def _given(config: dict[str, Any], where: str, family: Family | None = None) -> 
 
 
 def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return rotary base and scaling as transformers 4 spells them; transformers 5 has both in `rope_parameters`.
+    """Return rotary base and scaling under transformers 4's names. transformers 5 has both in `rope_parameters`.
 
     Args:
         config: the parsed `config.json`, of any class.
-        where: how messages call the file.
+        where: name of the file in messages.
 
     Returns:
-        `rope_scaling`, its kind under `rope_type`, None for no scaling; `rope_theta` and `partial_rotary_factor`, if
-        they are said.
+        `rope_scaling`, with its kind under `rope_type`; None for no scaling. `rope_theta`, `partial_rotary_factor` and
+        `rope_local_base_freq`, if the file has them.
 
     Raises:
         CheckpointError: settings contradict each other, or mean more than base and scaling.
@@ -282,12 +282,12 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with one rotary embedding, where transformers 5 has one for each kind of layer.
+    """Return a configuration with one rotary embedding, if transformers 5 wrote one for each kind of layer.
 
-    That of layers with a window may have a base of its own, as transformers 4 spells it, and no scaling.
+    Layers with a window may have their own base, which gets transformers 4's name, but no scaling.
     """
     kinds = config.get("rope_parameters")
-    if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # beside them 5.12 writes a default that is none
+    if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # 5.12 adds an empty default
         kinds = {key: value for key, value in kinds.items() if value not in (None, "default")}
     if not isinstance(kinds, dict) or kinds.keys() != {FULL, WINDOW}:
         return config
@@ -300,10 +300,10 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None = None) -> dict[str, Any]:
-    """Spell the rotary embedding in a `config.json`, for transformers 4 and for transformers 5.
+    """Return the settings of a rotary embedding in `config.json`, for both transformers 4 and 5.
 
     Args:
-        theta: the base.
+        theta: base of the frequencies.
         scaling: result of `rope_settings`.
         part: rotated share of a head, for a class whose own default is not the whole head.
     """
@@ -313,15 +313,15 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None 
 
 
 def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float | None) -> dict[str, Any]:
-    """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
+    """Return the `config.json` of an upcycled model: the parent's settings, plus the settings of the experts.
 
-    Special tokens and the like are kept as they are. What decides the function is always written, as transformers 4
-    and 5 read it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
+    Special tokens and similar settings do not change. Every setting that decides the function is written, for both
+    transformers 4 and 5, because the MoE class may have other defaults than the parent's class.
 
     Args:
         dense_config: the parent's `config.json`.
-        arch: the MoE model's architecture; a Hugging Face class can hold it.
-        router_aux_loss: coefficient of the load-balancing loss; None: the parent's, where it has one.
+        arch: architecture of the MoE model, which a Hugging Face class can hold.
+        router_aux_loss: coefficient of the load-balancing loss; None: the parent's, or else `ROUTER_AUX_LOSS`.
     """
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
@@ -330,10 +330,10 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, FOLDED_SCALE}
     dropped |= {*parent.spelling, *parent.own_settings}
     scaling = arch.rope_scaling or {}
-    # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
+    # If it equals max_position_embeddings, classes take that by default, and writing it would override a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     ropes = both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART))
-    if "rope_parameters" in settings:  # of each kind of layer: transformers 5 alone has the class
+    if "rope_parameters" in settings:  # one for each kind of layer: only transformers 5 has the class
         dropped |= ropes.keys()
         ropes = {}
     return {
@@ -343,7 +343,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
         "rms_norm_eps": arch.norm_eps,
-        "tie_word_embeddings": False,  # models/mapping.py, `as_written`
+        "tie_word_embeddings": False,  # see `as_written` in models/mapping.py
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
         "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,
@@ -361,7 +361,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
 
 
 def _aux_loss(config: dict[str, Any]) -> Any:
-    """Return the coefficient of the load-balancing loss in the `config.json` of a parent with experts, or our own."""
+    """Return the coefficient of the load-balancing loss in the `config.json` of a parent with experts, or ours."""
     said = config.get("router_aux_loss_coef")
     return ROUTER_AUX_LOSS if said is None else said
 
@@ -371,7 +371,7 @@ def _inside(given: ConfigValues, key: str) -> ConfigValues:
 
 
 def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
-    """Return how the rotary frequencies are scaled, its kind under `rope_type`; None for not at all."""
+    """Return the scaling of the rotary frequencies, with its kind under `rope_type`; None for no scaling."""
     scaling = given.values[key]
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
     if not isinstance(kind, str):
@@ -385,7 +385,7 @@ def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)
-    # Settings of each kind of layer, say, or sections of the head: what is not known is never dropped.
+    # Refuse unknown settings, never drop them. They may be for kinds of layers, or for sections of the head.
     for name in sorted(
         inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
     ):

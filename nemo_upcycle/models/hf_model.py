@@ -1,7 +1,7 @@
-"""Hugging Face models and tokenizers, loaded as transformers 4 or 5 saved them, by whichever of the two is here.
+"""Load Hugging Face models and tokenizers that transformers 4 or 5 saved, with either of the two installed.
 
-transformers 4 leaves the `rope_parameters` of 5 unread, without a word: its classes take their default rotary base.
-Nor does it know how 5 names tokenizers and their special tokens.
+transformers 4 silently ignores the `rope_parameters` of transformers 5, so its classes use their default rotary base.
+It does not know transformers 5's names for tokenizers and their special tokens, either.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wra
 from nemo_upcycle.utils.files import read_json
 
 
-#: What transformers 5 calls its fast tokenizer, which 4 has under another name.
+#: Name of the fast tokenizer in transformers 5. transformers 4 has another name for it.
 _FAST = "TokenizersBackend"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Let transformers show its errors only."""
+    """Show only the errors of transformers."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -44,16 +44,16 @@ def errors_only() -> Iterator[None]:
 
 
 def load_model(folder: Path, **options: Any) -> Any:
-    """Return a causal language model with the rotary embedding that its `config.json` says.
+    """Load a causal language model with the rotary embedding of its `config.json`.
 
-    Of a model with other parts it is the text model, in a class of its own.
+    For a model with other parts, load only the text model, in the class of a text model.
 
     Args:
-        folder: its Hugging Face folder.
-        options: further ones of `from_pretrained`.
+        folder: Hugging Face folder of the model.
+        options: further options of `from_pretrained`.
 
     Raises:
-        CheckpointError: settings of the rotary embedding contradict each other, or are not known.
+        CheckpointError: settings of the rotary embedding contradict each other, or are unknown.
     """
     import transformers
 
@@ -82,21 +82,21 @@ def require_known(folder: Path) -> None:
     """Check that the transformers of this environment knows the class of a folder's model.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: the class is unknown.
     """
     _config(folder)
 
 
 def empty_model(folder: Path) -> Any:
-    """Return a Hugging Face model in float32 on the meta device, ready to compute except that it has no weights.
+    """Return a Hugging Face model in float32 on the meta device that lacks only its weights.
 
     Buffers that are stored in the folder are zeros.
 
     Args:
-        folder: its Hugging Face folder.
+        folder: Hugging Face folder of the model.
 
     Raises:
-        CheckpointError: `load_model` refuses it, or the folder holds more than weights of the model.
+        CheckpointError: `load_model` refuses the folder, or the model has unknown buffers beside its weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,11 +125,11 @@ def empty_model(folder: Path) -> Any:
 
 
 def stored_name(name: str, arch: Architecture) -> str:
-    """Give the name, in a dense model's folder, of a parameter of the transformers class that computes it.
+    """Return the name in a dense model's folder of a parameter of the transformers class that computes the model.
 
     Args:
-        name: a name of the class.
-        arch: the model's.
+        name: name of the parameter in the transformers class.
+        arch: architecture of the model.
     """
     family = find_family(arch.hf_class)
     if not family or not family.computed_as:
@@ -164,7 +164,7 @@ def _config(folder: Path) -> Any:
             ),
         )
     rope = rope_settings(said, str(path)) if said.get("rope_parameters") else {}
-    if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 has no class with it
+    if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 has no class with this
         rope = {}
     if wrapper:
         return AutoConfig.for_model(**said | rope)
@@ -177,19 +177,19 @@ def _class_of(said: dict[str, Any]) -> tuple[str, str]:
 
 
 def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
-    """Return the family of a `config.json` and the one whose class of transformers computes it, if it is another."""
+    """Return a `config.json`'s family and the family whose class computes it; None if that is the same family."""
     family = find_family(*_class_of(said))
     theirs = find_family(family.computed_as) if family else None
     return (family, theirs) if family and theirs else None
 
 
 def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) -> dict[str, Any]:
-    """Return a folder's tensors as another class has them; files are mapped, not read.
+    """Return a folder's tensors in the form of another class. Files are memory-mapped, not read.
 
     Args:
-        folder: the model's.
-        wrapper: the class around the text model, if there are other parts, which are left out.
-        theirs: the family whose names are wanted, if not the folder's own.
+        folder: folder of the model.
+        wrapper: class around the text model, whose other parts are omitted; None if there are no other parts.
+        theirs: family whose names to use; None: the folder's own.
     """
     from safetensors import safe_open
 
@@ -206,7 +206,7 @@ def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) ->
 
 
 def _renamed(tensors: dict[str, Any], arch: Architecture, theirs: Family) -> Iterator[tuple[str, Any]]:
-    """Yield tensors as another class has them, each expert's apart."""
+    """Yield tensors in the form of another class, with one tensor for each expert."""
     experts = stacks(hf_names(arch))
     for name, tensor in tensors.items():
         for expert, own in enumerate(experts.get(name, [name])):
@@ -219,14 +219,14 @@ def _renamed(tensors: dict[str, Any], arch: Architecture, theirs: Family) -> Ite
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:
-    """Return a tokenizer's special tokens that have no role; transformers 5 has another name for them."""
+    """Return a tokenizer's special tokens without a role, which transformers 4 and 5 store under different names."""
     named = "additional_special_tokens"
     found: list[str] = getattr(tokenizer, named if hasattr(tokenizer, named) else "extra_special_tokens")
     return found
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a Hugging Face folder."""
+    """Load the tokenizer of a Hugging Face folder."""
     import transformers
 
     path, options = folder / "tokenizer_config.json", dict(_LOCAL)
@@ -235,5 +235,5 @@ def load_tokenizer(folder: Path) -> Any:
         options |= {"additional_special_tokens": special, "extra_special_tokens": {}}
     if said.get("tokenizer_class") != _FAST:
         return transformers.AutoTokenizer.from_pretrained(folder, **options)
-    with errors_only():  # not that the class has another name
+    with errors_only():  # hide the warning that the class has another name
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)

@@ -1,8 +1,8 @@
-"""Layers of Megatron's HybridModel, each of which is the attention or the network of a dense layer: the index map.
+"""Index map between the layers of Megatron's HybridModel and the layers of the dense model.
 
 Megatron-Core's rule (`dist_checkpointing/gpt_checkpoint_interop.py` of 0.19.2): the i-th `*` of a pattern is the
-attention of layer i, the i-th `-` (dense) or `E` (experts) is its network. `|` are borders of pipeline stages.
-With Mamba layers (`M`) among them, each layer is one of the dense model's own.
+attention of layer i, and the i-th `-` (dense) or `E` (experts) is its network. `|` marks a border between pipeline
+stages. In a pattern with Mamba layers (`M`), each layer is a whole layer of the dense model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ATTENTION, _DENSE, _MOE, _MAMBA, _BORDER = "*-EM|"
 
 
 class LayerPart(NamedTuple):
-    """What a layer of a model is: all of a dense layer, or its attention or its network alone.
+    """Content of a model's layer: a whole dense layer, or only its attention or its network.
 
     Args:
         layer: number of the dense layer, from 0.
-        in_attention: whether it is the attention; None for a whole layer.
+        in_attention: True for the attention, False for the network, None for the whole layer.
     """
 
     layer: int
@@ -39,7 +39,7 @@ class HybridLayers:
         pattern: Megatron's `hybrid_layer_pattern`, with borders or without.
 
     Raises:
-        SpecError: it has other layers than those of a dense model, or has them in another order.
+        SpecError: the pattern has layers that no dense model has, or has them in another order.
 
     Example:
         >>> HybridLayers("*-|*E").parts[2]
@@ -66,22 +66,22 @@ class HybridLayers:
 
     @property
     def symbols(self) -> str:
-        """The pattern without borders, a character a layer."""
+        """The pattern without borders, one character per layer."""
         return self.pattern.replace(_BORDER, "")
 
     @property
     def has_mamba(self) -> bool:
-        """Whether there are Mamba layers, so that each layer is one of the dense model's own."""
+        """Whether there are Mamba layers, so that each layer is a whole layer of the dense model."""
         return _MAMBA in self.symbols
 
     @cached_property
     def attentions(self) -> tuple[int, ...]:
-        """Where the attention of each dense layer is."""
+        """Index of the attention of each dense layer."""
         return tuple(index for index, symbol in enumerate(self.symbols) if symbol == _ATTENTION)
 
     @cached_property
     def networks(self) -> tuple[int, ...]:
-        """Where the network of each dense layer is."""
+        """Index of the network of each dense layer."""
         return tuple(index for index, symbol in enumerate(self.symbols) if symbol in (_DENSE, _MOE))
 
     @property
@@ -97,7 +97,7 @@ class HybridLayers:
 
     @cached_property
     def parts(self) -> tuple[LayerPart, ...]:
-        """What each layer is."""
+        """Content of each layer."""
         if self.has_mamba:
             return tuple(LayerPart(layer) for layer in range(self.num_layers))
         found = [(index, LayerPart(layer, True)) for layer, index in enumerate(self.attentions)]
@@ -105,14 +105,14 @@ class HybridLayers:
         return tuple(part for _, part in sorted(found))
 
     def require_stages(self, stages: int, virtual: int = 1) -> None:
-        """Check that the borders are those of the pipeline: Megatron-Core omits the layers beyond its last stage.
+        """Check that the borders fit the pipeline, because Megatron-Core omits layers beyond its last stage.
 
         Args:
-            stages: pipeline stages.
-            virtual: chunks of each.
+            stages: number of pipeline stages.
+            virtual: number of chunks per stage.
 
         Raises:
-            SpecError: they are not, or there are none, and Megatron-Core does not cut into chunks by itself.
+            SpecError: the borders do not fit, or there are none and Megatron-Core cannot cut the chunks by itself.
         """
         segments = self.pattern.count(_BORDER) + 1
         if segments != stages * virtual and (segments > 1 or virtual > 1):
@@ -127,27 +127,27 @@ class HybridLayers:
             )
 
     def index(self, part: LayerPart) -> int:
-        """Return where a part is: the number of the model's layer, from 0."""
+        """Return the number, from 0, of the model's layer that holds a part."""
         if self.has_mamba:
             return part.layer
         return (self.attentions if part.in_attention else self.networks)[part.layer]
 
     def with_experts(self, moe_pattern: Sequence[bool]) -> str:
-        """Return the symbols with experts in these networks, in their order, and in no others."""
+        """Return the symbols with experts in the networks that a pattern selects, and in no others."""
         symbols = list(self.symbols)
         for index, is_moe in zip(self.networks, moe_pattern, strict=True):
             symbols[index] = _MOE if is_moe else _DENSE
         return "".join(symbols)
 
     def require(self, expected: str, why: str) -> None:
-        """Check that the model has the layers that it should have, and experts where they should be.
+        """Check that the model has the expected layers, dense and with experts.
 
         Args:
-            expected: the symbols of the layers.
-            why: reason for them, for the message.
+            expected: symbols of the layers.
+            why: reason for these symbols, for the message.
 
         Raises:
-            SpecError: it has other layers.
+            SpecError: the model has other layers.
         """
         if self.symbols != expected:
             raise SpecError(
@@ -159,11 +159,11 @@ class HybridLayers:
 
 
 def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:
-    """Return the pattern of a HybridModel that computes what a GPTModel computes: attention, network, layer by layer.
+    """Return the pattern of a HybridModel that computes the same as a GPTModel: attention and network in turn.
 
     Args:
-        moe_pattern: which layers have experts, as `UpcycleSpec.moe_pattern` says.
-        segments: pipeline stages, times virtual stages; the first ones get a layer more where they are uneven.
+        moe_pattern: whether each layer has experts, as in `UpcycleSpec.moe_pattern`.
+        segments: pipeline stages times virtual stages. If layers do not divide evenly, the first segments get more.
 
     Example:
         >>> hybrid_pattern([True, False, True], segments=2)
@@ -176,7 +176,7 @@ def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:
 
 
 def hybrid_of(model: Any) -> HybridLayers | None:
-    """Return the layers of a HybridModel, or of a configuration of one; None for a GPTModel.
+    """Return the layers of a HybridModel or of its configuration; None for a GPTModel.
 
     Raises:
         SpecError: see `HybridLayers`.
@@ -186,7 +186,7 @@ def hybrid_of(model: Any) -> HybridLayers | None:
 
 
 def layer_parts(model: Any) -> list[LayerPart]:
-    """Tell which part of which layer each layer of a Megatron chunk is."""
+    """Return which part of which dense layer each layer of a Megatron chunk holds."""
     hybrid = hybrid_of(model)
     numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
     return [hybrid.parts[number] if hybrid else LayerPart(number) for number in numbers]

@@ -1,4 +1,4 @@
-"""In which layers of a model something holds, in Megatron's settings: norms, positions, windows of attention."""
+"""Megatron's settings that say which layers have norms, positions and attention windows."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from nemo_upcycle.models.architecture_parts import Attention
 from nemo_upcycle.models.rotary import same_frequencies
 
 
-#: Fields that say where norms stand: settings of `online.decoder_layers`, which Megatron has none for.
+#: Fields for the places of norms. They are settings of `online.decoder_layers`, because Megatron has none for them.
 NORMS = ("pre_norm", "post_norm", "wide_qk_norm")
-#: Fields that multiply what a layer, or the model, computes: settings of the same, at 1 in most models.
+#: Fields with factors of a layer or of the model, 1 in most models. They are settings of `online.decoder_layers`, too.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 DECODER = (*NORMS, *MULTIPLIERS)
-#: Fields of rotary embeddings that layers have on their own: settings of the same where they do.
+#: Fields of the rotary embedding. They are settings of `online.decoder_layers` if layers have their own frequencies.
 ROPE = ("rope_theta", "rope_scaling", "local_rope_theta", "max_positions", "rotary_percent")
 
 
 def decoder_settings(arch: Architecture) -> dict[str, Any]:
-    """Return the settings of `online.decoder_layers` that make the layers of an architecture."""
+    """Return the settings with which `online.decoder_layers` builds the layers of an architecture."""
     names = (*DECODER, *(ROPE if arch.scales_in_layers else ()), *(("shared_gate",) if arch.shared_gate else ()))
     return {name: getattr(arch, name) for name in names}
 
 
 def layer_fields(config: Any) -> dict[str, Any]:
-    """Read the fields of a configuration's layers that Megatron's own have not."""
+    """Read the `Architecture` fields that Megatron's own layers lack from a configuration."""
     spec = getattr(config, "transformer_layer_spec", None)
     given = spec if isinstance(spec, dict) else getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
     return {name: given[name] for name in (*DECODER, "shared_gate") if name in given}
 
 
 def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what the layers of a Megatron model have, and what they should have: name, got, expected.
+    """Yield the settings to compare in the layers of a Megatron model: name, got, expected.
 
     Args:
-        model: a `GPTModel` or `HybridModel`; this rank's part of it.
-        arch: the architecture that it is to have.
+        model: this rank's part of a `GPTModel` or `HybridModel`.
+        arch: architecture that the model should have.
     """
     for layer in model.decoder.layers:
         names = ("embedding_multiplier",) * (layer.layer_number == 1) + ("residual_multiplier",)
@@ -56,7 +56,7 @@ def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
 
 
 def window_fields(arch: Attention) -> dict[str, Any]:
-    """Return Megatron's settings of a sliding window: the tokens before the current one, and in which layers."""
+    """Return Megatron's settings for a sliding window: number of tokens before the current token, and its layers."""
     if not arch.sliding_window:
         return {}
     pattern = arch.window_pattern
@@ -65,19 +65,19 @@ def window_fields(arch: Attention) -> dict[str, Any]:
 
 
 def no_rope(pattern: Sequence[bool]) -> list[int]:
-    """Return Megatron's `no_rope_freq` of the layers with positions."""
+    """Return Megatron's `no_rope_freq` for a pattern of layers with positions."""
     return [int(not turns) for turns in pattern]
 
 
 def layers_with(setting: int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...]:
-    """Return in which layers a setting of Megatron's holds: all, all but each n-th, or those of a list."""
+    """Return the layers that a Megatron setting selects: all layers, all but each n-th, or the layers of a list."""
     if isinstance(setting, int) and setting:
         return tuple((layer + 1) % setting != 0 for layer in range(num_layers))
     return tuple(map(bool, setting)) if setting else (True,) * num_layers
 
 
 def rope_pattern(no_rope_freq: int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...] | None:
-    """Return in which layers there are positions, from Megatron's `no_rope_freq`; None for all."""
+    """Return which layers have positions, from Megatron's `no_rope_freq`; None for all layers."""
     turns = layers_with(no_rope_freq, num_layers)
     if no_rope_freq and not isinstance(no_rope_freq, int):
         turns = tuple(not skips for skips in turns)
@@ -85,7 +85,7 @@ def rope_pattern(no_rope_freq: int | Sequence[int] | None, num_layers: int) -> t
 
 
 def layer_freq(pattern: Sequence[bool]) -> int | list[int]:
-    """Return Megatron's `moe_layer_freq` of which layers have experts."""
+    """Return Megatron's `moe_layer_freq` for a pattern of layers with experts."""
     return 1 if all(pattern) else [int(is_moe) for is_moe in pattern]
 
 

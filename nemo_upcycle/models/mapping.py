@@ -1,4 +1,4 @@
-"""The rows of the mapping table that a model has, found by architecture, by Megatron's names and by Hugging Face's."""
+"""Find a model's rows of the mapping table by architecture, by Megatron's names or by Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ from nemo_upcycle.models.mapping_table import (
 
 
 if TYPE_CHECKING:
-    import torch  # a second and a half, which the planner does without
+    import torch  # its import takes 1.5 s, and the planner does not need it
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 
 
 def split_stored(name: str) -> tuple[str | None, str]:
-    """Return the layer's number in a name of a distributed checkpoint, and the name inside the layer.
+    """Split a tensor name of a distributed checkpoint into layer number and name inside the layer.
 
     Args:
-        name: a tensor of the model, without the checkpoint's prefix.
+        name: name of a tensor of the model, without the checkpoint's prefix.
 
     Returns:
-        The number as text: "" where layers are stacked, None outside them.
+        The layer number as text ("" if the layers are stacked, None outside the layers), and the name.
     """
     match = _LAYER.fullmatch(name)
     return (match.group(1) or "", match.group(2)) if match else (None, name)
 
 
 def find_stored(name: str, *, in_layer: bool) -> ParamMapping | None:
-    """Return the table's mapping of a tensor of a distributed checkpoint; None if it has none.
+    """Return the mapping of a tensor of a distributed checkpoint; None if the table has none.
 
     Args:
-        name: the tensor's name inside its layer, or inside the model.
-        in_layer: which of the two.
+        name: name of the tensor inside its layer, or inside the model.
+        in_layer: whether `name` is inside a layer.
     """
     return next((each for each in MAPPINGS if name in each.stored and each.in_layer is in_layer), None)
 
 
 def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
-    """Return the layers of a HybridModel, as its distributed checkpoint has them; None for a GPTModel's.
+    """Return the layers of the HybridModel in a distributed checkpoint; None for a GPTModel.
 
     Args:
-        names: tensors of the model, without the checkpoint's prefix.
+        names: names of the model's tensors, without the checkpoint's prefix.
 
     Raises:
         CheckpointError: a layer is neither attention nor network.
@@ -81,22 +81,23 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
                 fix="give a HybridModel that has only these two",
             )
         symbol = "*" if mapping.in_attention else "E" if mapping in MOE_MAPPINGS else "-"
-        if symbols.get(int(number)) != "E":  # its norm is that of a dense network, too
+        if symbols.get(int(number)) != "E":  # its norm has the same name as a dense network's
             symbols[int(number)] = symbol
     return HybridLayers("".join(symbols.get(number, "?") for number in range(1 + max(symbols, default=0))))
 
 
 def mapping_of(role: str, arch: Architecture) -> ParamMapping:
-    """Return a parameter's mapping as it is in this architecture: with its family's names; without a gate, up alone.
+    """Return the mapping of a role in an architecture, with the tensor names of its family.
 
-    Where no Hugging Face class can hold the model, the parts stand for the names.
+    A network without a gate has only the up part. If no Hugging Face class can hold the model, the names of the parts
+    replace tensor names.
     """
     family = find_family(arch.hf_class)
     return _mapping_of(role, family, arch.gated, arch.shared_gate, folded_scale(arch))
 
 
 def folded_scale(arch: Architecture) -> float:
-    """Return the factor of `MoeFamily.folded_scale`; 1 for a dense model, or one that no class holds."""
+    """Return the factor of `MoeFamily.folded_scale`; 1 for a dense model, or for a model that no class can hold."""
     family = find_family(arch.hf_class)
     return family.folded_scale(arch) if isinstance(family, MoeFamily) else 1.0
 
@@ -129,14 +130,14 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
 
 
 def part_mappings(arch: Architecture, part: LayerPart) -> tuple[ParamMapping, ...]:
-    """Return the mappings of a layer of `arch`, or of its attention or its network alone."""
+    """Return the mappings of a layer of `arch`, or only of its attention or its network."""
     mappings = layer_mappings(arch, part.layer)
     return tuple(each for each in mappings if part.in_attention in (None, each.in_attention))
 
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
-    """Return whether the architecture has this parameter where a layer of that kind could have it."""
-    if mapping.is_shared:  # where the model has no gate, the folder's is a constant of its class
+    """Return whether an architecture has a parameter that its kind of layer can have."""
+    if mapping.is_shared:  # if the model has no gate, the gate in the folder is a constant of the class
         return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
     some = {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
@@ -162,11 +163,11 @@ def hf_names(arch: Architecture) -> Iterator[str]:
 
 
 def as_written(arch: Architecture) -> Architecture:
-    """Return the architecture that the Hugging Face folder of a model has.
+    """Return the architecture of a model's Hugging Face folder.
 
-    An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
-    and llama.cpp not Qwen2-MoE. SGLang does not say so. A Gemma 4 stays tied, as its class is by default. A
-    `routed_scaling_factor` that the class lacks stands in the down projections.
+    An MoE model always gets its own output matrix. Without it, SGLang cannot read any MoE class (and does not say so),
+    vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Gemma 4 stays tied, as its class is by default. If
+    the class has no `routed_scaling_factor`, the factor is folded into the down projections.
     """
     tied = arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network)
     scale = arch.routed_scaling_factor / folded_scale(arch)
@@ -174,24 +175,24 @@ def as_written(arch: Architecture) -> Architecture:
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
-    """Return the parameter that Megatron has it in: the output matrix of a tied model is the embedding."""
+    """Return the mapping under which Megatron stores a parameter: a tied output matrix is the embedding."""
     return mapping_of("embedding", arch) if mapping.role == "output" and arch.tied_embeddings else mapping
 
 
 def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the tensors that the Hugging Face class wants and Megatron does not have."""
+    """Return the constant tensors that the Hugging Face class needs and Megatron lacks: name -> shape."""
     family = find_family(arch.hf_class)
     return family.constants(arch) if family else {}
 
 
 def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the constants of a model's Hugging Face class by name, each one number seen as a whole tensor.
+    """Return the constants of a model's Hugging Face class by name, each as a single number expanded to a tensor.
 
-    Where a type does not have a number so small (float16 2**-100), it is the type's smallest.
+    A number that is too small for the type (2**-100 in float16) becomes the type's smallest number.
 
     Args:
-        arch: the model.
-        dtype: type of its weights.
+        arch: architecture of the model.
+        dtype: type of the model's weights.
     """
     import torch
 
@@ -201,7 +202,7 @@ def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.
         value = next((value for end, value in values.items() if name.endswith(end)), 0.0)
         value = max(value, limits.smallest_normal * limits.eps) if value > 0 else value
         number = torch.tensor(value, dtype=dtype)
-        # Bytes of one want a stride.
+        # The writer views the bytes of a tensor, and a single element needs a stride of 1 for this.
         tensors[name] = number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
     return tensors
 
@@ -237,17 +238,17 @@ def _hf_patterns(
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Make a pattern that matches a name with numbers in the place of `{layer}` and `{expert}`."""
+    """Compile a pattern that matches a name with numbers for `{layer}` and `{expert}`."""
     return re.compile(re.sub(r"\\\{(layer|expert)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
 @functools.cache
 def find_mapping(name: str, *, in_layer: bool) -> tuple[ParamMapping, int | None] | None:
-    """Return the table's mapping of a Megatron parameter and the expert number in its name; None if it has none.
+    """Return the mapping of a Megatron parameter and the expert number in its name; None if the table has none.
 
     Args:
-        name: the parameter's name inside its layer, or inside the model.
-        in_layer: which of the two.
+        name: name of the parameter inside its layer, or inside the model.
+        in_layer: whether `name` is inside a layer.
 
     Example:
         >>> mapping, expert = find_mapping("mlp.experts.local_experts.3.linear_fc2.weight", in_layer=True)

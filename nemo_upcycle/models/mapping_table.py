@@ -1,15 +1,22 @@
-"""THE table Megatron <-> Hugging Face. Import, upcycle and export all read it, and nothing else knows a Megatron name.
+"""The only mapping table between Megatron and Hugging Face: import, upcycling and export all read it.
 
-A `ParamMapping` says how one Megatron parameter is called and cut, and which Hugging Face tensors are its parts; the
-families (`families/`) say how those are called. `mapping.py` finds a model's rows in it, `sharding.py` turns one into
-the exact slices that a rank's shard of the parameter is made of.
+No other file knows a Megatron name. A `ParamMapping` says how one Megatron parameter is called and cut, and which
+Hugging Face tensors are its parts. The families (`families/`) say how these tensors are called. `mapping.py` finds the
+rows of a model, and `sharding.py` turns a row into the exact slices that make up a rank's shard of the parameter.
 
-Shapes (legend in `architecture.py`): qkv [(H + 2 R) K, D], per key-value group its query heads, then key, then value;
-with a gate of attention [(2 H + 2 R) K, D], the gates of a group's heads behind its query heads; linear_fc1 [2 F, D],
-gate rows above up rows, each half cut by tensor parallelism on its own; linear_fc2 [D, F]. Biases have the first of
-these axes. A Mamba layer's in_proj has the rows of z, x, B, C and dt, its convolution those of x, B and C; a gated
-delta net's those of query, key, value, z, beta and alpha, and of the first three: one below the other on both sides,
-each cut on its own.
+Shapes (legend in `architecture.py`):
+
+- qkv [(H + 2 R) K, D]: for each key-value group its query heads, then key, then value. With gated attention
+  [(2 H + 2 R) K, D]: the gates of a group's heads come after its query heads.
+- linear_fc1 [2 F, D]: gate rows above up rows. Tensor parallelism cuts each half separately.
+- linear_fc2 [D, F].
+- Biases have the first of these axes.
+- Mamba layer: in_proj has the rows of z, x, B, C and dt, and the convolution has the rows of x, B and C.
+- Gated delta net: in_proj has the rows of query, key, value, z, beta and alpha, and the convolution has the rows of
+  query, key and value.
+
+The parts of Mamba layers and gated delta nets lie one below the other, in Megatron and in Hugging Face. Each part is
+cut separately.
 """
 
 from __future__ import annotations
@@ -23,32 +30,34 @@ class Sharding(Enum):
     """How tensor parallelism cuts a parameter. Networks are cut by neuron, attention by key-value group."""
 
     REPLICATED = "replicated"  #: whole on every rank
-    VOCABULARY = "vocabulary"  #: rows [V, D], padded at the end so that every rank has as many
+    VOCABULARY = "vocabulary"  #: rows [V, D], padded at the end so that all ranks have the same number
     QKV = "qkv"  #: rows, by key-value group
     NEURON_ROWS = "neuron rows"  #: rows of one matrix, by neuron (a network without a gate)
-    GATED = "gated"  #: rows of gate and up, each on its own, by neuron
+    GATED = "gated"  #: rows of gate and rows of up, cut separately, by neuron
     NEURON_COLUMNS = "neuron columns"  #: columns, by neuron
     COLUMNS = "columns"  #: columns, by head
-    PARTS = "parts"  #: rows of each part on its own, by head or group of heads
+    PARTS = "parts"  #: rows of each part, cut separately, by head or group of heads
 
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One parameter: its names on both sides and how it is cut.
+    """One parameter: its names in Megatron and Hugging Face, and how it is cut.
 
     Args:
-        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`, or, of a norm, `kept_`.
-        megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
-            where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
-        sharding: how tensor parallelism cuts it.
-        parts: the tensors that Megatron fuses into it, in their order.
-        checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
-            spec saves its norms under Transformer Engine's names).
-        in_layer: whether it belongs to a layer.
-        hf: Hugging Face names, one for each part; parts of one name lie in one tensor, rows below rows. Of one
-            architecture only, see `mapping_of`: the family has them.
-        hf_factor: factor on the Megatron parameter in the Hugging Face tensors, as for `hf`.
-        hf_offset: what is added to it there.
+        role: role of the parameter. An expert's role is the dense role with the prefix `expert_` or `shared_`. A norm
+            before a dense network that is kept beside experts has the prefix `kept_`.
+        megatron: parameter names, inside the layer for a parameter of a layer, else inside the model. There are
+            several names if layer specs differ (Transformer Engine's first, then the local spec's) or if model
+            classes differ.
+        sharding: how tensor parallelism cuts the parameter.
+        parts: tensors that Megatron fuses into the parameter, in this order.
+        checkpoint: names in a Megatron distributed checkpoint, if they differ (experts are stacked there, and the
+            local spec saves its norms under Transformer Engine's names).
+        in_layer: whether the parameter belongs to a layer.
+        hf: Hugging Face names, one for each part. Parts with the same name lie in one tensor, one below the other.
+            They depend on the family: `mapping_of` sets them for an architecture.
+        hf_factor: factor that turns the Megatron parameter into the Hugging Face tensors, set like `hf`.
+        hf_offset: number added to the Megatron parameter in the Hugging Face tensors, set like `hf`.
     """
 
     role: str
@@ -68,21 +77,21 @@ class ParamMapping:
 
     @property
     def is_shared(self) -> bool:
-        """Whether it belongs to the shared experts, which Megatron fuses into one network."""
+        """Whether the parameter belongs to the shared experts, which Megatron fuses into one network."""
         return self.role.startswith("shared_")
 
     @property
     def in_attention(self) -> bool:
-        """Whether it belongs to a layer's attention, which is a layer of its own in a HybridModel."""
+        """Whether the parameter belongs to a layer's attention, which is a separate layer in a HybridModel."""
         return self.megatron[0].startswith("self_attention.")
 
     @property
     def dense_role(self) -> str:
-        """The dense network's parameter that an expert's is made from."""
+        """Role of the dense network's parameter from which an expert's parameter is made."""
         return self.role.removeprefix("expert_").removeprefix("shared_").removeprefix("kept_")
 
     def together(self, part: int) -> tuple[int, ...]:
-        """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
+        """Return all parts in the Hugging Face tensor of a part, that part included, in the order of the rows."""
         return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
 
     @property
@@ -92,14 +101,14 @@ class ParamMapping:
 
     @property
     def stored_parts(self) -> tuple[str, ...]:
-        """How the names go on there: parts that are cut each on its own are tensors of their own."""
+        """Suffixes of the stored names: parts that are cut separately are stored as separate tensors."""
         is_split = self.sharding is Sharding.PARTS and len(self.parts) > 1
         return tuple(f".{part}" for part in self.parts) if is_split else ("",)
 
 
 _GATE_UP = ("gate", "up")
 
-#: Outside the layers.
+#: Parameters outside the layers.
 MODEL_MAPPINGS = (
     ParamMapping("embedding", ("embedding.word_embeddings.weight",), Sharding.VOCABULARY, in_layer=False),
     ParamMapping(
@@ -111,11 +120,11 @@ MODEL_MAPPINGS = (
     ParamMapping("output", ("output_layer.weight",), Sharding.VOCABULARY, in_layer=False),
 )
 
-#: In every layer, dense or MoE.
+#: Parameters of attention and norms, in dense and MoE layers.
 ATTENTION_MAPPINGS = (
     ParamMapping(
         "attention_norm",
-        # The last one is a gated delta net's.
+        # The last name is for a gated delta net.
         (
             "self_attention.linear_qkv.layer_norm_weight",
             "input_layernorm.weight",
@@ -135,7 +144,7 @@ ATTENTION_MAPPINGS = (
     ParamMapping("layer_scale", ("layer_scalar",), Sharding.REPLICATED),
 )
 
-#: In a dense layer. A network without a gate has its up projection alone.
+#: Parameters of the network of a dense layer. A network without a gate has only the up projection.
 DENSE_MAPPINGS = (
     ParamMapping("fc1", ("mlp.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
     ParamMapping("fc1_bias", ("mlp.linear_fc1.bias",), Sharding.GATED, _GATE_UP),
@@ -145,17 +154,20 @@ DENSE_MAPPINGS = (
 
 
 def _expert(role: str, name: str, sharding: Sharding, parts: tuple[str, ...]) -> ParamMapping:
-    """TEGroupedMLP numbers its weights, SequentialMLP its modules; both save the same stacked tensors."""
+    """Make the mapping of an expert's parameter.
+
+    TEGroupedMLP numbers its weights, SequentialMLP its modules. Both save the same stacked tensors.
+    """
     megatron = (f"mlp.experts.{name}{{expert}}", f"mlp.experts.local_experts.{{expert}}.{name}")
     return ParamMapping(role, megatron, sharding, parts, checkpoint=(f"mlp.experts.experts.{name}",))
 
 
-#: In an MoE layer.
+#: Parameters of router and experts of an MoE layer.
 MOE_MAPPINGS = (
     ParamMapping("router", ("mlp.router.weight",), Sharding.REPLICATED),
     ParamMapping("router_bias", ("mlp.router.bias",), Sharding.REPLICATED),
     ParamMapping("balancing_bias", ("mlp.router.expert_bias",), Sharding.REPLICATED),  # a buffer, zero at first
-    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # as well, from 0.19 on
+    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # a buffer, too, from 0.19 on
     _expert("expert_fc1", "linear_fc1.weight", Sharding.GATED, _GATE_UP),
     _expert("expert_fc1_bias", "linear_fc1.bias", Sharding.GATED, _GATE_UP),
     _expert("expert_fc2", "linear_fc2.weight", Sharding.NEURON_COLUMNS, ("down",)),
@@ -178,7 +190,7 @@ MAMBA_MAPPINGS = (
     ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
 )
 
-#: Of a gated delta net, beside the norm before it.
+#: Parameters of a gated delta net, except the norm before it.
 DELTA_MAPPINGS = (
     ParamMapping(
         "delta_in",

@@ -1,4 +1,4 @@
-"""Architecture and spec in Megatron's and NeMo's settings, both ways, and whether a model has the right ones."""
+"""Translate architecture and spec to and from Megatron's and NeMo's settings, and check the settings of a model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nemo_upcycle.spec import UpcycleSpec, find_router_kind
 from nemo_upcycle.utils.validation import check_capacity
 
 
-#: What every block has: field of an `Architecture` -> Megatron's and NeMo's setting.
+#: Field of an `Architecture` -> Megatron's and NeMo's setting, for the fields that every block has.
 _BLOCK = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -47,7 +47,7 @@ _BLOCK = {
     "zero_centered_norm": "layernorm_zero_centered_gamma",
     "qk_norm": "qk_layernorm",
 }
-#: All of them; `tied_embeddings` is NeMo's alone.
+#: The same for all fields. Only NeMo has the setting for `tied_embeddings`.
 FIELDS = _BLOCK | {
     "tied_embeddings": "share_embeddings_and_output_weights",
     "activation": "activation_func",
@@ -61,7 +61,7 @@ FIELDS = _BLOCK | {
     "moe_pattern": "moe_layer_freq",
 }
 _BIASES = ("qkv_bias", "ffn_bias")
-#: Field of its `MambaLayers` -> Megatron's setting.
+#: Field of `MambaLayers` -> Megatron's setting.
 _MAMBA = {
     "num_heads": "mamba_num_heads",
     "head_dim": "mamba_head_dim",
@@ -69,15 +69,15 @@ _MAMBA = {
     "state_size": "mamba_state_dim",
 }
 _SHAPES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
-#: Fields that a recipe has in common with the dense model that it starts from.
+#: Fields in which a recipe must agree with the dense model that it starts from.
 SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", *DECODER)
 
 
 def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
-    """Check that the layers of a GPT model, or of Megatron-Core's HybridModel, can be those of an architecture.
+    """Check that a GPTModel, or Megatron-Core's HybridModel, can have the layers of an architecture.
 
     Raises:
-        CheckpointError: a HybridModel has no norms in these places, or a GPT model has no such layers.
+        CheckpointError: the model class lacks such layers.
     """
     if arch.mamba and not hybrid:
         raise CheckpointError(
@@ -108,11 +108,11 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
 
 
 def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
-    """Return the settings of Megatron's `TransformerConfig` for an architecture, all but its activation.
+    """Return the settings of Megatron's `TransformerConfig` for an architecture, except for the activation.
 
     Args:
         arch: the architecture.
-        hybrid: whether to build a HybridModel, in which attention and network are layers of their own.
+        hybrid: whether to build a HybridModel, in which attention and network are separate layers.
 
     Raises:
         CheckpointError: see `require_buildable`.
@@ -137,7 +137,7 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
         return fields | {setting: getattr(arch.mamba, name) for name, setting in _MAMBA.items()}
     if hybrid:
         fields["num_layers"] = 2 * arch.num_layers
-        if arch.num_experts:  # Megatron divides the logged losses by their number
+        if arch.num_experts:  # Megatron divides logged losses by the number of these layers
             fields[FIELDS["moe_pattern"]] = [int(is_moe) for moe in _moe_pattern(arch) for is_moe in (False, moe)]
     return fields
 
@@ -147,7 +147,7 @@ def _moe_pattern(arch: Architecture) -> list[bool]:
 
 
 def hybrid_symbols(arch: Architecture) -> str:
-    """Return the pattern, without borders, of a HybridModel that computes what an architecture does."""
+    """Return the pattern, without borders, of a HybridModel with an architecture."""
     if arch.mamba is None:
         return hybrid_pattern(_moe_pattern(arch))
     return "".join("E" if moe else symbol for symbol, moe in zip(arch.mamba.pattern, _moe_pattern(arch), strict=True))
@@ -158,7 +158,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
 
     Args:
         config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one.
-        vocab_size: V of the tokenizer; rows that only pad the embedding are no work of the model.
+        vocab_size: V of the tokenizer, without the rows that only pad the embedding.
 
     Example:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
@@ -190,10 +190,10 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
 
 
 def router_fields(model: Architecture | UpcycleSpec | None) -> dict[str, Any]:
-    """Return Megatron's settings of experts and routing; none for a dense model.
+    """Return Megatron's settings for experts and routing; empty for a dense model.
 
     Args:
-        model: its architecture, or the spec that makes it; None: a dense model.
+        model: architecture of the model, or the spec that makes it; None: a dense model.
     """
     if not model or not model.num_experts:
         return {}
@@ -208,10 +208,10 @@ def router_fields(model: Architecture | UpcycleSpec | None) -> dict[str, Any]:
 
 
 def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, Any]:
-    """Return all settings of Megatron's that a spec asks for in a model of these sizes.
+    """Return all Megatron settings that a spec needs in a model of these sizes.
 
     Args:
-        spec: how the model is made.
+        spec: spec of the model.
         ffn_size: F of the dense parent.
         num_layers: L.
     """
@@ -224,10 +224,12 @@ def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, A
 
 
 def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> dict[str, tuple[str, Any]]:
-    """List what a spec of a model must say, the inverse of `moe_fields`: field -> (Megatron's setting, value).
+    """Return the spec fields that a model's settings need: field -> (Megatron's setting, value).
+
+    This is the inverse of `moe_fields`.
 
     Args:
-        settings: the model's, as plain values.
+        settings: Megatron's settings of the model, as plain values.
         ffn_size: F of the dense parent.
         num_layers: L.
     """
@@ -256,16 +258,16 @@ def check_spec(
     hybrid: HybridLayers | None = None,
     parent: Architecture | None = None,
 ) -> None:
-    """Check that a model's configuration can be filled, and is what a spec asks for.
+    """Check that a model with a configuration can be filled, and that the configuration agrees with a spec.
 
     Args:
-        config: Megatron's or NeMo's, built or as a `run.Config`.
-        spec: what the model is to be made by; None for the parent itself.
-        hybrid: the layers of a HybridModel.
-        parent: its architecture, where it is known and may have experts.
+        config: configuration of Megatron or NeMo, built or as a `run.Config`.
+        spec: spec of the model; None: the model is the parent itself.
+        hybrid: layers of a HybridModel; None: a GPTModel.
+        parent: architecture of the parent, if it is known and may have experts.
 
     Raises:
-        SpecError: they disagree, or the model would not compute its parent's function.
+        SpecError: configuration and spec disagree, or the model would not compute its parent's function.
     """
     wanted = (router_fields(source) if (source := spec or parent) else {}) or {"num_moe_experts": None}
     for name, value in wanted.items():
@@ -282,7 +284,7 @@ def check_spec(
     check_balancing(config, spec.router_score)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
-    try:  # Megatron takes a negative factor for none
+    try:  # for Megatron, a negative factor means no capacity limit
         check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
@@ -299,8 +301,8 @@ def check_spec(
 
 
 def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
-    """Check that the experts of one copy are chosen together: in 16 bits the logits of two copies can be equal."""
-    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
+    """Check the type of the router's logits: in 16 bits two copies can have equal logits, and top-k would mix them."""
+    is_recipe = hasattr(config, "__fn_or_cls__")  # then the trainer's precision plugin sets the type later
     in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
     if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
         raise SpecError(
@@ -312,15 +314,16 @@ def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
 
 
 def check_model(model: Any, moe_arch: Architecture) -> None:
-    """Check that a built model has the settings that a checkpoint's architecture asks for.
+    """Check that a built model has the settings that a checkpoint's architecture needs.
 
     Args:
         model: a Megatron `GPTModel` or `HybridModel`.
-        moe_arch: the architecture that it is to have: the MoE model's, or the dense model's where no experts are made.
+        moe_arch: architecture that the model should have: the MoE model's, or the dense model's if no experts are
+            made.
 
     Raises:
-        SpecError: a field of its configuration is refused or not known.
-        CheckpointError: it is of other shapes, or would compute another function with the same weights.
+        SpecError: a field of the model's configuration is refused or unknown.
+        CheckpointError: the model has other shapes, or would compute another function with the same weights.
     """
     check_fields(model.config, model, getattr(model, "rotary_pos_emb", None))
     for error in mismatches(model, moe_arch):
@@ -328,7 +331,7 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
 
 
 def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
-    """Yield the settings of a built model that are not a checkpoint's; see `check_model`."""
+    """Yield an error for each setting of a built model that differs from the checkpoint's; see `check_model`."""
     config, frequencies = model.config, getattr(getattr(model, "rotary_pos_emb", None), "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     if hybrid := hybrid_of(model):
@@ -345,15 +348,15 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     if rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers) != moe_arch.rope_pattern:
         wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None
         checks.append(("no_rope_freq", config.no_rope_freq, wanted_rope))
-    if hasattr(config, "rotary_percent"):  # NeMo's and Bridge's; it is in the frequencies, too, if there are any yet
+    if hasattr(config, "rotary_percent"):  # in NeMo and Bridge; it shows in the frequencies, too, once they exist
         checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
-    # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
+    # A wrong value below changes the function unnoticed. NeMo scales the rotary frequencies outside its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
     in_model = replace(moe_arch, rope_scaling=None) if moe_arch.scales_in_layers else moe_arch
     factor, got_factor = attention_factor(in_model), factor_of(config)
     if not math.isclose(got_factor, factor, rel_tol=1e-6):
         checks.append(("yarn_mscale", f"a factor of {got_factor:.6g}", f"{factor:.6g} on sine and cosine"))
-    if factor != 1 and config.apply_rope_fusion:  # whose kernel has no such factor
+    if factor != 1 and config.apply_rope_fusion:  # the fused kernel has no such factor
         checks.append(("apply_rope_fusion", True, False))
     length = model.max_sequence_length
     if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, in_model, length):
@@ -367,7 +370,7 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
 
 
 def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:
-    """Yield why a model whose weights are exact is not: experts that overflow drop tokens, attention sees others."""
+    """Yield why a model with exact weights is not exact: experts drop tokens, or attention sees other tokens."""
     config = model.config
     factor = config.moe_expert_capacity_factor
     if spec and factor is not None and factor >= 0 and factor * spec.top_k < spec.num_experts:
@@ -375,7 +378,7 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
     factor = getattr(config, "moe_expert_rank_capacity_factor", None)
     if spec and factor is not None and factor < config.expert_model_parallel_size:
         yield f"moe_expert_rank_capacity_factor={factor} drops the tokens of ranks that overflow"
-    # Megatron counts the tokens before the current one (NeMo's import forgets that), Hugging Face that one, too.
+    # Hugging Face's window includes the current token. Megatron's does not, and NeMo's import overlooks this.
     tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens
     wanted, layers = dense.sliding_window or tokens, dense.num_layers
@@ -386,7 +389,7 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
         if dense.window_pattern:
             where = f"layers {', '.join(str(layer) for layer, sees in enumerate(dense.window_pattern) if sees)}"
         yield f"window_size={window} differs from the parent's attention; {exact} in {where} would be equal"
-    # Gemma multiplies its embedding by the root of D; NeMo's model class does so, Megatron's has no setting for it.
+    # Gemma multiplies its embedding by sqrt(D). NeMo's model class does so, but Megatron has no setting for it.
     scales = any(base.__name__ == "EmbeddingScalingMixin" for base in type(getattr(model, "embedding", None)).__mro__)
     if model.pre_process and scales is not dense.scaled_embedding:
         done = ("does not multiply", "multiplies")[scales]

@@ -1,4 +1,4 @@
-"""The rotary embedding's frequencies that an architecture asks for."""
+"""Frequencies of an architecture's rotary embedding."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from nemo_upcycle.models.architecture_parts import Rope
 
 
 if TYPE_CHECKING:
-    import torch  # a second and a half, which the planner does without
+    import torch  # its import takes 1.5 s, and the planner does not need it
 
-#: The scaling of arXiv 2402.13753: a factor for each frequency, others for long sequences, and one on sine and cosine.
+#: Scaling of arXiv 2402.13753: a factor for each frequency, other factors for long sequences, and a factor on sine and
+#: cosine.
 LONGROPE = "longrope"
-#: That whose factor grows with the sequence: transformers alone computes it.
+#: Scaling by a factor that grows with the sequence. Only transformers computes it.
 DYNAMIC = "dynamic"
-#: That of Gemma 4's heads, which are turned in part: as well.
+#: Scaling of Gemma 4's heads, which are rotated in part. Only transformers computes it.
 PROPORTIONAL = "proportional"
-#: Kinds of `rope_scaling` whose frequencies are known here.
+#: Kinds of `rope_scaling` whose frequencies this module computes.
 KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
 _SHORT = "original_max_position_embeddings"
 
 
 def rope_kind(arch: Rope) -> str:
-    """Return how the rotary frequencies are scaled: `default` (not at all), or by one of `KINDS`.
+    """Return the kind of scaling of the rotary frequencies, one of `KINDS`; `default` means no scaling.
 
     Raises:
-        CheckpointError: in another way, which is not known.
+        CheckpointError: the kind is unknown.
     """
     kind = (arch.rope_scaling or {}).get("rope_type", "default")
     if kind not in KINDS:
@@ -46,8 +47,8 @@ def plain_frequencies(rope: Rope, theta: float | None = None) -> torch.Tensor:
     """Return a rotary embedding's inverse frequencies without scaling, float32 [K / 2].
 
     Args:
-        rope: the model's.
-        theta: another base than its own.
+        rope: rotary embedding of the model.
+        theta: base to use instead of the model's.
     """
     import torch
 
@@ -65,14 +66,14 @@ def layer_frequencies(rope: Rope, windowed: bool) -> torch.Tensor:
 def rope_frequencies(arch: Rope, length: int = 0) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
-    Where heads are turned in part, K is that part.
+    If heads are rotated in part, K is the size of the rotated part.
 
     Args:
-        arch: the model's.
-        length: tokens of its sequences: LongRoPE has other frequencies for long ones.
+        arch: rotary embedding of the model.
+        length: length of the sequences (tokens). LongRoPE has other frequencies for long sequences.
 
     Raises:
-        CheckpointError: the kind of scaling is not known.
+        CheckpointError: the kind of scaling is unknown.
     """
     import torch
 
@@ -91,19 +92,19 @@ def rope_frequencies(arch: Rope, length: int = 0) -> torch.Tensor:
             raise CheckpointError("number of LongRoPE factors", got=len(factors), expected=expected, fix=fix)
         return inverse / torch.tensor(factors, dtype=torch.float32)
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
+    # The factor stretches long waves. Short waves do not change, and waves between get a weighted mean.
     turns = float(scaling[_SHORT]) * inverse / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * inverse / factor + kept * inverse
 
 
 def _yarn_frequencies(inverse: torch.Tensor, arch: Rope) -> torch.Tensor:
-    """Return frequencies of YaRN (arXiv 2309.00071): slow turns are slowed down by the factor, fast ones kept."""
+    """Return the frequencies of YaRN (arXiv 2309.00071): low ones divided by the factor, high ones unchanged."""
     import torch
 
     scaling, count = arch.rope_scaling or {}, 2 * len(inverse)
     trained = scaling.get(_SHORT) or arch.max_positions
-    # Where in a head the numbers are that turn so often within the positions that it was trained with.
+    # Indices in a head of the numbers that make beta_fast and beta_slow turns within the trained positions.
     places = [
         count * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(arch.rope_theta))
         for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
@@ -116,7 +117,10 @@ def _yarn_frequencies(inverse: torch.Tensor, arch: Rope) -> torch.Tensor:
 
 
 def attention_factor(arch: Rope) -> float:
-    """Return the factor on sine and cosine: 1 but with YaRN and LongRoPE, whose sequences have the longest one's."""
+    """Return the factor on sine and cosine, which is 1 except for YaRN and LongRoPE.
+
+    All sequences get the factor of the longest sequence.
+    """
     scaling = arch.rope_scaling or {}
     if (kind := scaling.get("rope_type")) not in ("yarn", LONGROPE):
         return 1.0
@@ -138,7 +142,7 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0,
         inverse: inverse frequencies of the model, or of one of its layers.
         arch: the architecture.
         length: length of the sequences, see `rope_frequencies`.
-        windowed: whether the layer sees a window; None for frequencies of the model.
+        windowed: whether the layer sees a window; None: `inverse` belongs to the model.
     """
     import torch
 
@@ -147,11 +151,11 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0,
 
 
 def turn_as(model: Any, arch: Architecture) -> None:
-    """Give a Megatron model the rotary embedding of an architecture, for sequences of the length that it is built for.
+    """Give a Megatron model the rotary embedding of an architecture, for the sequence length of the model.
 
     Args:
-        model: a `GPTModel`; its configuration is changed, too: Megatron-Core 0.15 multiplies sine and cosine by a
-            factor that it makes of YaRN's settings, but in the fused kernel of `apply_rope_fusion`.
+        model: a `GPTModel`. Its configuration changes, too: Megatron-Core 0.15 computes a factor on sine and cosine
+            from YaRN's settings, except in the fused kernel of `apply_rope_fusion`.
         arch: the architecture.
     """
     rotary = model.rotary_pos_emb
@@ -163,12 +167,12 @@ def turn_as(model: Any, arch: Architecture) -> None:
             setattr(model.config, name, value)
 
 
-#: Megatron's settings of YaRN, which make a factor on sine and cosine.
+#: Megatron's settings for YaRN, from which it computes a factor on sine and cosine.
 _YARN = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
 
 
 def factor_of(config: Any) -> float:
-    """Return the factor on sine and cosine that a model of Megatron's has."""
+    """Return the factor on sine and cosine in a Megatron model."""
     stretched, part, whole = (getattr(config, name, None) for name in _YARN)
     if stretched is None or part is None or whole is None or stretched <= 1:
         return 1.0
@@ -176,11 +180,11 @@ def factor_of(config: Any) -> float:
 
 
 def scaling_settings(factor: float) -> dict[str, Any]:
-    """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
+    """Return NeMo's settings for the only rotary scaling that Megatron has: Llama 3.1's, with any factor."""
     return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-#: NeMo's settings of Llama 3.1's scaling -> Hugging Face's.
+#: NeMo's setting for Llama 3.1's scaling -> Hugging Face's setting.
 _LLAMA3 = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -191,7 +195,7 @@ _OF_LONGROPE = ("short_factor", "long_factor", _SHORT)
 
 
 def scaling_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return `rope_scaling`, as Hugging Face has it, of NeMo's settings; None without any."""
+    """Return Hugging Face's `rope_scaling` for NeMo's settings; None for no scaling."""
     if settings.get("short_factor"):
         return {"rope_type": LONGROPE, **{name: settings[name] for name in _OF_LONGROPE}}
     if "old_context_len" not in settings:
@@ -201,7 +205,7 @@ def scaling_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def nemo_scaling(arch: Architecture) -> dict[str, Any]:
-    """Return NeMo's settings of an architecture's rotary scaling, Llama 3.1's or LongRoPE: `scaling_of` reads them."""
+    """Return NeMo's settings for Llama 3.1's scaling or LongRoPE; the inverse of `scaling_of`."""
     scaling = arch.rope_scaling or {}
     if rope_kind(arch) == LONGROPE:
         return {name: scaling[name] for name in _OF_LONGROPE} | {"max_position_embeddings": arch.max_positions}

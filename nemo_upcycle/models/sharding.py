@@ -1,4 +1,4 @@
-"""Shapes and slices: what a rank's shard of a parameter looks like, and which Hugging Face slices it is made of."""
+"""Shapes of the ranks' shards, and the Hugging Face slices from which each shard is assembled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 
 
 if TYPE_CHECKING:
-    import torch  # a second and a half, which the planner does without
+    import torch  # its import takes 1.5 s, and the planner does not need it
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """One slice of a Hugging Face tensor and the rows of the Megatron shard that it is.
+    """A slice of a Hugging Face tensor, and the rows of the Megatron shard that it fills.
 
     Args:
-        part: which of the mapping's parts.
-        source: the slice of it, as (start, stop) along every axis; after `in_tensor`, of the tensor that holds it.
+        part: number of the part in the mapping.
+        source: (start, stop) of the slice along every axis of the part; after `in_tensor`, of the tensor that holds
+            the part.
         blocks: number of equal row blocks in the shard.
-        rows: (start, stop) inside every block that the slice fills, block by block.
+        rows: (start, stop) of the rows that the slice fills in every block, block by block.
     """
 
     part: int
@@ -43,7 +44,7 @@ class SourceSlice:
     def view(self, shard: torch.Tensor) -> torch.Tensor:
         """Return the rows of a Megatron shard that this slice fills, as a view.
 
-        Its shape is the slice's; with more than one block [blocks, rows, ...].
+        The view has the shape of the slice, or [blocks, rows, ...] if there is more than one block.
         """
         if self.blocks == 1:
             return shard if self.rows == (0, shard.shape[0]) else shard[self.rows[0] : self.rows[1]]
@@ -51,13 +52,13 @@ class SourceSlice:
         return blocked[:, self.rows[0] : self.rows[1]]
 
     def in_tensor(self, mapping: ParamMapping, arch: Architecture) -> SourceSlice:
-        """Return the slice of the Hugging Face tensor in which the part has other parts above it, or has it alone."""
+        """Return the slice of the whole Hugging Face tensor, in which other parts may lie above this part."""
         above = sum(hf_shape(mapping, part, arch)[0] for part in mapping.together(self.part) if part < self.part)
         (start, stop), *rest = self.source
         return replace(self, source=((start + above, stop + above), *rest))
 
     def seen(self, slice_: torch.Tensor) -> torch.Tensor:
-        """Return the slice in the shape of `view`."""
+        """Return a slice's tensor in the shape of `view`."""
         return slice_ if self.blocks == 1 else slice_.unflatten(0, (self.blocks, self.rows[1] - self.rows[0]))
 
 
@@ -69,7 +70,7 @@ def ffn_size(mapping: ParamMapping, arch: Architecture) -> int:
 
 
 def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
-    """Return the shape of one of a mapping's parts, as Hugging Face has it."""
+    """Return the shape in Hugging Face of one part of a mapping."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     neurons = ffn_size(mapping, arch)
     mixer = arch.mamba or arch.delta
@@ -115,7 +116,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def float32_names(arch: Architecture) -> frozenset[str]:
-    """Return the tensors that are float32 whatever the type of the weights: biases that choose experts."""
+    """Return the names of the balancing biases, which are float32 whatever the type of the weights."""
     templates = mapping_of("balancing_bias", arch).hf if arch.balancing_bias else ()
     layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
     return frozenset(template.format(layer=layer) for template in templates for layer in layers)
@@ -128,10 +129,10 @@ def shard_shape(
     """Return the shape of a rank's shard of a Megatron parameter.
 
     Args:
-        mapping: the parameter.
-        arch: the model's shapes.
+        mapping: mapping of the parameter.
+        arch: architecture of the model.
         shard: the rank's place.
-        padded_vocab: V after padding, for the vocabulary's rows; unpadded when None.
+        padded_vocab: V after padding, for a parameter with rows of the vocabulary; None: no padding.
     """
     first = hf_shape(mapping, 0, arch)
     if mapping.sharding is Sharding.VOCABULARY:
@@ -158,15 +159,16 @@ def source_slices(
     """Return the slices that make up a rank's shard of a parameter.
 
     Args:
-        mapping: the parameter; of an expert made of a dense network, the dense network's.
-        arch: shapes of the Hugging Face side.
+        mapping: mapping of the parameter. For an expert made from a dense network, mapping of the dense parameter.
+        arch: architecture of the Hugging Face model.
         shard: the rank's place in the group that cuts this parameter.
-        local_shape: the shard's shape.
-        first_neuron: where in the Hugging Face network the (unsharded) parameter begins, for a part of a network.
-        interleaved: rows of a block where blocks of gate and up take turns; None where gate is above up.
+        local_shape: shape of the shard.
+        first_neuron: neuron of the Hugging Face network at which the (unsharded) parameter begins, if the parameter
+            holds only a part of the network.
+        interleaved: block size (rows) of interleaved gate and up rows; None: gate is above up.
 
     Returns:
-        Slices whose rows do not overlap. They cover the shard, but for padding rows at the end of a vocabulary.
+        Slices whose rows do not overlap. They cover the shard, except for padding rows at the end of a vocabulary.
 
     Example:
         The second half of the feed-forward's gate and up rows, on rank 1 of 2, with F = 8 and D = 4:
@@ -217,9 +219,9 @@ def source_slices(
 def _part_of_group(
     mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...]
 ) -> Iterator[SourceSlice]:
-    """Yield the slices of a rank's part of a key-value group, whose rows several ranks share evenly.
+    """Yield the slices of a rank's part of a key-value group whose rows several ranks share evenly.
 
-    Megatron-Core cuts the rows of the whole parameter so from 0.16 on, and gathers what they compute.
+    Megatron-Core 0.16 and later cut the rows of the whole parameter in this way, and gather the ranks' results.
     """
     ranks, rows = shard.size // arch.num_kv_heads, local_shape[0]
     group = Shard(shard.rank // ranks, arch.num_kv_heads)
@@ -233,7 +235,7 @@ def _part_of_group(
 
 
 def in_hf_order(slices: Iterable[SourceSlice]) -> tuple[SourceSlice, ...]:
-    """Sort a parameter's slices as they lie in the Hugging Face tensors, neighbours of one part joined."""
+    """Sort a parameter's slices in the order of the Hugging Face tensors, and join neighbours of one part."""
     found: list[SourceSlice] = []
     for slice_ in sorted(slices, key=lambda one: (one.part, one.source[0])):
         (start, stop), *rest = slice_.source
@@ -247,12 +249,12 @@ def in_hf_order(slices: Iterable[SourceSlice]) -> tuple[SourceSlice, ...]:
 
 
 def hf_parts(whole: torch.Tensor, mapping: ParamMapping, arch: Architecture) -> dict[int, torch.Tensor]:
-    """Take a whole Megatron parameter apart into the parts that Hugging Face has.
+    """Split a whole Megatron parameter into its Hugging Face parts.
 
     Args:
-        whole: the parameter; a vocabulary may be padded.
-        mapping: what it is.
-        arch: the model's architecture.
+        whole: the parameter. A vocabulary may be padded.
+        mapping: mapping of the parameter.
+        arch: architecture of the model.
     """
     import torch
 
@@ -268,7 +270,8 @@ def _gated_slices(
 ) -> Iterator[SourceSlice]:
     """Yield the slices of query, gate, key and value, in Megatron's order.
 
-    Hugging Face has query and gate of a head one below the other, Megatron a group's gates behind its queries.
+    Hugging Face stores query and gate of each head one below the other. Megatron stores a group's gates after its
+    queries.
     """
     width, heads = arch.head_dim, arch.num_heads // arch.num_kv_heads
     for group in range(arch.num_kv_heads // shard.size):

@@ -1,7 +1,7 @@
-"""Tensors of a Hugging Face folder that hold all experts of a layer: `NAME[3]` stands for expert 3 of the tensor NAME.
+"""Names for one expert in a tensor of all experts of a layer: `NAME[3]` stands for expert 3 of the tensor NAME.
 
-`NAME[3].T` stands for one that lies there transposed. Nothing but what reads and writes the files knows that these are
-parts of one tensor, one behind the other.
+`NAME[3].T` stands for an expert that is stored transposed. Only the code that reads and writes files knows that these
+names are slices of one tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _TRANSPOSED = "].T"
 #: Value of `experts_implementation`, an argument of `from_pretrained` in transformers 5: multiply expert by expert.
 EAGER = "eager"
-#: By default transformers 5 multiplies all experts at once, and torch's product wants rows of so many bytes.
+#: By default transformers 5 multiplies all experts at once. torch's grouped product needs rows of a multiple of this
+#: size (bytes).
 GROUPED_BYTES = 16
 
 
@@ -35,12 +36,12 @@ def needs_eager_experts(widths: Iterable[int], itemsize: int) -> bool:
 
 
 def is_stacked(name: str) -> bool:
-    """Return whether a name is one of an expert in a tensor of all."""
+    """Return whether a name stands for an expert in a tensor of all experts."""
     return name.endswith(("]", _TRANSPOSED))
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether a name is one of an expert that lies transposed in a tensor of all."""
+    """Return whether a name stands for an expert that is stored transposed in a tensor of all experts."""
     return name.endswith(_TRANSPOSED)
 
 
@@ -55,7 +56,7 @@ def tensor_of(name: str) -> str:
 
 
 def stacks(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of experts in tensors of all by these tensors, in the order of the experts."""
+    """Group the names of experts by the tensor that holds them, in the order of the experts."""
     found: dict[str, list[str]] = {}
     for name in filter(is_stacked, names):
         found.setdefault(tensor_of(name), []).append(name)
@@ -63,21 +64,21 @@ def stacks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor as it lies in the file."""
+    """Return the shape that a tensor has in the file."""
     return shape[::-1] if is_transposed(name) else shape
 
 
 def lies_transposed(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether an expert lies transposed in a file: of what transformers 5 saved again none does.
+    """Return whether an expert is stored transposed in a file. Files that transformers 5 saved again have none.
 
     Args:
-        name: its name.
-        stored: its shape in the file.
-        shape: its own.
+        name: name of the expert.
+        stored: shape in the file.
+        shape: shape of the expert's matrix.
     """
     return is_transposed(name) and stored != shape
 
 
 def as_in_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as it lies in the file."""
+    """Transpose a tensor if the file holds it transposed."""
     return tensor.T if is_transposed(name) else tensor

@@ -1,4 +1,4 @@
-"""Open the tokenizer in a model's folder, without transformers: its import takes seconds."""
+"""Open the tokenizer in a model's folder without transformers, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.utils.files import read_json
 
 
-#: Read beside the tokenizer itself.
+#: Files that are read in addition to the tokenizer itself.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FIX = "copy it again from where the model came from"
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Check that the tokenizer files of a folder can be read; a folder without any is no mistake.
+    """Check that the tokenizer files of a folder can be read. A folder without tokenizer files passes.
 
     Args:
         folder: a Hugging Face folder.
 
     Raises:
         CheckpointError: the tokenizer is damaged.
-        UpcycleError: one of its settings is.
+        UpcycleError: one of the tokenizer's settings files is damaged.
     """
     for name in _SETTINGS:
         if (folder / name).is_file():
@@ -35,7 +35,7 @@ def check_tokenizer(folder: Path) -> None:
 
 @lru_cache
 def _open(path: Path, size_bytes: int, modified_ns: int) -> None:
-    """Open a tokenizer.json, once as long as it stays the same."""
+    """Open a tokenizer.json, but only once while the file does not change."""
     try:
         from tokenizers import Tokenizer
     except ImportError:  # not installed: then nothing here can use the tokenizer, either

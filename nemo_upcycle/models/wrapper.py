@@ -1,6 +1,6 @@
-"""Checkpoints in which a text model is one part among others, as in vision-language models: where it lies in them.
+"""Checkpoints in which a text model is one part among others, as in vision-language models.
 
-What the part itself is says its family; here stands what the class around it adds: names and settings.
+The family describes the text model itself. This file describes the names and settings that the class around it adds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.utils.files import read_json
 
 
-#: What a name of the text model begins with in the files -> in a folder of text alone, by the first that fits.
-#: transformers 5 has the first in memory, 4 wrote the next two, and 5 still writes them for some classes.
+#: Prefix of the text model's tensor names in the files -> prefix in a folder with only a text model. The first match
+#: counts. transformers 5 has the first prefix in memory. transformers 4 wrote the next two, and transformers 5 still
+#: writes them for some classes.
 PREFIXES = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.text_model.": "model.",
 }
-#: Says which tensor lies in which of several files; and the name of a single one.
+#: Name of the index that says which file holds which tensor, and name of the file if there is only one.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTPUT = "lm_head.weight"
-#: `model_type` of a text part -> that of the class which computes the same on text.
+#: `model_type` of a text part -> `model_type` of the text-only class that computes the same on text.
 _SAME = {
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
@@ -34,7 +35,7 @@ _SAME = {
     "gemma4_unified_text": "gemma4_text",
 }
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-#: `model_type` of a text part -> the sizes that transformers leaves unwritten where they are the default.
+#: `model_type` of a text part -> default sizes, which transformers does not write to the file.
 _UNSAID = {
     "llama": (4096, 11008, 32, 32, 32000),
     "mistral": (4096, 14336, 32, 32, 32000),
@@ -48,7 +49,7 @@ _UNSAID = {
     "exaone4": (4096, 16384, 32, 32, 102400),
     "qwen3_5_text": (4096, 12288, 32, 16, 248320),
 }
-#: The same for what is not the default of the class that computes it.
+#: The same for other settings, if the default differs from the default of the class that computes the text part.
 _OTHER: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
     "qwen3_vl_text": {"max_position_embeddings": 128000},
@@ -63,12 +64,13 @@ _THETA = {"qwen2_5_vl_text": 1e6, "qwen3_vl_text": 5e5}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _ROPES = ("rope_parameters", "rope_scaling")
-#: How a rotary embedding is shared between the axes of a picture: in a text all axes have the same positions.
+#: Settings that share a rotary embedding between the axes of a picture. They do nothing in a text, because all axes
+#: have the same positions.
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
-#: Text models that are published by themselves with such settings, too.
+#: Text models that are also published alone, with these settings.
 _PARTS = ("qwen3_5_text", "qwen3_5_moe_text")
-#: Settings of a text part that transformers reads in the class of text alone -> value that changes nothing. Logits of
-#: the classes around it are those of the output layer, undivided.
+#: Settings of a text part that transformers reads only in the text-only class -> value that changes nothing. The
+#: classes around a text part do not divide the logits of the output layer.
 _UNREAD = {"logits_scaling": 1.0}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -78,13 +80,13 @@ class Wrapper:
     """A Hugging Face class that has a text model among its parts.
 
     Args:
-        hf_class: the class in `architectures`.
-        model_type: the `model_type` beside it.
-        text_type: type of the text model, where its settings do not say it.
-        parts: how the names of its other parts begin.
-        takes_experts: whether it makes its text model by the `model_type` of that one's settings: then also one of
-            experts.
-        moe_class: the class around one of experts, where it is another.
+        hf_class: class in `architectures`.
+        model_type: `model_type` in `config.json`.
+        text_type: `model_type` of the text model, if the text settings do not say it.
+        parts: prefixes of the tensor names of the other parts.
+        takes_experts: whether the class builds its text model by the `model_type` in the text settings, so that an
+            MoE text model works, too.
+        moe_class: class around an MoE text model, if it is another class.
     """
 
     hf_class: str
@@ -96,7 +98,7 @@ class Wrapper:
 
     @property
     def around_experts(self) -> Wrapper | None:
-        """The class around a text model of experts; None where no class is known."""
+        """The class around an MoE text model; None if no class is known."""
         return self if self.takes_experts else next((one for one in WRAPPERS if one.hf_class == self.moe_class), None)
 
     def part_of(self, name: str) -> str | None:
@@ -106,7 +108,7 @@ class Wrapper:
 
     @staticmethod
     def text_name(name: str) -> str:
-        """Name a tensor of the text model as a text model that stands alone does.
+        """Return the name that a tensor of the text model has in a folder with only a text model.
 
         Example:
             >>> Wrapper.text_name("language_model.model.layers.0.mlp.up_proj.weight")
@@ -116,7 +118,7 @@ class Wrapper:
         return PREFIXES.get(old, "") + name.removeprefix(old)
 
 
-#: Layers that predict further tokens: of a dense network, so that they do not go with experts.
+#: Layers for multi-token prediction. They have dense networks, so they do not fit a model with experts.
 MTP = "mtp"
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
 _QWEN35, _QWEN35_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
@@ -141,27 +143,28 @@ WRAPPERS = (
 
 
 def wrapper_of(config: Any) -> Wrapper | None:
-    """Find the class around the text model by a parsed `config.json`; None where that is of a text model itself."""
+    """Find the class around the text model in a parsed `config.json`; None if the file is a text model's own."""
     names = config.get("architectures") if isinstance(config, dict) else None
     kind = config.get("model_type") if isinstance(config, dict) and not names else None
     return next((one for one in WRAPPERS if names == [one.hf_class] or one.model_type == kind), None)
 
 
 def text_settings(config: Any, where: str) -> Any:
-    """Return the configuration of the text model as if it stood alone; one that does comes back as it is.
+    """Return the configuration of the text model as if it stood alone.
 
     Args:
-        config: the parsed `config.json`.
-        where: how messages call the file.
+        config: the parsed `config.json`. The file of a text model itself does not change, except that rotary settings
+            for pictures are removed.
+        where: name of the file in messages.
 
     Raises:
-        CheckpointError: the settings of the text model are none.
+        CheckpointError: the settings of the text model are not a mapping.
     """
     wrapper = wrapper_of(config)
     if wrapper is None:
         is_part = isinstance(config, dict) and config.get("model_type") in _PARTS
         return config | _ropes(config) if is_part else config
-    # The first Qwen-VL have the settings of the text model at the top, among those of all.
+    # The first Qwen-VL models have the text settings at the top level, among all other settings.
     text = config.get("text_config")
     text = {**config, "model_type": None} if text is None else text
     if not isinstance(text, dict):
@@ -175,7 +178,7 @@ def text_settings(config: Any, where: str) -> Any:
     if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
         unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}
         unsaid |= {"rope_parameters": _YARN} if kind == "ministral3" and not text.get("rope_scaling") else {}
-    # Of the whole model, if that says it: transformers reads the top.
+    # If the text settings lack these, take them from the top level, where transformers reads them.
     unsaid |= {key: config[key] for key in ("quantization_config", *_TOKENS) if config.get(key) is not None}
     text |= {key: value for key, value in unsaid.items() if text.get(key) is None}
     if config.get("tie_word_embeddings") is not None:
@@ -184,21 +187,22 @@ def text_settings(config: Any, where: str) -> Any:
 
 
 def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
-    """Return the `config.json` of a model that sees, with another text model.
+    """Return the `config.json` of a vision-language model with a new text model.
 
     Args:
-        whole: `config.json` of its parent.
-        text: settings of the new text model, as if it stood alone; they get what the class around adds.
-        wrapper: the class around it.
+        whole: `config.json` of the parent.
+        text: settings of the new text model, as if it stood alone. The function adds the settings of the class around
+            it, in place.
+        wrapper: the class around the text model.
     """
     old, config = str(whole.get("model_type")), whole | {"architectures": [wrapper.hf_class]}
     said = whole.get("text_config", whole)
     axes = {key: rope[key] for rope in map(said.get, _ROPES) if rope for key in _OF_PICTURES if key in rope}
-    text |= {key: said[key] for key in _UNREAD if key in said}  # which a server may read
+    text |= {key: said[key] for key in _UNREAD if key in said}  # a server may read them
     text |= {key: {"rope_type": "default"} | (text.get(key) or {}) | axes for key in _ROPES if axes}
     if text["architectures"] == config["architectures"]:
         del text["architectures"]
-    # The class of each part is named after that of the whole.
+    # The model_type of each part begins with the model_type of the whole model.
     for key, part in whole.items():
         if isinstance(part, dict) and (kind := str(part.get("model_type"))).startswith(old):
             config[key] = part | {"model_type": wrapper.model_type + kind.removeprefix(old)}
@@ -216,16 +220,16 @@ def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Any:
-    """Read the `config.json` of a folder: of its text model, if there are other parts.
+    """Read the `config.json` of a folder, or only the settings of the text model if there are other parts.
 
-    Whether such a model has an output layer of its own its files say before its settings: releases of transformers
-    take another level for it, and have other defaults.
+    If the files of such a model have no output layer, the embeddings count as tied, whatever the settings say.
+    Releases of transformers read this setting at different levels and with different defaults.
 
     Args:
-        folder: with `config.json`.
+        folder: Hugging Face folder with `config.json`.
 
     Raises:
-        CheckpointError: the settings of the text model are none.
+        CheckpointError: the settings of the text model are not a mapping.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -237,7 +241,7 @@ def read_config(folder: Path) -> Any:
 
 
 def tensor_names(folder: Path) -> Iterable[str] | None:
-    """Return the names of the tensors in a folder's files, as far as they tell at once; None without any."""
+    """Return the tensor names from a folder's index or from the header of its only file; None if there is neither."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
@@ -249,5 +253,5 @@ def tensor_names(folder: Path) -> Iterable[str] | None:
         raw = handle.read(size) if size < (folder / SINGLE).stat().st_size else b""
     try:
         return list(json.loads(raw))
-    except ValueError:  # whoever opens the weights says what is wrong with them
+    except ValueError:  # the code that opens the weights reports what is wrong
         return None

@@ -1,8 +1,8 @@
-"""One pass of a dense model over the prompts of each copy: what routers of prompts are made of.
+"""Compute router rows from prompts, with one pass of the dense model over the prompts of each copy.
 
-The layers take turns: one is in memory, in float32, computes all prompts and is given up; what it hands on is the
-input of the next. Layers are the classes of transformers, called as its model calls them. No GPU is needed, and the
-file has the same bits whatever the number of threads.
+Only one layer is in memory at a time, in float32. It computes all prompts and is freed, and its outputs are the inputs
+of the next layer. The layers are classes of transformers, called as their model calls them. No GPU is needed, and the
+file has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of prompts, in batches that do not depend on the machine.
+    """Tokens of the prompts, in batches that do not depend on the machine.
 
     Args:
         batches: token ids, [B, S] each.
-        labels: the copy whose prompts each batch is of.
-        about: where it is from, as plain values: what the file's lineage says.
+        labels: for each batch, the copy that its prompts belong to.
+        about: origin of the prompts as plain values, recorded in the file's lineage.
     """
 
     batches: tuple[torch.Tensor, ...]
@@ -49,23 +49,23 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """How many they are."""
+        """Number of tokens."""
         return sum(batch.numel() for batch in self.batches)
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did.
+    """The result of `calibrate`.
 
     Attributes:
-        path: the file.
-        sha256: its hash.
-        made: whether it was made now, and not found finished.
-        tokens: length of the sample.
-        layers: how many have routers in it.
+        path: calibration file.
+        sha256: hash of the file.
+        made: True if the file was made now, False if a finished file was found.
+        tokens: number of tokens in the sample.
+        layers: number of layers that have a router in the file.
         size_bytes: size of the file.
         seconds: time taken.
-        peak_rss_gib: most memory of the process, in its whole life.
+        peak_rss_gib: peak memory over the whole life of the process.
     """
 
     path: Path
@@ -81,19 +81,20 @@ class CalibrationReport:
 def calibrate(
     dense: DenseSource, output: Path, spec: UpcycleSpec, sample: Sample, *, replace: bool = False
 ) -> CalibrationReport:
-    """Write the calibration file of a spec: the routers of its MoE layers.
+    """Write the calibration file of a spec: the router rows of its MoE layers.
 
     Args:
-        dense: the open dense model, whose folder has a `config.json`; of several, the first is run.
-        output: the file to write.
-        spec: what is to be made of the dense model.
-        sample: what to run it on.
-        replace: whether to replace a file that was made from something else.
+        dense: open dense model, whose folder has a `config.json`; if several are mixed, the first one runs.
+        output: file to write.
+        spec: how the dense model will be upcycled.
+        sample: tokens to run the model on.
+        replace: whether to replace a file that was made from other inputs.
 
     Raises:
-        SpecError: the spec needs no such file.
-        CheckpointError: the dense model cannot be run layer by layer, or the sample is of another tokenizer.
-        UpcycleError: the prompts do not tell copies apart, or another file is in the way.
+        SpecError: the spec needs no calibration file.
+        CheckpointError: the dense model cannot run layer by layer, or the sample has tokens outside its vocabulary.
+        UpcycleError: the prompts do not tell the copies apart, or the output is a file that was made from other
+            inputs.
 
     Example:
         >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -120,10 +121,10 @@ def calibrate(
 
 
 def require_use(spec: UpcycleSpec) -> None:
-    """Check that a spec reads something from a calibration file.
+    """Check that a spec needs a calibration file.
 
     Raises:
-        SpecError: it does not.
+        SpecError: the spec needs none.
     """
     if not spec.needs_calibration:
         raise SpecError(
@@ -135,7 +136,7 @@ def require_use(spec: UpcycleSpec) -> None:
 
 
 def _lineage(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> dict[str, Any]:
-    """Tell what the bytes of the file follow from."""
+    """Return everything that determines the bytes of the file."""
     arch = dense.architecture
     sizes = {name: getattr(arch, name) for name in ("hidden_size", "ffn_size", "num_layers")}
     return {
@@ -168,7 +169,7 @@ def _report(calibration: Calibration, sample: Sample, start_s: float, *, made: b
 def _routers(
     dense: DenseSource, moe_arch: Architecture, copies: int, sample: Sample, run: Run
 ) -> dict[str, torch.Tensor]:
-    """Run all layers up to the last MoE layer, and make the router of each MoE layer."""
+    """Run all layers up to the last MoE layer, and compute the router rows of each MoE layer."""
     model, tensors = StreamedModel(dense), dict[str, torch.Tensor]()
     last = max(layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer))
     down = mapping_of("fc2", dense.architecture).hf[0].partition("{layer}.")[2].removesuffix(".weight")
@@ -202,22 +203,23 @@ def _routers(
 
 
 def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: int, run: Run) -> torch.Tensor:
-    """Make a router's rows of the directions of the copies' mean activations, so scaled that logits spread by one.
+    """Compute router rows from the directions of the copies' mean activations, scaled to a logit spread of 1.
 
-    The spread is the standard deviation of a token's logits over the copies, root mean square over the tokens. What
-    all rows share adds the same number to all logits of a token, moves no softmax and no top-k, and is taken off.
+    The spread is the standard deviation of a token's logits over the copies, as a root mean square over the tokens.
+    The mean of all rows is subtracted, because it adds the same number to all logits of a token and changes neither
+    softmax nor top-k.
 
     Args:
-        batches: what enters the MoE of a layer, [N, D] in float32 each.
-        labels: the copy whose prompts each batch is of.
-        copies: C.
-        run: applies a function to items, and yields the results in order.
+        batches: MoE inputs of a layer, [N, D] in float32 each.
+        labels: for each batch, the copy that its prompts belong to.
+        copies: number of copies C.
+        run: function that applies another function to items and yields the results in order.
 
     Returns:
         The rows [C, D] in float64.
 
     Raises:
-        UpcycleError: the rows do not tell copies apart.
+        UpcycleError: the rows do not tell the copies apart.
     """
     sums_CD = torch.zeros(copies, batches[0].shape[1], dtype=torch.float64)
     for label, batch_ND in zip(labels, batches, strict=True):
@@ -227,7 +229,7 @@ def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: 
     turned_DC = rows_CD.T.float().contiguous()
 
     def squares(batch_ND: torch.Tensor) -> torch.Tensor:
-        return (batch_ND @ turned_DC).double().square_().mean(1).sum()  # their mean over the copies is zero
+        return (batch_ND @ turned_DC).double().square_().mean(1).sum()  # variance: the logits' mean is zero
 
     tokens = sum(len(batch) for batch in batches)
     spread = float(torch.stack(list(run(squares, batches))).sum() / tokens) ** 0.5

@@ -1,10 +1,12 @@
-"""Layers of a GPTModel with norms, or factors, where Megatron-Core, 0.15 to 0.19, has none.
+"""GPTModel layers with norms, factors and rotary embeddings that Megatron-Core 0.15 to 0.19 does not offer.
 
-OLMo 2 has norms after attention and network, and over all heads; Granite multiplies there, and its embedding and its
-logits; in OLMo 3 and Gemma 3 rotary embeddings differ from layer to layer; most layers of Qwen3.5 have a gated delta
-net (`delta_layers`). Their layers are Megatron's own modules,
-with Transformer Engine or without; what is new is a norm or a factor of each part's output before it is added, a norm
-of query or key as a whole, factors at both ends, and angles that a layer makes of the model's.
+OLMo 2 has norms after attention and network, and norms over all heads at once. Granite has factors in the same places,
+and on its embedding and logits. OLMo 3 and Gemma 3 have different rotary embeddings in different layers. Most layers
+of Qwen3.5 have a gated delta net (`delta_layers`).
+
+The layers are Megatron's own modules, with or without Transformer Engine. Four things are new: a norm or factor on
+each part's output before it is added, a norm over the whole query or key, factors at both ends of the model, and
+angles that a layer computes from the model's angles.
 """
 
 from __future__ import annotations
@@ -48,32 +50,34 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
     rotary_percent: float = 1.0,
     shared_gate: bool = False,
 ) -> Any:
-    """Return the layers of a rank of a `GPTModel`, as `get_gpt_decoder_block_spec` does, with norms in these places.
+    """Return the layers of a `GPTModel` on one rank, with norms, factors and rotary embeddings in the given places.
 
-    A `transformer_layer_spec` of NeMo's and Megatron-Bridge's configurations, as a partial of all but the first.
+    The result is like that of `get_gpt_decoder_block_spec`. A partial with every argument except `config` is the
+    `transformer_layer_spec` of a NeMo or Megatron-Bridge configuration.
 
     Args:
-        config: Megatron's `TransformerConfig`, or one of Bridge's builders, which has it.
-        use_transformer_engine: whether its modules compute, or Megatron's local ones.
+        config: Megatron's `TransformerConfig`, or a Bridge builder that contains one.
+        use_transformer_engine: True for modules of Transformer Engine, False for Megatron's local modules.
         vp_stage: number of the virtual pipeline stage.
         pre_norm: whether there are norms before attention and network.
-        post_norm: whether there are norms after them, before the residual is added.
-        wide_qk_norm: whether norms of query and key, which `qk_layernorm` switches on, are over all heads at once.
-        embedding_multiplier: factor on the embedding, which the first layer multiplies by.
-        residual_multiplier: factor on what attention and network add to their input.
+        post_norm: whether there are norms after attention and network, before the residual is added.
+        wide_qk_norm: whether the norms of query and key, which `qk_layernorm` switches on, are over all heads at once.
+        embedding_multiplier: factor on the embedding, applied by the first layer.
+        residual_multiplier: factor on the outputs of attention and network before the residual is added.
         logits_scaling: divisor of the logits, applied to the last norm's output.
-        rope_theta: base of the model's rotary embedding, where layers change it; None: they do not.
-        rope_scaling: how its frequencies are scaled in layers without a window, and in others without their own base.
-        local_rope_theta: base of the rotary embedding in layers with a window, unscaled.
+        rope_theta: base of the model's rotary embedding if the layers change the embedding; None if they do not.
+        rope_scaling: scaling of the rotary frequencies in layers without a window, and in layers with a window if
+            `local_rope_theta` is None.
+        local_rope_theta: base of the rotary embedding in layers with a window; their frequencies are not scaled.
         max_positions: longest sequence, see `Architecture`.
         rotary_percent: rotated share of a head, see `Architecture`.
-        shared_gate: whether shared experts have a gate, which Megatron's own modules compute.
+        shared_gate: whether the shared experts have a gate, which Megatron's own modules compute.
 
     Returns:
         Megatron's `TransformerBlockSubmodules`.
 
     Raises:
-        SpecError: YaRN multiplies heads that are rotated in part.
+        SpecError: YaRN's attention factor is combined with heads that are only partly rotated.
 
     Example:
         >>> config.transformer_layer_spec = partial(  # doctest: +SKIP
@@ -99,7 +103,8 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
             rotary_percent=rotary_percent,
             max_positions=max_positions,
         )
-        if rotary_percent != 1 and attention_factor(rope) != 1:  # scores alone are multiplied here
+        # `_scaled` multiplies whole scores, but YaRN's factor belongs to the rotated part of a head only.
+        if rotary_percent != 1 and attention_factor(rope) != 1:
             raise SpecError(
                 field="rotary_percent",
                 got=rotary_percent,
@@ -115,7 +120,7 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
         if not pre_norm:
             layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
             attention.linear_qkv = backend.column_parallel_linear()
-            if hasattr(network, "linear_fc1"):  # experts have theirs without a norm
+            if hasattr(network, "linear_fc1"):  # experts' layers never have the norm
                 network.linear_fc1 = backend.column_parallel_linear()
         if rope:
             attention.core_attention = _scaled(attention.core_attention, rope)
@@ -138,10 +143,12 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
 
 
 def layers_of(arch: Architecture) -> functools.partial[Any]:
-    """Return the `transformer_layer_spec` of an architecture, with Transformer Engine; Megatron's own where it can be.
+    """Return the `transformer_layer_spec` of an architecture, with Transformer Engine.
+
+    If Megatron's own function can build the layers, it is used.
 
     Args:
-        arch: the model's, dense or with experts.
+        arch: architecture of the model, dense or with experts.
     """
     fields = decoder_settings(arch)
     if not arch.delta and fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
@@ -150,7 +157,7 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
 
 
 def _with_gate(shared_experts: Any) -> Any:
-    """Build shared experts with a gate: in 0.15 a `ModuleSpec` says it, in 0.19 what calls a function."""
+    """Give shared experts a gate: through their `ModuleSpec` in Megatron-Core 0.15, through their builder in 0.19."""
     if isinstance(shared_experts, ModuleSpec):
         shared_experts.params = {**(shared_experts.params or {}), "gate": True}
         return shared_experts
@@ -158,12 +165,12 @@ def _with_gate(shared_experts: Any) -> Any:
 
 
 def _is_windowed(config: Any, layer_number: int) -> bool:
-    """Return whether a layer, counted from 1, sees a window."""
+    """Return whether a layer, counted from 1, has a window."""
     return bool(config.window_size and layers_with(config.window_attn_skip_freq, config.num_layers)[layer_number - 1])
 
 
 def _scaled(core_attention: Any, rope: Rope) -> type:
-    """Return the class of an attention that multiplies scores by the square of the factor on sine and cosine."""
+    """Return an attention class that multiplies the scores by the square of the factor on sine and cosine."""
 
     class Scaled:
         def __new__(cls, config: Any, layer_number: int, *args: Any, softmax_scale: Any = None, **options: Any) -> Any:
@@ -177,14 +184,14 @@ def _scaled(core_attention: Any, rope: Rope) -> type:
 
 
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer that normalises or multiplies what attention and network return, before it adds it to their input.
+    """A layer that normalises or multiplies the outputs of attention and network before it adds them to the residual.
 
     Args:
-        norm: the norm's class; None: without.
+        norm: class of the norm; None for no norm.
         embedding_multiplier: factor on the input of the model's first layer.
-        residual_multiplier: factor on what is added.
-        rope: its rotary embedding, where it is not the model's; None: it is.
-        options: further arguments of Megatron's layer.
+        residual_multiplier: factor on the outputs before they are added.
+        rope: rotary embedding from which the layer computes its own angles; None to use the model's angles.
+        options: further arguments for Megatron's layer.
     """
 
     def __init__(
@@ -197,11 +204,11 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        # Not buffers, which a model in 16 bits would have in 16 bits.
+        # These are not buffers, because a cast of the model to 16 bits would round buffers, too.
         self.rotary_frequencies: torch.Tensor | None = None
         self._ratio: torch.Tensor | None = None
         if rope:
-            with torch.device("cpu"):  # a model may be made on meta first
+            with torch.device("cpu"):  # the model may be built on the meta device first
                 self.rotary_frequencies = layer_frequencies(rope, _is_windowed(self.config, self.layer_number))
                 self._ratio = (self.rotary_frequencies / plain_frequencies(rope)).repeat(2)
         self.embedding_multiplier, self.residual_multiplier = embedding_multiplier, residual_multiplier
@@ -223,7 +230,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         return super()._forward_attention(hidden_states, *args, **options)
 
     def _turned(self, angles: torch.Tensor) -> torch.Tensor:
-        """Return this layer's angles, made of the model's."""
+        """Compute this layer's angles from the model's angles."""
         assert self._ratio is not None
         ratio = self._ratio.to(angles.device)
         self._ratio = self._ratio if ratio.is_meta else ratio
@@ -231,7 +238,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
 
 
 def _changed_first(bias_dropout_add: Callable[..., Any], norm: Any, factor: float) -> Callable[..., Any]:
-    """Return Megatron's function that adds a part's output to its input, with norm and factor of the output before."""
+    """Wrap Megatron's bias-dropout-add: first apply norm and factor to the part's output, then add it to its input."""
 
     def adds(training: bool, fused: bool) -> Callable[..., Any]:
         add = bias_dropout_add(training, fused)
@@ -248,7 +255,7 @@ def _changed_first(bias_dropout_add: Callable[..., Any], norm: Any, factor: floa
 
 
 def _divided(norm: Any, divisor: float) -> type:
-    """Return the class of a norm whose output is divided: an output layer without a bias then divides its logits."""
+    """Return a norm class whose output is divided, so that an output layer without a bias returns divided logits."""
 
     class Divided:
         def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -261,13 +268,13 @@ def _divided(norm: Any, divisor: float) -> type:
 
 
 class _WideNorm(torch.nn.Module):
-    """A norm over all heads at once, with tensor parallelism, too: ranks add up the squares of their heads.
+    """A norm over all heads at once. Under tensor parallelism, ranks add up the squares of their heads.
 
-    The weight is whole on every rank, which uses the part of its heads: Megatron adds up the gradients of norms of
-    query and key over tensor-parallel ranks.
+    Every rank holds the whole weight and uses the part for its own heads, because Megatron adds up the gradients of
+    query and key norms over the tensor-parallel ranks.
     """
 
-    #: Megatron's setting of how many heads there are.
+    #: Megatron's setting for the number of heads.
     heads = ""
 
     def __init__(self, hidden_size: int, config: Any, eps: float = 1e-5) -> None:
@@ -277,7 +284,7 @@ class _WideNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
 
     def forward(self, heads_SBHK: torch.Tensor) -> torch.Tensor:
-        """Return the heads of this rank, normalised by all."""
+        """Return this rank's heads, normalised over the heads of all ranks."""
         wide, width = heads_SBHK.flatten(-2), len(self.weight)
         own = wide.shape[-1]
         first = own * parallel_state.get_tensor_model_parallel_rank() if own < width else 0
@@ -286,11 +293,14 @@ class _WideNorm(torch.nn.Module):
 
 
 class _KeepInput(torch.autograd.Function):
-    """The norm of rows of which a rank has a part. It keeps them, and one number for each, as fused norms do."""
+    """The norm of rows that may be split over ranks.
+
+    For the backward pass it keeps the rows and one number per row, as fused norms do.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, width: int, eps: float) -> torch.Tensor:
-        """Return rows over the root of the mean of all squares, times the weight."""
+        """Divide each row by its root mean square over all ranks, and multiply it by the weight."""
         wide, factors = _computed(rows, weight)
         roots = torch.rsqrt(_over_ranks(wide.square(), width) / width + eps)
         ctx.save_for_backward(rows, weight, roots)
@@ -310,13 +320,13 @@ class _KeepInput(torch.autograd.Function):
 
 
 def _computed(rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both in the type to compute in, float32 or more."""
+    """Cast rows and weight to the type for computing: float32 or wider."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(dtype), weight.to(dtype)
 
 
 def _over_ranks(numbers: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the sums of rows, of which a rank may have a part."""
+    """Return the sum of each row, over all ranks if a rank has only a part of the row."""
     sums = numbers.sum(-1, keepdim=True)
     if numbers.shape[-1] < width:
         torch.distributed.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
@@ -324,12 +334,12 @@ def _over_ranks(numbers: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class QueryNorm(_WideNorm):
-    """The norm of the query."""
+    """The norm over all query heads."""
 
     heads = "num_attention_heads"
 
 
 class KeyNorm(_WideNorm):
-    """The norm of the key."""
+    """The norm over all key heads."""
 
     heads = "num_query_groups"

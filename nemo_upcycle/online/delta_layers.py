@@ -1,7 +1,8 @@
-"""Layers of a GPTModel in which a gated delta net stands in the place of attention, as in Qwen3.5.
+"""GPTModel layers with a gated delta net in place of attention, as in Qwen3.5.
 
-The net is Megatron-Core's own, from 0.19 on; it wants flash-linear-attention to be installed. Its function that makes
-such layers wants Transformer Engine, and has no places for the norms and factors of `decoder_layers`.
+The net is Megatron-Core's own, available from 0.19 on, and needs flash-linear-attention. Megatron's own function for
+such layers is not used, because it needs Transformer Engine and has no places for the norms and factors of
+`decoder_layers`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_upcycle.models.delta_nets import VARIANT, has_nets, net_layers
 
 
-#: How Megatron's own local layers save the norm before attention, and as what Transformer Engine saves it.
+#: Name under which Megatron's local layers save the norm before attention, and Transformer Engine's name for it.
 _LOCAL_NORM, _SAVED_NORM = "input_layernorm.", "self_attention.in_proj.layer_norm_"
 
 
 def without_nets(config: Any) -> Any:
-    """Return a configuration whose layers all have attention: what Megatron's function of plain layers takes."""
+    """Return a configuration whose layers all have attention, for Megatron's function that builds plain layers."""
     if not has_nets(config):
         return config
     plain = copy.copy(config)
@@ -31,16 +32,16 @@ def without_nets(config: Any) -> Any:
 
 
 def with_nets(config: Any, layers: Sequence[Any], vp_stage: int | None, backend: Any) -> list[Any]:
-    """Put gated delta nets in the place of attention, in the layers that a configuration says.
+    """Replace attention by gated delta nets in the layers that the configuration names.
 
     Args:
         config: Megatron's `TransformerConfig`.
-        layers: the specs of a rank's layers, with attention.
+        layers: specs of a rank's layers, all with attention.
         vp_stage: number of the virtual pipeline stage.
-        backend: Megatron's provider of modules, its local one or Transformer Engine's.
+        backend: Megatron's module provider, local or Transformer Engine's.
 
     Returns:
-        Specs of all these layers.
+        The specs of all these layers, in the same order.
     """
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 
@@ -59,7 +60,7 @@ def with_nets(config: Any, layers: Sequence[Any], vp_stage: int | None, backend:
 
 
 def _numbers(config: Any, count: int, vp_stage: int | None) -> Sequence[int]:
-    """Return the numbers of a rank's layers in the model, from 0."""
+    """Return the numbers of a rank's layers in the whole model, from 0."""
     if layout := config.pipeline_model_parallel_layout:
         numbers: Sequence[int] = layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
         return numbers
@@ -71,7 +72,7 @@ def _with_net(spec: Any, net: ModuleSpec, *, is_local: bool) -> Any:
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
     spec.submodules.self_attention = net
-    if is_local:  # saved under Transformer Engine's name, as all that is
+    if is_local:  # like all other parameters, the norm is saved under Transformer Engine's name
         names = spec.submodules.sharded_state_dict_keys_map
         spec.submodules.sharded_state_dict_keys_map = names | {_LOCAL_NORM: _SAVED_NORM}
     return spec

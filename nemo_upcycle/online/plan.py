@@ -1,6 +1,6 @@
-"""Which of this rank's parameters is made of which slices of the dense checkpoint: the plan, checked as a whole.
+"""Plan which dense slices fill which local parameters, and check the plan as a whole.
 
-Nothing is read or written here, so that a plan can be made for any rank of any cluster on the meta device.
+Nothing is read or written here, so a plan can be made for any rank of any cluster on the meta device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nemo_upcycle.utils.dtypes import dtype_name
 
 @dataclass(frozen=True)
 class RankCoords:
-    """A rank's place in the groups that cut dense tensors, cut experts and distribute experts."""
+    """A rank's coordinates in the groups that cut dense tensors, cut expert tensors, and distribute experts."""
 
     dense: Shard
     expert: Shard
@@ -36,7 +36,7 @@ class RankCoords:
 
     @staticmethod
     def here() -> RankCoords:
-        """Return this rank's coordinates, from Megatron's groups."""
+        """Return this rank's coordinates from Megatron's groups."""
         from megatron.core import parallel_state as ps
 
         return RankCoords(
@@ -48,14 +48,14 @@ class RankCoords:
 
 @dataclass(frozen=True)
 class ParamPlan:
-    """A parameter of this rank, or the same matrix of those experts of a layer that are made of one dense slice.
+    """The plan of one local parameter, or of the same matrix in all local experts that share one dense slice.
 
     Args:
-        names: the parameters'.
-        tensors: their data; of a quantized parameter, the values to quantize.
-        experts: numbers of the experts over all ranks; empty for what is not a routed expert's.
-        made_of: what each of the tensors is made of.
-        quantized: the parameters that the tensors are quantized into; empty where they are their data.
+        names: names of the parameters.
+        tensors: data of the parameters; for quantized parameters, the values to quantize.
+        experts: expert numbers over all ranks; empty if the parameters do not belong to routed experts.
+        made_of: how each of the tensors is made.
+        quantized: parameters that the tensors are quantized into; empty if the tensors are the parameters' own data.
     """
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class ParamPlan:
     quantized: tuple[torch.Tensor, ...] = ()
 
     def records(self, spec: UpcycleSpec | None) -> list[ParameterRecord]:
-        """Return how each of the parameters is made."""
+        """Return one record for each parameter on how it is made."""
         branch = f"{self.made_of.branch}:" if self.made_of.branch else ""
         sources = tuple(f"{branch}{slice_}" for slice_ in self.made_of.slices)
         shape = tuple(self.tensors[0].shape)
@@ -75,15 +75,15 @@ class ParamPlan:
 
 
 def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPlan]:
-    """Plan what is to be filled in one model chunk, every parameter exactly once.
+    """Plan the fill of one model chunk, every parameter exactly once.
 
     Args:
         model: Megatron's `GPTModel` or `HybridModel`, also on the meta device.
-        plan: what the whole model is made of.
-        coords: the rank's.
+        plan: plan of the whole model.
+        coords: coordinates of the rank.
 
     Raises:
-        CheckpointError: a parameter has no source, one is missing, or a shape is wrong.
+        CheckpointError: a parameter has no source, a parameter is missing, or a shape is wrong.
         SpecError: a parameter cannot be filled through views.
     """
     parts, moe_arch = layer_parts(model), plan.moe_arch
@@ -114,13 +114,13 @@ def _group_plans(
     plan: ModelPlan,
     coords: RankCoords,
 ) -> list[ParamPlan]:
-    """Plan parameters by what they are, those of experts that are made of the same slices together.
+    """Plan parameters by their role. Experts that are made of the same slices share one plan.
 
     Args:
-        mapped: tuples of a parameter's name, the parameter, layer, row of the mapping table, and local expert.
-        config: the model's.
-        plan: what the whole model is made of.
-        coords: the rank's.
+        mapped: tuples of parameter name, parameter, layer, row of the mapping table, and local expert.
+        config: configuration of the model.
+        plan: plan of the whole model.
+        coords: coordinates of the rank.
 
     Raises:
         CheckpointError: a shape is wrong.
@@ -158,10 +158,10 @@ def _group_plans(
 def _checked_shape(
     name: str, tensor: torch.Tensor, mapping: ParamMapping, moe_arch: Architecture, shard: Shard
 ) -> tuple[int, ...]:
-    """Return the shape of a parameter.
+    """Return the shape of a parameter after checking that the dense checkpoint can fill it.
 
     Raises:
-        CheckpointError: the dense checkpoint cannot fill it.
+        CheckpointError: the dense checkpoint cannot fill the parameter.
     """
     shape = tuple(tensor.shape)
     rows = shape[0] * shard.size
@@ -177,7 +177,7 @@ def _checked_shape(
 
 
 def _biases(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the biases that choose experts, buffers of the routers that from now on no cast of the model rounds."""
+    """Yield the routers' buffers that bias the choice of experts, and protect them from later casts of the model."""
     for name, module in model.named_modules():
         if name.endswith(".mlp.router") and (bias := getattr(module, "expert_bias", None)) is not None:
             bias.data = bias.data.float()
@@ -186,7 +186,7 @@ def _biases(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """Move or cast a router as `Module._apply` does, its bias but to another device."""
+    """Move or cast a router as `Module._apply` does. Its bias is only moved, never cast."""
     kept = router.expert_bias
     made = torch.nn.Module._apply(router, change, recurse)
     router.expert_bias = kept.to(router.expert_bias.device)
@@ -194,10 +194,10 @@ def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tenso
 
 
 def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Take the memory of a parameter that is filled through views, or the values that are quantized.
+    """Return the memory of a parameter to fill through views, or the values that will be quantized into it.
 
     Raises:
-        SpecError: it is a `DTensor` of FSDP, or the like.
+        SpecError: the parameter has another class, such as FSDP's `DTensor`.
     """
     if is_quantized(parameter):
         return values_to_fill(parameter)
@@ -214,7 +214,7 @@ def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def split_name(name: str, layers: list[int]) -> tuple[int | None, str]:
-    """Return the layer's number in the whole model (None outside the layers) and the name inside it."""
+    """Return the layer number in the whole model (None outside the layers) and the name inside the layer."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):
         return None, name
@@ -228,7 +228,7 @@ def _check_roles(
     moe_arch: Architecture,
     parts: Iterable[LayerPart],
 ) -> None:
-    """Check that the layers have the parameters that the upcycled model has: none without a source, none missing."""
+    """Check that the layers have exactly the parameters of the upcycled model: all have a source, none is missing."""
     surplus, missing = list(unknown_names), []
     wanted_roles: dict[int, set[str]] = {}  # a stage may end between a layer's attention and its network
     for part in parts:

@@ -1,8 +1,9 @@
-"""Fills parameters that Transformer Engine keeps in FP8 or FP4 (`fp8_param_gather`, `fp4_param_gather`).
+"""Fill parameters that Transformer Engine keeps in FP8 or FP4 (`fp8_param_gather`, `fp4_param_gather`).
 
-A dense slice cannot be copied into such a parameter through views. But Megatron lets Transformer Engine keep, in CPU
-memory, the values in 16 bits that it was made of, and its distributed optimizer makes master weights of them. Those
-are filled, and Transformer Engine's own quantizer makes the parameter of them.
+A dense slice cannot be copied into such a parameter through views. But Megatron asks Transformer Engine to keep, in
+CPU memory, the 16-bit values that the parameter was quantized from, and the distributed optimizer makes master weights
+from these values. Therefore these values are filled, and Transformer Engine's own quantizer makes the parameter from
+them.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import torch
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
-    """Return whether it is a Float8Tensor, Float8BlockwiseQTensor, MXFP8Tensor or NVFP4Tensor."""
+    """Return whether a parameter is a Float8Tensor, Float8BlockwiseQTensor, MXFP8Tensor or NVFP4Tensor."""
     from megatron.core.fp8_utils import is_float8tensor
 
     return bool(is_float8tensor(parameter))
 
 
 def kept_values(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the values that master weights are going to be made of; None where none are kept, or no longer.
+    """Return the values from which master weights will be made, or None if no values are kept.
 
-    Models that are built without gradients have none, and an optimizer gives them up when it has made its masters.
+    A model that is built without gradients keeps none, and an optimizer drops the values once it has made its masters.
     """
     get = getattr(parameter, "get_high_precision_init_val", None)
     return get() if get else None
 
 
 def values_to_fill(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the tensor to fill in a quantized parameter's place: the kept values, or a new tensor like them."""
+    """Return the tensor to fill for a quantized parameter: the kept values, or a new tensor like them."""
     kept = kept_values(parameter)
     if kept is not None:
         return kept
@@ -40,12 +41,13 @@ def values_to_fill(parameter: torch.Tensor) -> torch.Tensor:
 def quantize(parameter: Any, values: torch.Tensor) -> None:
     """Write values into a quantized parameter, in place.
 
-    Delayed scaling takes its scale from earlier steps. Before the first it is 1, with which weights of 0.02 lose most
-    of their bits, and the largest value so far is that of the memory that the parameter was made of: both are set.
+    Delayed scaling takes its scale from earlier steps. Before the first step the scale is 1, at which weights around
+    0.02 lose most of their bits, and the recorded largest value still comes from the memory that the parameter was
+    created from. Both are set here.
 
     Args:
-        parameter: a tensor that `is_quantized`.
-        values: numbers in its shape.
+        parameter: quantized parameter, see `is_quantized`.
+        values: numbers in the parameter's shape.
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 

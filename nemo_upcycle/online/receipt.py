@@ -1,4 +1,4 @@
-"""The receipt: what was made of what, on this rank and over all ranks, and how faithful it is."""
+"""The receipt: how each parameter was made, on this rank and over all ranks, and how exact the model is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from nemo_upcycle.utils.schema import numbered, require_known
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """How one parameter of a rank was made; `sha256` is of its bytes, if hashes were asked for.
+    """How one parameter of a rank was made.
 
-    Of a parameter in FP8 or FP4, `dtype` is Transformer Engine's class and `sha256` is of what was quantized.
+    `sha256` is the hash of the parameter's bytes, if hashes were requested. For a parameter in FP8 or FP4, `dtype` is
+    Transformer Engine's class, and `sha256` is the hash of the values before quantization.
     """
 
     name: str
@@ -32,7 +33,7 @@ class ParameterRecord:
 
 @dataclass(frozen=True)
 class ActingCoefficient:
-    """The coefficient of an auxiliary loss of the router as it is set and as it acts on this layout, and why."""
+    """The coefficient of a router's auxiliary loss, as set and as it acts on this layout, with the reason."""
 
     name: str
     coefficient: float
@@ -42,15 +43,17 @@ class ActingCoefficient:
 
 @dataclass
 class UpcycleReceipt:
-    """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
+    """The result of `upcycle_into` on one rank. `merge` combines the receipts of all ranks.
 
-    `*_params` count the whole model, `dense_params` its parent, whose layers have `parent_experts`. Bytes are this
-    rank's until merged, then the sum over ranks; seconds and `peak_rss_gib` (of the process's whole life) then those
-    of the slowest and the largest rank. `exact_masters` says whether master weights that are made from now on equal
-    what was filled in: not where a parameter is in FP8 or FP4 and the values before are not kept, or no longer
-    because an optimizer has taken them. `auxiliary_losses` are those that a training has, and `balancing_bias` is what
-    moves the biases of its routers, by Megatron's name. `left_out` has what stands beside the text model in the
-    source's files, part by part: `tensors` and `bytes`.
+    `*_params` count the whole model. `dense_params` counts its parent, whose layers have `parent_experts` experts.
+    Bytes, seconds and `peak_rss_gib` (over the whole life of the process) are this rank's. After a merge, bytes are
+    the sum over the ranks, and seconds and `peak_rss_gib` are the largest of any rank.
+
+    `exact_masters` says whether master weights that are made from now on equal the values that were filled in. It is
+    False if a parameter is in FP8 or FP4 and its values before quantization were not kept, or an optimizer has already
+    taken them. `auxiliary_losses` are the auxiliary losses of the training. `balancing_bias` has the settings that
+    move the biases of the routers, by Megatron's names. `left_out` counts what the source's files hold besides the
+    text model: `tensors` and `bytes` of each part.
     """
 
     source: str
@@ -80,7 +83,7 @@ class UpcycleReceipt:
     version: str = __version__
 
     def merge(self, others: list[UpcycleReceipt]) -> UpcycleReceipt:
-        """Return this receipt with the numbers of all ranks (this one among `others`) added up."""
+        """Return this receipt with the numbers of all ranks combined. `others` includes this receipt."""
         merged = replace(self, ranks=len(others), exact_masters=all(other.exact_masters for other in others))
         for name in ("bytes_read", "bytes_needed", "bytes_written"):
             setattr(merged, name, sum(getattr(other, name) for other in others))
@@ -92,7 +95,7 @@ class UpcycleReceipt:
         return merged
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the receipt as plain values; the equivalence numbers stand at the top level."""
+        """Return the receipt as plain values, with the equivalence numbers at the top level."""
         value = asdict(self)
         equivalence, parameters = value.pop("equivalence"), value.pop("parameters")
         return numbered({**equivalence, **value, "parameters": parameters})
@@ -103,10 +106,10 @@ class UpcycleReceipt:
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """Return a receipt as plain values, as `UpcycleReceipt.to_dict` makes them.
+    """Return a receipt as plain values, in the form of `UpcycleReceipt.to_dict`.
 
     Raises:
-        UpcycleError: the file is missing, no receipt, or of a newer release.
+        UpcycleError: the file is missing, is not a receipt, or is from a newer release.
     """
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
@@ -120,17 +123,17 @@ def read_receipt(path: Path) -> dict[str, Any]:
 def recorded_spec(
     fields: dict[str, Any] | None, path: Path | None, given: dict[str, Any], unsaid: dict[str, Any] | None = None
 ) -> UpcycleSpec | None:
-    """Return the spec of a receipt, or of options; None if there is neither.
+    """Return the spec from a receipt or from options, or None if there is neither.
 
     Args:
-        fields: fields of the receipt's spec; None without a receipt.
-        path: the receipt's file, for the text of an error.
-        given: fields that options set.
-        unsaid: fields known from elsewhere, used only without a receipt.
+        fields: spec fields from the receipt; None without a receipt.
+        path: file of the receipt, for error messages.
+        given: spec fields that options set.
+        unsaid: spec fields that are known from elsewhere, used only without a receipt.
 
     Raises:
-        SpecError: an option contradicts the receipt, or a value is wrong.
-        UpcycleError: the receipt's spec has an unknown field, or a value of another type.
+        SpecError: an option contradicts the receipt, or a value is invalid.
+        UpcycleError: the receipt's spec has an unknown field, or a value of the wrong type.
     """
     try:
         spec = UpcycleSpec(**fields) if fields else None

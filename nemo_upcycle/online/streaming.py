@@ -1,4 +1,7 @@
-"""A dense model that computes layer by layer: one is in memory, in float32, and what it hands on is kept outside."""
+"""A dense model that runs layer by layer.
+
+Only one layer is in memory at a time, in float32. Its outputs are kept outside the model.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
 
 
-#: How the model calls its layers, by the shape of a batch.
+#: Arguments with which the model calls each of its layers, by the shape of a batch.
 Calls = dict[tuple[int, ...], list[dict[str, Any]]]
-#: Applies a function to items, several at a time, and yields the results in order.
+#: Function that applies another function to items, several at a time, and yields the results in order.
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
-    """Check that a dense model can be run layer by layer, and knows these tokens.
+    """Check that a dense model can run layer by layer and has these tokens in its vocabulary.
 
     Args:
-        dense: the open dense model; of several, the first.
+        dense: open dense model; if several are mixed, the first one is checked.
         batches: token ids.
 
     Raises:
-        CheckpointError: it cannot, or does not.
+        CheckpointError: the model cannot run layer by layer, or a token is outside its vocabulary.
     """
     arch, path = dense.architecture, dense.branches()[0].path
     lacks = {
@@ -55,10 +58,10 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
 
 
 class StreamedModel:
-    """The classes of transformers, whose weights are read when they compute.
+    """A model of transformers that reads the weights of a layer only when the layer computes.
 
     Args:
-        dense: the open dense model, one.
+        dense: open dense model, not a mix of several.
 
     Example:
         >>> model = StreamedModel(dense)  # doctest: +SKIP
@@ -72,10 +75,10 @@ class StreamedModel:
         self.layers = self.model.model.layers
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
-        """Embed each batch of token ids, [B, S], for the first layer, and note how the model calls its layers."""
+        """Embed each batch of token ids, [B, S], for the first layer, and record how the model calls its layers."""
         used, places = torch.cat([batch.flatten() for batch in batches]).unique(return_inverse=True)
         name = mapping_of("embedding", self.dense.architecture).hf[0]
-        rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
+        rows = self.dense.read(name)[used].float()  # only these rows of a mapped file are read
         module = self.model.get_input_embeddings()
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
         states, calls = list[torch.Tensor](), Calls()
@@ -89,7 +92,7 @@ class StreamedModel:
         return states, calls
 
     def filled(self, layer: int) -> Any:
-        """Fill a layer with its weights; `.to("meta")` gives them up."""
+        """Load the weights of a layer. Calling `.to("meta")` on the layer frees them."""
         module, arch = self.layers[layer], self.dense.architecture
         stored = {name: stored_name(f"model.layers.{layer}.{name}", arch) for name, _ in module.named_parameters()}
         for name in stored.values():
@@ -101,12 +104,12 @@ class StreamedModel:
 
 
 class _Recorded(Exception):
-    """All layers were called: what comes behind them is not wanted."""
+    """All layers were called, so the rest of the model need not run."""
 
 
 @contextmanager
 def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
-    """Note how the model calls its layers, in place of computing them; of the first also with which states."""
+    """Record how the model calls its layers instead of running them. For the first layer, record its input, too."""
     calls: list[dict[str, Any]] = []
 
     def recorder(is_last: bool) -> Callable[..., Any]:
@@ -130,10 +133,11 @@ def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def several_at_a_time() -> Iterator[Run]:
-    """Give a function that applies another to items, several at a time, and yields the results in order.
+    """Yield a function that applies another function to items, several at a time, and yields the results in order.
 
-    How a library cuts a product among threads decides in which order it is summed. Here every item is computed by one
-    thread, and as many items at a time as torch has threads: the results do not depend on how many.
+    The way in which a library splits a matrix product among threads decides the order of its sums. Here one thread
+    computes each item, and as many items run at a time as torch has threads, so the results do not depend on the
+    number of threads.
     """
     count = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -145,7 +149,7 @@ def several_at_a_time() -> Iterator[Run]:
                 try:
                     for item in items:
                         waiting.append(pool.submit(torch.no_grad()(function), item))
-                        if len(waiting) > count:  # no more results at a time than are computed
+                        if len(waiting) > count:  # keep at most one result per thread
                             yield waiting.popleft().result()
                     while waiting:
                         yield waiting.popleft().result()

@@ -1,8 +1,9 @@
 """The plan of a tensor of an upcycled model: one record for upcycling, conversion, verification and receipt.
 
-Only `ModelPlan` decides which slices of dense tensors a tensor is made of, from which of several dense models, with
-which factors and which changes by the init method; `expand_slice` and `change_copies` carry this out. From a parent
-with experts, an expert is made from one of the parent's experts, and the router from the rows of the parent's router.
+Only `ModelPlan` decides how a tensor is made: from which slices of dense tensors, from which of several dense models,
+with which factors, and with which changes by the init method. `expand_slice` and `change_copies` carry this out. If
+the parent has experts, an expert is made from one of the parent's experts, and the router from the rows of the
+parent's router.
 """
 
 from __future__ import annotations
@@ -33,41 +34,40 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 Bounds = tuple[tuple[int, int], ...]
-#: Roles of a router: with a row for every expert, and no tensor of a dense model behind it.
+#: Roles of a router's tensors. They have a row for every expert, and a dense model has no such tensors.
 _ROUTER_ROLES = ("router", "router_bias", *BALANCING_BIASES)
 _WHOLE = Shard()
 
 
 class DenseSlice(NamedTuple):
-    """A slice of a dense tensor, and the rows of the tensor made of it that it fills."""
+    """A slice of a dense tensor, and the rows that it fills in the upcycled tensor."""
 
     name: str
     piece: SourceSlice
 
     @property
     def bounds(self) -> Bounds:
-        """The slice, as (start, stop) along every axis of the dense tensor."""
+        """Bounds of the slice: (start, stop) along every axis of the dense tensor."""
         return self.piece.source
 
     def __str__(self) -> str:
-        """Return it as the receipt writes it."""
+        """Return the slice as the receipt writes it."""
         return f"{self.name}[{', '.join(f'{start}:{stop}' for start, stop in self.bounds)}]"
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What one tensor of an upcycled model is made of. Experts that are copies of one dense slice have equal plans.
+    """How one tensor of an upcycled model is made. Experts that are copies of one dense slice have equal plans.
 
     Args:
-        mapping: what the tensor is in the upcycled model.
-        layer: number in the whole model, from 0; None outside the layers.
-        slices: the dense slices that it is put together from, in the order of its rows; none for a router that is
-            drawn.
-        shard: the rank's part of it.
-        branch: which of several dense models a routed expert comes from; None for everything else.
-        factors: factors on it, applied in turn, each product rounded to the tensor's type.
-        offset: what is added to its slices before that, in their own type.
-        method: changes each expert's copy afterwards; None leaves the copies as they are.
+        mapping: row of the mapping table for the tensor in the upcycled model.
+        layer: layer number in the whole model, from 0; None outside the layers.
+        slices: dense slices that form the tensor, in the order of its rows; empty for a router that is drawn.
+        shard: the rank's part of the tensor.
+        branch: which of several dense models a routed expert comes from; None for all other tensors.
+        factors: factors on the tensor, applied in turn; each product is rounded to the tensor's type.
+        offset: number that is added to the slices before the factors, in the slices' own type.
+        method: init method that changes each expert's copy afterwards; None leaves the copies as they are.
     """
 
     mapping: ParamMapping
@@ -81,22 +81,22 @@ class TensorPlan:
 
     @property
     def is_router(self) -> bool:
-        """Whether it belongs to a router."""
+        """Whether the tensor belongs to a router."""
         return self.mapping.role in _ROUTER_ROLES
 
     @property
     def is_drawn(self) -> bool:
-        """Whether it is drawn and not made of dense slices: a router, unless the parent has one."""
+        """Whether the tensor is drawn instead of made of dense slices: a router, unless the parent has one."""
         return self.is_router and not self.slices
 
     @property
     def is_down(self) -> bool:
-        """Whether it is a down projection, whose columns are the neurons."""
+        """Whether the tensor is a down projection, whose columns are the neurons."""
         return self.mapping.sharding is Sharding.NEURON_COLUMNS
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The matrices of a feed-forward network that its slices are of, `gate`, `up` or `down`."""
+        """The matrix (`gate`, `up` or `down`) of a feed-forward network that each slice belongs to."""
         return tuple(self.mapping.parts[slice_.piece.part] for slice_ in self.slices)
 
     @property
@@ -105,11 +105,11 @@ class TensorPlan:
         return math.prod(self.factors, start=1.0)
 
     def source(self, dense: DenseSource) -> DenseSource:
-        """Return the one of several mixed dense models that the slices are read from."""
+        """Return the dense model that the slices are read from: one of several, if several are mixed."""
         return dense if self.branch is None else dense.branches()[self.branch]
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
-        """Return how the tensor is made, for the receipt."""
+        """Return how the receipt describes the making of the tensor."""
         if self.mapping.role != "router" and self.is_drawn:
             return "zero"
         if self.is_drawn and spec:
@@ -121,7 +121,7 @@ class TensorPlan:
         return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
-        """Return a router's weight [E, D] or bias [E], float32."""
+        """Return a router's weight [E, D] or bias [E], in float32."""
         if self.mapping.role != "router":
             return torch.zeros(spec.num_experts)
         assert self.layer is not None
@@ -130,13 +130,13 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a model is made of, decided once: the plan of each of its tensors follows.
+    """How a model is made, decided once. The plan of each of its tensors follows from this.
 
     Args:
-        dense: the dense model's architecture.
-        moe_arch: the upcycled model's; the dense one's where nothing is upcycled.
-        spec: how one becomes the other; None for a dense model.
-        parents: number of dense models that become experts in turn.
+        dense: architecture of the dense model.
+        moe_arch: architecture of the upcycled model; the dense one if nothing is upcycled.
+        spec: how the dense model is upcycled; None to keep it dense.
+        parents: number of dense models, which become experts in turn.
     """
 
     dense: Architecture
@@ -146,12 +146,12 @@ class ModelPlan:
 
     @staticmethod
     def of(dense: DenseSource, spec: UpcycleSpec | None) -> ModelPlan:
-        """Plan what a spec makes of an open dense checkpoint, or the checkpoint's own model.
+        """Plan the upcycling of an open dense checkpoint. Without a spec, plan its own model unchanged.
 
         Raises:
-            SpecError: the spec does not fit, names no calibration file and needs one, or leaves out a parent.
-            CheckpointError: the calibration file is of another model or of other settings.
-            UpcycleError: the calibration file is missing, damaged, or something else.
+            SpecError: the spec does not fit, needs a calibration file and names none, or leaves out a parent.
+            CheckpointError: the calibration file is from another model or from other settings.
+            UpcycleError: the calibration file is missing, damaged, or not a calibration file.
         """
         arch = dense.architecture
         if spec is None:
@@ -171,22 +171,22 @@ class ModelPlan:
         hf_part: int | None = None,
         interleaved: int | None = None,
     ) -> TensorPlan:
-        """Decide what a tensor is made of.
+        """Decide how a tensor is made.
 
-        Copy c of the dense network, cut into G shards, is the experts c G to c G + G - 1 and comes from parent
-        c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact. Of a
-        parent with experts, `source_experts` says which one is copied; its shared experts, as all else, stay as they
-        are.
+        Copy c of the dense network, cut into G shards, becomes the experts c G to c G + G - 1, and comes from parent c
+        modulo `parents`. The outputs of routed and shared experts are scaled so that their sum stays exact. If the
+        parent has experts, `source_experts` decides which of them is copied. Its shared experts stay as they are, like
+        all other tensors.
 
         Args:
-            mapping: what the tensor is in the upcycled model.
-            layer: number in the whole model; None outside the layers.
-            expert: number of the routed expert over all ranks; 0 for everything else.
+            mapping: row of the mapping table for the tensor in the upcycled model.
+            layer: layer number in the whole model; None outside the layers.
+            expert: number of the routed expert over all ranks; 0 for all other tensors.
             shard: the rank's part of the tensor.
-            shape: the shard's shape, where a vocabulary may be padded.
-            hf_part: in a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the
-                parameter itself.
-            interleaved: whether gate and up rows are interleaved, see `source_slices`.
+            shape: shape of the shard, needed if a vocabulary may be padded.
+            hf_part: which Hugging Face part of a fused Megatron parameter to plan; None plans the parameter itself.
+            interleaved: rows of a block if blocks of gate and up rows alternate, see `source_slices`; None if gate is
+                above up.
         """
         dense, moe, spec = self.dense, self.moe_arch, self.spec
         if layer is not None:
@@ -222,13 +222,13 @@ class ModelPlan:
         return TensorPlan(mapping, layer, slices, shard, branch, factors, method, offset)
 
     def hf_tensor(self, hf_name: str) -> tuple[TensorPlan, int]:
-        """Decide what a tensor of the Hugging Face model is made of; with the number of its routed expert."""
+        """Decide how a tensor of the Hugging Face model is made. Also return the number of its routed expert."""
         mapping, part, layer, expert = mapping_of_hf(hf_name, self.moe_arch)
         return self.tensor(mapping, layer if mapping.in_layer else None, expert, hf_part=part), expert
 
 
 def _rows_of(whole: DenseSlice, sources: Sequence[int]) -> Iterator[DenseSlice]:
-    """Yield the slices of a tensor with a row for each expert of which one for more experts is put together."""
+    """Yield slices of a tensor with one row per parent expert, from which the larger tensor is assembled."""
     _, *rest = whole.bounds
     starts = [row for row, source in enumerate(sources) if row == 0 or source != sources[row - 1] + 1]
     for row, end in itertools.pairwise([*starts, len(sources)]):
@@ -246,7 +246,7 @@ def _factors(
     *,
     hf: bool,
 ) -> tuple[float, ...]:
-    """Return the factors on what stands behind a network's activation: weights and bias of its output."""
+    """Return the factors on a tensor. The spec scales only the weight and bias after a network's activation."""
     of_role: dict[str, float] = {}
     if spec and dense.num_experts:
         of_role = dict.fromkeys(("expert_fc2", "expert_fc2_bias"), expert_scale(dense, spec))
@@ -254,7 +254,7 @@ def _factors(
         of_role = {
             "expert_fc2": spec.expert_scale(expert),
             "expert_fc2_bias": spec.bias_scale,
-            "shared_fc2": 1.0 if dense.keeps_network else spec.shared_scale,  # which a norm of its own stands behind
+            "shared_fc2": 1.0 if dense.keeps_network else spec.shared_scale,  # the kept network has its own norm
         }
     factors = (of_role.get(mapping.role, 1.0), (mapping.hf_factor if hf else 1.0) / source.hf_factor)
     return tuple(factor for factor in factors if factor != 1.0)
@@ -268,18 +268,20 @@ def expand_slice(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cast a dense slice, or some rows of it, and scale it in that type; an offset is added before, in its own.
+    """Cast a dense slice, or some of its rows, and scale it in the new type.
+
+    An offset is added before the cast, in the slice's own type.
 
     Args:
-        plan: the plan of the tensor that it is a part of.
-        name: the dense tensor.
-        slice_: the slice that was read.
-        source: checkpoint that it was read from, for the text of an error.
-        dtype: the type of the result.
-        out: where to put it; by default a new tensor, or the slice itself where nothing changes.
+        plan: plan of the tensor that the slice is a part of.
+        name: name of the dense tensor.
+        slice_: slice that was read.
+        source: checkpoint that the slice was read from, for error messages.
+        dtype: type of the result.
+        out: tensor to write into; by default a new tensor, or the slice itself if nothing changes.
 
     Raises:
-        BrokenWeights: it holds NaN, infinity or a number too large for the type.
+        BrokenWeights: the slice holds NaN, infinity or a number too large for the type.
     """
     slice_ = slice_ + plan.offset if plan.offset else slice_
     made = slice_.to(dtype) if out is None else out.copy_(slice_)
@@ -295,14 +297,14 @@ def change_copies(
     """Let the init method change every expert's copy, in place.
 
     Args:
-        plan: the tensors'; without a method nothing happens.
-        spec: says how much, and with which seed.
-        source: read once more where tensor parallelism left a part of the matrix on this rank.
+        plan: plan of the tensors; without a method nothing happens.
+        spec: gives the strength of the change and the seed.
+        source: checkpoint to read again if tensor parallelism left only a part of the matrix on this rank.
         experts: numbers of the experts over all ranks; 0 for a router.
-        tensors: their copies.
+        tensors: copies of these experts.
 
     Raises:
-        BrokenWeights: what comes out is too large for the type.
+        BrokenWeights: a changed value is too large for the type.
     """
     if plan.method is None:
         return
@@ -319,7 +321,7 @@ def change_copies(
 
 
 def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the matrices [F, D] that lie in a tensor one below the other, as views; copies where they interleave."""
+    """Return the matrices [F, D] that a tensor stacks, as views, or as copies if they interleave."""
     if plan.is_router:
         return [tensor]
     if plan.slices[0].piece.blocks == 1:
@@ -330,7 +332,7 @@ def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
 def _whole_matrix(
     plan: TensorPlan, dense_slice: DenseSlice, source: DenseSource, local_FD: torch.Tensor
 ) -> torch.Tensor:
-    """Return all neurons of an expert's matrix, of which the rank holds some."""
+    """Return all neurons of an expert's matrix, including those on other ranks."""
     if plan.shard.size == 1:
         return local_FD.clone()
     count, axis = local_FD.shape[0], int(plan.is_down)

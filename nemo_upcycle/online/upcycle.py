@@ -1,10 +1,10 @@
-"""Fills the Megatron model chunks of this rank from a dense checkpoint, in place: online upcycling.
+"""Fill this rank's Megatron model chunks from a dense checkpoint, in place: online upcycling.
 
-Every rank reads only the dense slices that its own parameters are made of and expands them into its own expert shard
-(the idea of arXiv 2412.09952, section 2.3). No dense model is built, nothing is gathered or sent between ranks.
-The work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then `fill`
-moves the bytes: a slice, mostly a view of a mapped file, goes through in blocks so small that what came from memory
-once is still in the processor's cache when it is checked and copied to the other experts.
+Every rank reads only the dense slices that its own parameters need, and expands them into its own expert shard (the
+idea of arXiv 2412.09952, section 2.3). No dense model is built, and nothing is gathered or sent between ranks. The
+work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then `fill` moves
+the bytes. A slice is usually a view of a mapped file, and is processed in small blocks: after a block is read from
+memory, it is still in the processor's cache when it is checked and copied to the other experts.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 #: Called after every filled parameter with its name and the bytes written.
 Progress = Callable[[str, int], None]
-#: What is read, checked and copied to all experts before the next is read.
+#: Size of a block (bytes). A block is read, checked and copied to all experts before the next one is read.
 _BLOCK_BYTES = 4 << 20
-#: What is fetched while something is filled: enough to read a cold file without a pause.
+#: How far to fetch ahead of the fill (bytes): enough to read a cold file without a pause.
 _AHEAD_BYTES = 128 << 20
 
 
@@ -55,18 +55,19 @@ def upcycle_into(
     *,
     hashes: bool = False,
 ) -> UpcycleReceipt:
-    """Make the local chunks of an MoE model from a dense checkpoint, in place.
+    """Fill the local chunks of an MoE model from a dense checkpoint, in place.
 
-    Works under any `parallel_state`. For one seed the gathered model is bit-identical whatever the layout; of
-    parameters in FP8 or FP4, what they are quantized from. Optimizers that keep master weights must be made
-    afterwards, or reload them; with such parameters only the former gives exact ones (`exact_masters` in the receipt).
+    Works under any `parallel_state`. For one seed, the gathered model is bit-identical under every layout; for
+    parameters in FP8 or FP4, this holds for the values that they are quantized from. Create optimizers that keep
+    master weights afterwards, or let them reload the weights. With FP8 or FP4 parameters, only optimizers that are
+    created afterwards get exact master weights (`exact_masters` in the receipt).
 
     Args:
         chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
         dense: the open dense checkpoint.
-        spec: what to make of it; None loads it into a dense model as it is.
+        spec: how to upcycle it; None loads it unchanged into a dense model.
         progress: called after every parameter.
-        hashes: note the sha256 of every parameter in the receipt, which takes longer than the upcycling.
+        hashes: whether to record the sha256 of every parameter in the receipt, which takes longer than the upcycling.
 
     Returns:
         The receipt of this rank.
@@ -74,7 +75,7 @@ def upcycle_into(
     Raises:
         SpecError: spec and model disagree. Nothing was written.
         CheckpointError: a parameter has no source, a source tensor is unused, or shapes disagree; nothing was written.
-            Or a dense tensor holds NaN or infinity: the model is then unfinished.
+            Or a dense tensor holds NaN or infinity; the model is then unfinished.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -93,7 +94,7 @@ def upcycle_into(
 def load_dense_into(
     chunks: Sequence[torch.nn.Module], dense: DenseSource, progress: Progress | None = None
 ) -> UpcycleReceipt:
-    """Load a dense checkpoint into the local chunks of a dense Megatron model, in place, by the same mapping.
+    """Load a dense checkpoint into the local chunks of a dense Megatron model, in place, with the same mapping.
 
     Args, Returns and Raises as in `upcycle_into`.
     """
@@ -101,7 +102,8 @@ def load_dense_into(
 
 
 def _unwrap(chunk: Any) -> Any:
-    # Not by attribute: NeMo's wrappers hand out what is inside them, under other parameter names than their own.
+    # Look in `_modules`, because NeMo's wrappers also return attributes of the model inside them, but the parameters
+    # of a wrapper have other names than those of the model.
     while "decoder" not in chunk._modules:
         if "module" not in chunk._modules:
             raise SpecError(
@@ -115,7 +117,7 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: UpcycleSpec | None) -> list[ParamPlan]:
-    """Plan the fill of the local chunks of a model, also on the meta device.
+    """Plan and check the fill of a model's local chunks, which may be on the meta device.
 
     Args:
         chunks: chunks of the model on this rank, see `upcycle_into`.
@@ -144,9 +146,9 @@ def fill(
     """Write every parameter.
 
     Args:
-        plans: what to fill, and of what.
-        dense: where the slices come from.
-        spec: what becomes of them; None for a dense model.
+        plans: plans to carry out.
+        dense: checkpoint that the slices are read from.
+        spec: how the checkpoint is upcycled; None for a dense model.
         progress: called after every plan, in their order.
 
     Returns:
@@ -156,7 +158,7 @@ def fill(
         CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
             model is then unfinished.
     """
-    waiting, ahead_bytes = iter(plans), 0  # prefetched beyond `plan`
+    waiting, ahead_bytes = iter(plans), 0  # bytes prefetched beyond `plan`
     records = []
     for plan in plans:
         ahead_bytes -= plan.tensors[0].nbytes
@@ -181,11 +183,11 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
         first.copy_(made_of.drawn(spec, dense.architecture.hidden_size))
         return
     source = made_of.source(dense)
-    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
+    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # then copy the whole first expert
     held: object = None
     slice_ = first
     for name, piece in made_of.slices:
-        if held != (name, piece.source):  # the rows of a parent's router come once for each copy
+        if held != (name, piece.source):  # a parent's router rows come once for each copy
             held, slice_ = (name, piece.source), source.read(name, piece.source)
         whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in plan.tensors[: 1 if at_once else None]))
         for part, *experts in [whole] if at_once else _blocks(whole):
@@ -193,7 +195,7 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
             fill_copies(experts)
     if at_once:
         fill_copies(plan.tensors)
-    if made_of.mapping.sharding is Sharding.VOCABULARY:  # padding
+    if made_of.mapping.sharding is Sharding.VOCABULARY:  # zero the padding
         rows = sum(piece.rows[1] for _, piece in made_of.slices)
         first[rows:].zero_()
     if spec:
@@ -201,7 +203,7 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
 
 
 def _blocks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the same rows of all tensors, block by block; the first tensor is the dense slice."""
+    """Yield the same rows of all tensors, block by block. The first tensor is the dense slice."""
     count = max(1, -(-tensors[1].nbytes // _BLOCK_BYTES))
     yield from zip(*(tensor.split(-(-tensor.shape[0] // count)) for tensor in tensors), strict=True)
 
@@ -219,13 +221,13 @@ def make_receipt(
     """Return the receipt of plans that were carried out.
 
     Args:
-        chunk: one of the model's, for its configuration.
+        chunk: one of the model's chunks, for its configuration.
         dense: the open dense checkpoint.
-        spec: what was made of it.
-        plans: what was to be filled.
-        records: how it was made.
-        seconds: what it took.
-        bytes_read: bytes of the dense checkpoint.
+        spec: how the checkpoint was upcycled.
+        plans: plans that were carried out.
+        records: how each parameter was made.
+        seconds: time taken.
+        bytes_read: bytes read from the dense checkpoint.
     """
     arch = dense.architecture
     moe_arch = arch.upcycled(spec) if spec else arch
@@ -266,7 +268,7 @@ def make_receipt(
 
 
 def _sha256_of(tensor: torch.Tensor) -> str:
-    """Hash a parameter's bytes, for the receipt."""
+    """Hash a parameter's bytes for the receipt."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -276,20 +278,20 @@ def fill_chunks(
     spec: UpcycleSpec | None,
     non_expert_weights: str = "first",
 ) -> UpcycleReceipt:
-    """Fill this rank's chunks from a dense checkpoint or several, with a progress line on the first rank.
+    """Fill this rank's chunks from one or several dense checkpoints, with a progress line on the first rank.
 
     Args:
         chunks: chunks of the model on this rank, see `upcycle_into`.
-        paths: the dense checkpoint, and its branches.
-        spec: how to upcycle it; None loads it as it is.
+        paths: the dense checkpoint, followed by its branches.
+        spec: how to upcycle it; None loads it unchanged.
         non_expert_weights: "first" or "mean", see `open_dense`.
 
     Returns:
         The receipt of this rank.
 
     Raises:
-        SpecError: an MoE model without a spec, or a spec without an MoE model.
-        CheckpointError: model and checkpoint do not fit.
+        SpecError: an MoE model has no spec, or the model of a spec has no experts.
+        CheckpointError: model and checkpoint do not fit each other.
     """
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     first = torch.distributed.get_rank() == 0
@@ -305,10 +307,10 @@ def fill_chunks(
 
 
 def merge_receipts(receipt: UpcycleReceipt) -> UpcycleReceipt | None:
-    """Return the receipt of all ranks on the first of them, None on the others; a collective call.
+    """Return the merged receipt of all ranks on the first rank, and None on the others. This is a collective call.
 
     Args:
-        receipt: this rank's.
+        receipt: receipt of this rank.
     """
     first = torch.distributed.get_rank() == 0
     receipts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None

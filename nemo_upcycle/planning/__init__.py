@@ -1,1 +1,1 @@
-"""What fits where, how fast, how long and how much: arithmetic that needs neither a GPU nor torch."""
+"""The planner: which layout fits, its speed, the training time and the cost, computed without a GPU and torch."""

@@ -1,4 +1,4 @@
-"""The speeds that a GPU and its machine reach; GPUs and parents by name, read from `conf/planning`."""
+"""The speeds that a GPU and its machine reach, and the known GPUs and parents, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_upcycle.utils.conf import packaged, read_yaml
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in its machine; `conf/planning/gpus.yaml` explains the fields."""
+    """A GPU and the machine around it; `conf/planning/gpus.yaml` explains the fields."""
 
     name: str
     memory_gib: float
@@ -31,12 +31,12 @@ class Gpu:
     reached: dict[str, float] = field(default_factory=dict, hash=False)
 
     def peak_tflops(self, numbers: Precision) -> float:
-        """Return the peak of products in a precision; that of BF16 where the GPU has no other."""
+        """Return the GPU's peak for products in a precision, or its BF16 peak if it has none for the precision."""
         return {8: self.fp8_tflops, 4: self.fp4_tflops}.get(numbers.bits) or self.bf16_tflops
 
     @property
     def is_blackwell(self) -> bool:
-        """Whether it multiplies in MXFP8 and FP4."""
+        """Whether the GPU multiplies in MXFP8 and FP4."""
         return self.fp4_tflops is not None
 
     def has(self, numbers: Precision) -> bool:
@@ -46,29 +46,33 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Which part of an H100's peaks is reached; `Gpu.reached` has the values that differ on another GPU.
+    """The fractions of an H100's peaks that are reached, and its launch times; `Gpu.reached` overrides them by GPU.
 
-    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements; the rest is set.
+    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements. The other values are set.
 
     Args:
-        gemm: part of the peak that large matrix products reach, at the clock they run at.
-        gemm_fp8: `gemm` for FP8, scaling and transposing included; for MXFP8 without casts, which are counted apart.
+        gemm: fraction of the peak that large matrix products reach, at the clock that they run at.
+        gemm_fp8: `gemm` for FP8, including scaling and transposing; for MXFP8 without casts, which are counted
+            separately.
         gemm_fp4: `gemm` for NVFP4, without casts.
-        ragged: factor on these for a matrix whose sides are no multiples of 128.
-        attention: part of the BF16 peak that flash attention reaches over forward and backward.
-        memory: part of the HBM's bandwidth.
-        link: part of the bandwidth of NVLink and of the network.
-        tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
-        ep_hidden: part of the experts' traffic that another micro-batch's computation hides where it is overlapped.
-        layer_us: kernel launches and host work of one layer and micro-batch.
-        moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert.
-        expert_us: time of every further expert of the rank: grouped products are launched expert by expert.
-        uneven_expert_us: `expert_us` without padding: the host has waited for the numbers of tokens, so no kernel that
+        ragged: factor on these three for a matrix whose sides are not multiples of 128.
+        attention: fraction of the BF16 peak that flash attention reaches over forward and backward.
+        memory: fraction of the HBM bandwidth.
+        link: fraction of the bandwidth of NVLink and of the network.
+        tp_hidden: fraction of tensor parallelism's traffic that products hide if the traffic is overlapped.
+        ep_hidden: fraction of the experts' traffic that another micro-batch's computation hides if the traffic is
+            overlapped.
+        layer_us: kernel launches and host work of one layer and micro-batch (microseconds).
+        moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert
+            (microseconds).
+        expert_us: time of every further expert of the rank, because grouped products are launched expert by expert
+            (microseconds).
+        uneven_expert_us: `expert_us` without padding. The host has waited for the numbers of tokens, so no kernel that
             it launched earlier hides its work.
-        uneven_fp8_expert_us: `uneven_expert_us` in FP8, where each expert's tensors are measured, cast and transposed.
+        uneven_fp8_expert_us: `uneven_expert_us` in FP8, which measures, casts and transposes each expert's tensors.
         uneven_mx_expert_us: `uneven_expert_us` in MXFP8 and NVFP4, whose scales need no second pass.
-        imbalance: token slots of the busiest expert rank over the mean, when experts are not padded to a capacity and
-            routing is balanced, as benchmarks force it; the other ranks wait for the busiest.
+        imbalance: token slots of the busiest expert rank over the mean, if experts are not padded to a capacity and
+            routing is balanced, as in benchmarks; the other ranks wait for the busiest.
         uneven: growth of `imbalance` under natural routing, for each doubling of the experts beyond four.
     """
 
@@ -91,24 +95,24 @@ class Machine:
     uneven: float = 0.12
 
     def uneven_us(self, numbers: Precision) -> float:
-        """Return the microseconds of launches of an expert that is not padded."""
+        """Return the launch time of an expert that is not padded (microseconds)."""
         if numbers.blackwell:
             return self.uneven_mx_expert_us
         return self.uneven_fp8_expert_us if numbers.fp8 else self.uneven_expert_us
 
     def waits_for(self, experts: int, *, natural: bool) -> float:
-        """Return token slots of the busiest expert rank over the mean.
+        """Return the token slots of the busiest expert rank over the mean.
 
         Args:
-            experts: a layer's.
-            natural: whether the router decides, as in training; else it is made to balance.
+            experts: experts of a layer.
+            natural: whether the router chooses the experts, as in training; if not, it is forced to balance them.
         """
         added = self.uneven * max(0.0, math.log2(max(experts, 1) / 4)) if natural else 0.0
         return self.imbalance * (1 + added)
 
 
-#: Generation of Megatron-Core -> values that differ. From 0.17 on the host neither waits for the numbers of tokens
-#: nor works expert by expert.
+#: Version of Megatron-Core -> values of `Machine` that differ. From 0.17 on, the host neither waits for the numbers of
+#: tokens nor works expert by expert.
 SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
     "mcore-0.16": {"uneven_fp8_expert_us": 650.0, "uneven_mx_expert_us": 200.0},
@@ -120,12 +124,12 @@ SOFTWARE: dict[str, dict[str, float]] = {
     },
 }
 SOFTWARE["mcore-0.18"] = SOFTWARE["mcore-0.17"]
-#: NeMo 2.7's, and the last one, which Megatron-Bridge is taken to have.
+#: Versions that NeMo 2.7 has, and that Megatron-Bridge is assumed to have (the newest).
 DEFAULT_SOFTWARE, BRIDGE_SOFTWARE = "mcore-0.15", "mcore-0.18"
 
 
 def known_machine(gpu: Gpu, software: str) -> Machine:
-    """Find which part of a GPU's peaks a generation of software reaches.
+    """Return the fractions of a GPU's peaks that a version of Megatron-Core reaches.
 
     Args:
         gpu: the GPU.
@@ -136,7 +140,7 @@ def known_machine(gpu: Gpu, software: str) -> Machine:
 
 @lru_cache(maxsize=8)
 def read_data(name: str) -> Any:
-    """Return a file of `conf/planning` as plain values."""
+    """Read a file of `conf/planning` as plain values."""
     return read_yaml(packaged("planning") / name)
 
 
@@ -146,7 +150,7 @@ def gpu_names() -> list[str]:
 
 
 def known_gpu(name: str) -> Gpu:
-    """Return a GPU.
+    """Return a GPU by its name.
 
     Raises:
         SpecError: the name is not known.
@@ -161,12 +165,12 @@ _OTHER_FORMS = ("pcie", "nvl", "laptop", "4090d")
 
 
 def gpu_of_device(device: str) -> Gpu | None:
-    """Return a GPU by its driver's name; None for one that is not known, or of another form.
+    """Return a GPU by the driver's name; None if the GPU is unknown or is a PCIe, NVL or laptop card.
 
-    PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`, as have those of laptops.
+    PCIe, NVL and laptop cards have lower peaks than the GPUs of `gpus.yaml`.
 
     Args:
-        device: name of a device, such as `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
+        device: name of a device, such as `NVIDIA H100 80GB HBM3`, or name in `gpus.yaml`.
     """
     name = device.lower().replace(" ", "")
     known = max((key for key in gpu_names() if key in name), key=len, default=None)  # gb200 before b200
@@ -175,7 +179,7 @@ def gpu_of_device(device: str) -> Gpu | None:
 
 @cache
 def parents() -> dict[str, tuple[list[str], Architecture]]:
-    """Read the addresses and the shape of each dense parent of `conf/planning/parents.yaml`, by its name."""
+    """Read the dense parents of `conf/planning/parents.yaml`: name -> addresses and architecture."""
     return {name: (row["addresses"], _shape(dict(row["shape"]))) for name, row in read_data("parents.yaml").items()}
 
 
@@ -188,12 +192,12 @@ def _shape(values: dict[str, Any]) -> Architecture:
 
 
 def known_shape(name: str) -> Architecture:
-    """Return the architecture of a dense parent by its name, such as `llama3_8b`."""
+    """Return the architecture of a known dense parent by its name, such as `llama3_8b`."""
     return parents()[name][1]
 
 
 def known_parent(address: str) -> Architecture | None:
-    """Return the architecture of a dense parent by its address; None if no recipe starts from it.
+    """Return the architecture of a dense parent by its address, or None if no recipe starts from the address.
 
     Example:
         >>> known_parent("asset://smollm2-135m").num_layers

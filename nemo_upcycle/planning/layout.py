@@ -1,7 +1,7 @@
-"""How a cluster cuts a model: which group a rank is in, which layers it holds. `rules.py` checks layouts.
+"""The division of a model over a cluster: parallel sizes, and the layers of each pipeline stage; `rules.py` checks it.
 
-Ranks are ordered as in Megatron-Core (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), whose code is
-not needed.
+Ranks are ordered as in Megatron-Core (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), but
+Megatron-Core's code is not needed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 
 
-#: NeMo pads the vocabulary to a multiple of this times TP (`make_vocab_size_divisible_by`).
+#: NeMo pads the vocabulary to a multiple of this number times TP (`make_vocab_size_divisible_by`).
 VOCABULARY_MULTIPLE = 128
-#: Largest number of ranks of a training without GPUs.
+#: Largest number of ranks that a training without GPUs may have.
 CPU_RANKS = 2
 
 
 class Chunk(NamedTuple):
-    """The part of the model that one virtual stage of a pipeline stage holds."""
+    """The part of the model that one virtual stage of a pipeline stage holds: layers, embedding, output layer."""
 
     layers: range
     has_embedding: bool
@@ -31,21 +31,22 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Parallel sizes.
+    """The parallel sizes of a training.
 
     Args:
         gpus: ranks.
-        tp: tensor parallelism of all but the routed experts; above 1 with sequence parallelism, as MoE needs it.
+        tp: tensor parallelism of everything except the routed experts; above 1 with sequence parallelism, as MoE
+            needs it.
         pp: pipeline stages.
-        vp: virtual stages of each pipeline stage (chunks); 1 without interleaving.
+        vp: virtual stages (chunks) of each pipeline stage; 1 without interleaving.
         cp: context parallelism.
         ep: expert parallelism.
-        etp: tensor parallelism of the routed experts; folded, so it need not be tp.
+        etp: tensor parallelism of the routed experts; folded, so it may differ from tp.
         micro_batch: sequences of one micro-batch.
         first: layers of the first pipeline stage, if different (`num_layers_in_first_pipeline_stage`).
         last: layers of the last pipeline stage, if different.
-        embedding: 1 counts the embedding as a layer when layers are dealt out (`account_for_embedding_in_...`).
-        loss: 1 counts the output layer as a layer (`account_for_loss_in_pipeline_split`).
+        embedding: 1: the embedding counts as a layer when layers are divided (`account_for_embedding_in_...`).
+        loss: 1: the output layer counts as a layer (`account_for_loss_in_pipeline_split`).
 
     Example:
         >>> Layout(gpus=128, tp=2, pp=4, vp=8, cp=2, ep=8).dp
@@ -67,14 +68,14 @@ class Layout:
 
     @property
     def takes_packs(self) -> bool:
-        """Whether a training on conversations may have it: ranks cannot share the pack of a micro batch."""
+        """Whether a training on packed conversations can use the layout: ranks cannot share a pack (a micro-batch)."""
         return self.micro_batch == self.cp == 1
 
     @property
     def sizes(self) -> str:
-        """The sizes that are not 1, as `--layout` takes them; without the copies that follow from them (dp)."""
+        """The sizes that are not 1, as text for `--layout`; omits dp, which follows from the other sizes."""
         names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]
-        names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # otherwise it is tp
+        names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # with ep=1, etp equals tp
         names += [name for name in ("first", "last", "embedding", "loss") if getattr(self, name)]
         return "".join(f"{name}={getattr(self, name)}," for name in names) + f"mbs={self.micro_batch}"
 
@@ -83,21 +84,21 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Copies of the dense part, each with its own data."""
+        """Number of copies of the dense part, each with its own data."""
         return self.gpus // (self.tp * self.cp * self.pp)
 
     @property
     def expert_dp(self) -> int:
-        """Copies of every routed expert."""
+        """Number of copies of every routed expert."""
         return self.gpus // (self.etp * self.ep * self.pp)
 
     @property
     def dense_shards(self) -> int:
-        """Ranks over which the distributed optimizer cuts the states of the dense part, dp x cp."""
+        """Number of ranks (dp x cp) that share the optimizer states of the dense part."""
         return self.dp * self.cp
 
     def node_gpus(self, per_node: int) -> int:
-        """Return the GPUs to use of each node: the most that divide the job and hold whole tensor groups.
+        """Return the number of GPUs to use per node: the most that divide the job and hold whole tensor groups.
 
         Example:
             >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
@@ -106,11 +107,11 @@ class Layout:
         return _node_gpus(self.gpus, max(self.tp, self.etp), per_node)
 
     def micro_batches(self, global_batch: int) -> int:
-        """Return the micro-batches of a rank in a step."""
+        """Return the number of micro-batches of a rank in a step."""
         return global_batch // (self.dp * self.micro_batch)
 
     def chunks(self, arch: Architecture, stage: int) -> list[Chunk]:
-        """List the chunks that a pipeline stage holds, one for every virtual stage."""
+        """List the chunks of a pipeline stage, one for every virtual stage."""
         chunks, begin = [], 0
         for virtual in range(self.vp):
             for other in range(self.pp):
@@ -122,7 +123,7 @@ class Layout:
         return chunks
 
     def stage_layers(self, layers: int) -> list[int]:
-        """Return how many layers each pipeline stage holds."""
+        """Return the number of layers of each pipeline stage."""
         if not (self.first or self.last or self.embedding or self.loss):
             return [layers // self.pp] * self.pp
         each = range(self.vp)
@@ -139,19 +140,19 @@ class Layout:
         return count - (self.loss if stage == self.pp - 1 and virtual == self.vp - 1 else 0)
 
     def padded_vocab(self, arch: Architecture) -> int:
-        """Return the rows of the embedding over all ranks, as NeMo pads them."""
+        """Return the number of rows of the embedding over all ranks, as NeMo pads it."""
         multiple = VOCABULARY_MULTIPLE * self.tp
         return -(-arch.vocab_size // multiple) * multiple
 
 
-#: The sizes that a text names; beside them `mbs`, the micro-batch, and `dp`.
+#: Sizes that a layout's text may name, in addition to `mbs` (the micro-batch) and `dp`.
 SIZES = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"}
 
 
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
-    """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes, with commas or blanks between.
+    """Parse a layout such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1`, separated by commas or blanks.
 
-    An omitted size is 1; but etp is tp where experts are not spread: Megatron-Core works no other way.
+    An omitted size is 1. An omitted etp is tp if experts are not spread, because Megatron-Core works in no other way.
 
     Args:
         text: the layout.
@@ -159,7 +160,7 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
         micro_batch: sequences of one micro-batch, if given separately from the text.
 
     Raises:
-        SpecError: a name or a number is wrong, or given twice.
+        SpecError: a name or a number is invalid, or given twice.
     """
     names = SIZES | {"mbs"}
     sizes: dict[str, int] = {}
@@ -207,5 +208,5 @@ def _node_gpus(gpus: int, group: int, per_node: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a number, from 1 on."""
+    """Return the divisors of a number in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]

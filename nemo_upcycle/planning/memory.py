@@ -1,8 +1,8 @@
-"""Estimate the memory of a rank by component: states exactly, activations by formula, the rest by stated assumptions.
+"""The estimated memory of a rank: states exactly, activations by formula, everything else by stated assumptions.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, section 4): each layer's saved tensors, cut by tensor and
-sequence parallelism, times the micro-batches in flight; with flash attention (no s x s matrix), RMSNorm, gated units
-and no dropout. Experts count the token slots that they are given, where a feed-forward network counts tokens.
+sequence parallelism, times the micro-batches in flight. Flash attention (no s x s matrix), RMSNorm, gated units and no
+dropout are assumed. For a dense network the formula counts tokens, for experts the token slots that they receive.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nemo_upcycle.planning.workload import Workload
 
 
 GIB = 2**30
-#: Bytes of CUDA context, cuBLAS and allocator slack that PyTorch's own counters do not show. Assumed, not measured.
+#: Bytes of CUDA context, cuBLAS and allocator slack, which PyTorch's counters do not show. Assumed, not measured.
 CONTEXT_BYTES = int(1.5 * GIB)
-#: Bytes of NCCL's buffers for one group of more than one rank. Assumed, not measured.
+#: Bytes of NCCL's buffers for each group of more than one rank. Assumed, not measured.
 GROUP_BYTES = int(0.25 * GIB)
-#: Bytes for one logit of the last stage: bf16, float32, and the exponentials that the loss keeps.
+#: Bytes for each logit of the last stage: bf16, float32, and the exponentials that the loss keeps.
 LOGIT_BYTES = 10
 
 ASSUMPTIONS = (
@@ -39,7 +39,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by component."""
+    """The memory of one rank by component (bytes)."""
 
     weights: int
     gradients: int
@@ -53,17 +53,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Sum of all components."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def states(self) -> int:
-        """What stays from step to step: PyTorch's `memory_allocated` after a step."""
+        """The memory that stays from step to step: PyTorch's `memory_allocated` after a step."""
         return self.weights + self.gradients + self.optimizer + self.fp8_copies
 
     @property
     def peak(self) -> int:
-        """PyTorch's `max_memory_allocated`, which knows neither CUDA's context nor NCCL's buffers."""
+        """PyTorch's `max_memory_allocated`, which includes neither CUDA's context nor NCCL's buffers."""
         return self.total - self.context
 
     def gib(self) -> dict[str, float]:
@@ -72,17 +72,17 @@ class Memory:
         return {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
-#: A layer's terms that are of the token slots of routed experts.
+#: Terms of a layer that count the token slots of routed experts.
 ROUTED = ("expert input", "expert fc1 output", "expert fc2 input")
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer keeps of one micro-batch for its backward pass.
+    """The activations of one layer and one micro-batch (bytes).
 
     Args:
-        kept: bytes by term: what it is of, or whose input.
-        working: bytes that exist only while the layer runs: its recomputed tensors and their gradients.
+        kept: bytes kept for the backward pass, by term; a term names the tensor or the module that needs the tensor.
+        working: bytes that exist only while the layer runs: recomputed tensors and their gradients.
     """
 
     kept: dict[str, float]
@@ -90,32 +90,36 @@ class LayerBytes:
 
     @property
     def plain(self) -> float:
-        """Bytes of everything but the token slots of routed experts."""
+        """Bytes of all terms except the token slots of routed experts."""
         return sum(value for term, value in self.kept.items() if term not in ROUTED)
 
     @property
     def routed(self) -> float:
-        """Bytes of those."""
+        """Bytes of the token slots of routed experts."""
         return sum(value for term, value in self.kept.items() if term in ROUTED)
 
 
 def layer_bytes(
     arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
 ) -> LayerBytes:
-    """Sum up the activations that one layer keeps of one micro-batch.
+    """Sum up the activations that one layer keeps for one micro-batch.
 
-    Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A Mamba mixer keeps its inputs and
-    outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) / etp for every token slot, the experts'
-    input, D a slot, and 16 bytes for each of the router's logits, half of them for the order of the slots; 8 more with
-    a router gradient of all experts. In FP8 the inputs of linear layers take one byte, all others two.
+    The elements kept for each token of a rank's part of the sequence (s / cp):
+
+    - Norms: inputs and outputs of two norms, 4 D / tp.
+    - Attention: query, key, value and output, (2 H + 2 R) K / tp. A Mamba mixer keeps its inputs and outputs instead.
+    - Dense network: (2 F + F) / tp.
+    - MoE layer: (2 F + F) / etp and the experts' input, D, for every token slot; 16 bytes for each of the router's
+      logits, half of them for the order of the slots.
+
+    In FP8 the inputs of linear layers take one byte, all other elements two.
 
     Args:
         arch: the model's architecture.
-        layout: the cluster's.
+        layout: the parallel sizes.
         work: work of a step.
         moe: whether the layer has experts.
-        fp8: whether its linear layers multiply in FP8.
+        fp8: whether the layer's linear layers multiply in FP8.
         parts: parts of the layer, see `Architecture.parts`.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch / layout.tp
@@ -125,7 +129,7 @@ def layer_bytes(
     if "*" in parts:
         attention = {term: tokens * size for term, size in _attention_bytes(arch, work, saved, fp8, layout.tp).items()}
     if "M" in parts and arch.mamba:
-        # What the input projection, the convolution with the scan, the inner norm and the output projection keep.
+        # Kept by the input projection, the convolution with the scan, the inner norm and the output projection.
         inner = arch.mamba.rows("x")
         rows = 2 * inner + sum(arch.mamba.rows(part) for part in ("B", "C", "dt"))
         attention = {
@@ -133,11 +137,11 @@ def layer_bytes(
             "mamba": tokens * (saved * width + 2 * rows + 4 * inner + saved * inner),
         }
     if "G" in parts and arch.delta:
-        # What the input projection, convolution, norms of query and key, the rule (with an inverse a chunk), the gated
-        # norm and the output projection keep.
+        # Kept by the input projection, the convolution, the norms of query and key, the delta rule (with one inverse
+        # per chunk), the gated norm and the output projection.
         net, value = arch.delta, arch.delta.rows("value")
         mixed = 2 * net.rows("key") + value
-        spread = 2 * net.num_value_heads * net.key_dim  # query and key, once for each head of the value
+        spread = 2 * net.num_value_heads * net.key_dim  # query and key, repeated for each value head
         attention = {
             "attention norm": tokens * 2 * width,
             "delta net": tokens
@@ -148,19 +152,19 @@ def layer_bytes(
                 + saved * value
             ),
         }
-    # Experts have fused kernels of two gates, and of the squared ReLU in NVIDIA's recipes of models with Mamba layers.
-    # Without one, both factors are kept again, and the product unweighted.
+    # Experts have fused kernels for two gated activations, and for the squared ReLU in NVIDIA's recipes of models with
+    # Mamba layers. Without a fused kernel, both factors are kept a second time, and the unweighted product, too.
     is_fused = arch.mamba or (arch.gated and arch.activation in ("silu", "quick_gelu"))
     unfused = 2 if arch.num_experts and not is_fused else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
     if "-" in parts:
-        norms = sum(arch.norm_places)  # each keeps its input
+        norms = sum(arch.norm_places)  # each norm keeps its input
         norm = {"network norm": tokens * 2 * norms * width, "network input": tokens * (2 if moe else saved) * width}
         neurons = arch.shared_ffn_size if moe else arch.ffn_size
         network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
         network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
-        # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
+        # A rank receives as many slots from its whole group as its own tokens have; etp ranks gather their slots.
         slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         cut = (arch.expert_ffn_size or 0) / layout.etp
         sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
@@ -169,23 +173,23 @@ def layer_bytes(
     freed: set[str] = set()
     if work.recomputes("core_attn"):
         freed.add("softmax statistics")  # flash attention keeps no scores
-    if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
+    if moe and work.recomputes("layernorm"):  # Transformer Engine fuses the other norms with a linear layer
         freed.add("network input")
     if moe and work.recomputes("moe_act"):
         freed.add("expert fc2 input")
     if work.recomputes("moe" if moe else "mlp"):
         freed |= set(network)
     if work.recompute == "full":
-        freed = set(terms) - {next(iter(terms))}  # the input of its first norm
+        freed = set(terms) - {next(iter(terms))}  # only the input of the first norm is kept
     freed &= set(terms)
-    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
+    # A layer's tensors and their gradients exist together, but only for attention or for the network at a time.
     working = sum(terms[term] for term in freed)
     working += max(sum(attention.values()), sum(network.values()))
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
 
 
 def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool, tp: int) -> dict[str, float]:
-    """Return the bytes that attention and its norm keep of a token on all ranks of a tensor group, by term."""
+    """Return the bytes that attention and its norm keep for a token on all ranks of a tensor group, by term."""
     heads, groups = arch.num_heads * arch.head_dim, max(arch.num_kv_heads, tp) * arch.head_dim
     terms = {
         "attention norm": 2 * sum(arch.norm_places) * arch.hidden_size,
@@ -193,24 +197,24 @@ def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool
         "attention": 4 * (heads + groups),
         "softmax statistics": 4 * arch.num_heads,
     }
-    if tp > arch.num_kv_heads:  # every rank keeps what the group gathers, for the value is a view of it
+    if tp > arch.num_kv_heads:  # every rank keeps the tensor that the group gathers, because the value is a view of it
         terms["gathered query, key and value"] = 2 * tp * (heads + 2 * arch.num_kv_heads * arch.head_dim)
-    if work.recomputes("core_attn"):  # keeps the value, a view of the output of the linear layer that makes all three
+    if work.recomputes("core_attn"):  # the kept value is a view of the QKV layer's output, so the whole output stays
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:
-        terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
+        terms["query and key norms"] = 2 * (heads + groups)  # the norms keep their inputs
     if arch.output_gate:
-        terms["output gate"] = 4 * heads  # and what it is multiplied by
+        terms["output gate"] = 4 * heads  # the gate and its factor
     if work.precision == "fp8-delayed" and fp8:
-        terms["projection input"] = heads  # otherwise attention's own output serves both
+        terms["projection input"] = heads  # otherwise attention's kept output is also the projection's input
     return terms
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
-    """Return for each chunk of a stage the micro-batches it keeps at the peak.
+    """Return the number of micro-batches that each chunk of a stage keeps at the peak.
 
-    1F1B keeps pp - stage of them. Interleaved, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp chunks and
-    works on one more; chunks take turns every pp micro-batches, so the first ones are the fullest.
+    1F1B keeps pp - stage micro-batches. With interleaving, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp
+    chunks and works on one more. Chunks take turns every pp micro-batches, so the first chunks are the fullest.
     """
     count = layout.micro_batches(work.global_batch)
     if layout.vp == 1:
@@ -225,7 +229,7 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
 def layers_in_flight(
     arch: Architecture, layout: Layout, work: Workload, stage: int
 ) -> Counter[tuple[bool, bool, str]]:
-    """Return how many layers' activations a stage keeps at the peak, by whether they have experts, FP8, and parts."""
+    """Count the layers whose activations a stage keeps at the peak, by kind: (has experts, is FP8, parts)."""
     counts: Counter[tuple[bool, bool, str]] = Counter()
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
@@ -234,7 +238,7 @@ def layers_in_flight(
 
 
 def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Sum up a stage's activations at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+    """Sum up a stage's activations at the peak (bytes): plain, of routed experts, and of the running layer."""
     counts = layers_in_flight(arch, layout, work, stage)
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
@@ -245,10 +249,10 @@ def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage:
 
 
 def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
-    """Bound the fullest rank's memory from below, quickly: the states of its share of the parameters."""
+    """Compute a fast lower bound of the fullest rank's memory: the states of an average rank's parameters."""
     dense, expert = average_params(arch, layout)
     weight = min(WEIGHT_BYTES, work.numbers.copy_bytes) if work.low_params else WEIGHT_BYTES
-    if work.lora:  # nearly all are frozen
+    if work.lora:  # nearly all parameters are frozen
         return (dense + expert) * weight
     owned = dense / layout.dense_shards + expert / layout.expert_dp
     states = OPTIMIZER_BYTES if work.optimizer == "adam" else MUON_BYTES
@@ -256,20 +260,21 @@ def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
 
 
 def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -> float:
-    """Bound it more tightly, with the activations of the first stage."""
-    if arch.moe_pattern or arch.mamba or arch.delta:  # which may hold less than its share
+    """Compute a tighter lower bound of the fullest rank's memory, with the activations of the first stage."""
+    if arch.moe_pattern or arch.mamba or arch.delta:  # the first stage may hold less than its share
         return stage_memory(arch, layout, work, 0).total
     return least_bytes(arch, layout, work) + sum(_activation_bytes(arch, layout, work, 0))
 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
-    """Sum up the memory of a pipeline stage's fullest rank; its ranks differ by padding only."""
-    states = stage_buffers(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
+    """Sum up the memory of a pipeline stage's fullest rank; the ranks of a stage differ only in padding."""
+    # Recomputation and overlap change no state, so equal states share one cache entry.
+    states = stage_buffers(arch, layout, replace(work, recompute="none", overlap=()), stage)
     plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
-    if work.lora:  # as if no rank shared them with others: an upper bound with tensor or pipeline parallelism
+    if work.lora:  # an upper bound with tensor or pipeline parallelism: every rank is taken to hold all adapters
         adapters, routers = lora_params(arch, work.lora)
         trained = adapters + routers
         weights += adapters * WEIGHT_BYTES
@@ -289,12 +294,13 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
 
 
 def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
-    """Return the parameters of LoRA's adapters, and of the routers, of the whole model.
+    """Count the parameters of the LoRA adapters and of the routers in the whole model.
+
+    Each linear layer of attention, of the networks and of every expert has an adapter: an inner and an outer matrix.
 
     Args:
         arch: the model's architecture.
-        rank: rank of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and
-            of every expert.
+        rank: rank of the adapters.
     """
     width, head = arch.hidden_size, arch.head_dim
     attention = 2 * width + (2 * arch.num_heads + 2 * arch.num_kv_heads) * head
@@ -316,7 +322,7 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
 
     Args:
         arch: the model's architecture.
-        lora: rank of the adapters that are trained beside the routers; 0: all weights are.
+        lora: rank of the adapters that are trained together with the routers; 0: all weights are trained.
         weight_bytes: bytes of a parameter.
     """
     params = trained = arch.total_params
@@ -327,8 +333,8 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
 
 
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
-    """Return the pipeline stage whose ranks hold most, and their memory."""
-    # Of equal stages the first keeps most micro-batches and the last the logits.
+    """Return the pipeline stage whose ranks hold the most memory, and that memory."""
+    # Among equal stages, the first keeps the most micro-batches, and only the last has the logits.
     stages: Iterable[int] = {0, 1, layout.pp - 1}
     if layout.first or layout.last or arch.moe_pattern or arch.mamba or arch.delta:
         firsts = {_contents(arch, layout, work, stage): stage for stage in reversed(range(layout.pp))}
@@ -338,7 +344,7 @@ def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[in
 
 
 def _contents(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[object, ...]:
-    """Describe a stage: ranks of stages with equal descriptions hold the same states."""
+    """Describe a stage's contents; ranks of stages with equal descriptions hold the same states."""
     return tuple(
         (
             chunk.has_embedding,

@@ -1,7 +1,8 @@
-"""Every parameter of a rank, and the buffers that Megatron-Core lays parameters, gradients and optimizer states into.
+"""The parameters of a rank, and Megatron-Core's buffers for parameters, gradients and optimizer states.
 
-Exact: the counts equal those of Megatron's own modules (tests build them), the buffers those of its
-`DistributedDataParallel` with the distributed optimizer (`_ParamAndGradBuffer` of Megatron-Core 0.15).
+The numbers are exact. The counts equal the counts of Megatron's own modules (tests build the modules). The buffers
+equal the buffers of Megatron's `DistributedDataParallel` with the distributed optimizer (`_ParamAndGradBuffer` of
+Megatron-Core 0.15).
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload
 
 
-#: Megatron's Adam keeps a float32 master and two float32 moments of every parameter, Muon of a matrix one moment.
+#: Bytes of optimizer states for each parameter. Megatron's Adam keeps a float32 master and two float32 moments; for a
+#: matrix, Muon keeps a master and only one moment.
 OPTIMIZER_BYTES, MUON_BYTES = 12, 8
-#: Parameters are BF16.
+#: Bytes of a parameter in BF16.
 WEIGHT_BYTES = 2
-#: Megatron's default; larger with very many data-parallel ranks.
+#: Megatron's default bucket size (elements); larger with very many data-parallel ranks.
 _BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
-#: Parameters begin, and buckets end, at multiples of these, in elements.
+#: Parameters start, and buckets end, at multiples of these numbers (elements).
 _PARAM_ALIGN, _BUCKET_ALIGN = 64, 128
 
 
@@ -36,7 +38,7 @@ class Param(NamedTuple):
 
     Args:
         mapping: row of the mapping table.
-        layer: number of its layer in the whole model; None outside the layers.
+        layer: number of the layer in the whole model; None outside the layers.
         shape: shape of the rank's shard.
     """
 
@@ -46,23 +48,23 @@ class Param(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of the rank's shard."""
+        """Number of elements of the rank's shard."""
         return math.prod(self.shape)
 
     @property
     def muon_bytes(self) -> int:
-        """Bytes of its states under Muon, which leaves embeddings, output and what is no matrix to Adam."""
+        """Bytes of the states under Muon; embeddings, output layer and everything but matrices use Adam."""
         is_matrix = self.layer is not None and len(self.shape) == 2
         return self.numel * (MUON_BYTES if is_matrix else OPTIMIZER_BYTES)
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is the weight of a layer's linear module that can multiply in FP8."""
+        """Whether the parameter is the weight of a linear module that can multiply in FP8."""
         return self.layer is not None and len(self.shape) == 2 and self.mapping.role not in ("router", "shared_gate")
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
-    """List the parameters of one chunk on any rank that holds it, in the order of Megatron's modules."""
+    """List the parameters that a rank holds of a chunk, in the order of Megatron's modules."""
     first = ["embedding"] if chunk.has_embedding else []
     last = ["final_norm"] if chunk.has_output else []
     last += ["output"] if chunk.has_output and not (arch.tied_embeddings and chunk.has_embedding) else []
@@ -79,13 +81,13 @@ def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param
     return outside(first) + layers + outside(last)
 
 
-#: Megatron registers attention's modules in this order; the mapping table has Hugging Face's.
+#: Order in which Megatron registers attention's modules; the mapping table has Hugging Face's order.
 _ATTENTION = (
     *("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias"),
     *("query_norm", "key_norm", "ffn_norm"),
 )
 _ORDER = {role: number for number, role in enumerate((*_ATTENTION, "shared_gate"))}
-#: Behind a layer's other parameters.
+#: Roles that come after a layer's other parameters.
 _LAST = ("attention_post_norm", "ffn_post_norm")
 
 
@@ -97,9 +99,10 @@ def _kind(arch: Architecture, layer: int) -> tuple[bool, str]:
 def _layer_shapes(
     arch: Architecture, moe: bool, parts: str, tp: int, etp: int, ep: int
 ) -> list[tuple[ParamMapping, tuple[int, ...]]]:
-    """Return mapping and shard shape of every parameter of a kind of layer; a rank's experts follow one another."""
+    """Return mapping and shard shape of every parameter in a kind of layer; the rank's experts follow each other."""
     layer = next(n for n in range(arch.num_layers) if _kind(arch, n) == (moe, parts))
-    mappings = [mapping for mapping in layer_mappings(arch, layer) if mapping.role not in BALANCING_BIASES]  # buffers
+    # Balancing biases are left out, because they are buffers.
+    mappings = [mapping for mapping in layer_mappings(arch, layer) if mapping.role not in BALANCING_BIASES]
     mappings.sort(key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))
     table = [(m, shard_shape(m, arch, Shard(0, etp if m.is_expert else tp))) for m in mappings]
     experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // ep)
@@ -109,7 +112,7 @@ def _layer_shapes(
 
 
 def average_params(arch: Architecture, layout: Layout) -> tuple[float, float]:
-    """Compute the parameters of an average rank: dense part, routed experts."""
+    """Compute the number of parameters of an average rank: dense part, routed experts."""
     dense, routed = _all_params(arch)
     return dense / layout.tp / layout.pp, routed / layout.ep / layout.etp / layout.pp
 
@@ -126,8 +129,8 @@ class Buffer:
 
     Args:
         buckets: (first, end) element of every bucket, padding included.
-        gaps: (first, end) of what is padding.
-        shards: ranks that share out every bucket.
+        gaps: (first, end) element of every piece of padding.
+        shards: ranks that divide every bucket among themselves.
     """
 
     buckets: tuple[tuple[int, int], ...]
@@ -136,11 +139,11 @@ class Buffer:
 
     @property
     def numel(self) -> int:
-        """Elements, padding included."""
+        """Number of elements, padding included."""
         return self.buckets[-1][1] if self.buckets else 0
 
     def owned(self, shard: int) -> int:
-        """Return the elements whose optimizer states one of the sharing ranks keeps."""
+        """Return the number of elements whose optimizer states a sharing rank keeps, without padding."""
         count = 0
         for first, end in self.buckets:
             part = (end - first) // self.shards
@@ -150,12 +153,13 @@ class Buffer:
 
 
 def lay_out(params: Iterable[tuple[int, bool]], shards: int, bucket: int | None) -> Buffer:
-    """Return the buffer that Megatron makes of parameters with the distributed optimizer.
+    """Lay out parameters in a buffer as Megatron does with the distributed optimizer.
 
     Args:
-        params: elements of each, and whether it needs a bucket of its own (tied embeddings over pipeline stages).
-        shards: ranks that share out a bucket.
-        bucket: elements at which a bucket is closed; None for a single one.
+        params: number of elements of each parameter, and whether the parameter needs a bucket of its own (tied
+            embeddings over pipeline stages).
+        shards: ranks that divide a bucket among themselves.
+        bucket: number of elements at which a bucket is closed; None: a single bucket.
     """
     multiple = math.lcm(shards, _BUCKET_ALIGN)
     buckets, gaps = [], []
@@ -193,9 +197,9 @@ class StageBuffers:
 
     Args:
         arch: the model's architecture.
-        layout: the cluster's.
-        work: decides the precision of weights and gradients.
-        stage: the pipeline stage.
+        layout: the parallel sizes.
+        work: work of a step, which sets the precision of weights and gradients.
+        stage: number of the pipeline stage.
     """
 
     def __init__(self, arch: Architecture, layout: Layout, work: Workload, stage: int) -> None:
@@ -216,22 +220,22 @@ class StageBuffers:
                 members = [
                     (param.numel, param.mapping.role in apart)
                     for param in chunk
-                    # Experts that are not spread lie among the dense parameters.
+                    # Without expert parallelism, Megatron puts experts into the buffers of the dense parameters.
                     if (param.mapping.is_expert and layout.ep > 1) is expert
                 ]
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))
-        # Buffers are padded for the distributed optimizer of Adam alone.
+        # Buffers are padded only for Adam's distributed optimizer.
         numel = self.params if self._muon else sum(buffer.numel for buffer, _ in self.buffers)
         self.weights_bytes = (numel - (sum(in_fp8) if work.low_params else 0)) * WEIGHT_BYTES
         self.gradients_bytes = numel * work.gradient_bytes
 
     def optimizer_bytes(self, dense_shard: int | None = None, expert_shard: int | None = None) -> int:
-        """Return the bytes of a rank's optimizer states; None: those of the fullest rank.
+        """Return the bytes of a rank's optimizer states, by default of the fullest rank.
 
         Args:
-            dense_shard: number of the rank among the dp x cp ranks that share the dense part.
-            expert_shard: number of the rank among those that share its experts.
+            dense_shard: number of the rank among the dp x cp ranks that share the dense part; None: the fullest.
+            expert_shard: number of the rank among the ranks that share its experts; None: the fullest.
         """
         if self._muon:
             shards = zip(self._muon, (dense_shard, expert_shard), strict=True)
@@ -241,9 +245,10 @@ class StageBuffers:
 
 
 def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[list[int], list[int]]:
-    """Sum up the bytes of Muon's states by rank, of those that share the dense part and of those that share experts.
+    """Sum up the bytes of Muon's states by rank: for ranks that share the dense part, and that share experts.
 
-    `muon` keeps all on every rank; `dist_muon` deals out whole parameters, the smallest first, back and forth.
+    `muon` keeps all states on every rank. `dist_muon` deals out whole parameters to the ranks, the smallest first,
+    back and forth.
     """
     spreads = work.optimizer == "dist_muon" and layout.dense_shards > 1
     found = []
@@ -259,5 +264,5 @@ def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[l
 
 @functools.lru_cache(maxsize=256)
 def stage_buffers(arch: Architecture, layout: Layout, work: Workload, stage: int) -> StageBuffers:
-    """Return the `StageBuffers` of these, which a search asks for more than once."""
+    """Return the `StageBuffers` of a stage, cached because a search asks for the same stage repeatedly."""
     return StageBuffers(arch, layout, work, stage)

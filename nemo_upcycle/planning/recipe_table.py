@@ -1,6 +1,6 @@
-"""Describe recipes to the planner and the launchers, by the constants at the top of a file of `recipes/`.
+"""Descriptions of recipes for the planner and the launchers, made from the constants at the top of each recipe file.
 
-The planner stands below the recipes and never imports them: a command hands it the recipe that it asks about.
+The planner is a lower layer than `recipes/` and never imports a recipe. A command passes the recipe to the planner.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: What a chain of a tuning trains on and is asked: the demo's conversations, for trying.
+#: Default conversations and evaluation suite of a fine-tuning chain: the demo's, for trying.
 CONVERSATIONS, ANSWERS = "chatterbot", "answers"
 _Recipe = TypeVar("_Recipe", bound=Callable[..., Any])
-#: Rank of LoRA's adapters, by default.
+#: Default rank of LoRA adapters.
 RANK = 8
 
 
@@ -30,7 +30,7 @@ class Run:
         pp: pipeline stages.
         vp: chunks of each stage; None: one.
         cp: ranks that share a sequence.
-        precision: the name in Bridge's recipes; empty: bf16.
+        precision: name of the precision in Bridge's recipes; empty: bf16.
     """
 
     gpus: int
@@ -55,12 +55,12 @@ class Schedule:
     """Batches, steps and learning rates of a training.
 
     Args:
-        seq_length: tokens of a sequence; in a tuning, places of a pack.
+        seq_length: tokens of a sequence; in fine-tuning, tokens of a pack.
         global_batch: sequences of a step, over all ranks.
         steps: steps of the training.
-        lr: the highest learning rate.
-        min_lr: where its cosine ends.
-        warmup_steps: steps until the highest rate.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine.
+        warmup_steps: steps until the peak learning rate.
     """
 
     seq_length: int
@@ -72,19 +72,19 @@ class Schedule:
 
     @property
     def tokens(self) -> float:
-        """Tokens of the training, to four digits."""
+        """Number of tokens of the training, rounded to four digits."""
         return float(f"{self.steps * self.seq_length * self.global_batch:.4g}")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A tuning on conversations.
+    """A fine-tuning on conversations.
 
     Args:
-        parent: address of the dense checkpoint, which has a chat template.
+        parent: address of the dense checkpoint, which must have a chat template.
         schedule: batches, steps and learning rates.
         gpus: ranks: one, or whole nodes of eight.
-        lora: whether the recipe trains LoRA's adapters by default; NeMo alone has it.
+        lora: whether the recipe trains LoRA adapters by default; only NeMo supports it.
     """
 
     parent: str
@@ -95,12 +95,12 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Job:
-    """The GPUs that a recipe of Megatron-Bridge's is for.
+    """The GPUs that a Megatron-Bridge recipe is made for.
 
     Args:
-        gpus: ranks; None: the command says it.
-        gpu: name in `conf/planning/gpus.yaml`; empty: any with eight to a node.
-        tunes: whether it tunes on conversations; None: its configuration says it.
+        gpus: ranks; None: the command sets the number.
+        gpu: name in `conf/planning/gpus.yaml`; empty: any GPU with eight to a node.
+        tunes: whether the recipe fine-tunes on conversations; None: its configuration tells.
     """
 
     gpus: int | None = None
@@ -109,7 +109,7 @@ class Job:
 
 
 def on_gpus(gpus: int, gpu: str = "", *, tunes: bool = False) -> Callable[[_Recipe], _Recipe]:
-    """Say which GPUs a recipe of Megatron-Bridge's is for, see `Job`.
+    """Mark a Megatron-Bridge recipe with the GPUs that it is made for, see `Job`.
 
     Example:
         >>> @on_gpus(16, "h100")
@@ -124,28 +124,28 @@ def on_gpus(gpus: int, gpu: str = "", *, tunes: bool = False) -> Callable[[_Reci
 
 
 def job_of(recipe: Any) -> Job:
-    """Return the GPUs that a recipe of Megatron-Bridge's is for; unknown ones if it does not say it."""
+    """Return the GPUs that a Megatron-Bridge recipe is made for; an empty `Job` if the recipe is not marked."""
     return getattr(recipe, "job", Job())
 
 
 @dataclass(frozen=True)
 class KnownRecipe:
-    """A recipe, described to the planner and the launchers.
+    """The description of a recipe for the planner and the launchers.
 
     Args:
         name: name on the command line.
-        title: how a text calls the model.
+        title: name of the model in texts.
         dense: architecture that the run starts from.
         spec: spec of the upcycling; None for a dense baseline.
         schedule: batches and steps.
-        inputs: `dense`, `data` and `evaluation` of its chain; a dense recipe has no chain, and `dense` alone.
+        inputs: `dense`, `data` and `evaluation` of the recipe's chain; a dense recipe has no chain and only `dense`.
         trainers: `nemo`, `bridge` or both.
         capacity_factor: token slots of an expert, as a multiple of a balanced share; None: no limit.
         h100: whether NeMo's recipe takes the arguments of the paper's recipes, such as `capacity_factor`.
-        tunes: whether it tunes on packs of conversations; a micro-batch has one pack.
-        lora: whether it trains LoRA's adapters.
-        bridge: function of Megatron-Bridge's recipe; empty where Bridge has none.
-        bridge_baseline: function of its dense baseline.
+        tunes: whether the recipe fine-tunes on packed conversations; a micro-batch has one pack.
+        lora: whether the recipe trains LoRA adapters.
+        bridge: function of Megatron-Bridge's recipe; empty: Bridge has none.
+        bridge_baseline: function of Megatron-Bridge's dense baseline.
     """
 
     name: str
@@ -164,12 +164,12 @@ class KnownRecipe:
 
     @property
     def arch(self) -> Architecture:
-        """The architecture that is trained."""
+        """The trained architecture: upcycled if there is a spec, else dense."""
         return self.dense.upcycled(self.spec) if self.spec else self.dense
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The work of a step, by the names of `nemo-upcycle plan`'s options."""
+        """The recipe's values for the options of `nemo-upcycle plan`, by the names of the options."""
         values: dict[str, Any] = {
             "seq_length": self.schedule.seq_length,
             "global_batch": self.schedule.global_batch,
@@ -180,6 +180,6 @@ class KnownRecipe:
         return values | ({"lora": RANK} if self.lora else {})
 
     def makes(self, dense: Architecture, arch: Architecture) -> bool:
-        """Tell whether the recipe trains an architecture that starts from a dense one."""
-        shape = replace(self.dense, max_positions=dense.max_positions)  # any value makes the same model
+        """Return whether the recipe starts from the architecture `dense` and trains the architecture `arch`."""
+        shape = replace(self.dense, max_positions=dense.max_positions)  # max_positions does not change the model
         return (shape, shape.upcycled(self.spec) if self.spec else shape) == (dense, arch)

@@ -1,6 +1,6 @@
-"""Which layouts are allowed: Megatron-Core's rules of divisibility, NeMo's, and those of the dispatcher and of FP8.
+"""The rules for layouts: divisibility rules of Megatron-Core and NeMo, and rules of the dispatcher and of FP8.
 
-The error for a layout that breaks a rule names the rule and the nearest change that breaks none.
+If a layout breaks a rule, the error names the rule and the nearest change that makes the layout valid.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class RuleViolation(NamedTuple):
 def check_layout(
     layout: Layout, arch: Architecture, work: Workload, software: str = hardware.DEFAULT_SOFTWARE
 ) -> None:
-    """Check every rule.
+    """Check a layout against every rule.
 
     Args:
         layout: the layout.
         arch: the trained model's architecture.
         work: work of a step.
-        software: the generation of Megatron-Core that trains, one of `hardware.SOFTWARE`.
+        software: version of Megatron-Core that trains, one of `hardware.SOFTWARE`.
 
     Raises:
-        SpecError: the layout breaks one; the text names it and the nearest change that makes the layout valid.
+        SpecError: the layout breaks a rule; the text names the rule and the nearest change that makes it valid.
     """
     if rule := first_violation(layout, arch, work, software):
         name, got, expected = rule
@@ -50,7 +50,7 @@ def check_layout(
 
 
 def neutral_work(layout: Layout) -> Workload:
-    """Return a step that every layout can divide among its ranks, for uses without data: no rule of data fails."""
+    """Return a step that a layout can divide among its ranks, for checks without data: no rule of the data fails."""
     sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
     return Workload(seq_length=16 * max(1, layout.tp) * max(1, layout.cp), global_batch=sizes)
 
@@ -58,9 +58,9 @@ def neutral_work(layout: Layout) -> Workload:
 def first_violation(
     layout: Layout, arch: Architecture, work: Workload, software: str = hardware.DEFAULT_SOFTWARE
 ) -> RuleViolation | None:
-    """Return the first rule that a layout breaks; None if it is allowed.
+    """Return the first rule that a layout breaks, or None if the layout is allowed.
 
-    Rules are checked one by one: a later one makes sense only if the earlier ones hold.
+    Rules are checked one by one, because a later rule makes sense only if the earlier rules hold.
     """
     layout_rules = (
         _value_rules(layout),
@@ -82,11 +82,12 @@ def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
 
 
 def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[RuleViolation]:
-    """Yield the rule of attention: ranks share out the key-value heads, or several share a head.
+    """Yield the rule of attention: each rank has whole key-value heads, or several ranks share a head.
 
-    The second is Megatron-Core's from 0.16 on. This package's norms over all heads (OLMo 2) count each head once.
+    Sharing a head needs Megatron-Core 0.16 or later. It does not work with this package's norms over all heads
+    (OLMo 2), which count each head once.
     """
-    tp, groups = layout.tp, arch.num_kv_heads  # which divide the heads
+    tp, groups = layout.tp, arch.num_kv_heads  # the key-value heads divide the heads
     if groups % tp == 0:
         return
     shares = tp % groups == 0 and arch.num_heads % tp == 0
@@ -105,16 +106,16 @@ def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[
 def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     tensor: dict[str, int] = {}
     if arch.mamba:
-        tensor["the Mamba layers' groups"] = arch.mamba.num_groups  # which divide their heads
+        tensor["the Mamba layers' groups"] = arch.mamba.num_groups  # the groups divide the Mamba heads
     if arch.delta:
-        tensor["the gated delta nets' heads of query and key"] = arch.delta.num_key_heads  # which divide the value's
+        tensor["the gated delta nets' heads of query and key"] = arch.delta.num_key_heads  # they divide value heads
     if arch.moe_layer_count < len(arch.layers_with("-")):
         tensor["the feed-forward size"] = arch.ffn_size
     if arch.shared_ffn_size:
         tensor["the shared experts' feed-forward size"] = arch.shared_ffn_size
     for what, number in tensor.items():
         yield from _divides("tp", layout.tp, number, what)
-    if arch.delta and layout.cp > 1:  # which gather the sequence of some heads
+    if arch.delta and layout.cp > 1:  # each context-parallel rank gathers the sequence for some heads
         heads = arch.delta.num_key_heads
         yield from _divides(
             "<tp> x <cp>", layout.tp * layout.cp, heads, "the gated delta nets' heads of query and key"
@@ -125,7 +126,7 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     elif layout.ep > 1:
         yield RuleViolation("ep", layout.ep, "1 for a dense model")
     if layout.ep == 1 and layout.etp != layout.tp:
-        # Megatron-Core takes experts for dense parameters then, and sums their gradients over dp x cp.
+        # Megatron-Core then treats experts as dense parameters, and sums their gradients over dp x cp.
         why = "Megatron-Core would sum gradients over the wrong ranks" if arch.num_experts else "there are no experts"
         yield RuleViolation("etp", layout.etp, f"<tp> ({layout.tp}) if <ep> is 1, because {why}")
 
@@ -202,10 +203,11 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
 
 
 def _row_multiple(layout: Layout, work: Workload) -> int:
-    """Compute the number that the tokens of a rank's micro-batch are a multiple of.
+    """Compute the number that the tokens of a rank's micro-batch must be a multiple of.
 
-    By Transformer Engine's sources at d0067d0d: 16 (MXFP8: 32) where a weight's gradient sums over them
-    (`cublaslt_gemm.cu`), and 8 in what sequence parallelism leaves each rank (`assert_dim_for_fp8_exec`).
+    Source: Transformer Engine at d0067d0d. A weight's gradient sums over the tokens, which needs a multiple of 16
+    (MXFP8: 32; `cublaslt_gemm.cu`). Each rank's part under sequence parallelism needs a multiple of 8
+    (`assert_dim_for_fp8_exec`).
     """
     return math.lcm(work.numbers.rows, 8 * layout.tp) if work.numbers.fp8 else 1
 
@@ -223,7 +225,7 @@ def _listed(numbers: Iterable[int]) -> str:
 def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software: str) -> str:
     """Return the nearest change of one setting that makes the layout valid.
 
-    The setting that the rule names is tried first, then sizes that were chosen, then the rest.
+    The settings that the rule names are tried first, then sizes that were chosen, then the rest.
     """
     chosen = [field.name for field in fields(layout) if getattr(layout, field.name) != field.default]
     chosen = [key for key in chosen if key != "gpus"]
@@ -232,7 +234,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software
         for text, rule in _changes(key, layout, arch, work, software):
             if rule is None:
                 return text
-    for key in name.split(" x "):  # no single change is enough: one that satisfies at least this rule
+    for key in name.split(" x "):  # no single change is enough, so find a change that satisfies at least this rule
         for text, rule in _changes(key, layout, arch, work, software):
             if rule is None or rule.name != name:
                 return text
@@ -242,7 +244,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software
 def _changes(
     key: str, layout: Layout, arch: Architecture, work: Workload, software: str
 ) -> Iterator[tuple[str, RuleViolation | None]]:
-    """Yield changes of a setting, the nearest first, and the rule that each still breaks."""
+    """Yield changes of a setting, the nearest first, each with the rule that it still breaks (None: no rule)."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         text = f"train in {value}" if key == "precision" else text
@@ -251,7 +253,7 @@ def _changes(
 
 
 def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> Sequence[int | str | None]:
-    """Return values to try, the nearest first."""
+    """Return values to try for a setting, the nearest first."""
     now = getattr(layout if hasattr(layout, key) else work, key)
     values: set[int | None]
     if key in _SWITCHES:
@@ -281,10 +283,10 @@ def _multiples_of(key: str, layout: Layout, work: Workload) -> tuple[int, ...]:
 
 
 def with_size(layout: Layout, work: Workload, key: str, value: int | str | None) -> tuple[Layout, Workload]:
-    """Return a layout and a step of which one size is another, by its name in either."""
+    """Return the layout and the step with one setting changed; the name decides which of the two has the setting."""
     sizes: dict[str, Any] = {key: value}
     if not hasattr(layout, key):
         return layout, replace(work, **sizes)
     if key == "tp" and layout.ep == 1 and layout.etp == layout.tp:
-        sizes["etp"] = value  # which nobody chose: `parse_layout`
+        sizes["etp"] = value  # nobody chose etp: `parse_layout` set it to tp
     return replace(layout, **sizes), work

@@ -1,4 +1,4 @@
-"""Evaluate one layout, or search for the fastest ones that fit."""
+"""The evaluation of one layout, and the search for the fastest layouts that fit."""
 
 from __future__ import annotations
 
@@ -28,35 +28,37 @@ from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
-#: Up to this share of a GPU's memory a layout fits; up to the next it is tight: fragmentation may end the run.
+#: Shares of a GPU's memory. A layout fits up to the first share, and is tight up to the second: fragmentation may then
+#: end the run.
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
-#: Above this, matrices are small.
+#: Largest tensor parallelism to search; above it, matrices get small.
 _MOST_TP = 8
-#: Larger numbers of GPUs are mistakes.
+#: Largest number of GPUs; larger numbers are taken for mistakes.
 MOST_GPUS = 1_000_000
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to plan for.
+    """A planning request: model, GPUs, the work of a step, and the settings to keep.
 
     Args:
         arch: the trained model's architecture.
         gpu: kind of the GPUs.
-        gpus: number of the GPUs.
+        gpus: number of GPUs.
         work: work of a step.
-        tokens: the whole run's.
+        tokens: tokens of the whole run.
         software: one of `hardware.SOFTWARE`.
-        usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
-        grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
-        micro_batch: the only micro-batch to search, in sequences; None searches several.
-        recompute: the only kind of recomputation to use; None chooses the fastest that fits.
-        price_per_gpu_hour: price in any currency; None if it is not known.
+        usual: settings (`dispatcher`, `overlap`) that are taken from NVIDIA's recipes instead of from `work`.
+        grouped: whether the experts' products are grouped; if not, Megatron-Core cannot recompute only the experts'
+            activation function.
+        micro_batch: the only micro-batch to search (sequences); None: several are searched.
+        recompute: the only kind of recomputation to use; None: the fastest kind that fits.
+        price_per_gpu_hour: price in any currency; None: not known.
 
     Raises:
-        SpecError: the GPU has not the precision.
+        SpecError: the GPU does not support the precision.
     """
 
     arch: Architecture
@@ -79,11 +81,11 @@ class PlanRequest:
 
     @cached_property
     def model(self) -> ThroughputModel:
-        """The throughput model of the architecture on these GPUs."""
+        """The throughput model of the architecture on the requested GPUs."""
         return ThroughputModel(self.arch, self.gpu, known_machine(self.gpu, self.software))
 
     def plans(self, layout: Layout) -> list[LayoutEstimate]:
-        """Return a layout's plan with each kind of recomputation to choose from."""
+        """Return a layout's estimates, one for each allowed kind of recomputation."""
         return [LayoutEstimate(self, layout, self._work(layout, kind)) for kind in self.recomputes]
 
     def _work(self, layout: Layout, recompute: str) -> Workload:
@@ -95,14 +97,14 @@ class PlanRequest:
 
     @property
     def room(self) -> float:
-        """Bytes of a GPU up to which a layout is tight."""
+        """Largest memory of a rank at which a layout still runs (bytes)."""
         return self.gpu.memory_gib * TIGHT * GIB
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The kinds of recomputation to choose from: none first, and last the one that keeps the least memory.
+        """The kinds of recomputation to choose from: none first, the kind that needs the least memory last.
 
-        The core of attention is none of them: with flash attention, to recompute it keeps more than not to.
+        Core attention is excluded: with flash attention, recomputing it costs more memory than keeping it.
         """
         if self.recompute:
             return (self.recompute,)
@@ -116,12 +118,12 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class LayoutEstimate:
-    """A layout, evaluated.
+    """An evaluated layout: its memory, speed and cost.
 
     Args:
-        request: request that it answers.
+        request: request that the layout answers.
         layout: the layout.
-        work: work of a step, with the recomputation that was chosen.
+        work: work of a step, with the chosen recomputation.
     """
 
     request: PlanRequest
@@ -130,82 +132,82 @@ class LayoutEstimate:
 
     @cached_property
     def worst(self) -> tuple[int, Memory]:
-        """The pipeline stage whose ranks hold most, and their memory."""
+        """The pipeline stage whose ranks hold the most memory, and that memory."""
         return worst_memory(self.request.arch, self.layout, self.work)
 
     @property
     def memory(self) -> Memory:
-        """What the fullest ranks hold."""
+        """Memory of the fullest ranks."""
         return self.worst[1]
 
     @property
     def verdict(self) -> str:
-        """`fits`, `tight` or `no`."""
+        """How the layout fits into the GPU's memory: `fits`, `tight` or `no`."""
         share = self.memory.total / GIB / self.request.gpu.memory_gib
         return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
 
     @cached_property
     def time(self) -> StepTime:
-        """Seconds of a step."""
+        """Time of a step (seconds), by cause."""
         return self.request.model.step(self.layout, self.work)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Predicted throughput."""
+        """Predicted throughput of a GPU (tokens per second)."""
         return self.work.global_batch * self.work.seq_length / self.time.total / self.request.gpus
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
-        """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
+        """Return model TFLOP/s of a GPU, without recomputation, in one of the two conventions."""
         flops = flops_per_token(self.request.arch, self.work.seq_length, causal=causal)
         return self.tokens_per_s_per_gpu * flops / 1e12
 
     @property
     def peak_tflops(self) -> float:
-        """The peak that MFU is measured against, of the numbers that are multiplied."""
+        """The peak that MFU is measured against: the GPU's peak for the precision of the products (TFLOP/s)."""
         return self.request.gpu.peak_tflops(self.work.numbers)
 
     @property
     def peak_of(self) -> str:
-        """The precision of that peak."""
+        """The precision that `peak_tflops` belongs to."""
         return {8: "FP8", 4: "FP4"}.get(self.work.numbers.bits, "BF16")
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs, full attention as the paper counts, over the peak."""
+        """Model FLOP/s over the peak, with full attention, as the paper counts."""
         return self.tflops_per_gpu(causal=False) / self.peak_tflops
 
     @property
     def hours(self) -> float:
-        """Hours of the run, without evaluation, checkpoints and failures."""
+        """Duration of the run, without evaluation, checkpoints and failures (hours)."""
         return self.request.tokens / (self.tokens_per_s_per_gpu * self.request.gpus) / 3600
 
     @property
     def gpu_hours(self) -> float:
-        """Hours times GPUs."""
+        """Duration of the run times the number of GPUs (GPU-hours)."""
         return self.hours * self.request.gpus
 
     @property
     def cost(self) -> float | None:
-        """GPU-hours times their price, where that is known."""
+        """GPU-hours times the price of a GPU-hour; None if the price is not known."""
         price = self.request.price_per_gpu_hour
         return None if price is None else self.gpu_hours * price
 
     @property
     def checkpoint_gib(self) -> float:
-        """Size of a checkpoint with optimizer states."""
+        """Size of a checkpoint with optimizer states (GiB)."""
         return checkpoint_bytes(self.request.arch, self.work.lora) / GIB
 
 
 @functools.lru_cache(maxsize=256)
 def _changed(work: Workload, recompute: str, dispatcher: str | None, overlap: tuple[str, ...] | None) -> Workload:
-    """Return a workload with other settings, the same object for equal settings; None keeps a setting."""
+    """Return a workload with changed settings; None keeps a setting. Equal changes return the same object."""
     given = {"dispatcher": dispatcher, "overlap": overlap}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(work, recompute=recompute, **changes)
 
 
 def usual_dispatcher(arch: Architecture, gpu: Gpu, layout: Layout, work: Workload) -> str:
-    """Return the dispatcher of NVIDIA's recipes: HybridEP on Blackwell."""
+    """Return the dispatcher of NVIDIA's recipes: HybridEP on Blackwell if experts are spread without padding."""
     spread = arch.num_experts and layout.ep * layout.etp > 1 and not work.pad
     return "hybridep" if spread and gpu.is_blackwell else "alltoall"
 
@@ -215,9 +217,12 @@ def usual_overlap(
 ) -> tuple[str, ...]:
     """List the overlaps of NVIDIA's recipes (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
-    Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
-    interleaved stages or none, without Mamba layers, and without recomputing whole layers; in MXFP8 and NVFP4 of the
-    last software, in racks and on single machines, the experts' anyway, and launches, by one CUDA graph of a step.
+    - Dense models overlap tensor parallelism's traffic, except in FP4.
+    - MoE models overlap the experts' traffic if it leaves the NVLink domain and Megatron-Core can hide it. For that
+      Megatron-Core needs interleaved stages or a single stage, and no Mamba layers, delta nets, padding, or
+      recomputation of whole layers or MoE layers.
+    - In MXFP8 and NVFP4 with the newest software, in NVLink racks and on single machines, MoE models overlap the
+      experts' traffic if Megatron-Core can hide it, and also launches, through one CUDA graph of the whole step.
     """
     if not arch.num_experts:
         return ("tp",) if layout.tp > 1 and work.numbers.bits > 4 else ()
@@ -231,11 +236,13 @@ def usual_overlap(
 
 
 def evaluate_layout(request: PlanRequest, layout: Layout) -> LayoutEstimate:
-    """Return a layout's plan, with the fastest recomputation that fits; if none does, the fastest that is tight.
+    """Evaluate a layout with the fastest recomputation that fits.
+
+    If none fits, use the fastest that is tight; if none is tight, the one that needs the least memory.
 
     Args:
         request: request to answer.
-        layout: checked here.
+        layout: layout to check and evaluate.
 
     Raises:
         SpecError: the layout breaks a rule.
@@ -250,16 +257,16 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> LayoutEstimate:
 
 
 def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
-    """Return the fastest layouts that fit, fastest first; if none does, the nearest.
+    """Find the fastest layouts that fit, fastest first; if none fits, the layouts that need the least memory.
 
-    Each has the recomputation that `evaluate_layout` chooses.
+    Each layout has the recomputation that `evaluate_layout` chooses.
 
     Args:
         request: request to answer.
-        limit: number of plans.
+        limit: largest number of layouts to return.
 
     Raises:
-        SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.
+        SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names one that works.
     """
     if plans := find(request, limit):
         return plans
@@ -279,15 +286,15 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
             expected=f"a number that holds the model and divides {batch} sequences a step",
             fix=f"set <gpus>={gpus}",
         )
-    # The plain layout breaks a rule, or it would be among the plans: the error names the rule.
+    # The plain layout must break a rule, because otherwise it would be among the plans. The error names the rule.
     plain = Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1)
     check_layout(plain, request.arch, request.work, request.software)
     return plans
 
 
 def nearest_gpus(request: PlanRequest) -> int | None:
-    """Return the number of GPUs nearest to the request's with which some layout fits; None if none is found."""
-    # Whole nodes; of many, about an eighth of them.
+    """Return the number of GPUs, nearest to the request's, with which some layout fits; None if none is found."""
+    # Try whole nodes; for many GPUs, in steps of about an eighth of their number.
     step: int = max(request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4))
     numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * request.gpus // step + 2)}
     for gpus in sorted(numbers - {request.gpus}, key=lambda number: (abs(number - request.gpus), -number)):
@@ -297,14 +304,14 @@ def nearest_gpus(request: PlanRequest) -> int | None:
 
 
 def _batches(batch: int, step: int) -> list[int]:
-    """Return batches near one that some layout may use, the nearest first: multiples of a step or its parts."""
+    """Return multiples of a step, or of its parts, near a batch size; the nearest first. Some layout may use them."""
     parts = [step // 2**n for n in range(4) if step % 2**n == 0]
     around = {part * count for part in parts for count in (batch // part, batch // part + 1)}
     return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
 
 
 def _fits(request: PlanRequest) -> bool:
-    """Return whether some layout fits; look only at those that need the least memory."""
+    """Return whether some layout fits; only the layouts that need the least memory are tried."""
     smallest = _smallest(request, layouts(request), 20)
     able = (layout for layout in smallest if _least(request, layout) <= request.room)
     return any(request.plans(layout)[-1].verdict != "no" for layout in able)
@@ -315,11 +322,11 @@ def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list
 
 
 def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
-    """Search, and return an empty list where `search` raises."""
+    """Find layouts as `search` does, but return an empty list if `search` would raise an error."""
     every = list(layouts(request))
     kinds = [request.plans(layout) for layout in every if _least(request, layout) <= request.room]
     chosen: dict[int, LayoutEstimate] = {}
-    # Fastest first: of a layout that which recomputes nothing, and where it does not fit all others.
+    # Fastest first. Try each layout without recomputation; if it does not fit, try every kind of recomputation.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
     heapq.heapify(queue)
     while queue and len(chosen) < limit:
@@ -328,7 +335,7 @@ def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
         plan = plans[kind]
         could_fit = least_with_activations(request.arch, plan.layout, plan.work) <= request.room
         able_to_run = number not in chosen and could_fit and plan.verdict != "no"
-        # A tight one gives way to a slower one of the same layout that fits.
+        # If a kind is only tight and a slower kind of the same layout fits, skip it for the slower kind.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
             chosen[number] = plan
         elif kind == 0:
@@ -341,15 +348,15 @@ def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
 
 
 def _speed(plan: LayoutEstimate) -> tuple[float, int]:
-    """Make the key that orders plans; of two that are as fast, the one without context parallelism is simpler."""
+    """Return the sort key of a plan: its time, then its context parallelism, because less of it is simpler."""
     return plan.time.total, plan.layout.cp
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
-    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink.
+    """Yield every valid layout with equal pipeline stages; tensor parallelism stays within NVLink.
 
-    Ranks that share a key-value head, which newer releases of Megatron-Core allow, were not measured: none of the
-    layouts has such ranks.
+    Newer releases of Megatron-Core let ranks share a key-value head. This was not measured, so such layouts are
+    omitted.
     """
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
@@ -358,7 +365,7 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
-            # Context parallelism cuts the memory that a larger micro-batch adds: together they gain nothing.
+            # Context parallelism cuts the memory that a larger micro-batch adds, so combining both gains nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
             chunks = divisors(arch.num_layers // pp) if pp > 1 else [1]
             for vp, micro in itertools.product(chunks, micros):

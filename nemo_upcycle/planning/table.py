@@ -1,4 +1,4 @@
-"""Plans as a table for a terminal, as arithmetic, and as JSON values."""
+"""Plans as text for a terminal (a table, or the arithmetic) and as JSON values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.utils.console import in_columns
 
 
-#: Header -> the text of a plan's cell, in the order of the table; `row_values` has more.
+#: Header -> function that writes a plan's cell, in the order of the table; `row_values` has more values.
 _CELLS: dict[str, Callable[[LayoutEstimate], str]] = {
     "layout": lambda plan: plan.layout.sizes,
     "GiB": lambda plan: _gib(plan.memory.total),
@@ -27,7 +27,7 @@ _CELLS: dict[str, Callable[[LayoutEstimate], str]] = {
 
 
 def table_text(plans: list[LayoutEstimate]) -> str:
-    """Return plans as a table with a row each; with a column of costs where a price is known."""
+    """Return plans as a table with one row per plan, and a column of costs if the price is known."""
     names = [name for name in _CELLS if name != "cost" or plans[0].cost is not None]
     rows = [[str(number), *(_CELLS[name](plan) for name in names)] for number, plan in enumerate(plans, 1)]
     right = [0, *(1 + names.index(name) for name in names if name not in ("layout", "recompute", "fits"))]
@@ -39,12 +39,12 @@ def _gib(size: int) -> str:
 
 
 def row_values(plan: LayoutEstimate, command: str | None, why_none: str) -> dict[str, Any]:
-    """Return a plan for machines.
+    """Return a plan as JSON values.
 
     Args:
         plan: the plan.
-        command: the one that runs it; None: there is none.
-        why_none: why no recipe has its settings; "" where one has.
+        command: command that trains the plan; None: there is none.
+        why_none: reason why no recipe has the plan's settings; "" if a recipe has them.
     """
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
@@ -73,7 +73,7 @@ def row_values(plan: LayoutEstimate, command: str | None, why_none: str) -> dict
 
 
 def routing_line(plan: LayoutEstimate) -> str:
-    """Describe a plan's assumption about routing, and the cost of natural routing; "" if it costs nothing."""
+    """Describe a plan's assumption about routing and the cost of natural routing; "" if the cost is negligible."""
     other = replace(plan, work=replace(plan.work, routing="natural"))
     slower = other.time.total / plan.time.total - 1
     if plan.work.routing == "natural":
@@ -87,7 +87,7 @@ def routing_line(plan: LayoutEstimate) -> str:
 
 
 def model_line(arch: Architecture, seq_length: int) -> str:
-    """Return size and FLOPs of a model, in both conventions."""
+    """Return a line with a model's size and its FLOPs per token, in both conventions."""
     full, causal = (flops_per_token(arch, seq_length, causal=causal) for causal in (False, True))
     text = (
         f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "
@@ -102,7 +102,7 @@ def model_line(arch: Architecture, seq_length: int) -> str:
 
 
 def explanation(plan: LayoutEstimate) -> str:
-    """Return the arithmetic of a plan: where the bytes and the seconds go, and the assumptions."""
+    """Return the arithmetic of a plan as text: memory and time by component, and the assumptions."""
     layout, work, request, step = plan.layout, plan.work, plan.request, plan.time
     count, gpu = layout.micro_batches(work.global_batch), request.gpu
     step_tokens = work.global_batch * work.seq_length

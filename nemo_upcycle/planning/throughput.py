@@ -1,9 +1,8 @@
-"""Estimate the time of a step: work and traffic of every part of a layer, divided by the machine's speed.
+"""The estimated time of a step: work and traffic of every part of a layer, divided by the machine's speed.
 
-The result is a sum of times, each with a physical meaning. Work and traffic are counts; `Machine` holds the part of a
-peak that a kernel reaches, fitted on published measurements (`benchmarks/throughput.py`; table and errors in
-benchmarks/results/planner.md).
-All times are of one GPU and of forward and backward together.
+The result is a sum of times, each with a physical meaning. Work and traffic are counted. `Machine` holds the fraction
+of a peak that a kernel reaches, fitted to published measurements (`benchmarks/throughput.py`; table and errors in
+benchmarks/results/planner.md). All times are for one GPU, forward and backward together.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from nemo_upcycle.planning.parameters import average_params
 from nemo_upcycle.planning.workload import LayerKind, Workload, layer_kinds
 
 
-#: Matrix products work on tiles of so many rows and columns.
+#: Rows and columns of the tiles that matrix products work on.
 _TILE = 128
-#: Tokens of a chunk of Mamba-2's scan, as Megatron-Core has them (`mamba_chunk_size`).
+#: Tokens of a chunk of Mamba-2's scan, as in Megatron-Core (`mamba_chunk_size`).
 _CHUNK = 128
 
 
 @dataclass
 class StepTime:
-    """Seconds of a step, or of a part of it, by their cause; time hidden by computation does not count.
+    """The time of a step, or of a part of a step, by cause (seconds); time hidden by computation does not count.
 
     Args:
         gemm: matrix products.
-        attention: the core of attention.
+        attention: core attention.
         memory: norms, activation functions, permutations, casts, the optimizer.
         launch: kernel launches and host work.
         nvlink: traffic inside a node.
@@ -50,12 +49,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all parts (seconds)."""
         return float(sum(self.__dict__.values()))
 
     @property
     def bound_by(self) -> str:
-        """What takes most, `compute`, `hbm`, `launch`, `nvlink`, `infiniband` or `bubble`."""
+        """The cause that takes the most time: `compute`, `hbm`, `launch`, `nvlink`, `infiniband` or `bubble`."""
         parts = {
             "compute": self.gemm + self.attention,
             "hbm": self.memory,
@@ -67,23 +66,23 @@ class StepTime:
         return max(parts, key=lambda name: parts[name])
 
     def add(self, other: StepTime, times: float = 1.0) -> None:
-        """Add another time, or a multiple of it."""
+        """Add another time, multiplied by a factor."""
         sums = self.__dict__
         for name, value in other.__dict__.items():
             sums[name] += times * value
 
     def to_dict(self) -> dict[str, float]:
-        """Return the parts and their sum."""
+        """Return all parts and their sum (seconds)."""
         return self.__dict__ | {"total": self.total}
 
 
 class ThroughputModel:
-    """Predicts steps of one architecture on one kind of GPU.
+    """Predicts the step times of one architecture on one kind of GPU.
 
     Args:
         arch: the trained model's architecture.
         gpu: kind of the GPUs.
-        machine: parts of its peaks that are reached.
+        machine: fractions of the GPU's peaks that are reached.
     """
 
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
@@ -93,12 +92,12 @@ class ThroughputModel:
     def step(self, layout: Layout, work: Workload) -> StepTime:
         """Return the time of a step.
 
-        m times the slowest stage, + the bubble, (pp - 1) / (m vp) of that (arXiv 2104.04473), + the traffic of data
-        parallelism that nothing hides, + the optimizer.
+        With m micro-batches, it is the sum of m times the slowest stage, the bubble ((pp - 1) / (m vp) of that time;
+        arXiv 2104.04473), the data-parallel traffic that nothing hides, and the optimizer.
         """
         count = layout.micro_batches(work.global_batch)
         layer, output = self._parts(layout, work)
-        # The slowest stage sets the pace: the last one with the output layer, or a fuller one.
+        # The slowest stage sets the pace: the last stage, which has the output layer, or a stage with more layers.
         counts = layout.stage_layers(self.arch.num_layers)
         stage = StepTime()
         stage.add(layer, counts[-1])
@@ -152,7 +151,7 @@ class ThroughputModel:
         network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
         layer.add(network, 1 + (1 / 3 if network_again else 0.0))
         if moe and work.recomputes("moe_act"):
-            # Read gate and up, write their product once more, on the busiest rank.
+            # The busiest rank reads gate and up and writes their product once more.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
@@ -160,24 +159,25 @@ class ThroughputModel:
         return layer
 
     def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
-        """Add attention: its projections, its core, and the traffic of its parallelism."""
+        """Add attention: its projections, core attention, and the traffic of parallelism."""
         arch = self.arch
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        # The core is called once for each step of context parallelism's ring.
+        # Core attention is called once for each step of context parallelism's ring.
         layer.launch += self.machine.layer_us * 1e-6 * (layout.cp - 1) / 4
         gates = queries if arch.output_gate else 0
         for inputs, outputs in ((arch.hidden_size, queries + gates + 2 * keys), (queries, arch.hidden_size)):
             self._matrix(layer, tokens, inputs, outputs / layout.tp, 1, work)
-        # Forward, two products of the causal half; 2.5 times as much backward.
+        # The forward pass has two products over the causal half. The backward pass takes 2.5 times as much.
         scores = 2.0 * tokens * mean_context(work.seq_length, window) * 2 * queries / layout.tp
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
-        # Rotary embedding, and the core's inputs and output.
+        # Rotary embedding, and inputs and output of core attention.
         self._moved(layer, tokens / layout.tp * 8 * (queries + keys), work)
         self._tensor_traffic(layer, tokens, layout, work)
-        if layout.tp > arch.num_kv_heads:  # ranks that share a key-value head gather query, key and value, and scatter
+        if layout.tp > arch.num_kv_heads:  # ranks that share a key-value head gather and scatter query, key and value
             gathered = 2 * 2 * tokens * (queries + gates + 2 * keys) * (layout.tp - 1) / layout.tp
             self._link(layer, layout, gathered, layout.tp, layout.tp)
-        # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
+        # Keys and values travel round the ring once in the forward pass, and with their gradients in the backward
+        # pass. Attention hides this traffic.
         ring = 3 * 2 * 2 * keys / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
 
@@ -185,7 +185,7 @@ class ThroughputModel:
         """Add a Mamba-2 mixer: two projections, and the scan over chunks (arXiv 2405.21060, section 6)."""
         inner, states = mamba.rows("x"), mamba.rows("B")
         rows = 2 * (inner + states) + mamba.rows("dt")
-        # Within a chunk C B and its product with x, of the causal half; states are made, and read, by two products.
+        # Within a chunk: the causal half of C B and of its product with x. Two products write and read the states.
         chunk = _CHUNK / 2 * (states + inner) + 2 * inner * mamba.state_size
         kept = 2 * 2 * inner * mamba.state_size / _CHUNK
         self._scan(layer, (rows, inner), chunk, kept, tokens, layout, work)
@@ -194,8 +194,8 @@ class ThroughputModel:
         """Add a gated delta net: two projections, and the rule over chunks (arXiv 2412.06464, section 3.3)."""
         inner, heads, width = delta.rows("value"), delta.num_value_heads, delta.key_dim
         rows = 2 * delta.rows("key") + 2 * inner + 2 * heads
-        # Within a chunk, of the causal half, key by key, the two products of its inverse, query by key and that by the
-        # value; states are made, and read twice.
+        # Within a chunk (causal half): key by key, the two products with its inverse, query by key, and the result by
+        # the value. The states are written once and read twice.
         state = heads * width * delta.value_dim
         chunk = delta.chunk_size / 2 * heads * (3 * width + 2 * delta.value_dim) + 3 * state
         self._scan(layer, (rows, inner), chunk, 2 * 2 * state / delta.chunk_size, tokens, layout, work)
@@ -210,17 +210,28 @@ class ThroughputModel:
         layout: Layout,
         work: Workload,
     ) -> None:
-        """Add what mixes tokens chunk by chunk: rows of both projections, products of a token, kept states' bytes."""
+        """Add a mixer that works chunk by chunk.
+
+        Args:
+            layer: sum to add to.
+            sizes: output rows of the input projection, input columns of the output projection.
+            products: multiply-adds of a token within the mixer.
+            kept: traffic of the kept states, for each token.
+            tokens: tokens of the micro-batch on a rank, before tensor parallelism cuts them.
+            layout: the parallel sizes.
+            work: work of a step.
+        """
         rows, inner = sizes
         self._matrix(layer, tokens, self.arch.hidden_size, rows / layout.tp, 1, work)
         self._matrix(layer, tokens, inner / layout.tp, self.arch.hidden_size, 1, work)
         layer.attention += (
             3.5 * 2 * tokens * products / layout.tp / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         )
-        # Convolution, scan, gate and norm read and write them, and their gradients; states are float32, one a chunk.
+        # Convolution, scan, gate and norm read and write the rows and their gradients. The states are float32, one per
+        # chunk.
         self._moved(layer, tokens / layout.tp * 3 * (2 * rows + 4 * inner + kept), work)
         self._tensor_traffic(layer, tokens, layout, work)
-        # Context parallelism gathers the sequence of some heads, and scatters it back.
+        # With context parallelism each rank gathers the whole sequence for some heads, and scatters it back.
         volume = 2 * 2 * tokens * (rows + inner) / layout.tp * (layout.cp - 1) / layout.cp
         self._link(layer, layout, volume, layout.tp * layout.cp, layout.cp)
 
@@ -230,9 +241,9 @@ class ThroughputModel:
         expert_us = machine.expert_us if work.pad else machine.uneven_us(work.numbers)
         times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
-        # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
+        # A rank's experts get slots from the whole group: etp times as many as the rank's own tokens have.
         self._network(times, slots * layout.etp / local, neurons, work, local)
-        # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
+        # Permute, sort by expert, sort back, unpermute: each reads and writes, forward and backward.
         self._moved(times, slots * 16 * arch.hidden_size, work)
         if arch.shared_ffn_size:
             self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
@@ -240,18 +251,18 @@ class ThroughputModel:
         return times
 
     def _slots_per_token(self, layout: Layout, work: Workload) -> float:
-        """Return the token slots for each token of the expert rank that the others wait for."""
+        """Return the token slots per token on the busiest expert rank, which the others wait for."""
         busiest = self.machine.waits_for(self.arch.num_experts or 0, natural=work.routing == "natural")
         room = work.capacity_factor if work.capacity_factor is not None else busiest
         waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(busiest, room))
         return work.slots_per_token(self.arch) * waits
 
     def _dispatch(self, times: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
-        """Add the traffic of tokens to their experts and back, forward and backward, as far as nothing hides it."""
+        """Add the exposed traffic of tokens to their experts and back, forward and backward."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
         if work.dispatcher != "alltoall":
-            # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
+            # A token is sent only once to each rank (inside a node) or to each node that has some of its experts.
             per_node = layout.node_gpus(self.gpu.nvlink_gpus)
             places = layout.ep if span <= per_node else span // per_node
             copies *= self._expected_places(places) / (self.arch.top_k or 1)
@@ -273,7 +284,7 @@ class ThroughputModel:
         self._moved(times, count * rows * 8 * neurons, work)
 
     def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, work: Workload) -> None:
-        """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
+        """Add `count` products [rows, inner] x [inner, columns], each with its two gradients."""
         machine, numbers = self.machine, work.numbers
         bandwidth = machine.memory * self.gpu.hbm_gb_s * 1e9
         reached = {16: machine.gemm, 8: machine.gemm_fp8, 4: machine.gemm_fp4}[numbers.bits]
@@ -281,23 +292,23 @@ class ThroughputModel:
             reached *= machine.ragged
         compute_s = 6.0 * count * rows * inner * columns / (reached * self.gpu.peak_tflops(numbers) * 1e12)
         size = numbers.bits / 8
-        # Each operand is read twice and each result written once; a weight's gradient is added to.
+        # Each operand is read twice and each result is written once. A weight's gradient is read and written.
         moved = size * 2 * (rows * inner + rows * columns + inner * columns) + 2 * (rows * inner + rows * columns)
         moved += 2 * work.gradient_bytes * inner * columns
         memory_s = count * moved / bandwidth
-        # A roofline: of the two the shorter is hidden behind the longer.
+        # Roofline: the longer of the two times hides the shorter.
         times.gemm += compute_s
         times.memory += max(0.0, memory_s - compute_s)
-        # The input and the gradient of the output are cast; the weight is once a step.
+        # The input and the output's gradient are cast here. The weight is cast only once per step, so it is left out.
         times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
     def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
-        """Add 16-bit elements that no matrix product reads or writes; a quarter more for uncounted casts."""
+        """Add the traffic of 16-bit elements outside matrix products; FP8 casts that are not counted add a quarter."""
         casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
         times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
     def _tensor_traffic(self, times: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
-        """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
+        """Add sequence parallelism's gathers and scatters of the tokens: two forward, three backward."""
         volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
         if "tp" in work.overlap:
             volume *= 1 - self.machine.tp_hidden
@@ -313,23 +324,23 @@ class ThroughputModel:
         hidden: float = 0.0,
         share: float = 1.0,
     ) -> None:
-        """Add traffic of a group that lies within `span` neighbouring ranks.
+        """Add the traffic of a group that lies within `span` neighbouring ranks.
 
         Args:
             times: sum to add to.
-            layout: the cluster's.
-            volume: bytes.
-            span: neighbouring ranks that the group lies within.
+            layout: the parallel sizes.
+            volume: traffic of a rank (bytes).
+            span: neighbouring ranks that contain the group.
             size: ranks of the group.
-            hidden: seconds of work that hide it.
-            share: the part of it that can be hidden.
+            hidden: work that can hide the traffic (seconds).
+            share: fraction of the traffic that can be hidden.
         """
         if volume <= 0 or size <= 1:
             return
         per_node = layout.node_gpus(self.gpu.nvlink_gpus)
         inside = span <= per_node
         bandwidth = self.gpu.nvlink_gb_s if inside else self.gpu.network_gb_s
-        # Of a group over several nodes, the members of the own node are reached over NVLink.
+        # If a group spans several nodes, a rank reaches the members in its own node over NVLink.
         away = 1.0 if inside else 1 - (per_node * size / span - 1) / max(size - 1, 1)
         time_s = volume * max(away, 0.0) / (self.machine.link * bandwidth * 1e9)
         time_s -= min(hidden, share * time_s)
@@ -339,7 +350,7 @@ class ThroughputModel:
             times.network += time_s
 
     def _output(self, layout: Layout, work: Workload) -> StepTime:
-        """Return the output layer and the loss: the last stage's work, for which all others wait."""
+        """Return the time of the output layer and the loss, which only the last stage computes."""
         times = StepTime()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
@@ -348,7 +359,7 @@ class ThroughputModel:
         return times
 
     def _send(self, layout: Layout, work: Workload) -> StepTime:
-        """Return the cost of passing activations between stages: hidden with interleaving, exposed without."""
+        """Return the time of sending activations between stages: hidden with interleaving, exposed without."""
         times = StepTime()
         if layout.pp > 1 and layout.vp == 1:
             tokens = work.seq_length / layout.cp * layout.micro_batch
@@ -358,14 +369,14 @@ class ThroughputModel:
     def _optimizer_s(self, layout: Layout, work: Workload) -> float:
         dense, expert = average_params(self.arch, layout)
         owned = dense / layout.dense_shards + expert / layout.expert_dp
-        # Adam reads gradient, master and moments, and writes them and the weight; clearing the gradients writes them.
+        # Adam reads and writes gradient, master and moments, and writes the weight. Clearing writes the gradients.
         moved = owned * (30 + work.gradient_bytes) + (dense + expert) * 2 * work.gradient_bytes
         return moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
     def _data_parallel_s(self, layout: Layout, work: Workload, backward_s: float) -> float:
-        """Return the exposed time of reducing gradients and gathering weights: at least a layer's share.
+        """Return the exposed time of reducing gradients and gathering weights, which is at least one layer's share.
 
-        A ring over nodes uses the network cards of all its members in a node at once.
+        A ring over several nodes uses the network cards of all its members in a node at once.
         """
         dense, expert = average_params(self.arch, layout)
         sent = work.gradient_bytes + (work.numbers.gather_bytes if work.low_params else 2)

@@ -1,4 +1,4 @@
-"""The training that a layout is planned for: batch, sequence, precision, recomputation, capacity of the experts."""
+"""The workload that a layout is planned for: batch, sequence, precision, recomputation, capacity of the experts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nemo_upcycle.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision of training; parameters are in BF16, unless `Workload.low_params`.
+    """A precision of training; parameters are in BF16, unless `Workload.low_params` is set.
 
     Args:
         bits: width of the numbers that linear layers inside the transformer layers multiply: 16, 8 or 4.
-        copy_bytes: bytes of Transformer Engine's copies of a weight of these layers, in rows and in columns, scales
-            included.
-        saved_bytes: bytes that such a layer keeps of each element of its input for the backward pass.
-        cast_bytes: bytes read and written to cast an element of an input or a gradient into rows and columns; 0 for
-            delayed, current and blockwise scaling, whose casts are in `Machine.gemm_fp8`.
-        gather_bytes: bytes of a low-precision parameter that data parallelism gathers.
-        bf16_ends: number of layers at either end of the model that stay in BF16.
-        rows: number that a product's rows, and its columns, must be a multiple of.
-        blackwell: whether only Blackwell has it.
+        copy_bytes: size of Transformer Engine's copies of such a layer's weight, by rows and by columns, including
+            scales (bytes per element).
+        saved_bytes: size of the input that such a layer keeps for the backward pass (bytes per element).
+        cast_bytes: traffic to cast an input or a gradient by rows and by columns (bytes per element); 0 for delayed,
+            current and blockwise scaling, because `Machine.gemm_fp8` includes their casts.
+        gather_bytes: size of a low-precision parameter that data parallelism gathers (bytes).
+        bf16_ends: number of layers at each end of the model that stay in BF16.
+        rows: number that a product's rows and columns must be a multiple of.
+        blackwell: whether only Blackwell supports the precision.
     """
 
     bits: int = 16
@@ -44,8 +44,8 @@ class Precision:
         return self.bits < 16
 
 
-#: As the recipes set them: NeMo's mixed-precision factories. Current scaling leaves the first and the last layer in
-#: BF16. MXFP8 has a scale of one byte for every 32 numbers of a row and of a column, NVFP4 for every 16.
+#: Precisions as the recipes set them, with NeMo's mixed-precision factories. Current scaling keeps the first and the
+#: last layer in BF16. MXFP8 has a scale of one byte for every 32 numbers of a row and of a column, NVFP4 for every 16.
 PRECISIONS = {
     "bf16": Precision(),
     "fp8-delayed": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1),
@@ -54,52 +54,53 @@ PRECISIONS = {
     "mxfp8": Precision(8, 2 * 33 / 32, 33 / 32, cast_bytes=2 + 2 * 33 / 32, rows=32, blackwell=True),
     "nvfp4": Precision(4, 2 * 9 / 16, 9 / 16, cast_bytes=2 + 2 * 9 / 16, blackwell=True),
 }
-#: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
+#: Type in which data parallelism sums gradients (`grad_reduce_in_fp32`) -> bytes of a gradient.
 GRADIENTS = {"fp32": 4, "bf16": 2}
-#: Adam with Megatron's distributed optimizer; Muon whole on every rank, or spread by whole parameters.
+#: Adam with Megatron's distributed optimizer; Muon with all states on every rank, or with whole parameters dealt out.
 OPTIMIZERS = ("adam", "muon", "dist_muon")
-#: What is recomputed in the backward pass: modules by Megatron-Core's names (the norm before the experts, the core of
-#: attention, the experts' activation function, the network of a
-#: dense or of an MoE layer), or whole layers.
+#: Modules that can be recomputed in the backward pass, by Megatron-Core's names: the norm before the experts, core
+#: attention, the experts' activation function, the network of a dense layer, the network of an MoE layer. `full` in
+#: `RECOMPUTES` recomputes whole layers.
 MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
-#: Larger numbers are taken for mistakes.
+#: Largest value of a setting; larger values are taken for mistakes.
 _MOST = 10**9
-#: Dispatchers of tokens: a message for each expert of a token, or for each place with experts of it.
-#: HybridEP is in Megatron-Core from 0.16 on, NCCL EP from 0.19, so not in NeMo 2.7.
+#: Dispatchers of tokens. `alltoall` sends a message for each expert of a token, the others for each rank or node that
+#: has some of the token's experts. HybridEP needs Megatron-Core 0.16, NCCL EP 0.19, so NeMo 2.7 has neither.
 DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
-#: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
-#: not.
+#: Routing of tokens: benchmarks force the router to balance the experts (`moe_router_force_load_balancing`), training
+#: does not.
 ROUTINGS = ("balanced", "natural")
-#: Token slots of the busiest rank over the mean, for memory: with forced balance, and otherwise.
+#: Token slots of the busiest rank over the mean, for memory: with forced balance, and without.
 FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
-#: What runs beside computation: tensor parallelism's traffic beside its products (`tp_comm_overlap`), that of experts
-#: beside another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's launches, where one
-#: CUDA graph has a whole step (`cuda_graph_impl=full_iteration`). The recipes of this package have none.
+#: Work that can overlap with computation: tensor parallelism's traffic with its products (`tp_comm_overlap`), the
+#: experts' traffic with another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's
+#: launches, if one CUDA graph has a whole step (`cuda_graph_impl=full_iteration`). This package's recipes use none.
 OVERLAPS = ("tp", "ep", "launch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a step works on.
+    """The work of a training step, and the settings that decide its cost.
 
     Args:
         seq_length: tokens of a sequence.
         global_batch: sequences of a step.
-        capacity_factor: an expert takes at most this many times its even share of the token slots, the rest is
-            dropped (`moe_expert_capacity_factor`); None drops nothing.
+        capacity_factor: largest number of token slots of an expert, as a multiple of a balanced share; further tokens
+            are dropped (`moe_expert_capacity_factor`). None: no token is dropped.
         pad: whether every expert is padded up to its capacity (`moe_pad_expert_input_to_capacity`).
         imbalance: token slots of the busiest rank over the mean, for the memory of experts that drop nothing.
         precision: one of `PRECISIONS`.
-        low_params: whether parameters of layers that multiply in FP8 or FP4 are kept so (`fp8_param_gather`), without
-            a copy in BF16.
+        low_params: whether layers that multiply in FP8 or FP4 keep their parameters in that precision
+            (`fp8_param_gather`), without a BF16 copy.
         gradients: one of `GRADIENTS`.
         optimizer: one of `OPTIMIZERS`, for the memory.
-        recompute: one of `RECOMPUTES`, or several of `MODULES` with commas between.
+        recompute: one of `RECOMPUTES`, or several of `MODULES` separated by commas.
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
-        overlap: traffic that runs beside computation, out of `OVERLAPS`.
-        lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
+        overlap: work that overlaps with computation, some of `OVERLAPS`.
+        lora: rank of the LoRA adapters (each expert has its own), which are trained together with the routers; 0: all
+            weights are trained.
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -162,16 +163,16 @@ class Workload:
 
     @property
     def numbers(self) -> Precision:
-        """How numbers are kept."""
+        """The `Precision` that `precision` names."""
         return PRECISIONS[self.precision]
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of a gradient in the buffers that data parallelism sums."""
+        """Size of a gradient in the buffers that data parallelism sums (bytes)."""
         return GRADIENTS[self.gradients]
 
     def recomputes(self, module: str) -> bool:
-        """Return whether a module of `MODULES` is recomputed by itself."""
+        """Return whether a module of `MODULES` is recomputed on its own, not as part of a whole layer."""
         return module in self.recompute.split(",")
 
     def is_fp8_layer(self, arch: Architecture, layer: int) -> bool:
@@ -180,15 +181,15 @@ class Workload:
         return self.numbers.fp8 and ends <= layer < arch.num_layers - ends
 
     def slots_per_token(self, arch: Architecture) -> float:
-        """Return the token slots that a balanced expert rank works on for each token, without the dropped ones."""
+        """Return the token slots per token that a balanced expert rank computes, without dropped slots."""
         share = self.capacity_factor if self.capacity_factor is not None else 1.0
         return (arch.top_k or 0) * (share if self.pad else min(share, 1.0))
 
     def buffer_slots_per_token(self, arch: Architecture, ep: int) -> float:
-        """Return the token slots that the busiest rank of `ep` has to hold for each of its tokens.
+        """Return the token slots per token that the busiest of `ep` ranks must hold.
 
-        With all experts on every rank nothing is uneven; else it holds at most every token of the group once for each
-        of its experts.
+        If every rank has all experts, the load is even. Otherwise a rank holds at most every token of the group once
+        for each of its experts.
         """
         capacity = self.capacity_factor if self.capacity_factor is not None else float("inf")
         share = capacity if self.pad else min(capacity, self.imbalance if ep > 1 else 1.0)
@@ -196,7 +197,7 @@ class Workload:
 
 
 class LayerKind(NamedTuple):
-    """What the time of a layer depends on: experts, FP8, its parts (`Architecture.parts`), attention's window."""
+    """The properties that a layer's time depends on: experts, FP8, parts (`Architecture.parts`), attention window."""
 
     moe: bool
     fp8: bool

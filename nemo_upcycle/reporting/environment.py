@@ -1,4 +1,4 @@
-"""Describe the machine and the versions that a report was made with."""
+"""The machine and the software versions on which a report is made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, processor, cores, memory, GPUs and the commit of the package, as plain values."""
+    """Collect versions, processor, cores, memory, GPUs and the package's commit as plain values."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "versions": {"nemo_upcycle": __version__, "python": platform.python_version(), **_versions()},
@@ -43,7 +43,7 @@ def describe_environment() -> dict[str, Any]:
 def package_commit(folder: Path) -> str | None:
     """Return the git commit of the package's source, with `-dirty` if files were changed; None outside git.
 
-    An installed package may be inside another repository, so git has to track the file itself.
+    An installed package may be inside another repository, so git must track the package's own `__init__.py`.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
@@ -63,7 +63,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _gpus() -> list[str]:
     try:
         from torch import cuda
-    except ImportError:  # a report needs nothing else from it
+    except ImportError:  # a report needs torch only for the GPUs' names
         return []
     return [cuda.get_device_name(number) for number in range(cuda.device_count())]
 

@@ -1,4 +1,4 @@
-"""The sections of report.md about the models' answers: scores, differences, samples, step 0."""
+"""The sections of report.md about evaluation: scores, differences, samples, step 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_upcycle.utils.writers import plain, table
 
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; a difference counts only if its interval excludes 0. Of a trial nothing is said."""
+    """Name the better model if the interval of the difference excludes 0; return nothing for a trial."""
     if paired["is_trial"]:
         return ""
     if paired["identical"]:
@@ -27,7 +27,7 @@ def verdict(paired: dict[str, Any], a: str, b: str) -> str:
 
 
 def evaluation(results: dict[str, Any]) -> str:
-    """Return the values of all models, and the differences between them."""
+    """Return the section with the scores of all models and the differences between models."""
     models, metrics = _models(results), next(iter(results["paired"].values()))
     pairs = {f"{b}_minus_{a}": (a, b) for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
     differences = [
@@ -54,7 +54,7 @@ def evaluation(results: dict[str, Any]) -> str:
 
 
 def scores(results: dict[str, Any]) -> str:
-    """Return the values of all models for a model's card, and how they were measured."""
+    """Return the scores of all models for a model card, and how they were measured."""
     about = results["evaluation_settings"]["trained"]
     limit = about["settings"].get("limit")
     some = f", on the first {limit} items of each task" if limit else ""
@@ -81,7 +81,7 @@ def _values(results: dict[str, Any]) -> str:
 
 
 def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
-    """Return the bits per byte of each source of held-out text; nothing where there is one alone."""
+    """Return a table of bits per byte for each source of held-out text; nothing if there is only one source."""
     by_model = {name: results["sources"][name] for name in models if name in results["sources"]}
     if len(next(iter(by_model.values()), {})) < 2:
         return ""
@@ -96,14 +96,14 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
 
 
 def _missing(tasks: dict[str, str]) -> str:
-    """Return which tasks of the suite have no column, and why."""
+    """Say which tasks of the suite were not scored, and why."""
     return "\n\n".join(
         f"Not scored: {plain(task)}. Its data cannot be had: {plain(why)}." for task, why in tasks.items()
     )
 
 
 def _contamination(tasks: dict[str, Any]) -> str:
-    """Return how many items of each task the training texts were found to hold; nothing where none were sought."""
+    """Return a table of each task's items found in the training texts; nothing if nobody searched for them."""
     if not tasks:
         return ""
     words = next(iter(tasks.values()))["left_words"]
@@ -123,7 +123,7 @@ def _contamination(tasks: dict[str, Any]) -> str:
 
 
 def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
-    """Return our values beside a published table; nothing where the suite names none."""
+    """Return our scores beside published scores; nothing if the suite has no published scores."""
     published = results["published"]
     if not published:
         return ""
@@ -162,14 +162,14 @@ def _judged(paired: dict[str, Any], a: str, b: str) -> str:
 
 
 def _too_few(results: dict[str, Any]) -> str:
-    """Say which trainings are too short for a verdict; nothing if none is."""
+    """Say which trainings are too short for a verdict; return nothing if none is."""
     steps = {MODELS[TRAINED[stage]]: done["steps"] for stage, done in results["training"].items()}
     short = [f"{title} {count:,}" for title, count in steps.items() if is_trial(count)]
     return f"Below {FEW_STEPS} steps there is no verdict: {', '.join(short)}." if short else ""
 
 
 def samples(results: dict[str, Any]) -> str:
-    """Return how each model continues some held-out texts; nothing where no model was asked to."""
+    """Return each model's continuations of some held-out texts; nothing if no model was asked for any."""
     tables = []
     for sample in results["samples"]:
         texts = {"prompt": sample["prompt"], "the original text": sample["goes_on"]}
@@ -185,7 +185,7 @@ def samples(results: dict[str, Any]) -> str:
 
 
 def step_zero(results: dict[str, Any]) -> str:
-    """Return how equal the parent and the upcycled model are before training."""
+    """Return the section that compares the parent and the upcycled model before training."""
     step0, receipt = results["step0"], results["receipt"]
     rows = [
         ["changed answers", f"{step0['changed_answers']} of {step0['questions']}"],

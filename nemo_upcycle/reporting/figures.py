@@ -1,4 +1,4 @@
-"""The figures of a report, in colours that colour-blind readers tell apart (Okabe-Ito, purple to orange)."""
+"""The figures of a report, in colours that colour-blind readers can distinguish (Okabe-Ito, viridis)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
-#: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
+#: Largest number of points of a curve and columns of a heat map; more cannot be distinguished in a page's width.
 _COLUMNS = 200
-#: Inches that a figure is wide, and its size of small print in points: 10 pixels where the page has 420.
+#: Width of a figure (inches), and font size of small print (points): 10 pixels if the page is 420 pixels wide.
 _WIDE_IN, SMALL = 5.0, 9
 DPI = 200
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
-    """Draw the validation loss of the MoE and its baseline over tokens, or over FLOPs, with training loss behind it.
+    """Draw validation and training losses of the MoE and the baseline over tokens or FLOPs.
 
-    A horizontal line marks the validation loss before the first step; the baseline's is the loss of the dense parent.
+    A horizontal line marks the validation loss before the first step. With a baseline this is the loss of the dense
+    parent.
 
     Args:
-        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
-        flops_per_token: stage -> FLOPs of a token in training; None: over tokens.
+        curves: stage -> curve, for `pretrain` and optionally `dense_ct`.
+        flops_per_token: stage -> training FLOPs per token; None draws the losses over tokens.
     """
     from matplotlib.figure import Figure
 
@@ -50,7 +51,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
 
 
 def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, float]) -> None:
-    """Draw all losses over tokens times a factor."""
+    """Draw all losses over tokens times each stage's factor."""
     for stage, curve in curves.items():
         name, colour, marker = STYLES[stage]
         if curve.validation:
@@ -76,7 +77,7 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
 
 
 def short_numbers(value: float) -> str:
-    """Return a large number in short.
+    """Format a large number with three digits and a unit.
 
     Example:
         >>> short_numbers(1_500_000_000), short_numbers(3_047_424)
@@ -88,7 +89,7 @@ def short_numbers(value: float) -> str:
 
 
 def tokens_axis(axes: Any, last: float, label: str = "training tokens") -> None:
-    """Let the x axis go from 0 to the last token, or another cost, with few ticks, and room for markers there."""
+    """Scale the x axis from 0 to the last token (or other cost), with few ticks and room for markers at both ends."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(label)
@@ -100,14 +101,14 @@ def tokens_axis(axes: Any, last: float, label: str = "training tokens") -> None:
 
 
 def legend_below(figure: Any, axes: Any) -> None:
-    """Name the lines of some axes below a figure, where the names cover nothing."""
+    """Put the legend of some axes below the figure, so that it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     sizes = {"fontsize": SMALL, "handlelength": 1.5, "columnspacing": 1.0}
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, **sizes)
 
 
 def averaged(values: Sequence[Any]) -> Any:
-    """Return an array with one row a step, averaged to at most 200 rows."""
+    """Average values, one row per step, to at most 200 rows."""
     import numpy as np
 
     parts = np.array_split(np.array(values), min(_COLUMNS, len(values)))
@@ -115,18 +116,20 @@ def averaged(values: Sequence[Any]) -> Any:
 
 
 def averaging_note(columns: Any, steps: Sequence[Any]) -> str:
-    """Return the end of a label of `averaged` columns; nothing where none was averaged."""
+    """Return the end of a label that says how many steps were averaged; nothing if no steps were averaged."""
     return f", {math.ceil(len(steps) / len(columns))}-step means" if len(columns) < len(steps) else ""
 
 
 def load_figure(curve: Curve) -> Figure | None:
-    """Draw the busiest expert's load over the balanced one, by layer and step; many steps are averaged.
+    """Draw the busiest expert's load relative to a balanced load, by layer and step.
+
+    If there are many steps, they are averaged.
 
     Args:
-        curve: the curve of a training stage.
+        curve: curve of a training stage.
 
     Returns:
-        None when the stage has no experts.
+        The figure; None if the stage has no experts.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -151,13 +154,13 @@ def load_figure(curve: Curve) -> Figure | None:
 
 
 def routers_figure(curve: Curve) -> Figure | None:
-    """Return the routers' health over tokens: the mean of the layers, and from the lowest to the highest of them.
+    """Draw the router metrics over tokens: the mean over the layers, and the range from lowest to highest layer.
 
     Args:
-        curve: the curve of a training stage.
+        curve: curve of a training stage.
 
     Returns:
-        None when the stage has no routers.
+        The figure; None if the stage has no routers.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -185,10 +188,13 @@ def routers_figure(curve: Curve) -> Figure | None:
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """Draw bits per byte of held-out text over tokens, with 95 % intervals over documents; None without a score.
+    """Draw bits per byte of held-out text over tokens, with 95 % intervals over documents.
 
     Args:
-        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
+        curves: stage -> curve, for `pretrain` and optionally `dense_ct`.
+
+    Returns:
+        The figure; None if no stage has a score.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Compute the results of a grid of ablations: each arm's scores, its differences, and their intervals."""
+"""Compute the results of an ablation grid: each arm's scores, its differences, and their intervals."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nemo_upcycle.evaluation.heldout import Sums, by_source
 from nemo_upcycle.evaluation.statistics import Spread
 
 
-#: The parent of arms from random weights.
+#: Name of the parent of arms that start from random weights.
 UNTRAINED = "untrained"
-#: Where the FLOPs of two trainings differ by less, their ends are compared.
+#: If the FLOPs of two trainings differ by less than this share, their ends are compared.
 FLOPS_APART = 0.02
 
 
@@ -37,18 +37,18 @@ class ArmRecord:
     Args:
         name: name of the arm.
         steps: number of steps of a whole training.
-        tokens_per_step: number of tokens of a step.
-        schedule: schedule of the learning rate.
-        is_rate_constant: whether each point equals the result of a whole training of that length, because the learning
-            rate does not fall, or each point is the end of a training of its own.
+        tokens_per_step: number of tokens per step.
+        schedule: learning-rate schedule.
+        is_rate_constant: whether each point equals the result of a whole training of that length, either because the
+            learning rate does not fall, or because each point is the end of a separate training.
         trained_seeds: seeds that were trained.
-        ends: tokens of its trainings, of which a curve of lengths has several.
-        scores: tokens -> seed -> sums of the held-out documents; values that were not a number are left out.
+        ends: lengths of the arm's trainings (tokens); an arm that varies the length has several.
+        scores: tokens -> seed -> sums of the held-out documents; values that were not a number are omitted.
         routers: metric -> tokens -> mean over layers and seeds; empty for a dense arm.
-        flops_per_token: FLOPs of a token in training, full attention.
-        rank_seconds_per_token: seconds of the steps times ranks, over their tokens; for each step the fastest seed's,
-            without the first step.
-        parent: model that the arm starts from, in a grid whose arms have different parents.
+        flops_per_token: training FLOPs per token, with full attention.
+        rank_seconds_per_token: time per token (seconds times ranks); each step counts with its fastest seed, and the
+            first step is excluded.
+        parent: model from which the arm starts, in a grid whose arms have different parents.
     """
 
     name: str
@@ -66,36 +66,37 @@ class ArmRecord:
 
     @property
     def tokens(self) -> int:
-        """Of a whole training."""
+        """Number of tokens of a whole training."""
         return self.steps * self.tokens_per_step
 
     @property
     def final(self) -> dict[int, Sums]:
-        """Seed -> scores of the last step."""
+        """Scores of the last step, by seed."""
         return self.scores.get(self.tokens, {})
 
     def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
-        """Return whether a point of this arm's curve may be compared with one of another's: the only rule for it.
+        """Return whether a point of this arm's curve may be compared with a point of another arm's curve.
 
-        A learning rate that falls makes the end of a training better than its middle: two points are compared where
-        both are what a whole training of that length reaches, or as far on in trainings of one length and schedule.
+        No other rule decides this. A falling learning rate makes the end of a training better than its middle. So two
+        points are comparable only if each equals the end of a whole training of that length, or if both come after the
+        same number of tokens in trainings with the same length and schedule.
         """
         schedules = [(arm.steps, arm.tokens_per_step, arm.schedule) for arm in (self, other)]
         are_ends = self._is_end(tokens) and other._is_end(its_tokens)
         return are_ends or (schedules[0] == schedules[1] and tokens == its_tokens)
 
     def is_scored_with(self, other: ArmRecord, tokens: int) -> bool:
-        """Return whether both were scored after some tokens, at a seed of both, and are comparable there."""
+        """Return whether both arms were scored after `tokens` with a common seed, and are comparable there."""
         seeds = set(self.scores.get(tokens, {})) & set(other.scores.get(tokens, {}))
         return bool(seeds) and self.is_comparable(tokens, other, tokens)
 
     def _is_end(self, tokens: float) -> bool:
-        """Return whether a training of so many tokens ends as this one is then."""
+        """Return whether the score after `tokens` equals the result of a whole training of that length."""
         return self.is_rate_constant or tokens in (0, self.tokens)
 
 
 def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
-    """Sort the evidence of a grid by arm.
+    """Group the evidence of a grid by arm.
 
     Args:
         evidence: result of `collect_evidence` or `read_evidence`.
@@ -133,9 +134,10 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
 
 
 def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
-    """Measure a token's time: of each step the fastest seed, since other work on a machine only adds.
+    """Measure the time per token, with the fastest seed of each step.
 
-    The first step, which compiles and allocates, is left out where there are more.
+    The fastest seed is used because other work on the machine can only slow a step down. The first step compiles and
+    allocates, so it is excluded unless it is the only step.
     """
     fastest: dict[int, float] = {}
     for cell in cells:
@@ -160,22 +162,23 @@ def _routers(cells: list[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
 
 
 def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every number of the table.
+    """Compute every number of the table.
 
-    Points of two curves are compared where `ArmRecord.is_comparable` lets them; no key is a number, so that the
-    values are the same after JSON. Where a mean is named it is what `mean_of_seeds` returns, and a difference what
-    `judge` does.
+    Points of two curves are compared only if `ArmRecord.is_comparable` allows it. No key is a number, so that writing
+    and reading JSON changes nothing. Every mean is a result of `mean_of_seeds`, and every difference a result of
+    `judge`.
 
     Args:
         arms: result of `arms_of`.
-        described: the `described` of the grid's plan.
+        described: entry `described` of the grid's plan.
 
     Returns:
-        `margin`; `arms` (name -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` and `start`, `curve` (a
-        mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
-        `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
-        scored, at the `end` of these, and with `equal_flops`, each None where nothing can be compared; `better_from`
-        tokens); and `tests` (`start`, `end` and `equal_flops` -> how many differences are judged together).
+        A dict with four keys. `margin`: bits per byte that do not matter. `arms`: name -> `tokens`, `flops`,
+        `rank_hours`, the means `bits_per_byte` (at the end) and `start`, `curve` (means with their `tokens`),
+        `sources` (at the end), `routers` (metric -> pairs of tokens and value) and the seeds. `differences`: name ->
+        `reference`, `better_from` (tokens), and the differences at the `start`, `along` all tokens after which both
+        arms were scored, at the last of these tokens (`end`), and with `equal_flops`; a difference is None if nothing
+        can be compared. `tests`: `start`, `end` and `equal_flops` -> number of differences judged together.
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -209,9 +212,10 @@ def _of_kind(arms: Mapping[str, ArmRecord], is_untrained: bool) -> dict[str, Arm
 
 
 def _spreads(arms: Mapping[str, ArmRecord]) -> dict[str, Spread | None]:
-    """Pool the spread of an arm from seed to seed, at the `start` and at the `end` of whole trainings.
+    """Pool the arms' spread over seeds, at the `start` and at the `end` of whole trainings.
 
-    Trainings from random weights spread wider than those from a parent: each kind has its own.
+    Trainings from random weights have a larger spread than trainings from a parent, so the caller pools each kind
+    separately.
     """
     starts: dict[str, dict[str, dict[int, Sums]]] = defaultdict(dict)
     ends: dict[tuple[str, int], dict[str, dict[int, Sums]]] = defaultdict(dict)
@@ -228,13 +232,13 @@ def _differences(
     margin: float,
     spreads: Mapping[bool, Mapping[str, Spread | None]],
 ) -> dict[str, Any]:
-    """Compare arms with their references; the verdicts of a table hold together.
+    """Compare arms with their references, and correct the verdicts for the number of differences in a table.
 
     Args:
         arms: all arms.
-        references: arm -> the one that it is compared with.
+        references: arm -> its reference arm.
         margin: bits per byte that do not matter.
-        spreads: result of `_spreads` of the untrained arms (True) and of the others.
+        spreads: results of `_spreads` for the arms from random weights (True) and for all other arms (False).
     """
     found = {name: _difference(arms[name], arms[other]) for name, other in references.items()}
     tests = {
@@ -243,7 +247,8 @@ def _differences(
     }
 
     def judged(name: str, point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
-        # With equal FLOPs the two have read other data, of which a seed's order is not common: its own spread counts.
+        # With equal FLOPs the two arms have read different data, so a seed's data order is not common to both. The
+        # pooled spread does not apply, and `judge` uses the spread of this difference alone.
         spread = spreads[arms[name].parent == UNTRAINED].get(place)
         return None if point is None else judge(point, spread, margin, max(tests[place], 1))
 
@@ -255,7 +260,7 @@ def _differences(
 
 
 def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
-    """Compare an arm with its reference after equal tokens, and with equal FLOPs where a token costs others."""
+    """Compare an arm with its reference after equal tokens, and with equal FLOPs if a token's FLOPs differ."""
     along = [
         {"tokens": tokens, **difference_of_arms(seeds, reference.scores[tokens])}
         for tokens, seeds in arm.scores.items()
@@ -272,17 +277,18 @@ def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
 
 
 def _with_equal_flops(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any] | None:
-    """Compare two arms at the last point of the first whose FLOPs lie on the curve of the reference.
+    """Compare an arm with its reference at the arm's last point whose FLOPs lie on the reference's curve.
 
-    Between two points of the reference's curve its documents are taken to be linear in the logarithm of the tokens.
+    Between two points of the reference's curve, each document's score is interpolated linearly in the logarithm of the
+    tokens.
 
     Args:
-        arm: compared.
+        arm: arm to compare.
         reference: arm to compare with.
 
     Returns:
-        What `difference_of_arms` does, `tokens`, `reference_tokens` and `flops_ratio`, 1 but where the end of the
-        reference is near (`FLOPS_APART`). None where nothing can be compared.
+        Result of `difference_of_arms`, with `tokens`, `reference_tokens` and `flops_ratio`. The ratio is 1 unless the
+        point was moved to the near end of the reference (`FLOPS_APART`). None if nothing can be compared.
     """
     ratio = arm.flops_per_token / reference.flops_per_token
     first = min((tokens for tokens in reference.scores if tokens), default=0)
@@ -299,6 +305,6 @@ def _with_equal_flops(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any] | 
 
 
 def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
-    """Return source -> score of the last step, the mean over seeds and its interval."""
+    """Return each source's score at the last step: the mean over seeds and its interval."""
     by_seed = [by_source(sums) for sums in seeds.values()]
     return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}

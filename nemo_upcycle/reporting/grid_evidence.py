@@ -1,6 +1,6 @@
-"""The evidence of a grid: the numbers that its trainings leave, in one file from which all tables are computed.
+"""The evidence of a grid: all measurements of its trainings in one file, from which all tables are computed.
 
-Numbers are never keys, which JSON would turn into texts: everything is a list or has a name.
+Numbers are never used as keys, because JSON would turn them into text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_upcycle.reporting.run_folder import read_curve, read_manifest
 from nemo_upcycle.utils.files import read_json, whole_file
 
 
-#: A grid's plan in its folder, and the evidence in the folder of its table.
+#: PLAN is a file in the folder of a grid; EVIDENCE is a file in the folder of its table.
 PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
 
 
@@ -27,18 +27,19 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
     """Collect the measurements of a grid's trainings, as plain values.
 
     Args:
-        run_dir: the grid's folder, whose trainings are finished.
-        name: the name of the grid.
-        described: the `described` of the grid's plan.
+        run_dir: folder of the grid, whose trainings are finished.
+        name: name of the grid.
+        described: entry `described` of the grid's plan.
 
     Returns:
-        `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training
-        `flops_per_token`, `ranks`, `scores` (`step` of each evaluation, and the log-likelihood in `nats` of every
-        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits); and of
-        the data's manifest `heldout_overlap` and the `tokens` and `bytes` of `heldout` texts, or None.
+        A dict with `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts), `cells`,
+        `heldout_overlap`, and `heldout` (`tokens` and `bytes` of the held-out texts); the last two come from the
+        data's manifest and may be None. Each cell is a training with `flops_per_token`, `ranks`, `scores` (`step` of
+        each evaluation, and the exact log-likelihood of every document in `nats`), and for all steps `tokens`,
+        `seconds` and `routers` (means over the layers, six digits).
 
     Raises:
-        UpcycleError: a file is missing or damaged, or two evaluations are of different documents.
+        UpcycleError: a file is missing or damaged, or two evaluations used different documents.
     """
     cells: dict[str, Any] = {}
     documents: dict[str, Any] = {}
@@ -91,7 +92,7 @@ def _step_of(path: Path) -> int:
 
 
 def write_evidence(path: Path, evidence: Mapping[str, Any]) -> None:
-    """Write evidence as compressed JSON: the same bytes for the same values."""
+    """Write evidence as compressed JSON; the same values give the same bytes."""
     content = json.dumps(evidence, separators=(",", ":")).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside:
@@ -99,7 +100,7 @@ def write_evidence(path: Path, evidence: Mapping[str, Any]) -> None:
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
-    """Read a file of `write_evidence`.
+    """Read a file that `write_evidence` wrote.
 
     Raises:
         UpcycleError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""The figure of a grid: differences from the references, and bits per byte over tokens."""
+"""The figure of a grid: differences from the reference arms, and bits per byte over tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nemo_upcycle.reporting.figures import short_numbers, tokens_axis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow.
+#: Okabe and Ito's colours without yellow; colour-blind readers can distinguish them.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
-#: More series than these nobody tells apart: the table has the others.
+#: Largest number of series in the figure, because nobody can distinguish more. The table has the others.
 MOST_SERIES = len(_COLOURS)
 _MARKERS = "osD^vPX<"
-#: How a verdict is drawn: colour, marker, and whether it is filled.
+#: verdict -> colour, marker, and whether the marker is filled
 _VERDICTS = {
     "better": ("#009E73", "v", True),
     "worse": ("#D55E00", "^", True),
@@ -28,10 +28,10 @@ _VERDICTS = {
 
 
 def drawn_arms(values: Mapping[str, Any]) -> list[str]:
-    """Choose the arms whose curves are drawn: of as many seeds as any, and of these the best at the end.
+    """Choose the arms whose curves are drawn: the best at the end among the arms with the most seeds.
 
-    A mean over fewer seeds is another's luck, and an arm that stays above where most begin would press the others
-    together; both are in the table.
+    An arm with fewer seeds is excluded, because its mean depends more on luck. An arm that ends above the median start
+    is excluded, because it would press the other curves together. The table contains both.
 
     Args:
         values: result of `compare_arms`, or content of `table.json`.
@@ -46,12 +46,12 @@ def drawn_arms(values: Mapping[str, Any]) -> list[str]:
 
 
 def in_words(arm: str) -> str:
-    """Write an arm's name in words."""
+    """Return an arm's name with blanks instead of underscores."""
     return arm.replace("_", " ")
 
 
 def grid_figure(values: Mapping[str, Any]) -> Figure:
-    """Draw the differences from the references, and below them the curves.
+    """Draw the differences from the reference arms, and the curves below them.
 
     Args:
         values: result of `compare_arms`, or content of `table.json`.
@@ -69,7 +69,7 @@ def grid_figure(values: Mapping[str, Any]) -> Figure:
 
 
 def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
-    """Draw the curves between where most arms begin and the best ends."""
+    """Draw the curves; cut the y axis above the median start of the arms."""
     arms, drawn = values["arms"], drawn_arms(values)
     lowest = min(point["value"] for arm in drawn for point in arms[arm]["curve"])
     top = statistics.median(arms[arm]["start"]["value"] for arm in drawn)
@@ -92,7 +92,7 @@ def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
 
 
 def _draw_differences(axes: Any, compared: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Draw each arm's difference from its reference in the row that is labelled with both."""
+    """Draw each arm's difference from its reference, one row per arm."""
     verdicts = [difference["end"]["verdict"] for difference in compared.values()]
     for position, difference in enumerate(compared.values()):
         end = difference["end"]
@@ -127,7 +127,7 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], values: Mapping[st
 
 
 def _title(compared: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """Say what an interval is, from the evidence."""
+    """Return the title, which says how many documents and seeds the intervals are based on."""
     ends = [difference["end"] for difference in compared.values()]
     if all(end["low"] is None for end in ends):
         return "one seed: no intervals"

@@ -1,4 +1,4 @@
-"""The table of a grid of ablations: its evidence, table.md, table.json and the figure beside them."""
+"""The table of an ablation grid: evidence, table.md, table.json and a figure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, w
 from nemo_upcycle.utils.writers import code, plain, table
 
 
-#: Columns of a difference: two standard errors, and the smallest one that would have been seen.
+#: Columns of a difference: two standard errors, and the smallest difference that would have been detected.
 _POWER = ("stderr over documents", "stderr over seeds", "smallest difference seen with 80 %")
-#: `write_grid` writes between these lines of a page.
+#: The two lines of a page between which `write_grid` writes the table.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
 
 def is_grid(folder: Path) -> bool:
-    """Return whether a folder is that of a grid, or holds a grid's evidence."""
+    """Return whether a folder is the folder of a grid, or holds a grid's evidence."""
     return (folder / PLAN).is_file() or (folder / EVIDENCE).is_file()
 
 
@@ -35,14 +35,15 @@ def write_grid(folder: Path) -> Path:
     """Write the table of a grid again.
 
     Args:
-        folder: folder of a grid, whose `table/` is written from its finished trainings; or a folder with its evidence
-            alone: the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
+        folder: either the folder of a grid, whose `table/` is written from the finished trainings, or a folder that
+            holds only the evidence. In the second case, the table is written between the two marker lines of the page
+            `FOLDER.md` if this page exists, otherwise beside the evidence.
 
     Returns:
         The path of the table, or of the page.
 
     Raises:
-        UpcycleError: a file is missing or damaged, or a page lacks its markers.
+        UpcycleError: a file is missing or damaged, or the page lacks its marker lines.
 
     Example:
         >>> write_grid(Path("docs/results/laptop"))  # doctest: +SKIP
@@ -64,10 +65,10 @@ def write_grid(folder: Path) -> Path:
 
 
 def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep of a grid's plan the trainings that are finished, and name the others as `missing`.
+    """Reduce a grid's plan to the finished trainings, and list the other trainings as `missing`.
 
     Raises:
-        UpcycleError: none is.
+        UpcycleError: no training is finished.
     """
     cells = {name: cell for name, cell in described["cells"].items() if (run_dir / name / MARKER).is_file()}
     if not cells:
@@ -94,15 +95,15 @@ def _write(path: Path, text: str) -> Path:
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/`: the evidence of a grid, the files of `draw_table`, and `table.md`.
+    """Write the folder `table/`: the evidence of a grid, the files of `draw_table`, and `table.md`.
 
     Args:
-        run_dir: the grid's folder, whose trainings are finished.
-        name: the name of the grid.
-        described: the `described` of the grid's plan.
+        run_dir: folder of the grid, whose trainings are finished.
+        name: name of the grid.
+        described: entry `described` of the grid's plan.
 
     Returns:
-        The table's path.
+        The path of `table.md`.
     """
     folder = run_dir / "table"
     write_evidence(folder / EVIDENCE, collect_evidence(run_dir, name, described))
@@ -110,10 +111,10 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
 
 
 def draw_table(folder: Path) -> str:
-    """Write `table.json` and the figure of a grid; return the table.
+    """Write `table.json` and the figure of a grid, and return the table.
 
     Args:
-        folder: folder with the evidence of a grid; nothing else is read.
+        folder: folder with the evidence of a grid; no other file is read.
 
     Returns:
         The table as Markdown.
@@ -125,9 +126,9 @@ def draw_table(folder: Path) -> str:
     described = evidence["described"]
     values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
     values |= {"missing": described["missing"]} if described.get("missing") else {}
-    if found := evidence.get("heldout_overlap"):  # not in older evidence
+    if found := evidence.get("heldout_overlap"):  # older evidence lacks this entry
         values["heldout_overlap"] = found
-    write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
+    write_json(folder / "table.json", values, indent=None)  # with indentation the file would be three times as large
     with whole_file(folder / "curves.png") as aside:
         aside.write_bytes(png_of(grid_figure(values)))
     return render_table(values)
@@ -248,7 +249,7 @@ def _tokens(tokens: int | None) -> str:
 
 
 def _power(point: Mapping[str, Any]) -> list[str]:
-    """Fill the columns `_POWER`."""
+    """Return the cells of the columns `_POWER`."""
     seeds = f"{number(point['stderr_seeds'], 2)}{' (pooled)' if point['is_pooled'] else ''}"
     seen = "-" if point["verdict"] == ONE_SEED else number(point["resolvable"], 2)
     return [number(point["stderr_documents"], 2), seeds, seen]
@@ -261,7 +262,7 @@ def _seeds(point: Mapping[str, Any]) -> str:
 
 
 def _seen(points: Sequence[Mapping[str, Any]]) -> str:
-    """Say what the table could have shown."""
+    """Say how small a difference these trainings could have detected."""
     seen = sorted(point["resolvable"] for point in points if point["resolvable"] and point["verdict"] != ONE_SEED)
     if not seen:
         return ""

@@ -1,4 +1,4 @@
-"""A page of Markdown as one HTML file: its figures are inside, and it loads nothing."""
+"""Markdown as one self-contained HTML file, with its figures inside."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 
 _STYLE = Path(__file__).with_name("report.css")
-#: A number with its sign, error and unit: no line breaks inside.
+#: A number with its sign, error and unit, in which the page must not break a line.
 _NUMBER = re.compile(r"[-+]?\d[\d.,:/]*(?:e[-+]?\d+)?(?: ± \d[\d.,]*(?:e[-+]?\d+)?)?(?: (?:%|[KMGT]iB|bytes)(?!\w))?")
 
 
 def render_html(markdown: str, figures: Mapping[str, bytes], refresh_s: int = 0) -> str:
-    """Return a self-contained page: text, contents, tables, and figures as data.
+    """Render Markdown as a self-contained HTML page with a table of contents.
 
-    HTML in the text is shown, not obeyed: it may come from the texts that models wrote. Of images only `figures` are
-    shown; any other is its text.
+    HTML in the text is displayed as text, because it may come from texts that models wrote. Images are shown only if
+    they are in `figures`. For any other image, its text is shown.
 
     Args:
-        markdown: the page, as `compose` writes it.
-        figures: name in the page -> PNG.
-        refresh_s: seconds after which a browser reads the page again; 0: never.
+        markdown: text of the page, as `compose` writes it.
+        figures: name of a figure in the page -> PNG.
+        refresh_s: interval after which a browser reloads the page (seconds); 0 never reloads it.
 
     Example:
         >>> "<h1 id=" in render_html("# demo", {})
@@ -48,7 +48,7 @@ def render_html(markdown: str, figures: Mapping[str, bytes], refresh_s: int = 0)
             contents.append(f'<a href="#{name}">{parser.renderInline(inline.content)}</a>')
     refresh = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
     body = parser.renderer.render(tokens, parser.options, {"figures": figures})
-    first, second, rest = body.partition("<h2")  # the contents stand behind the opening
+    first, second, rest = body.partition("<h2")  # the table of contents follows the opening
     style = _STYLE.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -59,7 +59,7 @@ def render_html(markdown: str, figures: Mapping[str, bytes], refresh_s: int = 0)
 
 
 def _image(_: Any, tokens: Any, index: int, options: Any, env: Mapping[str, Any]) -> str:
-    """Render a figure that was handed over as its bytes, and any other image as its text."""
+    """Embed an image if its bytes are in `figures`; otherwise show the image's text."""
     source, text = str(tokens[index].attrs["src"]), html.escape(tokens[index].content)
     if source not in env.get("figures", {}):
         return f"![{text}]({html.escape(source)})"

@@ -1,8 +1,10 @@
-"""The report of a run that is under way: a page that is written again as the run goes on, and reloads itself.
+"""The report of a running chain: a page that is rewritten while the chain runs, and that reloads itself.
+
+The pipeline starts this process to write the page:
 
     python -m nemo_upcycle.reporting.live RUN EVERY_S [PRICE_PER_GPU_HOUR]
 
-is what writes it while a chain is run; it ends by SIGTERM, or with the process that started it.
+The process ends on SIGTERM, or with the process that started it.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ from nemo_upcycle.utils.writers import plain, table
 
 
 _TITLES = {"pretrain": "MoE", "dense_ct": "baseline"}
-#: Seconds from one page to the next, and after which a browser reads it again.
+#: Seconds between two pages, and seconds after which a browser reloads the page.
 EVERY_S, REFRESH_S = 120.0, 30
-#: From the start of a stage to its second page, and from one look at the stages to the next.
+#: Seconds from the start of a stage to its second page, and seconds between two looks at the stages.
 _SOON_S, _POLL_S = 10.0, 1.0
-#: How many times as long as it took to write a page nothing is done after it: the files of a long run are large.
+#: Pause after a page, as a multiple of the time that writing it took. The files of a long run are large.
 _REST = 20
 
 
@@ -53,18 +55,19 @@ def watch(
     """Write the page whenever a stage starts or ends, and every few minutes, until the run has its report.
 
     Args:
-        run_dir: the run's folder.
-        every_s: seconds from one page to the next.
-        price: price of one GPU for one hour; None: the page names no cost.
-        is_told: says that it shall end, after a last page; None: it ends when the report is there.
+        run_dir: folder of the run.
+        every_s: seconds between two pages.
+        price: price of one GPU for one hour; None omits the cost.
+        is_told: function that returns whether to write a last page and end; None ends when the report exists.
     """
     shown, changed_s, last_s, took_s = None, 0.0, 0.0, 0.0
     while True:
         ends = is_told is not None and is_told()
-        with suppress(UpcycleError, OSError):  # a file is being written: the next round reads it
+        with suppress(UpcycleError, OSError):  # a file is being written; the next round will read it
             states = [(state.name, state.how) for state in stage_states(run_dir)]
             changed_s = changed_s if states == shown else time.monotonic()
-            wait_s = max(min(every_s, max(_SOON_S, last_s - changed_s)), _REST * took_s)  # twice as long each time
+            # The interval doubles with each page of a stage, up to `every_s`.
+            wait_s = max(min(every_s, max(_SOON_S, last_s - changed_s)), _REST * took_s)
             if ends or states != shown or time.monotonic() - last_s >= wait_s:
                 began_s, progress = time.monotonic(), read_progress(run_dir)
                 if not progress.is_over:
@@ -78,7 +81,7 @@ def watch(
 
 
 def write_page(run_dir: Path, progress: Progress, price: float | None = None, *, is_last: bool = False) -> None:
-    """Write `report.html` of a run that is under way; the last page says so, and is not read again."""
+    """Write `report.html` of a running chain; the last page says that it is the last, and does not reload itself."""
     curves = progress.curves
     images = {"loss.png": figures.png_of(figures.loss_figure(curves))} if curves else {}
     text = without_secrets(compose(run_dir, progress, price, is_last=is_last))
@@ -88,13 +91,13 @@ def write_page(run_dir: Path, progress: Progress, price: float | None = None, *,
 
 
 def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is_last: bool = False) -> str:
-    """Return the text of the page.
+    """Return the page as Markdown.
 
     Args:
-        run_dir: the run's folder, for its name.
-        progress: how far it is.
-        price: price of one GPU for one hour; None: the page names no cost.
-        is_last: whether nobody writes it again.
+        run_dir: folder of the run; its name is the title.
+        progress: progress of the run.
+        price: price of one GPU for one hour; None omits the cost.
+        is_last: whether this is the last page.
     """
     training = {stage: summarise_curve(curve) for stage, curve in progress.curves.items()}
     rows = [*_losses(progress), *_speeds(progress, training), *_cost(progress, price)]
@@ -124,7 +127,7 @@ def _becomes(progress: Progress) -> str:
 
 
 def _doing(progress: Progress, word: str) -> str:
-    """Say what runs, how far it is, and how long it will take; or how the last stage ended."""
+    """Say which stages run, how far they are and how long they will take; or how the last stage ended."""
     running = [_how_far(progress, state) for state in progress.stages if state.how == "running"]
     if running:
         return f"{word}: {'; '.join(running)}."
@@ -148,7 +151,7 @@ def _took(state: StageState) -> str:
 
 
 def _losses(progress: Progress) -> list[list[str]]:
-    """Set the last losses of the MoE, or of the baseline alone, beside what is known to compare them with."""
+    """Compare the last losses of the MoE (or of the baseline, if only it was trained) with all known losses."""
     curves = progress.curves
     if not curves:
         return []
@@ -162,7 +165,7 @@ def _losses(progress: Progress) -> list[list[str]]:
 
 
 def _validation(progress: Progress, first: str, others: list[str]) -> list[list[str]]:
-    """Set the last validation loss beside the parent's, and the baseline's after as many tokens."""
+    """Compare the last validation loss with the parent's, and with the baseline's after equally many tokens."""
     losses = {stage: dict(curve.validation) for stage, curve in progress.curves.items()}
     if not (tokens := max(losses[first], default=0)):
         return []
@@ -170,7 +173,7 @@ def _validation(progress: Progress, first: str, others: list[str]) -> list[list[
     beside = {_TITLES[one]: losses[one].get(tokens) for one in others}
     is_equal = bool((progress.receipt or {}).get("within_tolerance"))
     for stage, name in (("pretrain", "parent" if is_equal else "at step 0"), ("dense_ct", "parent")):
-        if 0 in losses.get(stage, {}):  # the baseline begins with its parent, the MoE with its equal
+        if 0 in losses.get(stage, {}):  # the baseline starts as the parent; the MoE equals the parent if it is exact
             beside = {name: losses[stage][0], **beside}
     known = ", ".join(f"{title} {loss:.3f}" for title, loss in beside.items() if loss is not None)
     title = f"{_TITLES[first]}, validation loss after {tokens:,} tokens"
@@ -189,7 +192,7 @@ def _speeds(progress: Progress, training: dict[str, Any]) -> list[list[str]]:
 
 
 def _cost(progress: Progress, price: float | None) -> list[list[str]]:
-    """Count the GPU-hours of the trainings, and their cost if a price is known."""
+    """Compute the GPU-hours of the trainings, and their cost if a price is known."""
     ranks = {stage: settings["ranks"] for stage, settings in progress.settings.items()}
     hours = sum((state.seconds or 0) / 3600 * ranks.get(state.name, 0) for state in progress.stages)
     if not hours:
@@ -201,7 +204,7 @@ def _cost(progress: Progress, price: float | None) -> list[list[str]]:
 def _main(run_dir: str, every_s: str, price: str = "") -> None:
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what started it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the process that started this one
     parent = os.getppid()
     os.nice(10)
     watch(

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 
-#: From here on a number is written with an exponent.
+#: Numbers from this size on are written with an exponent.
 _LARGE = 1e7
-#: Significant digits of an interval, and most of them if fewer hide on which side of it 0 lies.
+#: Significant digits of an interval; and the maximum, used if fewer digits hide whether the interval contains 0.
 _DIGITS, _MOST_DIGITS = 2, 8
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a section: its heading and its parts, without the empty ones.
+    """Return a section: its heading and its non-empty parts.
 
     Example:
         >>> section("Training", "3 steps.", "")
@@ -24,7 +24,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def sources(*files: str) -> str:
-    """Return the line that names the files of a section's numbers.
+    """Return the line that names the files from which a section's numbers come.
 
     Example:
         >>> sources("receipt.json", "pretrain/receipt.json")
@@ -34,13 +34,13 @@ def sources(*files: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a number with some significant digits, or a dash.
+    """Format a number with some significant digits; None as a dash.
 
     Example:
         >>> number(0.000012345), number(1234567.0, 3), number(None)
         ('1.234e-05', '1.23e+06', '-')
     """
-    if value is None or not _is_number(value):  # a file may hold anything
+    if value is None or not _is_number(value):  # a value from a file may have any type
         return "-" if value is None else "not a number"
     return f"{value:.{digits}g}"
 
@@ -50,9 +50,10 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def with_half(value: float | None, half: float | None) -> str:
-    """Format a value and half of its 95 % interval, rounded to two digits of the latter.
+    """Format a value and half of its 95 % interval, both rounded to two significant digits of the half.
 
-    More digits are printed if two do not show whether the interval holds 0: a verdict can be read from the text.
+    More digits are printed if two do not show whether the interval contains 0, so that the text agrees with the
+    verdict.
 
     Example:
         >>> with_half(1.12345, 0.0288), with_half(0.35, 0.0), with_half(12.0, None), with_half(-0.114, 0.112)
@@ -68,7 +69,7 @@ def with_half(value: float | None, half: float | None) -> str:
 
 
 def _rounded(value: float, half: float, digits: int) -> tuple[str, str]:
-    """Round half of an interval to some digits, and the value as far."""
+    """Round half of an interval to some significant digits, and the value to the same decimals."""
     decimals = max(0, digits - 1 - int(f"{half:e}".partition("e")[2]))
     if decimals > 6 or abs(value) >= _LARGE:
         return number(value, digits + 2), number(half, digits)
@@ -76,7 +77,7 @@ def _rounded(value: float, half: float, digits: int) -> tuple[str, str]:
 
 
 def difference(found: Mapping[str, Any]) -> str:
-    """Format a difference with its sign, and half of the interval from its `low` to its `high`.
+    """Format a difference with its sign, and half of its interval (`low` to `high`).
 
     Example:
         >>> difference({"difference": 0.35, "low": 0.339, "high": 0.361})
@@ -101,7 +102,7 @@ def with_verdict(point: Mapping[str, Any] | None) -> str:
 
 
 def millions(count: float) -> str:
-    """Return a count in millions or billions.
+    """Format a count in millions or billions.
 
     Example:
         >>> millions(134515008), millions(8030261248)
@@ -111,7 +112,7 @@ def millions(count: float) -> str:
 
 
 def label(metric: str) -> str:
-    """Return a metric in words, with its task.
+    """Return a metric's name in words, with its task.
 
     Example:
         >>> label("mmlu/acc")

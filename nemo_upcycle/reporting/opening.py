@@ -1,4 +1,4 @@
-"""The first screen of a report: what became what and where, the verdict, and the numbers that carry it."""
+"""The first screen of a report: parent and MoE, the training, the verdict, and the numbers behind the verdict."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.writers import plain, table
 
 
-#: The most sensitive metrics of the local suites -> what they score, for people.
+#: The most sensitive metrics of the local suites -> word for the scored text.
 _BITS = {BITS: "text", ANSWER_BITS: "answers"}
 _TRAINERS = {"nemo": "NeMo", "bridge": "Megatron-Bridge"}
-#: The busiest expert's load over the balanced one from which a report says that it is bad.
+#: A report warns of load imbalance if the busiest expert's load is at least this multiple of a balanced load.
 _UNEVEN = 2.0
 
 
 def opening(results: dict[str, Any]) -> str:
-    """Write the summary; its first two paragraphs are also printed after a run."""
+    """Return the summary; its first two paragraphs are also printed after a run."""
     parts = (
         _became(results),
         _verdict(results),
@@ -43,11 +43,11 @@ def parent_name(address: str) -> str:
 
 
 def became(dense: str, receipt: dict[str, Any]) -> str:
-    """Say what became what.
+    """Describe the parent and the MoE made from it.
 
     Args:
         dense: address of the parent.
-        receipt: the receipt of the upcycling.
+        receipt: receipt of the upcycling.
     """
     spec = receipt["spec"]
     before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
@@ -56,7 +56,7 @@ def became(dense: str, receipt: dict[str, Any]) -> str:
 
 
 def _became(results: dict[str, Any]) -> str:
-    """Say what became what, and what ran where."""
+    """Describe the parent, the MoE made from it, and the MoE's training."""
     done = results["training"]["pretrain"]
     settings = done["settings"]
     where = settings.get("card") or ("GPU" if "memory_share" in done else "CPU")
@@ -106,7 +106,7 @@ def _name(metric: str) -> str:
 
 
 def _numbers(results: dict[str, Any]) -> list[list[str]]:
-    """Return rows of question, measurement and verdict, the most important first."""
+    """Return rows of question, measurement and verdict; put the most important first."""
     metric, training = _metric(results), results["training"]
     rows = []
     for name, title in (("dense", "parent"), ("dense_ct", "baseline")):
@@ -117,7 +117,7 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _loss(training: dict[str, Any]) -> list[str]:
-    """Set the MoE's last loss beside those of its parent and of the baseline."""
+    """Compare the MoE's last loss with the losses of the parent and the baseline."""
     done, baseline = training["pretrain"], training.get("dense_ct", {})
     validated = done["last_validation_loss"] is not None
     kind, key = ("validation", "last_validation_loss") if validated else ("training", "last_loss")
@@ -141,7 +141,7 @@ def _step_zero(results: dict[str, Any]) -> list[str]:
 
 
 def load_rows(training: dict[str, Any]) -> list[list[str]]:
-    """Return the row of the busiest expert; none where there are no counts."""
+    """Return the row of the busiest expert; no row if the expert load is not known."""
     load = training["pretrain"].get("expert_load")
     if not load:
         return []
@@ -154,15 +154,15 @@ def load_rows(training: dict[str, Any]) -> list[list[str]]:
 
 
 def _times_balance(load: dict[str, Any]) -> tuple[float, float]:
-    """Return the busiest expert's load over the balanced one, at the last step and at most."""
+    """Return the busiest expert's load relative to a balanced load: at the last step, and the maximum of all steps."""
     return load["last"]["max"] / load["last"]["balanced"], load["worst"]["max_violation"] + 1
 
 
 def uneven(done: dict[str, Any]) -> str:
-    """Warn of an uneven expert load; return nothing if it is even enough, not known, or of a trial.
+    """Warn of load imbalance; return nothing if the load is even enough or unknown, or the training is a trial.
 
     Args:
-        done: summary of a training, with its `steps` and, if known, `expert_load`.
+        done: summary of a training, with `steps` and, if known, `expert_load`.
     """
     load = done.get("expert_load")
     if not load or is_trial(done["steps"]) or max(_times_balance(load)) < _UNEVEN:
@@ -183,7 +183,7 @@ def uneven(done: dict[str, Any]) -> str:
 
 
 def _speed(training: dict[str, Any]) -> list[str]:
-    """Compare the speed with the plan's, or else with the baseline's."""
+    """Compare the speed with the planned speed if it is known; otherwise with the baseline's speed."""
     speed = training["pretrain"]["tokens_per_s"]
     planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
     others = {"the plan's": planned, "the baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
@@ -194,7 +194,7 @@ def _speed(training: dict[str, Any]) -> list[str]:
 
 
 def _about(results: dict[str, Any]) -> str:
-    """Set the MoE's compute beside the baseline's, and say how to read the numbers."""
+    """Compare the MoE's tokens and compute with the baseline's, and explain how to read the numbers."""
     receipt, training = results["receipt"], results["training"]
     text = ""
     if "dense_ct" in training:

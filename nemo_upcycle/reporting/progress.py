@@ -1,4 +1,4 @@
-"""How far a run is, by the files of its folder: what its stages are doing, and the numbers of its trainings so far."""
+"""The progress of a run, read from its folder: the state of each stage, and the trainings' numbers so far."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from nemo_upcycle.utils.progress import duration
 TRAININGS = ("pretrain", "dense_ct")
 #: The last stage, which writes the report itself.
 LAST = "report"
-#: Steps that a speed is the mean of, and bytes at the end of a file that hold them.
+#: Number of last steps over which the speed is averaged, and bytes at the end of a file that contain these steps.
 _RECENT, _TAIL_BYTES = 20, 1 << 20
 
 
 @dataclass(frozen=True)
 class StageState:
-    """What a stage is doing.
+    """The state of a stage.
 
     Attributes:
-        name: its name.
-        how: `running`, `done`, `stopped` (it can resume) or `failed`. A killed one runs, as far as its files tell.
-        seconds: wall time, since its start where it runs; None if it is not known.
-        begun_s: when it was started.
+        name: name of the stage.
+        how: `running`, `done`, `stopped` (it can resume) or `failed`. A killed stage still counts as `running`,
+            because its files do not show the kill.
+        seconds: wall time, up to now for a running stage (seconds); None if it is not known.
+        begun_s: time of the start (seconds since the epoch).
     """
 
     name: str
@@ -44,14 +45,14 @@ class StageState:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        plan: `pipeline.json`.
-        stages: those that have started, in order.
-        receipt: `receipt.json` of the check of step 0; None before that.
-        curves: stage -> curve of the trainings that have done a step.
-        settings: stage -> `training.json`, of the same.
+        plan: content of `pipeline.json`.
+        stages: started stages, in order.
+        receipt: content of `receipt.json`, from the check of step 0; None before that check.
+        curves: stage -> curve, for trainings that have completed a step.
+        settings: stage -> content of `training.json`, for the same trainings.
     """
 
     plan: dict[str, Any]
@@ -62,28 +63,28 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether the report itself is there, or is being written."""
+        """Whether the final report exists or is being written."""
         return bool(self.stages) and self.stages[-1].name == LAST and self.stages[-1].how in ("done", "running")
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read how far a run is.
+    """Read the progress of a run from its folder.
 
     Raises:
-        UpcycleError: its plan is missing or damaged.
+        UpcycleError: the run's plan is missing or damaged.
     """
     receipt, curves = None, {}
-    with suppress(UpcycleError):  # there is none yet
+    with suppress(UpcycleError):  # there is no receipt yet
         receipt = read_json(folder / "receipt.json")
     for stage in TRAININGS:
-        with suppress(UpcycleError):  # nor a step, or its line is being written
+        with suppress(UpcycleError):  # there is no step yet, or its line is being written
             curves[stage] = read_curve(folder / stage / "metrics.jsonl")
     settings = {stage: read_json(folder / stage / "training.json") for stage in curves}
     return Progress(read_json(folder / "pipeline.json"), stage_states(folder), receipt, curves, settings)
 
 
 def stage_states(folder: Path) -> tuple[StageState, ...]:
-    """List the stages of a run in the order in which they started, without those that will run again."""
+    """List the stages of a run in the order of their starts, without finished stages that will run again."""
     markers = read_markers(folder)
     begun = {path.parent.name: path.stat().st_mtime for path in folder.glob(f"*/{STARTED}")}
     under_way = {f"stage {name}" for name in begun if name not in markers}
@@ -100,16 +101,16 @@ def stage_states(folder: Path) -> tuple[StageState, ...]:
 
 
 def steps_left_s(steps: list[dict[str, Any]], max_steps: int) -> float:
-    """Return the seconds that the steps left will take, at the speed of the last ones."""
+    """Estimate the seconds for the remaining steps from the speed of the last steps."""
     return statistics.fmean(line["seconds"] for line in steps[-_RECENT:]) * (max_steps - steps[-1]["step"])
 
 
 def training_line(folder: Path, since_s: float = 0) -> str:
-    """Return how far a training is, in a line; empty before its first step.
+    """Describe the progress of a training in one line; return "" before its first step.
 
     Args:
-        folder: its stage's, with `metrics.jsonl` and `training.json`.
-        since_s: when it was started: what is older is of an earlier start.
+        folder: folder of the stage, with `metrics.jsonl` and `training.json`.
+        since_s: time of the start (seconds since the epoch); metrics from an earlier start are ignored.
     """
     try:
         if (folder / "metrics.jsonl").stat().st_mtime < since_s:
@@ -131,13 +132,13 @@ def training_line(folder: Path, since_s: float = 0) -> str:
 
 
 def _ends(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of the first line and of the last ones of a file that may be long."""
+    """Return the JSON objects in the first line and the last lines of a file, which may be long."""
     with path.open("rb") as handle:
         first = handle.readline()
         handle.seek(max(len(first), os.fstat(handle.fileno()).st_size - _TAIL_BYTES))
         lines = [first, *handle.read().splitlines()]
     found = []
     for line in lines:
-        with suppress(ValueError):  # one is cut, the last may be half written
+        with suppress(ValueError):  # reading starts inside a line, and the last line may be half written
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]

@@ -1,4 +1,4 @@
-"""`write_report`: write report.md, report.html, results.json and the figures into a run's folder."""
+"""The report of a finished run: report.md, report.html, results.json and the figures."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from nemo_upcycle.utils.writers import plain
 
 
 def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:
-    """Write `report.md`, `report.html`, `results.json` and the figures into a run's folder, and scores into its cards.
+    """Write the report of a run into its folder, and the scores into its model cards.
+
+    The report consists of `report.md`, `report.html`, `results.json` and the figures.
 
     Args:
-        run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
-        planned: training stage -> the planner's `memory_gib` and `tokens_per_s`, as far as it has them; None keeps the
+        run_dir: folder with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
+        planned: training stage -> planned `memory_gib` and `tokens_per_s`, if the planner has them; None keeps the
             numbers of an earlier report.
 
     Returns:
         The path of `report.md`, which is written last.
 
     Raises:
-        UpcycleError: an input is missing or damaged; the message names the stage that writes it.
+        UpcycleError: an input is missing or damaged; the message names the stage that writes this input.
 
     Example:
         >>> write_report(Path("runs/demo"))  # doctest: +SKIP
@@ -53,12 +55,12 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     results = without_secrets(results)
     write_json(run_dir / "results.json", results)
     text, target = compose(results, run_dir), run_dir / "report.md"
-    # Half of a character of two is no text: it is replaced.
+    # The texts of models may contain half of a surrogate pair, which cannot be encoded; it is replaced.
     pages = {"report.html": render_html(text, images), target.name: text}
     for name, content in (images | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
         with whole_file(run_dir / name) as aside:
             aside.write_bytes(content)
-    for folder in (run_dir / "hf", run_dir / "dense_ct/hf"):  # exported before they were evaluated
+    for folder in (run_dir / "hf", run_dir / "dense_ct/hf"):  # export wrote these cards before there were scores
         add_scores(folder, evaluation_sections.scores(results))
     return target
 
@@ -74,7 +76,7 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
 
     Args:
         results: result of `collect_results`.
-        run_dir: the run's folder, for its name and the commands.
+        run_dir: folder of the run, for the title and the commands.
     """
     parts = [
         f"# {plain(run_dir.resolve().name)}",

@@ -16,42 +16,49 @@ from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 
 
-#: Which models are compared: the second against the first.
+#: Pairs of models to compare; each difference is the second model minus the first.
 PAIRS = (("dense_ct", "trained"), ("dense", "trained"), ("dense", "dense_ct"))
-#: The models of the training stages.
+#: training stage -> its model
 TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
-#: A training of fewer steps shows that the chain works, and nothing about the models.
+#: A training with fewer steps shows only that the chain works; it says nothing about the models.
 FEW_STEPS = 100
 
 
 def is_trial(steps: int) -> bool:
-    """Return whether a training has too few steps for a verdict or an alarm.
+    """Return whether a training has too few steps for a verdict or a warning.
 
-    Reports, their figures and the page of a running chain all ask here.
+    Reports, their figures and the page of a running chain all use this function.
 
     Args:
-        steps: optimizer steps done.
+        steps: completed optimizer steps.
     """
     return steps < FEW_STEPS
 
 
 def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return every number of the report.
+    """Compute every number of the report.
 
     Args:
         run: result of `read_run`.
         environment: result of `describe_environment`.
 
     Returns:
-        `evaluation` (model -> metric -> value, stderr, low, high), `step0` (parent against step 0, item by item),
-        `paired` (`B_minus_A` -> metric -> difference, and whether a training of the two `is_trial`; groups of tasks
-        stand for their tasks), `sources` (model -> source of held-out text -> bits per byte with its interval),
-        `missing` (task -> why it is not scored), `published` (the suite's, or None),
-        `contamination` (task -> items, and how many of them the texts contain; None of one that was not looked for),
-        `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
-        continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
-        routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
-        `stage_seconds`, `dense`, `trainer`, `command`, `recipes`, `environment` and `texts` (the manifest's sources).
+        A dict with these keys:
+        `evaluation` (model -> metric -> value, stderr, low, high);
+        `step0` (comparison of the parent and the MoE at step 0, item by item);
+        `paired` (`B_minus_A` -> metric -> difference, and `is_trial` if the training of A or B is a trial; a group of
+        tasks replaces its tasks);
+        `sources` (model -> source of held-out text -> bits per byte with its interval);
+        `missing` (task -> reason why it is not scored);
+        `published` (published scores named in the suite, or None);
+        `contamination` (task -> number of items, and how many of them the texts contain; None for a task that was not
+        searched for);
+        `heldout_overlap` (from the data's manifest, or None);
+        `texts` (sources in the data's manifest);
+        `samples` (held-out prompts with each model's continuation);
+        `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load, routers);
+        `receipt` and `online_receipt` (without the list of parameters);
+        `evaluation_settings`, `stage_seconds`, `dense`, `trainer`, `command`, `recipe`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -115,13 +122,16 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
 
 
 def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
-    """Return the metrics of an evaluation, without those of tasks in a group."""
+    """Return the metrics of an evaluation, without the metrics of tasks that belong to a group."""
     grouped = {leaf for leaves in evaluation["groups"].values() for leaf in leaves}
     return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
 
 
 def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
-    """Count for every task that was looked for its `items`, those with passages `removed`, and those `left`."""
+    """Count each task's items in total, items found in the training texts, and items still in them.
+
+    The keys are `items`, `removed` and `left`. Only tasks that were searched for have counts.
+    """
     if contamination is None:
         return {}
     counted, report = {}, contamination["report"]
@@ -140,7 +150,7 @@ def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str])
 
 
 def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the prompts, each with the continuations of the models that have some."""
+    """Return the prompts, each with the models' continuations."""
     asked = {name: samples for name, evaluation in evaluations.items() if (samples := evaluation.get("samples"))}
     return [
         {
@@ -152,7 +162,7 @@ def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise_curve(curve: Curve) -> dict[str, Any]:
-    """Return first, last and mean values of a training stage."""
+    """Summarise a training stage by first, last, extreme and mean values."""
     first, last = curve.steps[0], curve.steps[-1]
     seconds = sum(line["seconds"] for line in curve.steps)
     done_tokens = last["tokens"] - first["tokens"] + first["tokens"] // first["step"]
@@ -173,7 +183,7 @@ def summarise_curve(curve: Curve) -> dict[str, Any]:
     if held := [line for line in curve.steps if "memory_gib" in line]:
         most = max(held, key=lambda line: line["memory_gib"])
         summary |= {key: most[key] for key in ("memory_gib", "memory_share") if key in most}
-    if summary["tokens_per_s"] and last.get("tokens_per_s"):  # FLOPs go with tokens: the mean, not the last step's
+    if summary["tokens_per_s"] and last.get("tokens_per_s"):  # scale the last step's FLOP/s to the mean speed
         share = summary["tokens_per_s"] / last["tokens_per_s"]
         summary |= {key: _scaled(last[key], share) for key in ("tflops_per_gpu", "mfu") if key in last}
     if loads := [line for line in curve.steps if line.get("expert_load")]:
@@ -195,7 +205,7 @@ def _scaled(value: Any, factor: float) -> Any:
 
 
 def _worst(loads: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return layer and step of the busiest expert, and the largest number of dead experts of a step."""
+    """Return the load, step and layer of the busiest expert, and the largest number of dead experts in a step."""
     over, step, layer = max(
         (over, line["step"], layer) for line in loads for layer, over in enumerate(busiest(line["expert_load"]))
     )
@@ -205,7 +215,7 @@ def _worst(loads: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def busiest(load_LE: list[list[float]]) -> list[float]:
-    """Return each layer's busiest expert's load over that of perfect balance; 0 for a layer without experts.
+    """Return the load of each layer's busiest expert relative to a balanced load; 0 for a layer without experts.
 
     Example:
         >>> busiest([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
@@ -215,10 +225,11 @@ def busiest(load_LE: list[list[float]]) -> list[float]:
 
 
 def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
-    """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, or their sum (`is_sum`).
+    """Summarise the router metrics of one step: the mean over the layers, or the sum if `is_sum` is set.
 
     Args:
-        router: name -> one value a layer; None for a layer without experts.
+        router: entry `router` of a line in `metrics.jsonl`: name -> value of each layer, None for a layer without
+            experts.
     """
     known = {name: [value for value in values if value is not None] for name, values in router.items()}
     summed = {name for name, metric in ROUTER_METRICS.items() if metric.is_sum}
@@ -226,14 +237,14 @@ def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
 
 
 def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
-    """Summarise the experts' shares of the token slots of every layer.
+    """Summarise the experts' shares of each layer's token slots.
 
     Args:
-        load_LE: [layers][experts]; a row of zeros is a layer without experts.
+        load_LE: shares of the token slots [layers, experts]; a row of zeros is a layer without experts.
 
     Returns:
-        `balanced` (1/E), `min` and `max` over all layers and experts, and `cv`: the standard deviation over the mean
-        within a layer, averaged over the layers (0 is perfect balance).
+        A dict with `balanced` (1/E), `min` and `max` over all layers and experts, and `cv`, the coefficient of
+        variation (standard deviation over mean) within a layer, averaged over the layers; 0 is perfect balance.
     """
     import numpy as np
 
@@ -247,7 +258,7 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
 
 
 def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return a receipt with counts of its parameters in place of their list: by how they were made, and by type."""
+    """Replace a receipt's list of parameters by two counts: by the way they were made, and by dtype."""
     parameters = receipt.get("parameters", [])
     return {
         **{key: value for key, value in receipt.items() if key != "parameters"},

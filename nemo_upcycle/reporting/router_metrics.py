@@ -1,4 +1,4 @@
-"""The metrics of the routers that reports and grids show: one row each, by the name in `metrics.jsonl`."""
+"""The router metrics that reports and grids show, by their name in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouterMetric:
-    """How a metric is shown.
+    """The presentation of a router metric.
 
     Args:
-        title: the title of its row in a report, and of its panel in a figure.
-        column: heading in the table of a grid; "": it is not shown there.
-        is_drawn: whether figures have a panel of it.
-        is_row: whether the report has a row of it.
-        is_sum: whether the layers are added up; else their mean is shown.
+        title: title of the metric's row in a report, and of its panel in a figure.
+        column: heading in the table of a grid; "" omits the metric there.
+        is_drawn: whether figures have a panel for the metric.
+        is_row: whether the report has a row for the metric.
+        is_sum: whether to show the sum over the layers instead of their mean.
     """
 
     title: str
@@ -26,7 +26,7 @@ class RouterMetric:
 
 ROUTER_METRICS = {
     "dropped": RouterMetric("share of token slots dropped", "dropped", is_drawn=True),
-    "load_cv": RouterMetric(  # a report computes it from the counts of all experts
+    "load_cv": RouterMetric(  # no row, because a report computes this value from the counts of all experts
         "expert load: standard deviation over mean", "load CV", is_drawn=True, is_row=False
     ),
     "load_entropy": RouterMetric("entropy of the expert load (1: perfect balance)", is_drawn=True),

@@ -1,4 +1,4 @@
-"""Read and check what a report needs from a run's folder."""
+"""Read and check the files of a run's folder that a report needs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines
 from nemo_upcycle.utils.schema import require_known
 
 
-#: The evaluated models in the order of the report, and their names there.
+#: The evaluated models in the order of the report -> their names in the report.
 MODELS = {
     "dense": "parent",
     "step0": "MoE at step 0",
     "trained": "trained MoE",
     "dense_ct": "trained baseline",
 }
-#: File -> keys that the report prints, and so must find, and the types of their values.
+# The keys that the report prints, and so must find in each file, with the types of their values.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
 _RECEIPT = {"spec": dict, "source": str, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
 _EVALUATION = dict.fromkeys(("metrics", "items", "groups", "settings", "versions", "seconds", "model"), dict)
 _CONTAMINATION = {"sets": dict, "report": dict}
 _STEP = ("step", "tokens", "seconds")
-#: Numbers that a line may have beside them.
+#: Numbers that a line may have in addition to `_STEP`.
 _NUMBERS = ("loss", "validation_loss", "lr", "memory_gib")
 _SETTINGS = {
     **dict.fromkeys(("precision", "optimizer", "data"), str),
@@ -45,10 +45,10 @@ class Curve:
     """The metrics of one training stage.
 
     Attributes:
-        steps: entries that the stage wrote, one a training step, in order.
-        validation: tokens seen and validation loss, in order.
-        scores: tokens seen, the bits per byte of held-out text on the live model, and half of their 95 % interval
-            over documents (None of one document), in order.
+        steps: entries that the stage wrote, one per training step, in order.
+        validation: pairs of tokens seen and validation loss, in order.
+        scores: tokens seen, bits per byte of held-out text on the live model, and half of their 95 % interval over
+            documents (None if there is only one document), in order.
     """
 
     steps: list[dict[str, Any]]
@@ -64,18 +64,19 @@ class RunRecord:
         recipe: name of the recipe, from `pipeline.json`.
         dense: address of the parent.
         trainer: `nemo` or `bridge`.
-        receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
-        online_receipt: the receipt of the upcycling inside the training job; None without one.
+        receipt: receipt of the check of step 0 on one rank, with its comparison of logits.
+        online_receipt: receipt of the upcycling inside the training job; None if there is none.
         curves: stage -> curve, for `pretrain` and, unless it was skipped, `dense_ct`.
         settings: stage -> content of `training.json`.
-        changes: stage -> settings that were changed after it had started.
+        changes: stage -> settings that were changed after the stage had started.
         evaluations: name in `MODELS` -> its evaluation; `dense_ct` may be missing.
-        command: the command line that was typed, if the run noted it.
-        recipes: by stage, the file of its resolved recipe, relative to the folder.
-        stage_seconds: wall time of the stages that finished, each after those that it needs.
-        contamination: `contamination.json` of the data; None where there is none.
-        heldout_overlap: of the data's `manifest.json`: held-out text in training text; None where none was looked for.
-        texts: of the data's `manifest.json`: its sources, with what was kept and lost of each.
+        command: typed command line; None if the run did not note it.
+        recipes: stage -> file of its resolved recipe, relative to the run's folder.
+        stage_seconds: finished stage -> wall time (seconds); each stage follows the stages that it needs.
+        contamination: content of the data's `contamination.json`; None if the file is missing.
+        heldout_overlap: held-out text in training text, from the data's `manifest.json`; None if nobody searched for
+            it.
+        texts: sources in the data's `manifest.json`, with the amount of text kept and lost of each source.
     """
 
     recipe: str
@@ -99,7 +100,8 @@ def read_run(folder: Path) -> RunRecord:
     """Read the folder of a run.
 
     Raises:
-        UpcycleError: there is no such folder, or a file in it is missing or damaged: the message names its stage.
+        UpcycleError: the folder is missing, or a file in it is missing or damaged; the message names the stage that
+            writes the file.
     """
     require_run(folder)
     markers = read_markers(folder)
@@ -137,10 +139,10 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def require_run(folder: Path) -> None:
-    """Check that a folder is that of a pipeline run.
+    """Check that a folder is the folder of a pipeline run.
 
     Raises:
-        UpcycleError: it is not, or there is none.
+        UpcycleError: the folder is missing, or belongs to no pipeline run.
     """
     if not folder.is_dir():
         raise UpcycleError.no_path("run folder", folder)
@@ -153,14 +155,14 @@ def require_run(folder: Path) -> None:
 
 
 def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the manifest of the data of a run or a grid; empty where there is none.
+    """Return the data manifest of a run or a grid; empty if there is none.
 
     Args:
-        folder: the folder of the run or grid.
-        markers: the markers of its finished stages; None to read them.
+        folder: folder of the run or grid.
+        markers: markers of the finished stages; None reads them.
 
     Raises:
-        UpcycleError: the file is damaged.
+        UpcycleError: the manifest is damaged.
     """
     manifest = _data_of(folder, read_markers(folder) if markers is None else markers) / MANIFEST
     return dict(_read(manifest, "data")) if manifest.is_file() else {}
@@ -171,9 +173,9 @@ def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
 
 
 def read_markers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the markers of finished stages, each after those of its inputs."""
+    """Return the markers of finished stages; each stage follows the stages that it needs."""
     markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
-    markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # a suite has one, too
+    markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # no suite's marker
     needs = {
         name: [key.removeprefix("stage ") for key in marker.get("inputs", {}) if key.startswith("stage ")]
         for name, marker in markers.items()
@@ -195,7 +197,7 @@ def read_markers(folder: Path) -> dict[str, dict[str, Any]]:
 def read_curve(path: Path) -> Curve:
     """Read the `metrics.jsonl` of a training stage.
 
-    A validation loss is part of its step's line, or has a line of its own without a token count.
+    A validation loss is either part of its step's line, or has a separate line without a token count.
 
     Raises:
         UpcycleError: a line is not JSON or lacks a number, or there is no training step.
@@ -231,14 +233,14 @@ def read_curve(path: Path) -> Curve:
 
 
 def _bits(line: dict[str, Any]) -> tuple[float, float | None]:
-    """Return the bits per byte of a line's evaluation, and half of their 95 % interval."""
+    """Return the bits per byte of a line's evaluation, and half of its 95 % interval."""
     score, documents = line["evaluation"][BITS], sum(of["documents"] for of in line.get("sources", {}).values())
     error = error_of(score["stderr"], documents)
     return score["value"], half_width(error) if error else None
 
 
 def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Return a JSON object that a stage wrote, with these keys at least, of these types."""
+    """Read a JSON object that a stage wrote, and check that it has the given keys with the given types."""
     value = read_json(_made_by(stage, path))
     if not isinstance(value, dict):
         keys, value = {"JSON object": dict}, {}

@@ -1,6 +1,6 @@
-"""The sections of report.md, each a function of the results that names the files of its numbers.
+"""The sections of report.md. Each is a function of the results, and names the files of its numbers.
 
-The first screen is in `opening`, sections about the models' answers in `evaluation_sections`.
+The first screen is in `opening`, and the sections about evaluation are in `evaluation_sections`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.writers import code, fenced, plain, table
 
 
-#: Steps of a longer training, at least.
+#: Smallest number of steps that a suggested longer training has.
 _LONGER_STEPS = 200
 
 
 def command(results: dict[str, Any]) -> str:
-    """Show the command and the files of all settings; nothing if the run noted neither."""
+    """Return the section with the command and the files of all settings; nothing if the run noted neither."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
     typed = f"{fenced(results['command'], 'bash')}\n\nSource: `command.txt`." if results["command"] else ""
     settings = f"Every setting, defaults included: {recipes}." if recipes else ""
@@ -35,7 +35,7 @@ def command(results: dict[str, Any]) -> str:
 
 
 def training(results: dict[str, Any]) -> str:
-    """Return the training settings, first and last losses, and speed of the models."""
+    """Return the section with the models' training settings, first and last losses, and speed."""
     stages = results["training"]
     columns = [_settings(done) | _outcome(done) for done in stages.values()]
     rows = [
@@ -57,7 +57,7 @@ def training(results: dict[str, Any]) -> str:
 
 
 def _changes(stages: dict[str, Any]) -> str:
-    """Return the settings that were changed after a training had started; nothing where none was."""
+    """Return a table of settings that were changed after a training had started; nothing if there are none."""
     rows = [
         [str(change.get(key, "-")) for key in ("setting", "before", "after", "time")]
         for done in stages.values()
@@ -75,7 +75,7 @@ def _changes(stages: dict[str, Any]) -> str:
 
 
 def _fp8(stages: dict[str, Any]) -> str:
-    """Make the table of the losses of FP8 in the first and the last step that have them; empty where none has."""
+    """Return a table of FP8's numerical losses in the first and last measured step; nothing if none was measured."""
     titles = {
         "amax": "largest number",
         "underflow": "share rounded to zero",
@@ -97,7 +97,7 @@ def _fp8(stages: dict[str, Any]) -> str:
 
 
 def _data(stages: dict[str, Any]) -> str:
-    """Describe the models' training data, once if they are the same."""
+    """Describe each model's training data; describe it once if all models have the same data."""
     data = {f" of the {MODELS[TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
@@ -105,14 +105,14 @@ def _data(stages: dict[str, Any]) -> str:
 
 
 def texts(found: dict[str, Any]) -> str:
-    """Return how much of each source was read, trained on and lost; nothing for conversations.
+    """Return a table of the text read, trained on and lost from each source; nothing for conversations.
 
     Args:
-        found: `sources` of the data's manifest.
+        found: entry `sources` of the data's manifest.
     """
     rows = []
     for name, source in found.items():
-        if not {"steps", "splits", "lost"} <= source.keys():  # earlier versions did not count what was lost
+        if not {"steps", "splits", "lost"} <= source.keys():  # earlier versions did not count the lost text
             continue
         train, lost = source["splits"]["train"], source["lost"]
         lost_bytes = sum(one["bytes"] for one in lost["reasons"].values())
@@ -126,10 +126,10 @@ def texts(found: dict[str, Any]) -> str:
 
 
 def overlap(found: dict[str, Any] | None) -> str:
-    """Return how much held-out text the models were trained on; nothing where it was not looked for.
+    """Return a table of the held-out text found in the training text; nothing if nobody searched for it.
 
     Args:
-        found: `heldout_overlap` of the data's manifest.
+        found: entry `heldout_overlap` of the data's manifest.
     """
     if not found or not found["rows"]:
         return ""
@@ -147,7 +147,7 @@ def overlap(found: dict[str, Any] | None) -> str:
 
 
 def _settings(done: dict[str, Any]) -> dict[str, str]:
-    """Return a stage's training settings."""
+    """Return the training settings of a stage, by their titles in the table."""
     settings = done["settings"]
     schedule = settings["schedule"]
     end = f" to {number(schedule['min_lr'], 6)}" if schedule.get("min_lr") is not None else ""
@@ -167,7 +167,7 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
 
 
 def _outcome(done: dict[str, Any]) -> dict[str, str]:
-    """Return the losses of a training stage, its speed and its memory."""
+    """Return the losses, speed and memory of a training stage, by their titles in the table."""
     rows = {
         "steps": str(done["steps"]),
         "tokens": f"{done['tokens']:,}",
@@ -195,7 +195,7 @@ def _outcome(done: dict[str, Any]) -> dict[str, str]:
 
 
 def expert_load(results: dict[str, Any]) -> str:
-    """Return how evenly the experts were used; nothing without counts."""
+    """Return the section about expert load; nothing if the load was not counted."""
     load = results["training"]["pretrain"].get("expert_load")
     if not load:
         return ""
@@ -221,7 +221,7 @@ def expert_load(results: dict[str, Any]) -> str:
 
 
 def receipt(results: dict[str, Any]) -> str:
-    """Show how the model was made, in the check of step 0 and inside the training job."""
+    """Return the section with the receipts: of the check of step 0, and of the training job."""
     columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
@@ -260,7 +260,7 @@ def _measured_with(settings: dict[str, Any]) -> str:
 
 
 def what_ran_on_what(results: dict[str, Any]) -> str:
-    """Show machine, versions, and the time of the stages."""
+    """Return the section with the machine, the versions, and the wall time of each stage."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
     rows = [
         ["processor", f"{environment['processor']}, {environment['cores']} cores"],
@@ -285,7 +285,7 @@ def what_ran_on_what(results: dict[str, Any]) -> str:
 
 
 def next_steps(results: dict[str, Any], run_dir: Path) -> str:
-    """Return the commands for a longer training and more tasks; nothing if the run did not note its own command."""
+    """Return the commands for a longer training and for more tasks; nothing if the run did not note its command."""
     typed = CommandLine.read(results["command"] or "")
     if typed is None:
         return ""

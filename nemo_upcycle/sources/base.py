@@ -1,4 +1,4 @@
-"""What a checkpoint looks like to the rest of the package: named tensors of which one may read a slice."""
+"""The interface of a checkpoint for the rest of the package: named tensors that can be read by slice."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Index = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that stands beside the text model in its files, as in a vision-language checkpoint.
+    """A tensor outside the text model but in the same files, as in a vision-language checkpoint.
 
     Args:
-        name: its name there.
-        part: the part that it belongs to, such as `vision_tower`.
-        dtype: its type, by the format's name.
-        shape: its shape.
-        path: the file.
-        start_byte: place of its first byte in it.
-        size_bytes: how many.
+        name: name in the files.
+        part: part of the model, such as `vision_tower`.
+        dtype: type, as the file format names it.
+        shape: shape of the tensor.
+        path: file that holds the tensor.
+        start_byte: position of its first byte in the file.
+        size_bytes: size of the tensor.
     """
 
     name: str
@@ -42,17 +42,20 @@ class OtherTensor:
 
 
 class DenseSource(Protocol):
-    """A dense checkpoint, open for reading slices. What has a body here is that of a source of one dense model."""
+    """A dense checkpoint, open for reading slices.
+
+    Methods that have a body here are the defaults for a source of one dense model.
+    """
 
     path: Path
     architecture: Architecture
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of all slices read so far; headers do not count."""
+        """Bytes of all slices read so far. Headers do not count."""
 
     def names(self) -> Iterable[str]:
-        """Return the names of its tensors, in Hugging Face's spelling."""
+        """Return the names of the tensors, as Hugging Face spells them."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -61,23 +64,23 @@ class DenseSource(Protocol):
         """Return a tensor's type."""
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a slice, given as (start, stop) along every axis, and read nothing but that slice."""
+        """Read a slice, given as (start, stop) along every axis, and read nothing else."""
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon, where that helps; it is not counted as read."""
+        """Start to fetch a slice that will be read soon, if that helps. The slice does not count as read."""
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
-        """Return where a slice's bytes lie, if that is in one file, one after the other, as `read` gives them."""
+        """Return where the bytes of a slice are, if they lie in one file, contiguous and in the order of `read`."""
         return None
 
     def release(self) -> None:
-        """Give back memory that earlier reads still take up."""
+        """Free the memory that earlier reads still use."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Identify the files without reading them whole."""
+        """Identify the files without reading them completely."""
 
     def others(self) -> Sequence[OtherTensor]:
-        """List the tensors in the files that are no part of the text model; usually none."""
+        """Return the tensors in the files that do not belong to the text model; usually none."""
         return ()
 
     def branches(self) -> Sequence[DenseSource]:
@@ -85,7 +88,7 @@ class DenseSource(Protocol):
         return (self,)
 
     def inexact_because(self) -> tuple[str, ...]:
-        """Return why an upcycled model cannot compute what this source's dense model computes; usually empty."""
+        """Return why an upcycled model cannot compute the function of this source's dense model; usually empty."""
         return ()
 
     def __enter__(self) -> DenseSource: ...
@@ -96,13 +99,13 @@ class DenseSource(Protocol):
 
 
 def left_out(others: Iterable[OtherTensor]) -> dict[str, dict[str, int]]:
-    """Count what an upcycled text model leaves out of its parent's files.
+    """Count the tensors and bytes of a parent's files that an upcycled text model leaves out.
 
     Args:
-        others: the tensors beside the text model.
+        others: tensors outside the text model.
 
     Returns:
-        Part -> its `tensors` and `bytes`; empty where there is but the text model.
+        Part -> its `tensors` and `bytes`; empty if the files hold only the text model.
     """
     parts: dict[str, dict[str, int]] = {}
     for other in others:
@@ -113,7 +116,7 @@ def left_out(others: Iterable[OtherTensor]) -> dict[str, dict[str, int]]:
 
 
 def left_out_text(parts: Mapping[str, Mapping[str, int]]) -> str:
-    """Say what is left out.
+    """Describe the parts that are left out.
 
     Example:
         >>> left_out_text({"vision_tower": {"tensors": 436, "bytes": 833648640}})

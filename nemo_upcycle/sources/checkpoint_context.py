@@ -1,8 +1,8 @@
-"""What a checkpoint says of its own model beside the weights, and whether a dense parent and a spec agree with it.
+"""The settings that a checkpoint stores beside its weights, and checks that a dense parent and a spec agree with them.
 
-NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are read as
-plain values: a class name is a text here, compared with known ones. (NeMo's `io.json` is to be rebuilt by importing
-the classes that it names, and is not read.)
+NeMo writes `context/model.yaml`, Bridge writes `run_config.yaml`, and Megatron-LM writes its arguments into
+`common.pt`. All are read as plain values: a class name is only text here and is compared with known names. (NeMo's
+`io.json` is not read, because it can only be rebuilt by importing the classes that it names.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from nemo_upcycle.utils.files import read_json
 _Type = TypeVar("_Type")
 _KEEP = "keep the model in NeMo, which can train and evaluate it"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
-#: PyTorch's and Megatron's functions -> the architecture's.
+#: PyTorch's or Megatron's function -> its name in the architecture.
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_tanh"}
-#: What a setting is that a checkpoint does not say.
+#: Values of settings that a checkpoint omits.
 _UNSAID = {
     **dict.fromkeys(("add_qkv_bias", "add_bias_linear", "share_embeddings_and_output_weights", "qk_layernorm"), False),
     **{"gated_linear_unit": True, "rotary_percent": 1.0, "moe_layer_freq": 1, "moe_router_topk": 2},
 }
-#: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
+#: Architecture fields that change the function -> NeMo's setting. Rotary embedding and window are checked separately.
 _FUNCTION = {
     name: FIELDS.get(name, "_target_")
     for name in (
@@ -48,7 +48,10 @@ _FUNCTION = {
 
 
 class _Said:
-    """Saved settings as attributes, as a configuration has them; a HybridModel's layers are counted before."""
+    """Saved settings as attributes, as a configuration has them.
+
+    The layers of a HybridModel were counted before, so there is no layer pattern here.
+    """
 
     hybrid_layer_pattern = None
 
@@ -65,8 +68,8 @@ class CheckpointContext:
     """The settings of a checkpoint's model.
 
     Args:
-        path: the file that they are from.
-        settings: values by NeMo's names.
+        path: file that the settings come from.
+        settings: values by NeMo's setting names.
     """
 
     path: Path
@@ -74,20 +77,21 @@ class CheckpointContext:
 
     @cached_property
     def dense(self) -> Architecture:
-        """The parent's architecture, as the checkpoint has it; its vocabulary and its class are not known."""
+        """Architecture of the parent, as the checkpoint has it. Its vocabulary and its class are not known."""
         return self._architecture(1, _KEEP).dense
 
     def dense_model(self, padded_vocab: int) -> Architecture:
         """Return the architecture of NeMo's dense model.
 
-        The vocabulary is the one that the model was built with; where that was left to the tokenizer, the tokenizer's,
-        if it lies in the context as `tokenizer.json`; else all rows of the embedding, padding included.
+        The vocabulary size is the one that the model was built with. If the settings left it to the tokenizer, it is
+        read from `tokenizer.json` in the context. Without that file, it is the number of embedding rows, padding
+        included.
 
         Args:
-            padded_vocab: rows of the embedding.
+            padded_vocab: number of embedding rows.
 
         Raises:
-            CheckpointError: it is no dense model that the mapping table knows.
+            CheckpointError: the model is not dense, or the mapping table does not know it.
         """
         if experts := self.settings.get("num_moe_experts"):
             raise CheckpointError(
@@ -106,10 +110,10 @@ class CheckpointContext:
         """Return the architecture of the model, dense or with experts.
 
         Args:
-            padded_vocab: rows of the embedding.
+            padded_vocab: number of embedding rows.
 
         Raises:
-            CheckpointError: it is no model that the planner knows.
+            CheckpointError: the planner does not know such a model.
         """
         arch = self._architecture(self._vocab_size(padded_vocab), _GIVE_CONFIG)
         if not arch.num_experts:
@@ -118,7 +122,7 @@ class CheckpointContext:
         return replace(arch, norm_topk=not self.settings.get("moe_router_pre_softmax"), **routing)
 
     def _with_class(self, arch: Architecture) -> Architecture:
-        """Name the Hugging Face class of a dense model."""
+        """Set the Hugging Face class of a dense model."""
         if family := find_dense(arch, self.module):
             return replace(arch, hf_class=family.hf_class)
         raise CheckpointError(
@@ -133,18 +137,18 @@ class CheckpointContext:
 
     @property
     def module(self) -> str:
-        """NeMo's module of the model's configuration: `llama`."""
+        """NeMo's module of the model's configuration, such as `llama`."""
         return str(self.settings["_target_"].split(".")[-2])
 
     def _architecture(self, vocab_size: int, fix: str) -> Architecture:
-        """Read the model's architecture, experts included; it has no class.
+        """Read the model's architecture, including experts but without a class.
 
         Args:
-            vocab_size: V.
-            fix: what to do where a setting makes another function than that of the known families.
+            vocab_size: vocabulary size V.
+            fix: fix to suggest if a setting makes another function than the known families.
 
         Raises:
-            CheckpointError: a setting does, or is of another type.
+            CheckpointError: a setting makes another function, or has the wrong type.
         """
         get = self.settings.get
         if "M" in (pattern := get("hybrid_layer_pattern") or ""):
@@ -160,7 +164,7 @@ class CheckpointContext:
         return replace(arch, **self._read(lambda: self._function(arch, fix)))
 
     def _function(self, arch: Architecture, fix: str) -> dict[str, Any]:
-        """Read the fields that decide what layers compute, and no FLOPs."""
+        """Read the fields that change the function of the layers but not their FLOPs."""
         get, family = self.settings.get, find_nemo_module(self.module)
         back, _ = get("window_size") or (-1, -1)  # tokens back, tokens ahead; -1 for all
         sees = layers_with(get("window_attn_skip_freq"), arch.num_layers)
@@ -184,7 +188,7 @@ class CheckpointContext:
 
     @cached_property
     def spec_fields(self) -> dict[str, tuple[str, Any]]:
-        """What a spec of the model must say, field -> (NeMo's setting, value). Empty for a dense model."""
+        """Values that a spec of the model must have: field -> (NeMo's setting, value). Empty for a dense model."""
         return self._read(self._spec_fields) if self.settings.get("num_moe_experts") else {}
 
     def _read(self, read: Callable[[], _Type]) -> _Type:
@@ -203,7 +207,7 @@ class CheckpointContext:
 
     @property
     def router_aux_loss(self) -> float | None:
-        """The coefficient of the load-balancing loss; None where the checkpoint does not say one number."""
+        """Coefficient of the load-balancing loss, or None if the checkpoint does not state a single number."""
         if self.settings.get("moe_router_load_balancing_type") == "none":
             return 0.0
         value = self.settings.get("moe_aux_loss_coeff")
@@ -211,19 +215,23 @@ class CheckpointContext:
         return float(value) if isinstance(value, int | float) else None
 
     def spec_fields_of(self, parent: Architecture) -> dict[str, tuple[str, Any]]:
-        """Return `spec_fields` of what was made of a parent; one with experts has widths of its own."""
+        """Return `spec_fields` for a model that was made from a parent.
+
+        If the parent has experts, their widths are the parent's own, so `granularity` and `shared_experts` are left
+        out.
+        """
         own = ("granularity", "shared_experts") if parent.num_experts else ()
         return {name: value for name, value in self.spec_fields.items() if name not in own}
 
     def spec(self, given: UpcycleSpec | None, parent: Architecture) -> UpcycleSpec | None:
-        """Return the spec of the model: the one given, else what a Hugging Face class must know of it.
+        """Return the spec of the model: the given spec, or else the fields that a Hugging Face class must know.
 
         Args:
-            given: what the user says it is.
-            parent: what it was made of; a parent with experts that was trained as it is has no spec.
+            given: spec that the user states.
+            parent: model that it was made from. If it has experts and was trained unchanged, there is no spec.
 
         Raises:
-            SpecError: the one given contradicts the checkpoint.
+            SpecError: the given spec contradicts the checkpoint.
         """
         fields = self.spec_fields_of(parent)
         if given is None:
@@ -250,7 +258,7 @@ class CheckpointContext:
         """Check that a dense parent's configuration makes the function that the checkpoint was trained with.
 
         Raises:
-            CheckpointError: it does not.
+            CheckpointError: it makes another function.
         """
         for name, got, setting, expected in self._differences(parent):
             raise CheckpointError(
@@ -261,7 +269,7 @@ class CheckpointContext:
             )
 
     def _differences(self, parent: Architecture) -> Iterator[tuple[str, Any, str, Any]]:
-        """Yield what differs: field, the parent's value, NeMo's setting, the checkpoint's value."""
+        """Yield the differences: field, the parent's value, NeMo's setting, the checkpoint's value."""
         for name, setting in _FUNCTION.items():
             got, expected = getattr(parent, name), getattr(self.dense, name)
             numbers = isinstance(got, float) and isinstance(expected, float)
@@ -271,7 +279,7 @@ class CheckpointContext:
             yield "rope_theta", parent.rope_theta, "rotary_base", self.dense.rope_theta
         if not same_frequencies(self._read(lambda: rope_frequencies(self.dense)), parent):
             yield "rope_scaling", parent.rope_scaling, "rotary settings", self.dense.rope_scaling
-        # NeMo's import of a window forgets that Megatron counts the tokens before the current one only: one too many.
+        # NeMo's import makes the window one token too large, because Megatron does not count the current token.
         tokens = min(parent.max_positions, self.dense.max_positions)
         seen, wanted = (min(arch.sliding_window or tokens, tokens) for arch in (self.dense, parent))
         if not seen - 1 <= wanted <= seen:
@@ -279,7 +287,7 @@ class CheckpointContext:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the exported model does otherwise than the checkpoint in training, and what is taken for granted."""
+        """Differences between the exported model and the model in training, and assumptions about the checkpoint."""
         notes = []
         factor = self.settings.get("moe_expert_capacity_factor")
         if self.spec_fields and factor is not None and factor >= 0:
@@ -292,17 +300,17 @@ class CheckpointContext:
 
 
 def read_context(checkpoint: Path) -> CheckpointContext | None:
-    """Read the settings of the model of a NeMo or Megatron checkpoint; None where it has none.
+    """Read the model settings of a NeMo or Megatron checkpoint, or return None if it has none.
 
     Raises:
-        CheckpointError: there is a description, and it cannot be read.
+        CheckpointError: the checkpoint has a description that cannot be read.
     """
     found = saved_settings(checkpoint, fix=f"copy the checkpoint again; to read a dense parent, {_GIVE_CONFIG}")
     return CheckpointContext(*found) if found else None
 
 
 def _tokenizer_size(context: Path) -> int | None:
-    """Return the number of a tokenizer's tokens, or None without one that says it."""
+    """Return the number of tokens from a `tokenizer.json` in the context, or None if no such file states it."""
     for path in sorted(context.rglob("tokenizer.json")):
         try:
             tokenizer = read_json(path)

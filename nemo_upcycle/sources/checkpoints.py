@@ -1,4 +1,4 @@
-"""Checkpoints of a run in NeMo or Megatron-Bridge: which are complete, which is the newest."""
+"""The checkpoints of a run in NeMo or Megatron-Bridge: which are complete, and which is the newest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import size_text
 
 
-#: NeMo puts an empty file of the checkpoint's name and this ending beside it, from its first byte to its last.
+#: While NeMo writes a checkpoint, an empty file with the checkpoint's name and this suffix lies beside it.
 UNFINISHED = "-unfinished"
 _STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
-#: Where Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
+#: File in which Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
 _TRACKER = "latest_checkpointed_iteration.txt"
-#: Room that a disk may still have of which a first checkpoint, whose size is not known, is said to have filled it.
+#: Free space (bytes) below which the disk counts as full while the first checkpoint, of unknown size, is written.
 _LITTLE_BYTES = 16 * 2**20
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step that a name states, as `model_name=0--step=5-last` or `iter_0000005` do; None without one."""
+    """Return the step in a name like `model_name=0--step=5-last` or `iter_0000005`, or None if it has none."""
     found = _STEP.search(checkpoint.name)
     return int(found[1] or found[2]) if found else None
 
 
 def steps_in(checkpoint: Path) -> int:
-    """Return how many steps a checkpoint holds: NeMo numbers the last one from 0, Bridge from 1; 0 without a name.
+    """Return the number of steps in a checkpoint, or 0 if its name has no step.
+
+    NeMo numbers the last step from 0, Bridge from 1.
 
     Example:
         >>> steps_in(Path("model_name=0--step=5-last")), steps_in(Path("iter_0000005"))
@@ -39,19 +41,20 @@ def steps_in(checkpoint: Path) -> int:
 
 
 def is_marked(checkpoint: Path) -> bool:
-    """Return whether NeMo marked a checkpoint as being written, or removed."""
+    """Return whether NeMo marked a checkpoint as being written or removed."""
     return checkpoint.with_name(checkpoint.name + UNFINISHED).exists()
 
 
 def was_saved(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was once saved to the end: its metadata is written last."""
+    """Return whether a checkpoint was once saved completely. Its metadata is written last."""
     return (checkpoint / "weights" / ".metadata").is_file()
 
 
 def is_complete_checkpoint(checkpoint: Path) -> bool:
     """Return whether a folder is a finished checkpoint with every file that its metadata names, in full size.
 
-    The marker alone does not tell: with asynchronous saving NeMo takes it away before an old checkpoint is removed.
+    The marker alone is not enough: with asynchronous saving, NeMo deletes the marker before it removes an old
+    checkpoint.
     """
     weights = checkpoint / "weights"
     if checkpoint.name.startswith("iter_"):
@@ -63,12 +66,12 @@ def is_complete_checkpoint(checkpoint: Path) -> bool:
     try:
         with DistributedCheckpoint(weights):
             return True
-    except (CheckpointError, OSError):  # OSError: it is being removed while it is read
+    except (CheckpointError, OSError):  # OSError: the checkpoint is removed while it is read
         return False
 
 
 def _last_finished(folder: Path) -> int:
-    """Return the number of the last checkpoint that Megatron-LM or Bridge finished in a folder; -1 without one."""
+    """Return the number of the last checkpoint that Megatron-LM or Bridge finished in a folder, or -1 without one."""
     try:
         return int((folder / _TRACKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -76,13 +79,16 @@ def _last_finished(folder: Path) -> int:
 
 
 def by_step(folder: Path) -> list[Path]:
-    """Return the checkpoints of a `checkpoints` folder, complete or not, by step; of one step `-last` comes last."""
+    """Return the checkpoints in a `checkpoints` folder, complete or not, sorted by step.
+
+    Among checkpoints of one step, `-last` comes last.
+    """
     found = [path for path in folder.glob("*") if path.is_dir()]
     return sorted(found, key=lambda path: (-1 if (step := step_of(path)) is None else step, path.name))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a `checkpoints` folder, by step.
+    """Return the complete checkpoints in a `checkpoints` folder, sorted by step.
 
     Example:
         >>> complete_checkpoints(Path("runs/mine/pretrain/checkpoints"))  # doctest: +SKIP
@@ -92,26 +98,27 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step in a `checkpoints` folder; None without one."""
+    """Return the complete checkpoint with the highest step in a `checkpoints` folder, or None if there is none."""
     return next(filter(is_complete_checkpoint, reversed(by_step(folder))), None)
 
 
 def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
-    """Return the error of a training that was ended by a full disk; None where another thing ended it.
+    """Return the error of a training run that a full disk ended, or None if something else ended it.
 
-    Torch and Megatron speak of that in other words (`unexpected pos 704 vs 598`), so the disk itself is asked: whether
-    it has less room than a checkpoint needs whose writing has begun.
+    Torch and Megatron report a full disk in other words (`unexpected pos 704 vs 598`). Therefore the disk itself is
+    checked: it is full if a checkpoint has been started and the disk has less free space than the checkpoint still
+    needs.
 
     Args:
-        error: what ended it.
-        folder: its `checkpoints`.
+        error: exception that ended the run.
+        folder: the run's `checkpoints` folder.
 
     Example:
         >>> full_disk(RuntimeError("unexpected pos"), Path("runs/mine/pretrain/checkpoints")) is None  # doctest: +SKIP
         True
     """
     if isinstance(error, SystemExit | KeyboardInterrupt | StageStopped | UpcycleError):
-        return None  # it was told to end, or has said why
+        return None  # the run was told to end, or the error already says why
     kept, found = newest_checkpoint(folder), by_step(folder)
     begun = found[found.index(kept) + 1 :] if kept else found
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
@@ -134,7 +141,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
 
 
 def _told_full(error: BaseException | None) -> str | None:
-    """Find the message of the operating system on a full disk, or a quota, behind an error; None without one."""
+    """Return the operating system's message about a full disk or quota behind an error, or None without one."""
     while error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error.strerror

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint before and while it is used: the tensors that its architecture says, finite ones."""
+"""Checks of a checkpoint before and during use: it has the tensors of its architecture, and they are finite."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
-#: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
+#: Block size for comparing two tensors (bytes), and number of rows to compare if many ranks open the checkpoint.
 _BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
-#: What a factor is on that `MoeFamily.folded_scale` gives.
+#: Name of the weights that the factor from `MoeFamily.folded_scale` scales.
 FOLDED = "down projection in place of routed_scaling_factor"
 
 
 class BrokenWeights(CheckpointError):
-    """A checkpoint's numbers are bad: reading it again cannot help."""
+    """The checkpoint holds invalid numbers, so reading it again cannot help."""
 
 
 def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
-    """Check that the checkpoint holds the tensors that its architecture says, in their shapes, and nothing else.
+    """Check that a checkpoint holds exactly the tensors of its architecture, in the right shapes.
 
     Args:
-        dense: the checkpoint.
-        sampled: whether to compare only some rows of the output layer that a tied model may store: for many ranks
-            that open one checkpoint. A layer that was trained by itself differs in all rows.
+        dense: open checkpoint.
+        sampled: whether to compare only some rows of the output layer that a tied model may store. This is for many
+            ranks that open one checkpoint. An output layer that was trained separately differs in all rows.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is there and nothing would take it, as an output
-            layer of a tied model that is not its embedding.
+        CheckpointError: a tensor is missing, has a wrong shape, or would not be used. The last case includes an output
+            layer of a tied model that differs from the embedding.
     """
     arch = dense.architecture
     shapes = hf_shapes(arch)
-    # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
+    # Tied models may store the embedding twice. Old checkpoints store rotary frequencies, which follow from the
+    # config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
     if family := find_family(arch.hf_class):
         present = {name for name in present if not family.is_mtp(name, arch.num_layers)}
@@ -70,7 +71,10 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:
-    """Check that a tied model's output layer is its embedding: transformers 4 drops another one, 5 takes it."""
+    """Check that the output layer of a tied model equals its embedding.
+
+    If they differ, transformers 4 drops the output layer, and transformers 5 uses it.
+    """
     embedding, output = pair = [mapping_of(role, dense.architecture).hf[0] for role in ("embedding", "output")]
     rows, width = dense.shape(embedding)
     dtype = torch.promote_types(dense.dtype(embedding), dense.dtype(output))
@@ -92,16 +96,17 @@ def _check_tied(dense: DenseSource, sampled: bool) -> None:
 def require_finite(
     slice_: torch.Tensor, name: str, source: DenseSource | None = None, *, made: torch.Tensor | None = None
 ) -> None:
-    """Check that a slice of a tensor, or what it was cast to, holds no NaN and no infinity.
+    """Check that a slice of a tensor, or the result of its cast, holds no NaN and no infinity.
 
     Args:
-        slice_: the slice that was read.
+        slice_: slice that was read.
         name: name of the tensor.
-        source: the checkpoint, for the text of an error.
-        made: result of the cast. If given, it is checked, and the slice only tells whether it or the cast is broken.
+        source: checkpoint, for error messages.
+        made: result of the cast. If given, it is checked, and the slice only shows whether the weights or the cast are
+            at fault.
 
     Raises:
-        BrokenWeights: there is one; the text names tensor and source.
+        BrokenWeights: a value is NaN or infinite; the message names tensor and source.
     """
     if _is_finite(slice_ if made is None else made):
         return
@@ -116,15 +121,15 @@ def require_finite(
 
 
 def require_fits(made: torch.Tensor, name: str, source: DenseSource | None = None) -> None:
-    """Check that what finite weights became still has room in its type.
+    """Check that a tensor made from finite weights did not overflow its type.
 
     Args:
-        made: what they became.
-        name: the tensor that they are from.
-        source: the checkpoint, for the text of an error.
+        made: result of a cast or of a change.
+        name: name of the tensor that the result comes from.
+        source: checkpoint, for error messages.
 
     Raises:
-        BrokenWeights: it has not; the text names tensor and source.
+        BrokenWeights: a value overflowed; the message names tensor and source.
     """
     if not _is_finite(made):
         raise BrokenWeights(
@@ -140,21 +145,21 @@ def _where(name: str, source: DenseSource | None) -> str:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
+    # The sum takes one fast pass. Only if it is not finite, a second pass tells an overflow of the sum from a NaN.
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def rounded_because(
     dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None, *, folded: float = 1.0
 ) -> tuple[str, ...]:
-    """Return why weights lose digits when they are cast to a type and scaled in it; empty when they lose none.
+    """Return why weights lose digits when they are cast to a type and scaled in it; empty if they lose none.
 
     Args:
-        dense: the checkpoint.
-        dtype: the type.
-        spec: has the factors on what stands behind an expert's activation. One that is no power of two is rounded; in
-            16 bits that shows in the logits. One below 1 takes a bit from the smallest numbers; other types than
-            float16 have them below 1e-38 only.
+        dense: open checkpoint.
+        dtype: type of the result.
+        spec: gives the factors on the weights and biases after an expert's activation. A factor that is not a power of
+            two is rounded, and in 16 bits that shows in the logits. A factor below 1 takes a bit from the smallest
+            numbers, which are below 1e-38 in every type except float16.
         folded: `mapping.folded_scale` of a Hugging Face folder's model.
 
     Example:
@@ -170,11 +175,11 @@ def rounded_because(
 
 
 def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
-    """Yield, for every factor that loses digits of weights of a type, what it is on and what it rounds.
+    """Yield a reason for every factor that rounds weights of a type: the scaled weights and the rounded numbers.
 
     Args:
-        factors: what each is on -> the factor.
-        dtype: the type.
+        factors: name of the scaled weights -> factor.
+        dtype: type of the weights.
     """
     for what, factor in factors.items():
         if how := _rounding(factor, dtype):
@@ -182,11 +187,11 @@ def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str
 
 
 def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]:
-    """Yield, for every type that loses digits when it is cast to another, the tensors that have it.
+    """Yield a reason for every stored type that loses digits in a cast to `dtype`, with its tensors.
 
     Args:
-        stored: the tensors' types, by name.
-        dtype: the other type.
+        stored: name of a tensor -> its type.
+        dtype: type of the result.
     """
     lossy: dict[torch.dtype, list[str]] = {}
     for name, own in stored.items():
@@ -198,7 +203,7 @@ def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]
 
 
 def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
-    """Return the factors that a spec puts on weights."""
+    """Return the factors by which a spec scales weights: name of the weights -> factor."""
     if dense.architecture.num_experts:
         return {"down projection": expert_scale(dense.architecture, spec)}
     factors = {"down projection": spec.down_scale}
@@ -207,7 +212,7 @@ def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
 
 
 def _rounding(factor: float, dtype: torch.dtype) -> str:
-    """Return which numbers of a type a factor rounds; empty for none worth a word."""
+    """Return which numbers of a type a factor rounds, or "" if the effect is negligible."""
     if math.frexp(factor)[0] != 0.5:
         return f"is rounded in {dtype_name(dtype)}" if torch.finfo(dtype).bits < 32 else ""
     if factor < 1 and dtype is torch.float16:

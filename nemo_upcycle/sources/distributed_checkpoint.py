@@ -1,8 +1,8 @@
 """A Megatron distributed checkpoint (torch_dist), read by slice, without Megatron and without building a model.
 
-Such a folder holds `.metadata`, a pickle that says which piece of which tensor lies where, and `*.distcp` files that
-the ranks wrote. Neither is unpickled as it is (`torch_pickles.py`). The pieces are read by slice,
-as safetensors files are, and none is ever loaded whole.
+Such a folder holds `.metadata`, a pickle that says where each piece of each tensor lies, and `*.distcp` files that the
+ranks wrote. Neither is unpickled the usual way (`torch_pickles.py`). The pieces are read by slice, like safetensors
+files, and no piece is ever loaded whole.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Bounds = list[tuple[int, int]]
 
 
 class DistributedCheckpoint(TensorFiles[Any]):
-    """Named tensors of a torch_dist checkpoint, of which any slice can be read.
+    """The named tensors of a torch_dist checkpoint. Any slice can be read.
 
     Args:
-        folder: the folder with `.metadata` (of a NeMo checkpoint: its `weights`).
+        folder: folder with `.metadata` (for a NeMo checkpoint, its `weights`).
 
     Raises:
-        CheckpointError: it is missing, unfinished or names files that do not exist.
+        CheckpointError: the checkpoint is missing or unfinished, or names files that are missing or too short.
 
     Example:
         >>> checkpoint = DistributedCheckpoint(Path("last/weights"))  # doctest: +SKIP
@@ -65,7 +65,7 @@ class DistributedCheckpoint(TensorFiles[Any]):
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, over all ranks that wrote it."""
+        """Return the shape of the whole tensor, over all ranks that wrote it."""
         return tuple(self._entry(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -74,12 +74,13 @@ class DistributedCheckpoint(TensorFiles[Any]):
         return dtype
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a slice, given as (start, stop) along every axis: of one piece a view, of several put together.
+        """Read a slice, given as (start, stop) along every axis.
 
-        Copy it; never write to it. Only the slice is read, and the first time some hundred bytes of each piece.
+        If one piece holds the slice, the result is a view; otherwise the slice is assembled from several pieces. Copy
+        it; never write to it. Only the slice is read, and at the first access some hundred bytes of each piece.
 
         Raises:
-            CheckpointError: there is no such tensor, a piece is damaged or the pieces do not cover the slice.
+            CheckpointError: there is no such tensor, a piece is damaged, or the pieces do not cover the slice.
         """
         bounds = bounds_of(self.path, name, self.shape(name), index)
         parts = list(self._parts(name, bounds))
@@ -96,7 +97,7 @@ class DistributedCheckpoint(TensorFiles[Any]):
         return result
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon."""
+        """Start to fetch a slice that will be read soon."""
         for _, piece, inside in self._parts(name, bounds_of(self.path, name, self.shape(name), index)):
             self.files.prefetch(name, piece, inside)
 
@@ -106,7 +107,7 @@ class DistributedCheckpoint(TensorFiles[Any]):
         return {".metadata": f"sha256 {self._digest}"} | sizes
 
     def _parts(self, name: str, bounds: Bounds) -> Iterator[tuple[Bounds, Stored, Bounds]]:
-        """Yield which part of a slice lies in which piece, and where in that."""
+        """Yield the overlap of a slice with each piece, the piece, and the place of the overlap inside the piece."""
         chunks, (start, stop) = self._chunks[name], bounds[0] if bounds else (0, 1)
         tallest = max((chunk.sizes[0] if chunk.sizes else 1 for chunk in chunks), default=0)
         first, last = (bisect_left(chunks, row, key=_first_row) for row in (start - tallest + 1, stop))
@@ -152,10 +153,10 @@ def _first_row(chunk: Any) -> int:
 
 
 def model_prefix(checkpoint: DistributedCheckpoint) -> str:
-    """Find the prefix of the names of the model's tensors: NeMo writes `module.`, Megatron nothing.
+    """Find the prefix of the model's tensor names: NeMo writes `module.`, Megatron writes none.
 
     Raises:
-        CheckpointError: there is no embedding, so it is no language model's.
+        CheckpointError: there is no embedding, so the checkpoint is not a language model.
     """
     ending = BY_ROLE["embedding"].stored[0]
     for name in checkpoint.names():

@@ -1,6 +1,6 @@
-"""Fetch the model that an address names: from the hub, from an asset, or from the folder where it lies.
+"""Fetch the model that an address names: from the hub, from an asset, or from a local folder.
 
-Commands that answer at once import this module, so it imports torch inside functions.
+Commands that must answer at once import this module, so it imports torch only inside functions.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from nemo_upcycle.utils.locks import take_lock
 
 
 WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
-WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
+WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of the upcycled model
 OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
-# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of the
-# subfolders' files only additional_chat_templates/*.jinja are wanted
+# Subfolders (original/, onnx/) and consolidated.safetensors hold the same weights in other formats. Of all files in
+# subfolders, only additional_chat_templates/*.jinja are wanted.
 _UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
 
 
 def on_this_machine(
     parent: ModelAddress, wanted: Sequence[str] = WANTED, *, offline: bool = False, cache: Path | None = None
 ) -> Path:
-    """Return the folder of a model: make an asset in the cache, download a model of the hub.
+    """Return the folder of a model. Convert an asset into the cache; download a model from the hub.
 
     Args:
-        parent: the model.
+        parent: address of the model.
         wanted: patterns of the files to download from the hub.
-        offline: whether to use the hub's cache without asking the hub if it is complete.
-        cache: folder of the hub's cache; None: the environment's.
+        offline: whether to use the hub's cache without asking the hub if the cache is complete.
+        cache: folder of the hub's cache; None uses the environment's folder.
 
     Raises:
-        UpcycleError: the model cannot be made or downloaded.
+        UpcycleError: the model cannot be converted or downloaded.
     """
     if parent.kind == "asset":
         if is_complete(made := cached_asset(parent.name)):
@@ -50,23 +50,24 @@ def on_this_machine(
 
 
 def cached_asset(name: str) -> Path:
-    """Return the folder in which the cache keeps a model of an asset, made or not; beside it lies a lock."""
+    """Return the cache folder of an asset's model, converted or not. Its lock file lies beside the folder."""
     return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 
 def import_dense(source: str, output: Path, *, sampled: bool = False, offline: bool = False) -> Path:
-    """Return a local folder that holds the dense model `source`, making or downloading it where needed.
+    """Return a local folder that holds the dense model `source`. Convert or download the model if needed.
 
     Args:
         source: `asset://NAME` (a model of `nemo_upcycle.sources.demo`, converted into `output`), `hf://ORG/NAME` or
-            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or
-            a local folder, plain or as `hf:///absolute/path` (used where it lies).
-        output: folder for a converted model; untouched when nothing is converted.
-        sampled: whether to read samples of the weights only, see `check_source`.
-        offline: whether to use the hub's cache without asking the hub if it is complete.
+            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or a local
+            folder, plain or as `hf:///absolute/path` (used in place).
+        output: folder for a converted model; untouched if nothing is converted.
+        sampled: whether to read only samples of the weights, see `check_source`.
+        offline: whether to use the hub's cache without asking the hub if the cache is complete.
 
     Returns:
-        A folder with `config.json`, safetensors and tokenizer files, checked to be a whole dense Llama-family model.
+        A folder with `config.json`, safetensors and tokenizer files. It has been checked to be a complete dense
+        Llama-family model.
 
     Raises:
         UpcycleError: the source cannot be reached, or is not such a model (CheckpointError).
@@ -85,7 +86,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
     from nemo_upcycle.sources.checks import check_source
     from nemo_upcycle.sources.resolve import open_dense
 
-    # Opening reads the configuration and every header, and checks that no file is cut short.
+    # Opening reads the configuration and every header, and checks that no file is truncated.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
     require_tokenizer(folder)
@@ -93,7 +94,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
 
 
 def tokenizer_folder(source: str) -> Path:
-    """Return a folder with a dense model's tokenizer and configuration; no weights are fetched from the hub.
+    """Return a folder with a dense model's tokenizer and configuration. No weights are fetched from the hub.
 
     Args:
         source: address of the model, see `import_dense`.
@@ -107,10 +108,10 @@ def tokenizer_folder(source: str) -> Path:
 
 
 def read_parent(parent: Parent) -> Architecture:
-    """Return the architecture of a dense model; only configuration and tokenizer are fetched from the hub.
+    """Return the architecture of a dense model. Only configuration and tokenizer are fetched from the hub.
 
     Args:
-        parent: the model.
+        parent: the dense model.
 
     Raises:
         UpcycleError: the model cannot be reached, or is not such a model (CheckpointError).
@@ -119,10 +120,11 @@ def read_parent(parent: Parent) -> Architecture:
 
 
 def ensure_dense(source: str) -> Path:
-    """Return the folder of a dense model; one that has to be made or fetched is kept in the cache.
+    """Return the folder of a dense model. If it must be converted or downloaded, it is kept in the cache.
 
-    Several ranks may call it at the same time: one of a node makes or fetches the folder, the others wait. They do not
-    ask the hub about files that are there: it would turn hundreds of such ranks away.
+    Several ranks may call this function at the same time: one rank of each node converts or downloads the model, and
+    the others wait. The others do not ask the hub about files that are already there, because the hub would refuse
+    hundreds of such requests.
 
     Args:
         source: address of the model, see `import_dense`.
@@ -132,26 +134,27 @@ def ensure_dense(source: str) -> Path:
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
     kind, name = find_parent(source)
-    if kind not in ("asset", "hub"):  # used where it lies
+    if kind not in ("asset", "hub"):  # a local folder is used in place
         return import_dense(source, Path(), sampled=True)
     output = cached_asset(name)
     with take_lock(Path(f"{output}.lock"), timeout_s=-1):
         if kind == "asset":
             return output if is_complete(output) else import_dense(source, output, sampled=True)
         if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
-            with suppress(UpcycleError):  # the first one has not come this far: then this one fetches it
+            with suppress(UpcycleError):  # if the first rank has not fetched it yet, this rank does
                 return import_dense(source, Path(), sampled=True, offline=True)
         return import_dense(source, Path(), sampled=True)
 
 
 def local_model(source: str, *, nemo: bool = False) -> str:
-    """Return the path of a model on this machine; fetch a model of the hub, make an asset.
+    """Return the path of a model on this machine. Download a model from the hub; convert an asset.
 
-    Unlike `ensure_dense` it needs no tokenizer and takes MoE models too; the caller checks what the path holds.
+    Unlike `ensure_dense`, this function needs no tokenizer and also accepts MoE models. The caller checks the contents
+    of the path.
 
     Args:
         source: address of the model, see `find_parent`.
-        nemo: whether a NeMo or Megatron checkpoint will do; its address is returned as it is.
+        nemo: whether a NeMo or Megatron checkpoint is accepted; its address is returned unchanged.
 
     Raises:
         UpcycleError: the model cannot be reached, or `source` names nothing.
@@ -165,11 +168,11 @@ def local_model(source: str, *, nemo: bool = False) -> str:
 
 
 def configuration_folder(source: str, *, nemo: bool = False) -> Path:
-    """Return a folder with a model's `config.json`, or a checkpoint's folder; no weights are fetched from the hub.
+    """Return a folder with a model's `config.json`, or a checkpoint's folder. No weights are fetched from the hub.
 
     Args:
         source: address of the model, see `find_parent`; or the path of a `config.json`.
-        nemo: whether a NeMo or Megatron checkpoint will do.
+        nemo: whether a NeMo or Megatron checkpoint is accepted.
 
     Raises:
         UpcycleError: the model cannot be reached, or `source` names nothing.
@@ -195,7 +198,7 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
             cache_dir=cache,
         )
         return Path(folder)
-    except Exception as error:  # huggingface_hub hands on those of its HTTP client
+    except Exception as error:  # huggingface_hub also raises errors of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(
                 f"Hub cache {error.filename}",
@@ -206,7 +209,7 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
         answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), None)
         token = "give this machine a token that has access: `hf auth login`, or HF_TOKEN in the environment"
-        if status in (401, 403):  # a gated model, or a private one, which the hub says it does not have
+        if status in (401, 403):  # a gated or private model; the hub says that a private one does not exist
             fix = f"check the name. If the model is gated, accept the terms on its page, then {token}"
         else:
             fix = (

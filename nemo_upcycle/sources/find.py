@@ -1,6 +1,6 @@
-"""Find the model that an address names, and check it as far as it is on this machine; fetch nothing.
+"""Find the model that an address names, and check the files that are on this machine. Nothing is fetched.
 
-Commands that answer at once import this module, so it imports torch inside functions.
+Commands that must answer at once import this module, so it imports torch only inside functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class ModelAddress(NamedTuple):
-    """The address of a model, taken apart.
+    """A parsed model address.
 
     Attributes:
         kind: `asset`, `hub`, `nemo` (a NeMo or Megatron checkpoint) or `folder`.
@@ -35,15 +35,15 @@ class ModelAddress(NamedTuple):
 
 
 def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
-    """Find the model that an address names, for every command, stage and recipe; fetch nothing.
+    """Find the model that an address names, for every command, stage and recipe. Nothing is fetched.
 
     Args:
-        source: `asset://NAME`, `hf://ORG/NAME`, plain `ORG/NAME`, a folder as a plain path, `hf:///absolute/path` or
-            `nemo:///absolute/path`.
-        nemo: whether a NeMo or Megatron checkpoint will do.
+        source: `asset://NAME`, `hf://ORG/NAME`, plain `ORG/NAME`, or a folder as a plain path, `hf:///absolute/path`
+            or `nemo:///absolute/path`.
+        nemo: whether a NeMo or Megatron checkpoint is accepted.
 
     Raises:
-        UpcycleError: the scheme or the asset does not exist, or the folder does not (CheckpointError).
+        UpcycleError: the scheme or the asset does not exist, or the folder does not exist (CheckpointError).
 
     Example:
         >>> find_parent("hf://meta-llama/Meta-Llama-3-8B")
@@ -78,7 +78,7 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
     path = Path(rest).expanduser()
     if path.is_dir():
         return ModelAddress("folder", str(path))
-    is_mistyped = not scheme and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
+    is_mistyped = not scheme and path.parent.is_dir()  # models/lama beside models/llama is a typo
     if is_mistyped or not _HUB_NAME.fullmatch(rest):
         raise CheckpointError.no_path(
             "model folder", rest, "give a Hugging Face folder, hf://ORG/NAME or asset://NAME"
@@ -88,36 +88,36 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
 
 @dataclass(frozen=True)
 class Parent:
-    """A dense parent, by its address. What lies on this machine is opened once, when it is first asked for.
+    """A dense parent, given by its address. Local files are opened once, on first use.
 
     Every property raises an UpcycleError if the address is wrong, or the model is not a parent (CheckpointError).
 
     Args:
-        address: see `find_parent`; or a NeMo or Megatron checkpoint; empty: none.
+        address: address of a model, see `find_parent`, or of a NeMo or Megatron checkpoint; empty for no parent.
     """
 
     address: str
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the address names, if it is on this machine; nothing is checked."""
+        """Folder that the address names, if it is on this machine. Nothing is checked."""
         folder = Path(self.address.removeprefix("hf://")).expanduser()
         return folder if self.address and folder.is_dir() else None
 
     @cached_property
     def architecture(self) -> Architecture | None:
-        """The architecture; None if the model is still to be fetched. A NeMo or Megatron checkpoint will do."""
+        """Architecture, or None if the model must still be fetched. NeMo and Megatron checkpoints are accepted."""
         from nemo_upcycle.sources.megatron_checkpoint import is_megatron
         from nemo_upcycle.sources.resolve import open_dense
 
         if not self.address.startswith("nemo://") and not is_megatron(Path(self.address)):
             return self.configured
-        with open_dense(self.address) as dense:  # with or without tokenizer
+        with open_dense(self.address) as dense:  # a checkpoint needs no tokenizer
             return dense.architecture
 
     @cached_property
     def configured(self) -> Architecture | None:
-        """As `whole`; but a folder with a configuration alone will do, which shows what a run would do."""
+        """Like `whole`, but a folder with only a configuration is accepted, to show what a run would do."""
         kind, name = find_parent(self.address)
         if kind != "folder" or not is_configuration(Path(name)):
             return self.whole
@@ -127,7 +127,7 @@ class Parent:
 
     @cached_property
     def whole(self) -> Architecture | None:
-        """The architecture of a folder with weights and tokenizer; None if the model is still to be fetched."""
+        """Architecture of a folder with weights and tokenizer, or None if the model must still be fetched."""
         kind, name = find_parent(self.address)
         if kind != "folder":
             return None
@@ -139,16 +139,18 @@ class Parent:
 
 
 def is_configuration(folder: Path) -> bool:
-    """Return whether a folder holds a model's configuration and no weights, whatever their format."""
+    """Return whether a folder holds a model's configuration but no weights in any format."""
     weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
     return (folder / "config.json").is_file() and not any(True for kind in weights for _ in folder.glob(kind))
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Check that `folder` holds a tokenizer that opens; without one, transformers guesses from the path's name.
+    """Check that a folder holds a tokenizer that opens.
+
+    Without a tokenizer, transformers guesses one from the path's name.
 
     Raises:
-        CheckpointError: it does not, or the file is damaged.
+        CheckpointError: there is no tokenizer, or the file is damaged.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(

@@ -1,9 +1,10 @@
-"""Tensors that lie in files: slices of them as views of the mapped file, fetched by large reads in parallel.
+"""Tensors in files: slices are views of the mapped file and are fetched by large reads in parallel.
 
-A page fault on a map waits for one small read, and on a network file system that is slow. So what a slice spans is
-first read by a few threads, in blocks, into the page cache; the bytes themselves are thrown away, the map sees them.
-The page cache belongs to the machine: what one rank has fetched, or is fetching, no other rank of it reads again, as
-long as they fit. Blocks that are there already are not read at all, so a warm local file costs one probe a block.
+A page fault on a map waits for one small read, which is slow on a network file system. So a few threads first read the
+bytes that a slice spans, in blocks. This fills the page cache, where the map finds the bytes; the read buffers are
+thrown away. All ranks of a machine share the page cache: if one rank has fetched a block, or is fetching it, no other
+rank reads the block again, as long as the blocks fit in memory. Blocks that are already cached are not read at all, so
+a warm local file costs one probe per block.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Entry = TypeVar("Entry")
-#: Bytes of one read, and reads at a time: 16 MiB of buffers, which only a process that reads a cold file has.
+#: Size of one read (bytes), and number of parallel reads. The buffers take 16 MiB, but only if a file is cold.
 _BLOCK_BYTES = 4 << 20
 _THREADS = 4
-#: Reads from the page cache or not at all; without it (not Linux) the map is all there is.
+#: Flag for reading only from the page cache. Only Linux has it; without it, the map is used alone.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Args:
-        file: name inside the folder.
-        dtype: its type.
-        shape: its shape.
-        stride: its strides, in elements.
-        start_byte: place of its first element in the file.
+        file: file name inside the folder.
+        dtype: type of the tensor.
+        shape: shape of the tensor.
+        stride: strides, in elements.
+        start_byte: position of its first element in the file.
     """
 
     file: str
@@ -66,10 +67,10 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def bounds_of(folder: Path, name: str, shape: tuple[int, ...], index: Index | None) -> list[tuple[int, int]]:
-    """Return the slice along every axis, checked; the whole tensor when `index` is None.
+    """Return the checked bounds of a slice along every axis; the whole tensor if `index` is None.
 
     Raises:
-        CheckpointError: it reaches beyond the tensor, or has another number of axes.
+        CheckpointError: the slice reaches beyond the tensor, or has another number of axes.
     """
     bounds = [(0, size) for size in shape] if index is None else [(start, stop) for start, stop in index]
     if len(bounds) != len(shape) or not all(0 <= a <= b <= size for (a, b), size in zip(bounds, shape, strict=True)):
@@ -78,7 +79,7 @@ def bounds_of(folder: Path, name: str, shape: tuple[int, ...], index: Index | No
 
 
 class MappedFiles:
-    """The files of a folder, opened and mapped when they are first asked for.
+    """The files of a folder, opened and mapped on first use.
 
     Args:
         folder: the folder.
@@ -101,9 +102,10 @@ class MappedFiles:
         weakref.finalize(self, _close, self._descriptors)
 
     def read(self, name: str, stored: Stored, index: Index | None = None) -> torch.Tensor:
-        """Return a slice, its bytes fetched: a view of the map, never to be written to.
+        """Fetch a slice and return it as a view of the map. Never write to it.
 
-        A tensor that does not lie on a multiple of its element's size comes as a copy: no kernel is safe with it.
+        A tensor that does not start at a multiple of its element size is returned as a copy, because kernels are not
+        safe on such a view.
 
         Raises:
             CheckpointError: the slice reaches beyond the tensor, or the file cannot be read.
@@ -127,13 +129,13 @@ class MappedFiles:
         return items.clone(memory_format=torch.contiguous_format).view(stored.dtype).squeeze(-1)
 
     def prefetch(self, name: str, stored: Stored, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon. Returns at once."""
+        """Start to fetch a slice that will be read soon. Returns at once."""
         bounds = bounds_of(self._folder, name, stored.shape, index)
         if all(start < stop for start, stop in bounds):
             self._fetch(stored.file, *_span(stored, bounds))
 
     def part(self, name: str, stored: Stored, index: Index | None = None) -> ByteRange | None:
-        """Return where a slice's bytes lie, if they lie one after the other in the order of its elements."""
+        """Return where the bytes of a slice are, if they are contiguous and in the order of its elements."""
         bounds = bounds_of(self._folder, name, stored.shape, index)
         sizes = tuple(stop - start for start, stop in bounds)
         wanted = row_major(sizes)
@@ -143,16 +145,16 @@ class MappedFiles:
         return ByteRange(self._folder / stored.file, self._descriptor(stored.file), start, stop - start)
 
     def read_bytes(self, file: str, start: int, count: int) -> bytes:
-        """Return a few bytes of a file, for its headers; fewer where it ends."""
+        """Return a few bytes of a file, for its headers. At the end of the file, fewer bytes come back."""
         return os.pread(self._descriptor(file), count, start)
 
     def release(self) -> None:
-        """Take the pages out of this process's memory; they stay in the page cache, and views stay valid."""
+        """Take the pages out of this process's memory. They stay in the page cache, and views stay valid."""
         for mapped in list(self._maps.values()):
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the files. Views that are still alive keep their map; the last of them closes it."""
+        """Close the files. Views that are still alive keep their map, and the last view closes it."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -161,7 +163,7 @@ class MappedFiles:
         _close(self._descriptors)
 
     def _fetch(self, file: str, start: int, stop: int) -> list[Future[None]]:
-        """Return the reads of a span that are under way; begins those of blocks that are not in the page cache."""
+        """Return the pending reads of a span, after starting reads for blocks that are not in the page cache."""
         key = (file, start, stop)
         with self._lock:
             if key not in self._fetched:
@@ -176,7 +178,7 @@ class MappedFiles:
             return True
         try:
             return os.preadv(self._descriptor(file), [bytearray(1)], byte, _NOWAIT) == 1
-        except OSError:  # not there, or the file system cannot tell
+        except OSError:  # not cached, or the file system cannot tell
             return False
 
     def _submit(self, file: str, start: int, stop: int) -> Future[None]:
@@ -207,22 +209,22 @@ class MappedFiles:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                 if hasattr(os, "posix_fadvise"):
-                    # The reads are as large as they are to be: no reading ahead beyond the slice.
+                    # Our reads already have the right size, so the kernel must not read ahead beyond the slice.
                     os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_RANDOM)
             return self._descriptors[file]
 
     def _map(self, file: str) -> mmap.mmap:
         with self._lock:
             if file not in self._maps:
-                # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
+                # torch.frombuffer needs a writable map. A private map is writable, and no write reaches the file.
                 self._maps[file] = mmap.mmap(self._descriptor(file), 0, access=mmap.ACCESS_COPY)
             return self._maps[file]
 
 
 class TensorFiles(Generic[Entry]):
-    """Named tensors in mapped files: what the formats of checkpoints have in common.
+    """Named tensors in mapped files: the common part of all checkpoint formats.
 
-    A format sets the path, the files, and what it knows of each tensor.
+    Each format sets the path, the files, and its own entry for each tensor.
     """
 
     path: Path
@@ -231,7 +233,7 @@ class TensorFiles(Generic[Entry]):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of all slices read so far; headers do not count."""
+        """Bytes of all slices read so far. Headers do not count."""
         return self.files.bytes_read
 
     def names(self) -> Iterable[str]:
@@ -251,7 +253,7 @@ class TensorFiles(Generic[Entry]):
         return self._tensors[name]
 
     def release(self) -> None:
-        """Give back the memory that the mapped files take up in this process; what is read again comes back."""
+        """Free the memory that the mapped files use in this process. Later reads bring the pages back."""
         self.files.release()
 
     def __enter__(self) -> Self:
@@ -262,7 +264,7 @@ class TensorFiles(Generic[Entry]):
 
 
 def _span(stored: Stored, bounds: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return first byte and last byte + 1 of a slice that is not empty, in the file."""
+    """Return the first byte and the last byte + 1 of a non-empty slice in the file."""
     first = sum(start * stride for (start, _), stride in zip(bounds, stored.stride, strict=True))
     last = sum((stop - 1) * stride for (_, stop), stride in zip(bounds, stored.stride, strict=True))
     return stored.start_byte + first * stored.dtype.itemsize, stored.start_byte + (last + 1) * stored.dtype.itemsize

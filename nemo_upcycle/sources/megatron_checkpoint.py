@@ -1,7 +1,8 @@
 """A dense NeMo 2 or Megatron distributed checkpoint, read by slice under Hugging Face's names.
 
-Megatron fuses what Hugging Face keeps apart: query, key and value, interleaved by key-value group, and gate above up.
-The mapping table says which of its rows a Hugging Face tensor is made of; nothing but them is read.
+Megatron fuses tensors that Hugging Face keeps apart: query, key and value, interleaved by key-value group, and gate
+above up. The mapping table says which rows of a Megatron tensor form a Hugging Face tensor, and only these rows are
+read.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, m
 from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
 
 
-#: With several optimizers, as MoE has them, their states are numbered.
+#: Prefix of optimizer states. If there are several optimizers, as in MoE training, the states are numbered.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class _Fused:
-    """The Megatron tensor that holds a Hugging Face one.
+    """The Megatron tensor that holds a Hugging Face tensor.
 
     Args:
-        key: its name in the checkpoint.
-        mapping: the Megatron parameter.
-        slices: which rows of it are the Hugging Face tensor, in the order of that one's rows.
-        shape: its own, without the layers' axis.
-        layer: where on the layers' axis; None without one.
+        key: name of the Megatron tensor in the checkpoint.
+        mapping: row of the mapping table for the Megatron parameter.
+        slices: rows of the Megatron tensor that form the Hugging Face tensor, in the latter's row order.
+        shape: shape of the Megatron tensor without the layer axis.
+        layer: index on the layer axis; None without this axis.
     """
 
     key: str
@@ -51,11 +52,11 @@ class _Fused:
 
 
 def model_tensors(checkpoint: DistributedCheckpoint, prefix: str) -> Iterator[str]:
-    """Yield the names of the model's own tensors: no optimizer's state, no layer's extra state (FP8's factors).
+    """Yield the names of the model's own tensors, without optimizer states and layers' extra states (FP8 factors).
 
     Args:
-        checkpoint: the open checkpoint.
-        prefix: what `model_prefix` says.
+        checkpoint: open checkpoint.
+        prefix: prefix that `model_prefix` returns.
     """
     for name in checkpoint.names():
         if name.startswith(prefix) and not _OPTIMIZER.match(name) and "_extra_state" not in name:
@@ -63,19 +64,19 @@ def model_tensors(checkpoint: DistributedCheckpoint, prefix: str) -> Iterator[st
 
 
 def is_megatron(path: Path) -> bool:
-    """Return whether a folder is (or began to be) a NeMo or Megatron distributed checkpoint."""
+    """Return whether a folder is a NeMo or Megatron distributed checkpoint, even an unfinished one."""
     folders = (path, path / "weights")
     return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
 
 
 def read_megatron_architecture(path: Path) -> Architecture:
-    """Return the architecture of the model, dense or with experts, of a NeMo or Megatron checkpoint; for plans.
+    """Return the architecture of a NeMo or Megatron checkpoint, dense or with experts, for plans.
 
     Args:
-        path: the folder, without a Hugging Face `config.json`.
+        path: checkpoint folder, without a Hugging Face `config.json`.
 
     Raises:
-        CheckpointError: the checkpoint is unfinished or damaged, or says nothing of a model that is known.
+        CheckpointError: the checkpoint is unfinished or damaged, or describes no known model.
     """
     weights = path / "weights"
     with DistributedCheckpoint(weights if weights.is_dir() else path) as checkpoint:
@@ -100,16 +101,16 @@ def _embedding_rows(checkpoint: DistributedCheckpoint, prefix: str) -> int:
 class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
-    A slice is a view of the mapped file where it lies in one piece that a rank saved, in one run of rows; else it is
-    put together in memory of its own, of the slice's size. `bytes_read` counts the slices alone. Beside them some
-    hundred bytes are read of each piece that a slice touches, once; neither optimizer state nor other layers are.
+    If a slice lies in one piece that a rank saved, in one run of rows, it is a view of the mapped file. Otherwise it
+    is assembled in new memory of the slice's size. `bytes_read` counts only the slices. In addition, some hundred
+    bytes of each piece that a slice touches are read once. Optimizer states and other layers are not read.
 
     Args:
-        path: the folder. A Hugging Face `config.json` in it goes before the settings in `context/`.
+        path: checkpoint folder. A Hugging Face `config.json` in it takes precedence over the settings in `context/`.
 
     Raises:
-        CheckpointError: the checkpoint is unfinished or damaged, is no dense model of a known kind, its configuration
-            is not known, or configuration and weights disagree.
+        CheckpointError: the checkpoint is unfinished or damaged, is not a dense model of a known kind, has an unknown
+            configuration, or its configuration and weights disagree.
 
     Example:
         >>> with MegatronCheckpoint(Path("checkpoints/llama3-8b")) as dense:  # doctest: +SKIP
@@ -139,7 +140,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         return _saved_context(self.path).dense_model(_embedding_rows(self._checkpoint, self._prefix))
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
-        """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
+        """Yield every Hugging Face tensor by name. Refuse tensors that the table does not know in a dense model."""
         keys = list(model_tensors(self._checkpoint, self._prefix))
         hybrid = stored_hybrid([key.removeprefix(self._prefix) for key in keys])
         for key in keys:
@@ -201,7 +202,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
 
         Args:
             name: the tensor.
-            index: (start, stop) along every axis; the whole tensor when None.
+            index: (start, stop) along every axis; the whole tensor if None.
 
         Raises:
             CheckpointError: there is no such tensor, the slice reaches beyond it, or its data are damaged.
@@ -214,17 +215,17 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=-len(sizes))).view(sizes)
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon."""
+        """Start to fetch a slice that will be read soon."""
         for run in self._runs(name, bounds_of(self.path, name, self.shape(name), index)):
             self._checkpoint.prefetch(self._entry(name).key, run)
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Yield where the slice lies in the Megatron tensor: for query, key and value a run of rows a group."""
+        """Yield the runs of rows of a slice in the Megatron tensor. Query, key and value have one run per group."""
         fused, end = self._entry(name), 0
         layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
         for slice_ in fused.slices:
             rows, block = slice_.rows[1] - slice_.rows[0], fused.shape[0] // slice_.blocks
-            begin, end = end, end + rows * slice_.blocks  # its rows of the Hugging Face tensor
+            begin, end = end, end + rows * slice_.blocks  # its rows in the Hugging Face tensor
             start, stop = max(bounds[0][0], begin) - begin, min(bounds[0][1], end) - begin
             for number in range(start // rows, -(-stop // rows) if start < stop else 0):
                 first, last = max(start, number * rows), min(stop, (number + 1) * rows)

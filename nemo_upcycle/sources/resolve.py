@@ -1,4 +1,4 @@
-"""Opens a dense checkpoint by its address."""
+"""Open a dense checkpoint by its address."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
     """Open a dense checkpoint for reading slices.
 
     Args:
-        uri: a folder: a plain path (its contents tell the kind), `hf:///absolute/path` (Hugging Face: safetensors) or
-            `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several folders, whose
-            feed-forward networks become experts in turn.
-        non_expert_weights: source of everything but the experts when there are several checkpoints: the "first" one,
+        uri: a folder as a plain path (its contents decide the kind), as `hf:///absolute/path` (Hugging Face
+            safetensors) or as `nemo:///absolute/path` (NeMo 2 or Megatron distributed checkpoint). Or several folders,
+            whose feed-forward networks become experts in turn.
+        non_expert_weights: source of all weights except the experts if there are several checkpoints: the "first" one,
             or the "mean" of all.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or it is neither a dense Llama-family model nor
-            one with experts that can get more of them.
-        SpecError: `non_expert_weights` is neither.
+        CheckpointError: there is no such checkpoint, it is damaged, or it is neither a dense Llama-family model nor a
+            model with experts that can get more of them.
+        SpecError: `non_expert_weights` is neither "first" nor "mean".
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -51,10 +51,10 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
 
 
 def check_non_expert_weights(which: str) -> None:
-    """Check which weights of several parents are taken, before anything is fetched.
+    """Check the choice of non-expert weights for several parents, before anything is fetched.
 
     Raises:
-        SpecError: it is neither "first" nor "mean".
+        SpecError: the choice is neither "first" nor "mean".
     """
     if which not in NON_EXPERT_WEIGHTS:
         raise SpecError.unknown("non_expert_weights", which, NON_EXPERT_WEIGHTS)

@@ -1,7 +1,7 @@
 """A Hugging Face folder of safetensors files, read by slice through a memory map.
 
-`read` returns a view of the mapped file, whose bytes are in the page cache by then (`mapped_files.py`): a slice
-exists nowhere else and costs no memory of its own.
+`read` returns a view of the mapped file after its bytes have been fetched into the page cache (`mapped_files.py`). So
+a slice exists nowhere else and needs no memory of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.streams import ByteRange
 
 
-#: The format's names of the types that weights come in.
+#: Types that weights may have, by their names in the file format.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -38,9 +38,12 @@ def _broken(path: Path, got: str) -> CheckpointError:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, str]:
-    """Read the header: every tensor's entry, where the data begin, its sha256; safetensors itself checks the file."""
+    """Read a file's header: the entry of every tensor, the start of the data, and the header's sha256.
+
+    safetensors itself checks the file.
+    """
     try:
-        with safe_open(path, "numpy"):  # reads no tensor
+        with safe_open(path, "numpy"):  # checks the file, but reads no tensor
             pass
     except (SafetensorError, OSError) as error:
         raise _broken(path, f"is truncated or damaged ({error})") from None
@@ -64,7 +67,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_byte: int) -> Sto
 
 
 def _files_of(folder: Path) -> dict[str, set[str]]:
-    """Return the folder's files, and for each the tensors that the index expects in it."""
+    """Return the folder's files, each with the tensors that the index expects in it."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -73,7 +76,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
-        # transformers would take the single file then. Nothing tells which of the two is the stale one.
+        # transformers would use the single file here, but nothing tells which of the two is the old one.
         if (folder / SINGLE).is_file() and set(files) != {SINGLE}:
             raise CheckpointError(
                 f"Folder {folder}",
@@ -101,16 +104,16 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
 class SafetensorsFolder(TensorFiles[Stored], DenseSource):
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
-    Of a model with other parts its tensors are those of the text model, by their names in a folder of text alone.
+    If the model has other parts, only the text model's tensors are listed, named as in a text-only folder.
 
-    Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
-    end without gaps or overlaps; and every tensor is where the index says.
+    Opening it reads only the headers and checks them as the format requires: the tensors fill the file from end to end
+    without gaps or overlaps, and every tensor is in the file that the index names.
 
     Args:
         folder: the folder.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, or the architecture is not known.
+        CheckpointError: a file is missing, truncated or not safetensors, or the architecture is unknown.
 
     Example:
         >>> with SafetensorsFolder(Path("runs/demo/dense")) as dense:  # doctest: +SKIP
@@ -167,7 +170,7 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
             self._tensors[called] = _stored(path, name, entry, data_byte)
 
     def others(self) -> Sequence[OtherTensor]:
-        """Return the tensors of the parts beside the text model."""
+        """Return the tensors outside the text model."""
         return self._others
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -181,11 +184,11 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Return a slice as a view of the mapped file. Copy it; never write to it.
 
-        Of a slice of columns the whole rows are fetched: the other ranks of the machine need the rest.
+        For a slice of columns, whole rows are fetched, because the other ranks of the machine need the rest.
 
         Args:
             name: the tensor.
-            index: (start, stop) along every axis; the whole tensor when None.
+            index: (start, stop) along every axis; the whole tensor if None.
 
         Raises:
             CheckpointError: there is no such tensor, the slice reaches beyond it, or the file cannot be read.
@@ -193,15 +196,15 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         return self.files.read(name, self._entry(name), index)
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon."""
+        """Start to fetch a slice that will be read soon."""
         self.files.prefetch(name, self._entry(name), index)
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
-        """Return where a slice's bytes lie, if they lie one after the other."""
+        """Return where the bytes of a slice are, if they are contiguous."""
         return self.files.part(name, self._entry(name), index)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return, for every file, its size in bytes and the sha256 of its header."""
+        """Return the size of every file in bytes and the sha256 of its header."""
         return {
             file: f"{(self.path / file).stat().st_size} bytes, header sha256 {digest}"
             for file, digest in self._headers.items()

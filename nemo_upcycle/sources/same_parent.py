@@ -1,4 +1,4 @@
-"""Whether a calibration file is of this dense model and this spec, told before anything is read or written for it."""
+"""Check that a calibration file belongs to a dense model and a spec, before anything is read or written for it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SIZES = ("hidden_size", "ffn_size", "num_layers")
 
 
 def parent_digest(dense: DenseSource) -> str:
-    """Return a hash that tells dense models of one shape apart: of the middle row of every tensor, as float32.
+    """Return a hash of the middle row of every tensor as float32, which tells dense models of one shape apart.
 
-    It is the same for a Hugging Face folder and for a distributed checkpoint of the same weights, and takes a few
-    thousandths of their bytes. Of several models that are mixed it is that of the first.
+    The hash is the same for a Hugging Face folder and for a distributed checkpoint of the same weights, and reads only
+    a few thousandths of their bytes. If several models are mixed, the first one is hashed.
 
     Args:
-        dense: the open dense model.
+        dense: open dense model.
     """
     first, digest = dense.branches()[0], hashlib.sha256()
     for name in hf_names(first.architecture):
@@ -36,19 +36,19 @@ def parent_digest(dense: DenseSource) -> str:
 
 
 def require_calibration(dense: DenseSource, spec: UpcycleSpec) -> Calibration | None:
-    """Check that what a spec reads from a calibration file is there, and of this dense model; return the file.
+    """Check that the calibration file that a spec needs exists and belongs to this dense model, and return it.
 
     Args:
-        dense: the open dense model.
-        spec: what to make of it.
+        dense: open dense model.
+        spec: how the dense model is upcycled.
 
     Returns:
-        The file; None where the spec needs none.
+        The file, or None if the spec needs none.
 
     Raises:
-        SpecError: the spec names no file, and needs one.
-        CheckpointError: the file is of another model or of other settings.
-        UpcycleError: it is missing, damaged, or something else.
+        SpecError: the spec needs a calibration file and names none.
+        CheckpointError: the file is from another model or from other settings.
+        UpcycleError: the file is missing, damaged, or not a calibration file.
     """
     calibration = calibration_of(spec)
     if calibration is None:

@@ -1,7 +1,7 @@
-"""The settings of a model as checkpoints keep them beside the weights, by NeMo's names.
+"""The settings of a model that checkpoints keep beside the weights, under NeMo's names.
 
-NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are read as
-plain values: a class name is a text here.
+NeMo writes `context/model.yaml`, Bridge writes `run_config.yaml`, and Megatron-LM writes its arguments into
+`common.pt`. All are read as plain values: a class name is only text here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.utils.conf import read_yaml
 
 
-#: Bridge's configurations of the models that are known here.
+#: Bridge's configuration classes that are supported here.
 _BRIDGE_MODELS = ("GPTModelProvider", "GPTModelConfig", "HybridModelProvider", "HybridModelConfig")
-#: Megatron-LM's argument -> NeMo's setting, where the names differ.
+#: Megatron-LM's argument -> NeMo's setting, if the names differ.
 _ARGUMENTS = {
     "norm_epsilon": "layernorm_epsilon",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
@@ -29,14 +29,14 @@ _ARGUMENTS = {
 
 
 def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the file that describes a checkpoint's model, and NeMo's settings of it; None where there is none.
+    """Return the file that describes a checkpoint's model, and NeMo's settings from it, or None without such a file.
 
     Args:
-        checkpoint: its folder.
-        fix: what to do about a description that cannot be read.
+        checkpoint: checkpoint folder.
+        fix: fix to suggest if the description cannot be read.
 
     Raises:
-        CheckpointError: there is a description, and it cannot be read.
+        CheckpointError: there is a description, but it cannot be read.
     """
     readers = {
         "context/model.yaml": _nemo_settings,
@@ -63,23 +63,23 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
 
 
 def _nemo_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of NeMo's model configuration, by name."""
+    """Return the settings of NeMo's model configuration by name."""
     described = read_yaml(path)
     settings = dict(described["config"])
-    settings["_target_"].split(".")[-2]  # a class in a module
+    settings["_target_"].split(".")[-2]  # fails unless this is a class in a module
     if adapters := described.get("model_transform"):
-        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # NeMo's own
+        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # NeMo's default
     return settings
 
 
 def _bridge_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
+    """Return the settings of Bridge's model under Megatron's names, which are also NeMo's."""
     described = read_yaml(path)
     model = dict(described["model"])
-    settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
-    if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise
+    settings = model | dict(model.get("transformer") or {})  # a builder keeps these in a section of their own
+    if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # other classes compute differently
         settings["_target_"] = "megatron.GPTModel"
-    # A builder's configuration is written without it: then it is that of nearly every parent.
+    # A builder's configuration omits the activation. Assume silu, which nearly every parent has.
     activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
     int(settings["num_layers"])
     settings |= _dense_layers(settings)
@@ -90,13 +90,13 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
     settings["started_from"] = (described.get("checkpoint") or {}).get("pretrained_checkpoint")
     adapters = described.get("peft") or {}
     if adapters.get("_target_", "").endswith(".LoRA"):
-        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # Bridge's own
+        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # Bridge's default
         settings["lora_base"] = settings["started_from"]
     return settings
 
 
 def _megatron_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings among a Megatron-LM run's arguments; None where there are none."""
+    """Return the settings from the arguments of a Megatron-LM run, or None if the file has no arguments."""
     saved = read_saved(path)
     arguments = saved.get("args") if isinstance(saved, dict) else None
     if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
@@ -115,7 +115,7 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
 
 
 def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of layers that a GPTModel has which computes the same as a HybridModel; none for others."""
+    """Return the layer settings of the GPTModel that computes the same as a HybridModel; empty for other models."""
     pattern = settings.get("hybrid_layer_pattern") or ""
     if not pattern or "M" in pattern:
         return {}

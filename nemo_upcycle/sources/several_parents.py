@@ -1,7 +1,7 @@
-"""Several dense models as one source: each becomes experts, the rest comes from one of them or from their mean.
+"""Several dense models as one source: each becomes experts, and the rest comes from the first one or from their mean.
 
-Branch-Train-MiX (arXiv 2403.07816, section 2): copies of one seed model, trained apart on different domains, become
-the experts of one MoE; everything else is averaged, and the router is new.
+Branch-Train-MiX (arXiv 2403.07816, section 2): copies of one seed model are trained separately on different domains
+and become the experts of one MoE. Everything else is averaged, and the router is new.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nemo_upcycle.sources.base import DenseSource, Index, OtherTensor
 from nemo_upcycle.utils.streams import ByteRange
 
 
-#: What everything but the experts can be: the first model's, or the mean of all.
+#: Source of all weights except the experts: the first model, or the mean of all models.
 NON_EXPERT_WEIGHTS = ("first", "mean")
-#: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
+#: The longest sequence does not change the weights, and checkpoint formats store it differently.
 _MAY_DIFFER = ("max_positions",)
 
 
@@ -28,11 +28,11 @@ def require_copies(dense: DenseSource, copies: int) -> None:
     """Check that every dense model of a source becomes an expert.
 
     Args:
-        dense: one model, or several mixed.
-        copies: how often the feed-forward network is in a layer, `UpcycleSpec.copies`.
+        dense: open source of one model, or of several.
+        copies: number of copies of the feed-forward network in a layer, `UpcycleSpec.copies`.
 
     Raises:
-        SpecError: there are more models than copies, so that some would be left out.
+        SpecError: there are more models than copies, so some models would be left out.
     """
     if (branches := len(dense.branches())) > copies:
         raise SpecError(
@@ -44,18 +44,18 @@ def require_copies(dense: DenseSource, copies: int) -> None:
 
 
 class Branches:
-    """Dense models of one architecture; copy c of the feed-forward network is that of model c modulo their number.
+    """Dense models of one architecture. Copy c of the feed-forward network comes from model c modulo their number.
 
-    The step-0 model computes what none of its parents computes. Reading a mean reads every parent: `bytes_read` counts
-    the slices of them all.
+    The step-0 model computes the function of none of its parents. Reading a mean reads every parent, and `bytes_read`
+    counts the slices of all of them.
 
     Args:
-        sources: the open sources, two or more, first the one that names the result. They are closed with this one.
-        non_expert_weights: what everything but the routed experts is: "first", the first model's, or "mean", the mean
-            in float32 of them all, cast back to the type on disk.
+        sources: open sources, two or more; the first one names the result. They are closed together with this one.
+        non_expert_weights: source of all weights except the routed experts: "first" is the first model; "mean" is the
+            mean of all models, computed in float32 and cast back to the type on disk.
 
     Raises:
-        CheckpointError: they differ in architecture, tensors or types.
+        CheckpointError: the sources differ in architecture, tensors or types.
 
     Example:
         >>> code, law = open_dense("models/code"), open_dense("models/law")  # doctest: +SKIP
@@ -73,7 +73,7 @@ class Branches:
     def _check(self, source: DenseSource) -> None:
         first, mine, other = self._sources[0], self.architecture, source.architecture
         names = [field.name for field in fields(mine) if field.name not in _MAY_DIFFER]
-        names.sort(key=lambda name: name != "hf_class")  # it explains the others
+        names.sort(key=lambda name: name != "hf_class")  # a different class explains the other differences
         pairs = [(name, getattr(mine, name), getattr(other, name)) for name in names]
         if differing := [pair for pair in pairs if pair[1] != pair[2]]:
             raise self._differ(source, *differing[0])
@@ -93,7 +93,7 @@ class Branches:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of all slices read so far, of all sources."""
+        """Bytes of all slices read so far, over all sources."""
         return sum(source.bytes_read for source in self._sources)
 
     def names(self) -> Iterable[str]:
@@ -113,7 +113,7 @@ class Branches:
 
         Args:
             name: the tensor.
-            index: (start, stop) along every axis; the whole tensor when None.
+            index: (start, stop) along every axis; the whole tensor if None.
 
         Raises:
             CheckpointError: a source cannot be read.
@@ -127,16 +127,16 @@ class Branches:
         return (total / len(self._sources)).to(self.dtype(name))
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Begin to fetch a slice that will be read soon."""
+        """Start to fetch a slice that will be read soon."""
         for source in self._sources if self._non_expert_weights == "mean" else self._sources[:1]:
             source.prefetch(name, index)
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
-        """Return where a slice's bytes lie: the first model's, a mean lies nowhere."""
+        """Return where the bytes of a slice are in the first model's files. A mean is in no file."""
         return self._sources[0].byte_range(name, index) if self._non_expert_weights == "first" else None
 
     def release(self) -> None:
-        """Give back the memory that the sources' files take up in this process."""
+        """Free the memory that the sources' files use in this process."""
         for source in self._sources:
             source.release()
 
@@ -147,7 +147,7 @@ class Branches:
         }
 
     def others(self) -> Sequence[OtherTensor]:
-        """List the other tensors in the first model's files."""
+        """Return the tensors in the first model's files that do not belong to the text model."""
         return self._sources[0].others()
 
     def branches(self) -> Sequence[DenseSource]:
@@ -155,7 +155,7 @@ class Branches:
         return self._sources
 
     def inexact_because(self) -> tuple[str, ...]:
-        """Return why step 0 is no parent's function: experts differ, and maybe the rest is a mean."""
+        """Return why step 0 computes no parent's function: the experts differ, and the rest may be a mean."""
         rest = "their mean" if self._non_expert_weights == "mean" else "the first one"
         return (
             (

@@ -1,11 +1,11 @@
-"""What `torch.save` and torch_dist checkpoints pickle, read without the classes and functions that the pickles name.
+"""Read pickles of `torch.save` and torch_dist checkpoints without the classes and functions that the pickles name.
 
-What a pickle names is inert (`Inert`), but for a few types that nobody can change: nothing that it builds, calls or
-changes is torch's, Python's or this package's.
+Each name in a pickle becomes an inert stand-in (`Inert`), except for a few types that nobody can change. So nothing
+that a pickle builds, calls or changes belongs to torch, Python or this package.
 
-`.metadata` of a torch_dist checkpoint says which piece of which tensor lies where. A piece is one tensor as
-`torch.save` writes it, somewhere in a file: an uncompressed zip archive of a small pickle, which describes the tensor,
-and of the numbers as they are.
+`.metadata` of a torch_dist checkpoint says where each piece of each tensor lies. A piece is one tensor as `torch.save`
+writes it, somewhere in a file: an uncompressed zip archive with a small pickle, which describes the tensor, and with
+the raw numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nemo_upcycle.sources.mapped_files import MappedFiles, Stored
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
-#: What opening a damaged or foreign piece leads to.
+#: Exceptions that opening a damaged or foreign piece can raise.
 DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -40,10 +40,11 @@ DAMAGE = (
 
 
 class Inert:
-    """Stands in for a class or function that a pickle names: keeps what it is given, and does nothing with it.
+    """Stand-in for a class or function that a pickle names. It keeps its arguments and does nothing with them.
 
-    A pickle can set attributes of whatever it has imported. Of this class it cannot: `__setstate__` takes that over,
-    and has no instance there. The items of a list or dict of another class are ignored.
+    A pickle can set attributes of anything that it has imported. It cannot do so with this class, because pickle calls
+    `__setstate__` for this, and the call fails without an instance. The items of a list or dict of another class are
+    ignored.
     """
 
     def __init__(self, *args: Any, **_: Any) -> None:
@@ -60,14 +61,14 @@ class Inert:
 
 
 class _Metadata(Inert):
-    """Stand-in for torch's class and for Megatron's subclass of it."""
+    """Stand-in for torch's metadata class and for Megatron's subclass of it."""
 
     state_dict_metadata: dict[str, Any]
     storage_data: dict[Any, Any]
 
 
 class _Properties(Inert):
-    """Stand-in for a tensor's properties, whose values torch saves in order."""
+    """Stand-in for a tensor's properties. torch saves their values in order."""
 
     dtype: Any
 
@@ -75,8 +76,8 @@ class _Properties(Inert):
         self.dtype = state[0]
 
 
-#: What stands in for what a pickle names; `Inert` for everything else. Python and torch do not let anyone change the
-#: types and values among them.
+#: Name in a pickle -> its stand-in; `Inert` for all other names. Python and torch do not let anyone change the types
+#: and values in this table.
 _STANDS_IN: dict[str, Any] = {
     "torch.distributed.checkpoint.metadata.Metadata": _Metadata,
     "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": _Metadata,
@@ -93,14 +94,14 @@ class _InertUnpickler(pickle.Unpickler):
         return _STANDS_IN.get(f"{module}.{name}", Inert)
 
     def persistent_load(self, pid: Any) -> Any:
-        return pid  # says where a tensor's numbers are
+        return pid  # the place of a tensor's numbers
 
 
 def read_saved(path: Path) -> Any:
-    """Read what `torch.save` wrote, without tensors and without running anything: dicts, lists, numbers, texts.
+    """Read the dicts, lists, numbers and texts of a `torch.save` file, without tensors and without running anything.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no such file.
+        OSError, ValueError: the file cannot be read, or was not written by `torch.save`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -109,13 +110,16 @@ def read_saved(path: Path) -> Any:
                 return _InertUnpickler(handle).load()
     except (OSError, ValueError):
         raise
-    except Exception as error:  # whatever a damaged pickle leads to
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"damaged ({type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """The bytes of a file that hold a piece of a tensor; `transforms` says how they are compressed, None for not."""
+    """The bytes of a file that hold a piece of a tensor.
+
+    `transforms` says how the bytes are compressed; None if they are not.
+    """
 
     file: str
     offset: int
@@ -141,7 +145,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
         return _tensors_of(metadata), _spans_of(metadata), hashlib.sha256(raw).hexdigest()
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged pickle leads to
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error) or type(error).__name__
         raise CheckpointError(
             str(path), kind="state", got=f"cannot be read as torch_dist metadata ({reason})", fix="copy it again"
@@ -162,7 +166,7 @@ def _spans_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan
 
 
 class Window(io.RawIOBase):
-    """A part of a file, as a file of which `zipfile` reads the directory."""
+    """A part of a file as a file object, so that `zipfile` can read its directory."""
 
     def __init__(self, files: MappedFiles, file: str, offset: int, length: int) -> None:
         self.file, self.offset, self.length = file, offset, length
@@ -177,7 +181,7 @@ class Window(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as the part goes, and return the bytes."""
+        """Fill a buffer with the bytes that the part still has, and return their number."""
         count = max(0, min(len(buffer), self.length - self._at))
         data = self._files.read_bytes(self.file, self.offset + self._at, count)
         buffer[: len(data)] = data
@@ -186,28 +190,28 @@ class Window(io.RawIOBase):
 
 
 def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> Stored:
-    """Return where the numbers of a piece lie.
+    """Return the place of a piece's numbers.
 
     Args:
         window: the piece.
-        sizes: the shape that the metadata says.
-        dtype: the type that it says.
+        sizes: shape from the metadata.
+        dtype: type from the metadata.
 
     Raises:
-        Exception: one of `DAMAGE`; it is no such piece.
+        Exception: one of `DAMAGE`: the window holds no such piece.
     """
     with zipfile.ZipFile(window) as archive:
         records = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     start, stop = _record(window, records["data.pkl"])
     window.seek(start)
     description = _InertUnpickler(io.BytesIO(window.read(stop - start))).load()
-    if isinstance(description.args[0], Inert):  # a parameter, of a tensor
+    if isinstance(description.args[0], Inert):  # a parameter that wraps a tensor
         description = description.args[0]
     (_, _, key, _, count), offset, shape, stride = description.args[:4]
     start, stop = _record(window, records[f"data/{key}"])
     if stop - start not in (count * dtype.itemsize, count):  # an untyped storage counts bytes
         raise ValueError("of another type")
-    # Torch itself checks the layout: that it is one, and that it is the shape that the metadata says.
+    # Torch itself checks that the layout is valid and has the shape from the metadata.
     layout = torch.empty_strided(shape, stride, dtype=dtype, device="meta").view(sizes)
     if offset < 0 or offset * dtype.itemsize + layout.untyped_storage().nbytes() > stop - start:
         raise ValueError("larger than its data")
@@ -215,7 +219,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
 
 
 def _record(window: Window, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Return first byte and last byte + 1 of a record, behind its own header: 30 bytes and two texts."""
+    """Return the first byte and the last byte + 1 of a record, after its own header: 30 bytes and two texts."""
     window.seek(member.header_offset + 26)
     start = member.header_offset + 30 + sum(int.from_bytes(window.read(2), "little") for _ in range(2))
     stop = start + member.file_size

@@ -1,10 +1,11 @@
-"""Make auxiliary losses of the router act with the coefficient that is set, in every layout, and describe them.
+"""Make the router's auxiliary losses act with their configured coefficients in every layout, and describe them.
 
-A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
-tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs in
-the loss scale. In megatron-core 0.15 it is missing; with `calculate_per_token_loss` the tensor-parallel size is, too.
-Data-parallel ranks have a part of `global_aux_loss` each, too, and the data-parallel size is missing in every release
-up to 0.19. The missing factor is measured, not looked up by version: containers hold releases with fixes of their own.
+Each rank of a tensor- and context-parallel group computes an auxiliary loss for its own tokens. Megatron sums
+gradients over tensor-parallel ranks and averages them over data- and context-parallel ranks, so the loss scale must
+contain the context-parallel size. In megatron-core 0.15 this factor is missing. With `calculate_per_token_loss` the
+tensor-parallel size is missing, too. `global_aux_loss` is split over data-parallel ranks as well, and the
+data-parallel size is missing in every release up to 0.19. The missing factor is measured, not looked up by version,
+because containers hold releases with fixes of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nemo_upcycle.utils.progress import show_messages
 
 
 GLOBAL = "global_aux_loss"
-#: Settings of the router that is measured: plain top-1, nothing dropped, no random number drawn, no loss scale.
+#: Settings of the router that is measured: plain top-1, no dropped tokens, no random numbers, no loss scale.
 _PROBE: dict[str, Any] = {
     "moe_router_topk": 1,
     "moe_router_score_function": "softmax",
@@ -48,17 +49,18 @@ _PROBE: dict[str, Any] = {
 
 
 def correct_losses(config: Any) -> list[ActingCoefficient]:
-    """Multiply what Megatron makes of auxiliary losses by what it lacks on this layout, in this process.
+    """Multiply Megatron's auxiliary losses by the factor that they lack in this layout, for this process.
 
-    The scale is where Megatron 0.16 has it, too: it serves every auxiliary loss and schedule, coefficients that change
-    during the training, and FP16's loss scale. Where nothing is missing, Megatron stays as it is. What the global
-    loss lacks on top is multiplied into its coefficient, when a router asks for it.
+    The factor goes into the loss scale, as in Megatron 0.16. There it reaches every auxiliary loss and schedule, and
+    it works with coefficients that change during training and with FP16's loss scale. If nothing is missing, Megatron
+    stays unchanged. If the global loss lacks a further factor, its coefficient is multiplied by that factor when a
+    router asks for it.
 
     Args:
-        config: the model's. Megatron's groups must be there, and every rank must call this.
+        config: configuration of the model. Megatron's groups must exist, and every rank must call this.
 
     Returns:
-        What is set and what acts, for each auxiliary loss of the model; the first rank logs what differs.
+        The configured and the acting coefficient of each auxiliary loss. The first rank logs the differences.
     """
     _multiply_scale(1.0)
     _multiply_global(1.0)
@@ -79,7 +81,7 @@ def correct_losses(config: Any) -> list[ActingCoefficient]:
 
 
 def _report(losses: list[ActingCoefficient]) -> None:
-    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
+    """Report the auxiliary losses that do not act as configured, and the losses that this package corrects."""
     for loss in losses:
         if loss.acting != loss.coefficient:
             text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
@@ -91,7 +93,7 @@ def _report(losses: list[ActingCoefficient]) -> None:
 
 
 def _multiply_scale(factor: float) -> None:
-    """Let Megatron's schedules set `factor` times their scale of auxiliary losses; 1 puts their own function back."""
+    """Make Megatron's schedules set `factor` times their auxiliary-loss scale; 1 restores Megatron's own function."""
     original = getattr(MoEAuxLossAutoScaler.set_loss_scale, "__wrapped__", MoEAuxLossAutoScaler.set_loss_scale)
 
     @functools.wraps(original)
@@ -102,9 +104,9 @@ def _multiply_scale(factor: float) -> None:
 
 
 def _multiply_global(factor: float) -> None:
-    """Let routers balance the global batch with `factor` times its coefficient; 1 puts their own method back.
+    """Make routers balance the global batch with `factor` times its coefficient; 1 restores Megatron's own method.
 
-    The loss that Megatron logs is divided by the same number, so it stays as it is.
+    Megatron divides the loss that it logs by the same number, so the logged loss does not change.
     """
     original = getattr(TopKRouter.get_aux_loss_coeff, "__wrapped__", TopKRouter.get_aux_loss_coeff)
 
@@ -117,7 +119,7 @@ def _multiply_global(factor: float) -> None:
 
 
 def _coefficients(config: Any) -> dict[str, float]:
-    """Read the coefficients that are not zero, by the names of the losses."""
+    """Return the coefficients that are not zero, by the names of the losses."""
     return {name: value for name, value in {**_balancing(config), "z_loss": config.moe_z_loss_coeff}.items() if value}
 
 
@@ -137,10 +139,11 @@ def _describe(config: Any, name: str, coefficient: float, undone: float) -> Acti
 
 
 def _acting_share(config: Any, name: str) -> float:
-    """Return the gradient that a loss of coefficient 1 gives a router, over the one that it should give.
+    """Return a router's gradient from a loss of coefficient 1, divided by the correct gradient.
 
-    Every rank routes the same token, so that the loss of all of them is that of one alone: E * p_0 for balancing (all
-    tokens go to expert 0, with probability p_0), the squared logsumexp of the logits for the z-loss.
+    Every rank routes the same token, so the loss of all ranks together equals the loss of one rank alone. That loss is
+    E * p_0 for balancing (all tokens go to expert 0, with probability p_0), and the squared logsumexp of the logits
+    for the z-loss.
     """
     is_z_loss = name == "z_loss"
     probe = copy.copy(config)
@@ -154,28 +157,28 @@ def _acting_share(config: Any, name: str) -> float:
     alone = logits.logsumexp(-1).square() if is_z_loss else config.num_moe_experts * logits.softmax(-1)[..., 0]
     expected = torch.autograd.grad(alone.sum(), logits)[0]
     got = gradient_of_losses(TopKRouter(probe, get_default_pg_collection()).train(), logits)
-    if not config.calculate_per_token_loss:  # by the sum over tensor-parallel ranks; else tokens are counted instead
+    if not config.calculate_per_token_loss:  # tensor-parallel ranks sum their gradients; else tokens are counted
         got = got * parallel_state.get_tensor_model_parallel_world_size()
     return float((got * expected).sum() / expected.square().sum())
 
 
 def gradient_of_losses(router: TopKRouter, logits: torch.Tensor) -> torch.Tensor:
-    """Compute the part of the gradient of a router's logits that its auxiliary losses add on this rank.
+    """Compute this rank's part of the gradient that a router's auxiliary losses add to its logits.
 
     Args:
         router: a router in training mode.
-        logits: logits, [S, B, E], a leaf that requires a gradient.
+        logits: leaf tensor that requires a gradient, [S, B, E].
     """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
         scores, _ = router.routing(logits)
-        # What a schedule does after every forward step: here of a stage without a loss of its own.
+        # A schedule does this after every forward step. Here it acts as for a stage without a loss of its own.
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]
 
 
 def describe_balancing(config: Any) -> dict[str, str]:
-    """Describe for `training.json` how the experts are balanced; return nothing for a dense model.
+    """Describe for `training.json` how the experts are balanced; return an empty dict for a dense model.
 
     Args:
         config: configuration of the model.

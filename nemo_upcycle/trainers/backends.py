@@ -1,4 +1,4 @@
-"""The trainers that this package has, by the names that `nemo-upcycle plan --backend` takes."""
+"""The trainers of this package, by their names for `nemo-upcycle plan --backend`."""
 
 from __future__ import annotations
 

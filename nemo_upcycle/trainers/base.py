@@ -1,4 +1,4 @@
-"""A training as everything outside the trainers sees it: the contract that NeMo and Megatron-Bridge fill."""
+"""The contract of a training, which NeMo and Megatron-Bridge implement and all other code uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.trainers.settings import STEPS, by_class, free_settings, step0_settings
 
 
-#: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
+#: Environment variable that NVIDIA's `ft_launcher` sets for the ranks it watches: the socket of the watching process.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
@@ -26,10 +26,10 @@ class TrainingSettings:
     """The settings of a training, sorted by how they may change in a run that has started.
 
     Attributes:
-        fixed: override -> value of settings that the result depends on; may not change.
-        steps: number of optimizer steps; may grow. 0 if only the recipe knows it.
-        free: settings without effect on the result: logs, checkpoints' interval and retention, nodes, workers.
-        step0: fixed settings that the check of step 0 depends on.
+        fixed: override -> value of the settings that the result depends on; they may not change.
+        steps: number of optimizer steps, which may grow; 0 if only the recipe knows it.
+        free: settings that do not affect the result: logs, interval and retention of checkpoints, nodes, workers.
+        step0: fixed settings that the step-0 check depends on.
     """
 
     fixed: dict[str, str]
@@ -41,13 +41,13 @@ class TrainingSettings:
     def sorted_by(
         cls, values: Mapping[str, str], *, steps: str, free: tuple[str, ...], step0: tuple[str, ...]
     ) -> TrainingSettings:
-        """Sort settings by their names.
+        """Sort settings by their names into the four fields.
 
         Args:
             values: override -> value of every setting.
-            steps: name of the number of steps.
-            free: names of free settings; one that ends with a dot stands for all that begin so.
-            step0: names of settings that the check of step 0 depends on, in the form of `free`.
+            steps: name of the setting that has the number of steps.
+            free: names of free settings; a name that ends with a dot stands for all names that begin with it.
+            step0: names of the settings that the step-0 check depends on, in the same form as `free`.
         """
 
         paths = by_class(values).items()
@@ -62,53 +62,53 @@ class TrainingSettings:
 
 
 class Training(ABC):
-    """What everything outside the trainers asks of a training; one subclass a trainer, made from a plan's text.
+    """A training, as all code outside the trainers sees it. Each trainer has one subclass.
 
-    `dense_folder` is the dense parent's, as the import stage found it: recipes of some trainers are complete with it
-    alone.
+    A training is made from a plan's text. `dense_folder` is the folder of the dense parent that the import stage
+    found. Some trainers can complete a recipe only with this folder.
     """
 
-    #: The trainer, as `trainers/settings.py` and `trainers/commands.py` name it.
+    #: Name of the trainer in `trainers/settings.py` and `trainers/commands.py`.
     name: ClassVar[str]
 
     @classmethod
     @abstractmethod
     def from_text(cls, text: str) -> Training:
-        """Return the training of a plan's text."""
+        """Return the training that a plan's text describes."""
 
     @property
     @abstractmethod
     def ranks(self) -> tuple[int, int]:
-        """Nodes, and ranks on each."""
+        """Number of nodes, and of ranks on each node."""
 
     @property
     def is_for_gpus(self) -> bool:
-        """Whether it asks for GPUs: a trial on a CPU has at most `CPU_RANKS` ranks."""
+        """Whether the training asks for GPUs: a trial on a CPU has at most `CPU_RANKS` ranks."""
         nodes, per_node = self.ranks
         return nodes * per_node > CPU_RANKS
 
     @property
     def reads_chat(self) -> bool:
-        """Whether it tunes on conversations, and does not train on texts."""
+        """Whether the training tunes on conversations instead of training on texts."""
         return False
 
     @property
     def script(self) -> str | None:
-        """The script that was started, if the recipe refers to something defined in it."""
+        """The script that was started, if the recipe refers to something defined in that script."""
         return None
 
     @abstractmethod
     def named_settings(self) -> dict[str, str]:
-        """Return every setting that is known without the parent, by the name of its override."""
+        """Return every setting that is known without the parent: override -> value."""
 
     def settings(self) -> TrainingSettings:
-        """Return its settings, told apart by whether they may change in a run that has started."""
+        """Return the settings, sorted by whether they may change in a run that has started."""
         steps, free, step0 = STEPS.of(self.name), free_settings(self.name), step0_settings(self.name)
         return TrainingSettings.sorted_by(self.named_settings(), steps=steps, free=free, step0=step0)
 
     @abstractmethod
     def facts(self, parent: Parent) -> TrainingFacts | None:
-        """Say what it is and takes; None where that is not known before the parent is fetched.
+        """Return the facts of the training; None if they are not known before the parent is fetched.
 
         Args:
             parent: the dense parent.
@@ -120,13 +120,13 @@ class Training(ABC):
 
     @abstractmethod
     def check(self, stage: str) -> None:
-        """Check what can be told without the parent and without what the machine has.
+        """Check everything that needs neither the parent nor knowledge of this machine.
 
         Args:
-            stage: `pretrain`, or `dense_ct`, which upcycles nothing.
+            stage: `pretrain`, or `dense_ct` (which upcycles nothing).
 
         Raises:
-            UpcycleError: a setting is not valid; the text names it.
+            UpcycleError: a setting is invalid; the text names it.
         """
 
     @abstractmethod
@@ -136,32 +136,32 @@ class Training(ABC):
         Args:
             stage: name of the stage, see `check`.
             parent: the dense parent.
-            remote: whether to fetch a parent that is not here, and to fail if that is impossible.
+            remote: whether to fetch a parent that is missing here, and to fail if that is impossible.
 
         Raises:
-            UpcycleError: the training cannot start from it.
+            UpcycleError: the training cannot start from this parent.
         """
 
     @abstractmethod
     def check_here(self, stage: str) -> None:
-        """Check that this machine has what the training asks for, else raise an UpcycleError."""
+        """Check that this machine has everything that the training asks for; raise an UpcycleError if not."""
 
     def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
-        """List all that would keep the job from its first step, as far as it can be told before anything is built.
+        """List the problems that would stop the job before its first step, as far as they can be found in advance.
 
         Args:
-            stage: what stands before its settings in errors: `pretrain`, `dense_ct`, see `check`, or an arm of a grid.
+            stage: prefix of setting names in errors: `pretrain`, `dense_ct` (see `check`), or an arm of a grid.
             parent: the dense parent.
         """
         return ()
 
     @abstractmethod
     def seq_length(self, dense_folder: Path) -> int:
-        """Return the tokens of a sequence."""
+        """Return the sequence length (tokens)."""
 
     @abstractmethod
     def spec(self, dense_folder: Path) -> UpcycleSpec:
-        """Give the spec by which the model is upcycled."""
+        """Return the spec that upcycles the model."""
 
     @abstractmethod
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
@@ -171,28 +171,28 @@ class Training(ABC):
     def train(
         self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
-        """Train on all ranks of a job; go on where an earlier start stopped.
+        """Train on all ranks of a job, resuming where an earlier start stopped.
 
         Args:
             folder: folder of the stage, for logs and checkpoints.
             dense_folder: the dense parent.
             data_folder: a finished folder of `nemo-upcycle data`.
-            suite: the folder of the suite that scores the live model, where the recipe asks for it.
+            suite: folder of the suite that scores the live model, if the recipe asks for a suite.
 
         Returns:
-            On the first rank the last `checkpoint`.
+            On the first rank, the last checkpoint under the key `checkpoint`.
 
         Raises:
-            StageStopped: a signal stopped it; it can go on.
-            StageError: it left no checkpoint.
+            StageStopped: a signal stopped the training, which can be resumed.
+            StageError: the training left no checkpoint.
         """
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint of the highest step that a training left in its stage's folder.
+    """Return the checkpoint with the highest step that a training left in its stage's folder.
 
     Raises:
-        StageError: there is none.
+        StageError: the folder has no checkpoint.
     """
     if checkpoint := newest_checkpoint(folder / "checkpoints"):
         return checkpoint

@@ -1,4 +1,4 @@
-"""The command that runs a plan: the part that NeMo and Megatron-Bridge share. See `commands.py` in their folders."""
+"""The command that runs a plan: the part that NeMo and Megatron-Bridge share (see `commands.py` in their folders)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
-#: What the recipes, as Megatron, call what the planner calls a precision.
+#: The planner's name of a precision -> the name of the FP8 recipe in Megatron and in this package's recipes.
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 
 
 def fp8_precision(recipe: str | None) -> str:
-    """Give the planner's name of an FP8 recipe of Megatron's, or one made of it where the planner knows none.
+    """Return the planner's name of a Megatron FP8 recipe, or `fp8-<recipe>` if the planner does not know the recipe.
 
     Example:
         >>> fp8_precision("tensorwise"), fp8_precision("mxfp8")
@@ -29,7 +29,7 @@ def fp8_precision(recipe: str | None) -> str:
 
 
 def parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
-    """Write a layout in Megatron's settings, which are NeMo's and Bridge's."""
+    """Return a layout as Megatron settings, which NeMo and Bridge share."""
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -48,7 +48,7 @@ def parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
 
 
 def recomputation(work: Workload) -> dict[str, Any]:
-    """Write what is recomputed in Megatron's settings; None where one has no value."""
+    """Return the recomputation of a workload as Megatron settings; None for a setting without a value."""
     names = ("granularity", "modules", "method", "num_layers")
     values: tuple[Any, ...] = ("selective", work.recompute.split(","), None, None)
     if work.recompute in ("none", "full"):
@@ -57,17 +57,18 @@ def recomputation(work: Workload) -> dict[str, Any]:
 
 
 def steps_of(plan: LayoutEstimate) -> int:
-    """Return the steps of a plan's training."""
+    """Return the number of training steps of a plan."""
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
 
 class Commands(ABC):
-    """What a trainer's command line says of a plan.
+    """Writes the command that runs a plan in one trainer, or explains why there is no such command.
 
     Attributes:
-        title: how a text calls the trainer.
-        software: generation of Megatron-Core that it has.
-        gradients: what its recipes sum gradients in, where the command has no setting for it; None: it has.
+        title: name of the trainer in texts.
+        software: generation of Megatron-Core that the trainer has.
+        gradients: type in which the trainer's recipes sum gradients, if the command has no setting for the type; None:
+            it has one.
     """
 
     title: ClassVar[str]
@@ -76,15 +77,15 @@ class Commands(ABC):
 
     @abstractmethod
     def precisions(self, work: Workload) -> tuple[str, ...]:
-        """List the precisions that there is a setting for, with parameters kept as the work has them."""
+        """List the precisions that the trainer has a setting for, with parameters kept as in the workload."""
 
     def why_no_recipe(self, recipe: KnownRecipe) -> str:
-        """Say why the trainer has none of a recipe; "" where it has one."""
+        """Explain why the trainer lacks a recipe; "" if it has the recipe."""
         return ""
 
     @abstractmethod
     def why_not(self, work: Workload) -> str:
-        """Say what else no recipe has of a plan's settings; "" where one has all."""
+        """Explain which other settings of a plan no recipe has; "" if a recipe has all of them."""
 
     @abstractmethod
     def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:
@@ -93,11 +94,11 @@ class Commands(ABC):
         Args:
             recipe: recipe that trains the model.
             plan: plan to run.
-            dense: the dense parent's folder; None takes the recipe's own.
+            dense: folder of the dense parent; None: the recipe's own parent.
         """
 
     def why_no_command(self, recipe: KnownRecipe | None, work: Workload) -> str:
-        """Explain why no recipe has a plan's settings; "" if one has.
+        """Explain why no recipe has a plan's settings; "" if a recipe has them.
 
         Args:
             recipe: recipe that trains the model; None if there is none.

@@ -1,14 +1,17 @@
-"""Step-0 equivalence: does the upcycled Megatron model compute what the dense parent computes?
+"""Step-0 equivalence: does the upcycled Megatron model compute the same function as its dense parent?
 
-Measured on real text, on one rank, before any training: the parent in Hugging Face's implementation, the parent in
-Megatron, and the upcycled model in Megatron. The first pair crosses two implementations of the same model in float32.
+Three models are compared on real text, on one rank, before any training: the parent in Hugging Face's implementation,
+the parent in Megatron, and the upcycled model in Megatron. Comparing the parent in Hugging Face with the upcycled
+model crosses two implementations, in float32.
 
-The second isolates upcycling, and is measured in float64 as well. In float32 the combine weights sum to one only up to
-rounding, which disturbs every layer by one unit in the last place. Thirty layers amplify this as much as they amplify
-any reordering of a sum in the parent itself, so the parent's float32 is compared with its float64, too.
+Comparing the two Megatron models isolates upcycling, so this comparison is done in float64 as well. In float32 the
+combine weights sum to one only up to rounding, which disturbs every layer by one unit in the last place. Thirty layers
+amplify this as much as they amplify any reordering of a sum in the parent itself. To show that size, the parent's
+float32 result is also compared with its float64 result.
 
-No model is ever whole in memory: the weights of an embedding, a layer or an output layer are made when it computes
-(`paging.py`). Logits are in memory, five of [B, S, V] at a time, and the output of every layer, [B, S, D].
+No model is ever in memory as a whole: the weights of an embedding, a layer or an output layer are filled when it
+computes (`paging.py`). Memory does hold five tensors of logits at a time, [B, S, V] each, and the output of every
+layer, [B, S, D].
 """
 
 from __future__ import annotations
@@ -41,11 +44,12 @@ from nemo_upcycle.trainers.paging import PagedModel
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: What rounding may make of logits: across implementations in float32; within one in float64, where Megatron still
-#: computes the router's softmax in float32.
+#: Largest differences of logits that rounding alone may cause. TOLERANCE: across implementations, in float32.
+#: TOLERANCE_SAME_STACK: within one implementation, in float64 (Megatron still computes the router's softmax in
+#: float32).
 TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5
-#: How often every layer is filled: once in Hugging Face's model, twice in each of Megatron's; an export does it again.
+#: How often every layer is filled: once in the Hugging Face model, twice in each Megatron model. An export adds one.
 _VISITS = 5
 
 
@@ -53,12 +57,12 @@ _VISITS = 5
 def megatron_logits(
     model: torch.nn.Module, tokens_BS: torch.Tensor, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Return a Megatron model's logits [B, S, V] in the type of its weights, on the CPU.
+    """Return a Megatron model's logits [B, S, V] on the CPU, in the type of the model's weights.
 
     Args:
-        model: the model.
+        model: Megatron model.
         tokens_BS: token ids, [B, S].
-        device: where it computes; None: where its weights are.
+        device: where to compute; None: where the model's weights are.
     """
     device = device or next(model.parameters()).device
     length = tokens_BS.shape[1]
@@ -69,7 +73,7 @@ def megatron_logits(
 
 @contextmanager
 def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what every layer of the dense model hands on, in order."""
+    """Collect the outputs of the layers that correspond to the dense parent's layers, in order."""
     outputs: list[torch.Tensor] = []
     layers, hybrid = list(cast("Any", model).decoder.layers), hybrid_of(model)
     if hybrid:
@@ -93,23 +97,23 @@ def check_step0(
     """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
 
     Args:
-        moe_config: configuration of the upcycled model, see `paged_megatron`.
+        moe_config: configuration of the upcycled model; see `paged_megatron`.
         dense_config: configuration of the parent.
         dense_folder: the parent's Hugging Face folder.
         spec: how to upcycle.
         tokens_BS: token ids of real text, [B, S].
-        step0_folder: Hugging Face folder to write the upcycled model of step 0 to, in the type of the dense parent if
-            the model computes the same in it, otherwise in float32; None writes no folder.
+        step0_folder: Hugging Face folder to write the upcycled model of step 0 to; None writes no folder. The weights
+            have the dense parent's type if the model computes the same in that type, otherwise float32.
 
     Returns:
-        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
-        `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` beside it), `parent_float32_rounding`
-        (the parent in Megatron, float32 against float64), `layer_relative_diff` (both in Megatron, float64, after
-        every layer, to show where they diverge), and the expected values.
+        The receipt. Its `equivalence` has `max_abs_logit_diff` (parent in Hugging Face against upcycled model in
+        Megatron, float32), `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` for float32),
+        `parent_float32_rounding` (parent in Megatron, float32 against float64), `layer_relative_diff` (both in
+        Megatron, float64, after every layer, to show where they diverge), and the tolerances.
     """
     visits = (_VISITS + bool(step0_folder)) * dense_config.num_layers
     with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", visits) as line:
-        require_buildable(dense.architecture)  # Mamba layers compute on GPUs alone, and in other types
+        require_buildable(dense.architecture)  # Mamba layers run only on GPUs, and not in float32 or float64
 
         def followed(paged: PagedModel, note: str) -> PagedModel:
             paged.progress = lambda part: line.advance(note=note) if "layers." in part else None
@@ -135,7 +139,7 @@ def check_step0(
 
 
 def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_folder: Path, step0_folder: Path) -> None:
-    """Write the upcycled model, in the dense parent's type if copies of its weights fit into that."""
+    """Write the upcycled model, in the dense parent's type if that type holds the copied weights exactly."""
     names = set(hf_names(dense.architecture)) - float32_names(dense.architecture)
     own = functools.reduce(torch.promote_types, map(dense.dtype, names))
     arch = dense.architecture.upcycled(spec)
@@ -146,9 +150,9 @@ def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_fold
 
 @dataclass(frozen=True)
 class _Run:
-    """One Megatron model's logits in float32 and float64, and what its layers handed on in float64.
+    """One Megatron model's logits in float32 and float64, and the outputs of its layers in float64.
 
-    Seconds and bytes are what filling it once took, and read.
+    `fill_s` and `bytes_read` are the seconds and the bytes that it took to fill the model once.
     """
 
     single_BSV: torch.Tensor
@@ -159,7 +163,7 @@ class _Run:
 
 
 def _run(paged: PagedModel, dense: DenseSource, tokens_BS: torch.Tensor) -> _Run:
-    """Run a model in both precisions."""
+    """Run a model in float32 and in float64."""
     paged.to(torch.float32)
     bytes_before, paged.fill_s = dense.bytes_read, 0.0
     single_BSV = megatron_logits(paged.model, tokens_BS, paged.device)

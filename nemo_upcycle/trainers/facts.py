@@ -14,19 +14,19 @@ from nemo_upcycle.trainers.paper import high_rate
 
 @dataclass(frozen=True)
 class Profile:
-    """How a training uses its GPUs, in the words of `conf/performance.yaml`.
+    """How a training uses its GPUs, in the terms of `conf/performance.yaml`.
 
     Args:
-        accelerator: what the recipe asks for: `gpu`, `cpu`, or `auto` for what is there.
+        accelerator: device that the recipe asks for: `gpu`, `cpu`, or `auto` for whatever is present.
         tp: tensor parallelism.
         cp: context parallelism.
         pp: pipeline stages.
         ep: expert parallelism.
-        precision: the planner's name of it: `bf16`, `fp8-current`.
-        dispatcher: what sends tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a
-            dense model.
+        precision: the planner's name of the precision: `bf16`, `fp8-current`.
+        dispatcher: operation or library that sends tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`,
+            `ncclep`; `none` in a dense model.
         overlaps_experts: whether other work hides the experts' communication (`overlap_moe_expert_parallel_comm`).
-        cuda_graphs: whether parts of a step are captured.
+        cuda_graphs: whether CUDA graphs capture parts of a step.
         user_buffers: whether NCCL gets registered buffers (`nccl_ub`).
     """
 
@@ -43,14 +43,14 @@ class Profile:
 
     @classmethod
     def of(cls, sizes: Any, model: Any, ddp: Any, *, accelerator: str, precision: str) -> Profile:
-        """Return the profile of Megatron's settings, built or as configurations of NeMo-Run.
+        """Return the profile of Megatron's settings, given as objects or as NeMo-Run configurations.
 
         Args:
-            sizes: has `tensor_model_parallel_size` and its siblings.
+            sizes: object with `tensor_model_parallel_size` and its siblings.
             model: a `TransformerConfig`.
-            ddp: a `DistributedDataParallelConfig`, or anything without its fields.
-            accelerator: what the recipe asks for.
-            precision: the planner's name of it.
+            ddp: a `DistributedDataParallelConfig`, or any object without its fields.
+            accelerator: device that the recipe asks for.
+            precision: the planner's name of the precision.
         """
 
         def size(name: str) -> int:
@@ -78,13 +78,13 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluations:
-    """The evaluations of the live model while it trains.
+    """The evaluations of the live model during training.
 
     Args:
-        suite: its name, or the folder of a finished one.
+        suite: name of a suite, or the folder of a finished suite.
         every_n_steps: steps from one evaluation to the next.
-        limit: items of a task, at most; None: all.
-        batch_size: texts of a pass; None: as the suite says.
+        limit: maximum number of items per task; None: all.
+        batch_size: texts per pass; None: the suite's value.
     """
 
     suite: str
@@ -95,14 +95,14 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
-    """How a training computes a step, in the planner's words.
+    """How a training computes a step, in the planner's terms.
 
     Args:
-        capacity_factor: token slots of an expert over its even share; None drops nothing.
+        capacity_factor: token slots of an expert, as a multiple of its even share; None: no token is dropped.
         pad: whether experts are padded up to their capacity.
         grouped: whether the experts multiply as one grouped product.
-        recompute: kind of recomputation as the training begins.
-        first_steps: number of steps after which it stops recomputing MoE layers; 0: it never stops.
+        recompute: kind of recomputation at the start of the training.
+        first_steps: number of steps after which MoE layers are no longer recomputed; 0: recomputation never stops.
         overlap: communication that runs beside computation.
         gradients: type in which data parallelism sums gradients.
         optimizer: name of the optimizer.
@@ -110,7 +110,7 @@ class Computation:
         rank_capacity: receive buffer of a rank's experts, as a multiple of the tokens at perfect balance; None: no
             limit.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
-        software: generation of Megatron-Core that trains.
+        software: generation of Megatron-Core that runs the training.
     """
 
     capacity_factor: float | None
@@ -128,14 +128,14 @@ class Computation:
 
     @staticmethod
     def of_model(config: Any, *, has_experts: bool) -> dict[str, Any]:
-        """Return the fields that follow from Megatron's configuration of a model, of either trainer.
+        """Return the fields that follow from a model's Megatron configuration, in either trainer.
 
         Args:
             config: a `TransformerConfig`, or NeMo-Run's configuration of one.
             has_experts: whether the model has experts.
         """
         granularity, named = config.recompute_granularity, config.recompute_modules
-        modules = ["core_attn"] if named is None else named  # Megatron's own
+        modules = ["core_attn"] if named is None else named  # Megatron's default
         recomputed = ",".join(name for name in MODULES if granularity == "selective" and name in modules) or "none"
         return {
             "capacity_factor": config.moe_expert_capacity_factor if has_experts else None,
@@ -148,13 +148,13 @@ class Computation:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What a training saves, and when.
+    """The size, interval and retention of a training's checkpoints.
 
     Args:
-        weight_bytes: bytes of a parameter in a checkpoint.
+        weight_bytes: bytes per parameter in a checkpoint.
         every_n_steps: steps between two checkpoints.
-        setting: override that sets them.
-        keeps: number of checkpoints that stay at its end; None: all.
+        setting: override that sets this interval.
+        keeps: number of checkpoints left at the end of the training; None: all.
     """
 
     weight_bytes: int
@@ -168,9 +168,9 @@ class LearningRate:
     """The learning rate of a training.
 
     Args:
-        schedule: text that tells schedules apart.
-        is_constant: whether it never changes.
-        peak: its highest value; None: not known.
+        schedule: text that identifies the schedule.
+        is_constant: whether the rate never changes.
+        peak: highest rate; None: unknown.
         warmup_steps: steps until the peak.
     """
 
@@ -182,23 +182,23 @@ class LearningRate:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What jobs, a forecast and a grid ask of a training.
+    """The facts of a training that jobs, a forecast and a grid need.
 
     Args:
         recipe: name of the recipe.
         arch: architecture of the model.
         knows_vocabulary: whether `arch` counts the embeddings.
         layout: parallel sizes.
-        profile: how it uses its GPUs.
+        profile: use of the GPUs.
         seq_length: length of a sequence (tokens).
-        global_batch: sequences of a step.
+        global_batch: sequences per step.
         steps: optimizer steps of the whole training.
-        computation: how it computes a step.
-        saving: what it saves, and when.
-        rate: its learning rate.
-        evaluations: what it scores while it trains; None: nothing.
-        uses_wandb: whether it sends its metrics to Weights & Biases.
-        positions: longest sequence that the parent was trained on (tokens); None: not known.
+        computation: how a step is computed.
+        saving: size, interval and retention of checkpoints.
+        rate: learning rate.
+        evaluations: evaluations during training; None: none.
+        uses_wandb: whether the training sends its metrics to Weights & Biases.
+        positions: longest sequence that the parent was trained on (tokens); None: unknown.
     """
 
     recipe: str
@@ -230,7 +230,7 @@ class TrainingFacts:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.seq_length * self.global_batch
 
     @property

@@ -13,7 +13,7 @@ from nemo_upcycle.trainers.backends import BACKENDS
 from nemo_upcycle.trainers.settings import sizes_of
 
 
-#: The planner's name of a size -> that of Megatron's setting.
+#: The planner's name of a size -> Megatron's setting name.
 _SIZES = {
     size: name.rpartition(".")[2]
     for size, name in sizes_of("bridge").items()
@@ -23,7 +23,7 @@ _PADDINGS = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"
 
 
 def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
-    """Return the planner's layout of a Megatron strategy, built or as its NeMo-Run configuration."""
+    """Return the planner's layout of a Megatron strategy, which may be an object or its NeMo-Run configuration."""
     found = {name: getattr(strategy, setting, None) for name, setting in _SIZES.items()}
     sizes = {name: int(value) for name, value in found.items() if value is not None}
     return Layout(gpus=ranks, micro_batch=micro_batch, **{"etp": sizes.get("tp", 1)} | sizes)
@@ -37,20 +37,20 @@ def check_layout(
     trainer: str = "nemo",
     precision: str = "bf16",
 ) -> None:
-    """Check the parallel sizes of a Megatron strategy against the model's config, the ranks, the data, the precision.
+    """Check a Megatron strategy's parallel sizes against the model's config, the ranks, the data and the precision.
 
-    Works on built objects and on their NeMo-Run configurations alike.
+    Accepts built objects and their NeMo-Run configurations.
 
     Args:
-        strategy: has `tensor_model_parallel_size` and its siblings.
-        config: the model's, has `num_layers`, `num_attention_heads`, ...
-        data: has `seq_length`, `global_batch_size`, `micro_batch_size`; what it does not have is not checked.
+        strategy: object with `tensor_model_parallel_size` and its siblings.
+        config: model configuration with `num_layers`, `num_attention_heads`, ...
+        data: object with `seq_length`, `global_batch_size`, `micro_batch_size`; missing attributes are not checked.
         ranks: nodes times devices.
-        trainer: whose settings errors name.
-        precision: the planner's name; of one that it does not know nothing is checked.
+        trainer: trainer whose setting names appear in errors.
+        precision: the planner's name of the precision; an unknown name is not checked.
 
     Raises:
-        SpecError: a rule is broken; it names the setting and the nearest good value.
+        SpecError: a rule is broken; the text names the setting and the nearest valid value.
     """
     arch = architecture_of(config, vocab_size=1)  # no rule asks for the vocabulary
     layout = layout_of(strategy, ranks, getattr(data, "micro_batch_size", 1))
@@ -81,7 +81,7 @@ def check_layout(
 
 
 def _work(config: Any, data: Any, layout: Layout, precision: str) -> Workload:
-    """Build the Workload, with neutral values for settings the data lacks."""
+    """Build the Workload, with neutral values for the settings that the data lack."""
     work = rules.neutral_work(layout)
     return Workload(
         seq_length=getattr(data, "seq_length", None) or work.seq_length,

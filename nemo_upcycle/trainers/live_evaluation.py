@@ -1,4 +1,4 @@
-"""Score held-out texts and questions on the live model in training, with the same result as from its checkpoint."""
+"""Score held-out texts and questions on the live model during training, with the same result as on its checkpoint."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ FOLDER = "evaluation"
 class LiveEvaluation:
     """Evaluates a model every few steps with a small suite, on the ranks and in the layout that train it.
 
-    `evaluation/step=N.json` in the training's folder holds every item, as `nemo-upcycle evaluate` writes it: two steps
-    or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric -> value,
-    stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are those that the
-    run's blend holds out, cut into pieces of at most a sequence of the training. No token is dropped, whatever the
-    capacity factor. The state of the training does not change: a run gives the same bits with evaluations and without.
+    `evaluation/step=N.json` in the training's folder holds every item, in the format of `nemo-upcycle evaluate`: two
+    steps or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric ->
+    value, stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are held out
+    by the run's blend, and cut into pieces of at most one training sequence. No token is dropped, whatever the
+    capacity factor. Evaluations do not change the training's state: a run gives the same bits with and without them.
 
     Args:
-        evaluations: settings of the evaluations; one comes before the first step, and one after the last.
+        evaluations: settings of the evaluations; one evaluation comes before the first step, and one after the last
+            step.
         folder: folder of the training.
         blend: data of the training.
         max_steps: number of steps of the training.
-        restart_clock: leaves the time of an evaluation out of the next step's.
+        restart_clock: function that excludes the time of an evaluation from the next step's time.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class LiveEvaluation:
         self._lm: Any = None
 
     def start(self, chunks: Sequence[Any], vocab_size: int, seq_length: int, step: int) -> None:
-        """Build the suite, and evaluate the model that the training starts from; on every rank.
+        """Build the suite and evaluate the model that the training starts from, on every rank.
 
         Args:
             chunks: chunks of the model on this rank, wrapped or not.
@@ -69,7 +70,7 @@ class LiveEvaluation:
             self._evaluate(step)
 
     def after(self, step: int) -> None:
-        """Evaluate after every few steps, and after the last; on every rank."""
+        """Evaluate after every few steps and after the last step, on every rank."""
         if self._lm is not None and self._is_due(step):
             self._evaluate(step)
 
@@ -77,18 +78,19 @@ class LiveEvaluation:
         return step % self._evaluations.every_n_steps == 0 or step == self._max_steps
 
     def _prepare(self, step: int) -> bool | None:
-        """Build the suite, and forget what an abandoned start has scored after this step, on the first rank.
+        """Build the suite on the first rank, and delete scores that an abandoned start left for later steps.
 
         Returns:
-            On all ranks whether the step that the training starts from is to be scored, which a stop after its
-            checkpoint may have left undone; None where no suite can be built: the training goes on without.
+            On all ranks, whether to score the step that the training starts from: a stop right after that step's
+            checkpoint may have prevented its evaluation. None if the suite cannot be built: the training then
+            continues without evaluations.
         """
         found: list[bool | None] = [None]
         if torch.distributed.get_rank() == 0:
             try:
                 self._build()
                 for path in self._folder.glob("step=*.json"):
-                    if int(path.stem.removeprefix("step=")) > step or step == 0:  # whose line of metrics is gone, too
+                    if int(path.stem.removeprefix("step=")) > step or step == 0:  # its metrics line is gone, too
                         path.unlink()
                 found = [self._is_due(step) and not (self._folder / f"step={step}.json").is_file()]
             except UpcycleError as error:
@@ -112,12 +114,12 @@ class LiveEvaluation:
             build_named_suite(suite, self._blend.heldout(), self._suite())
 
     def _suite(self) -> Path:
-        """Return the suite's folder: one that was built before, or the run's own."""
+        """Return the suite's folder: a suite that was built before, or the run's own suite."""
         suite = Path(self._evaluations.suite)
         return suite if (suite / MARKER).is_file() else self._folder / "suite"
 
     def _evaluate(self, step: int) -> None:
-        """Ask on the first rank, serve on the others. What cannot be scored is said, and the training goes on."""
+        """Ask on the first rank, serve on the others. If scoring fails, warn and continue the training."""
         if torch.distributed.get_rank() > 0:
             self._lm.serve()
             return

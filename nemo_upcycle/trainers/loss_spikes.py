@@ -12,19 +12,20 @@ from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.progress import show_messages
 
 
-#: Losses needed before one can be called a spike.
+#: Number of losses needed before a loss can be called a spike.
 LEAST = 20
 
 
 class LossSpikes:
-    """The last losses of a training, and what is a spike after them.
+    """Finds spikes by comparing each loss with the last losses of a training.
 
-    A spike is a loss above `median + threshold * spread` of the last losses, where the spread is their median distance
-    from the median in units of a standard deviation, and at least 1 % of it. A resumed run has an empty window.
+    A spike is a loss above `median + threshold * spread` of the last losses. The spread is their median distance from
+    the median, scaled to a standard deviation, and at least 1 % of the median. A resumed run starts with an empty
+    window.
 
     Args:
-        window: how many losses are looked back at.
-        threshold: see above.
+        window: number of last losses to compare with.
+        threshold: number of spreads above the median.
     """
 
     def __init__(self, window: int = 128, threshold: float = 8.0) -> None:
@@ -32,15 +33,15 @@ class LossSpikes:
         self._losses: deque[float] = deque(maxlen=window)
 
     def add(self, step: int, loss: float, folder: Path | None) -> float | None:
-        """Add a step's loss; warn of a spike, and write a line `step`, `loss_spike`, `limit` into `metrics.jsonl`.
+        """Add a step's loss; for a spike, warn and write a line `step`, `loss_spike`, `limit` to `metrics.jsonl`.
 
         Args:
             step: number of the step.
-            loss: a finite number.
+            loss: loss of the step, a finite number.
             folder: folder of the training; None if another rank warns and writes.
 
         Returns:
-            The limit that the loss exceeds; None if it is no spike.
+            The limit that the loss exceeds; None if the loss is no spike.
         """
         limit = self.limit()
         if limit is None or loss <= limit:
@@ -55,7 +56,7 @@ class LossSpikes:
         return limit
 
     def limit(self) -> float | None:
-        """Return the loss above which the next one is a spike; None while too few are known."""
+        """Return the limit above which the next loss is a spike; None while too few losses are known."""
         if len(self._losses) < LEAST:
             return None
         middle = statistics.median(self._losses)
@@ -64,10 +65,10 @@ class LossSpikes:
 
 
 def how_to_go_on(folder: Path, trainer: str, rate: float) -> str:
-    """Say how to train on after a loss that ended a training: again, or anew with half the learning rate.
+    """Explain how to continue after a loss ended a training: resume, or restart with half the learning rate.
 
     Args:
-        folder: folder of the training, in that of a run or by itself.
+        folder: folder of the training, inside a run's folder or by itself.
         trainer: `nemo` or `bridge`.
         rate: highest learning rate of the training.
     """

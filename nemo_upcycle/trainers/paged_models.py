@@ -1,4 +1,4 @@
-"""Dense and upcycled models that are never whole in memory: a part is filled from the checkpoint when it computes."""
+"""Dense and upcycled models that are filled part by part while they compute, and never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nemo_upcycle.trainers.paging import PagedModel
 from nemo_upcycle.trainers.trial import ON_META
 
 
-#: What a configuration for one rank has in the place of its own.
+#: Settings that replace a configuration's own to run the model on one rank.
 _ONE_RANK: dict[str, Any] = ON_META | {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -38,7 +38,7 @@ _ONE_RANK: dict[str, Any] = ON_META | {
     "sequence_parallel": False,
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
-    "moe_token_dispatcher_type": "alltoall",  # others ask for several ranks
+    "moe_token_dispatcher_type": "alltoall",  # the others need several ranks
     "moe_flex_dispatcher_backend": "deepep",
     "moe_enable_deepep": False,
     "ep_overlap_early_attn_memory_release": False,
@@ -49,22 +49,22 @@ _ONE_RANK: dict[str, Any] = ON_META | {
     "params_dtype": torch.float32,
     "autocast_dtype": torch.float32,
     "pipeline_dtype": torch.float32,
-    "moe_router_dtype": "fp64",  # follows the activations: no less than they have, in either precision
+    "moe_router_dtype": "fp64",  # never less precise than the activations, in float32 or float64
 }
 
 
-#: What transformers 5 calls the parts of a layer's experts in every class.
+#: The names that transformers 5 gives the parts of a layer's experts, in every class.
 _OF_5 = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<what>gate\.weight|experts\.(gate_up|down)_proj)")
 _ROLES = {"gate.weight": "router", "experts.gate_up_proj": "expert_fc1", "experts.down_proj": "expert_fc2"}
 
 
 def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
-    """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
+    """Return a Megatron model on one rank whose parts are filled when they compute, and its plans.
 
     Args:
-        config: a NeMo `GPTConfig`, or a model of Megatron-Bridge's, of any layout; it is not changed.
+        config: a NeMo `GPTConfig` or a Megatron-Bridge model, of any layout; it stays unchanged.
         dense: the open dense checkpoint.
-        spec: what to make of it; None for a dense model.
+        spec: how to upcycle it; None for a dense model.
 
     Raises:
         SpecError, CheckpointError: as in `upcycle_into`.
@@ -78,7 +78,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         fill([replace(plan, tensors=tuple(tensors[name] for name in plan.names)) for plan in mine], dense, spec, None)
         dense.release()
 
-    fill([plan for plan in plans if plan.made_of.mapping.role in BALANCING_BIASES], dense, spec, None)  # which stay
+    fill([plan for plan in plans if plan.made_of.mapping.role in BALANCING_BIASES], dense, spec, None)  # stay filled
     layers = [f"decoder.layers.{number}" for number in range(len(model.decoder.layers))]
     norm = "decoder.final_norm" if hybrid_of(model) else "decoder.final_layernorm"
     ends = [norm, *([] if arch.tied_embeddings else ["output_layer"])]
@@ -90,7 +90,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
 def _built(config: Any, arch: Architecture) -> Any:
     if hasattr(config, "configure_model"):
         model = config.configure_model(tokenizer=None)
-        if arch.scaled_embedding:  # NeMo's GemmaModel does so, and not its configuration
+        if arch.scaled_embedding:  # NeMo scales in its class GemmaModel, not in the configuration
             from nemo.collections.common.parts.utils import extend_instance
             from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
 
@@ -101,42 +101,42 @@ def _built(config: Any, arch: Architecture) -> Any:
 
 
 def build_bridges(config: Any, **place: Any) -> Any:
-    """Build a chunk of a model of Megatron-Bridge's on the meta device.
+    """Build a chunk of a Megatron-Bridge model on the meta device.
 
     Args:
-        config: Bridge's provider, or the configuration of one of its builders.
-        place: where the chunk is: `pre_process`, `post_process`, `vp_stage`.
+        config: Bridge's provider, or the configuration of one of Bridge's builders.
+        place: position of the chunk: `pre_process`, `post_process`, `vp_stage`.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with torch.device("meta"):  # a HybridModelProvider asks no setting
+    with torch.device("meta"):  # a HybridModelProvider has no setting for it
         if hasattr(config, "get_builder_cls"):
             configure_for_cpu(config)
             return config.get_builder_cls()(config).build_model(groups, **place)
-        config._pg_collection = groups  # Bridge's Gemma asks for its stage
+        config._pg_collection = groups  # Bridge's Gemma looks up its stage there
         return config.provide(**place)
 
 
 def _on_one_rank(config: Any, vocab_size: int) -> Any:
-    """Return a config for one rank in float32, without padding, on the meta device."""
+    """Return a copy of a config for one rank: in float32, without padding, on the meta device."""
     config = copy.deepcopy(config)
     for name, value in _ONE_RANK.items():
-        if hasattr(config, name):  # of another release
+        if hasattr(config, name):  # some releases lack a field
             setattr(config, name, value)
     if hybrid := hybrid_of(config):
         config.hybrid_layer_pattern = hybrid.symbols
     config.vocab_size, config.should_pad_vocab = vocab_size, False
-    configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
+    configure_for_cpu(config)  # on a GPU, too: Transformer Engine has no float64
     return config
 
 
 def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
-    """Return a Hugging Face model in float32, whose parts are filled when they compute.
+    """Return a Hugging Face model in float32 whose parts are filled when they compute.
 
     Args:
         folder: folder of the model.
-        dense: the open checkpoint in it.
+        dense: the open checkpoint in this folder.
     """
     model = empty_model(folder)
 
@@ -155,7 +155,7 @@ def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
 
 
 def _read_into(tensor: torch.Tensor, name: str, dense: DenseSource) -> None:
-    """Read a parameter of a Hugging Face model; transformers 5 stacks experts, and calls all routers alike."""
+    """Read a parameter of a Hugging Face model; transformers 5 stacks experts and uses one name for all routers."""
     name = stored_name(name, dense.architecture)
     found = None if name in dense.names() else _OF_5.fullmatch(name)
     if found is None:
@@ -168,11 +168,11 @@ def _read_into(tensor: torch.Tensor, name: str, dense: DenseSource) -> None:
 
 
 class PagedWeights(LiveWeights):
-    """Whole parameters of a paged Megatron model, for the export, which takes them layer by layer.
+    """Whole parameters of a paged Megatron model, for an export that reads them layer by layer.
 
     Args:
         paged: the model, in float32.
-        dtype: which holds the copies of dense weights without rounding.
+        dtype: type that holds the copies of dense weights without rounding.
     """
 
     def __init__(self, paged: PagedModel, dtype: torch.dtype) -> None:
@@ -180,7 +180,7 @@ class PagedWeights(LiveWeights):
         self._paged, self._dtype = paged, dtype
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
-        """Return the type that a parameter's numbers need; a router's are drawn, and may need all of float32."""
+        """Return the type that holds a parameter exactly; random router weights may need all of float32."""
         return torch.float32 if mapping.role in ("router", *BALANCING_BIASES) else self._dtype
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:

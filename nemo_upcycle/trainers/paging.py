@@ -1,4 +1,4 @@
-"""Run a model that does not fit into memory: the weights of a part are there only while that part computes."""
+"""Run a model that does not fit into memory: each part has its weights only while it computes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 
-#: Fills tensors, by the names of the model's parameters.
+#: Function that fills tensors, which are keyed by the names of the model's parameters.
 Fill = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 class PagedModel:
     """A model on the meta device whose parts get their weights just before they compute, and lose them afterwards.
 
-    Weights are filled as float32. With `dtype` float64 they are the same numbers in that type.
+    Weights are filled as float32. With `dtype` float64 the same numbers are converted to float64.
 
     Args:
-        model: built on the meta device; its buffers are real.
-        parts: names of the modules that take turns and together hold every parameter.
-        fill: fills the parameters of a part.
-        stay: parts that keep their weights, for others use them too.
+        model: model on the meta device, with real buffers.
+        parts: names of the modules that take turns; together they hold every parameter.
+        fill: function that fills the parameters of a part.
+        stay: parts that keep their weights because other parts use them, too.
         device: where to compute.
 
     Example:
@@ -41,12 +41,12 @@ class PagedModel:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.device, self.dtype = model, torch.device(device), torch.float32
-        #: Called with the name of a part that got its weights.
+        #: Called with the name of a part after the part got its weights.
         self.progress: Callable[[str], None] = lambda part: None
-        #: Seconds that filling took, all parts together.
+        #: Seconds spent on filling, all parts together.
         self.fill_s = 0.0
         self._fill, self._stay, self._here = fill, stay, set[str]()
-        owners: dict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)  # a tied weight has two
+        owners: dict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)  # a tied weight has two owners
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -64,12 +64,12 @@ class PagedModel:
         self.dtype = dtype
 
     def clear(self) -> None:
-        """Take all weights away; parts that compute later get theirs anew."""
+        """Release all weights; a part that computes later is filled again."""
         for part in list(self._here):
             self._release(part)
 
     def bring(self, part: str) -> None:
-        """Give a part its weights, unless it has them."""
+        """Fill a part, unless it has its weights."""
         if part in self._here:
             return
         shapes = {name: self._parameter(name).shape for name in self._names[part]}
@@ -82,11 +82,11 @@ class PagedModel:
     def _fill_into(self, tensors: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             self._fill(tensors)
-        for name in list(tensors):  # one by one, so that no part is there in both types
+        for name in list(tensors):  # one by one, so that no part is in memory in both types
             self._set(name, tensors.pop(name).to(self.dtype))
 
     def only(self, name: str) -> Any:
-        """Return a parameter; of other parts, none but those that stay keep their weights."""
+        """Return a parameter, and release all other parts except those that stay."""
         part = next(part for part, names in self._names.items() if name in names)
         for other in self._here - {part}:
             self.drop(other)
@@ -94,7 +94,7 @@ class PagedModel:
         return self._parameter(name)
 
     def drop(self, part: str) -> None:
-        """Take the weights of a part away, unless others use them."""
+        """Release the weights of a part, unless other parts use them."""
         if part not in self._stay:
             self._release(part)
 

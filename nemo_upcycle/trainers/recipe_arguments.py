@@ -1,7 +1,8 @@
-"""The settings that every upcycling recipe takes as arguments, stated once in `adjust`.
+"""The settings that every upcycling recipe takes as arguments, defined once in `adjust`.
 
-`with_overrides` adds them to a recipe of `recipes/`, in signature and docstring: NeMo-Run parses the command line by
-the first, and its users read the second. Importing this module imports no trainer, as a recipe's file does.
+`with_overrides` adds them to the signature and the docstring of a recipe in `recipes/`: NeMo-Run parses the command
+line by the signature, and users read the docstring. Importing this module imports no trainer. The same is true of a
+recipe's file.
 """
 
 import functools
@@ -14,9 +15,9 @@ from nemo_upcycle.spec import ROUTER_KINDS
 from nemo_upcycle.utils.validation import check_capacity
 
 
-#: Those of NeMo 2.7; the planner knows later ones as well.
+#: The dispatchers of NeMo 2.7. The planner knows later dispatchers as well.
 DISPATCHERS = ("alltoall", "deepep")
-#: Megatron's names of Transformer Engine's FP8 recipes, and the NeMo precision of each.
+#: Megatron's name of a Transformer Engine FP8 recipe -> NeMo's precision.
 FP8_RECIPES = {
     "delayed": "bf16_with_fp8_mixed",
     "tensorwise": "bf16_with_fp8_current_scaling_mixed",
@@ -25,7 +26,7 @@ FP8_RECIPES = {
 
 
 def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
-    """Set the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
+    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
     return {
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
@@ -52,21 +53,21 @@ def adjust(
     expert_parallelism: Optional[int] = None,
     expert_tensor_parallelism: Optional[int] = None,
 ) -> Any:
-    """Change single settings of an upcycling recipe, in place. None keeps a setting.
+    """Change single settings of an upcycling recipe, in place. None leaves a setting unchanged.
 
     Args:
         recipe (run.Partial): Recipe of an upcycled model.
         fp8_recipe (str | None): Compute in FP8: `delayed`, `tensorwise` (current scaling) or `blockwise`.
-        capacity_factor (float | None): Token slots of an expert over those of perfect balance; 0 is dropless.
-        pad_to_capacity (bool | None): Let every expert compute its whole capacity.
+        capacity_factor (float | None): Token slots of an expert as a multiple of its balanced share; 0 drops nothing.
+        pad_to_capacity (bool | None): Pad the tokens of every expert to its whole capacity.
         router_order (str | None): `topk_softmax` (Mixtral type) or `softmax_topk` (ST type).
-        scale_output (bool | None): Scale the experts' down projection where the router's order asks for it.
+        scale_output (bool | None): Scale the experts' down projection if the router's order needs it.
         dispatcher (str | None): `alltoall` or `deepep`.
-        recompute_moe_steps (int | None): Recompute the MoE layers in the first steps, this many; 0 never.
+        recompute_moe_steps (int | None): Number of first steps in which MoE layers are recomputed; 0 for none.
         comm_overlap (bool | None): Overlap pipeline and data-parallel communication with computation.
-        tensor_parallelism (int | None): Degree of tensor model parallelism; above 1 with sequence parallelism.
+        tensor_parallelism (int | None): Degree of tensor model parallelism; above 1, sequence parallelism is on.
         pipeline_parallelism (int | None): Degree of pipeline model parallelism.
-        virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism; 1 without.
+        virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism; 1 turns it off.
         context_parallelism (int | None): Degree of context parallelism.
         expert_parallelism (int | None): Degree of expert parallelism.
         expert_tensor_parallelism (int | None): Degree of tensor parallelism of the experts.
@@ -128,7 +129,7 @@ def adjust(
     return recipe
 
 
-#: What the arguments of NeMo's recipes mean, in the form of NeMo's docstrings; `adjust` describes the others.
+#: Help texts of a recipe's own arguments, in the form of NeMo's docstrings. `adjust` describes the other arguments.
 _MEANINGS = {
     "dir": "(str | None): Directory for saving logs and checkpoints.",
     "name": "(str): Name of the run.",
@@ -146,11 +147,11 @@ _TUNING = {"data": "(str | None): A finished folder of `nemo-upcycle chat`; None
 
 
 def with_help(recipe: Callable[..., Any]) -> Callable[..., Any]:
-    """Add arguments, returned value and commands to the docstring of a recipe of NeMo's, and return the recipe.
+    """Add arguments, return value and commands to the docstring of a NeMo recipe, and return the recipe.
 
     Args:
-        recipe: a function of a file of `recipes/`; the default of its argument `name` is what the command line calls
-            it.
+        recipe: function from a file in `recipes/`; the default of its argument `name` is the recipe's name on the
+            command line.
     """
     parameters, tunes = inspect.signature(recipe).parameters, "start" in inspect.signature(recipe).parameters
     known = _overrides_help() | _MEANINGS | (_TUNING if tunes else {})
@@ -167,17 +168,17 @@ def with_help(recipe: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _overrides_help() -> dict[str, str]:
-    """Return the line of each argument of `adjust`."""
+    """Return the help line of each argument of `adjust`."""
     lines = (inspect.getdoc(adjust) or "").partition("Args:\n")[2].partition("\n\n")[0].splitlines()
     found = (line.strip().partition(" ") for line in lines)
     return {argument: meaning for argument, _, meaning in found}
 
 
 def with_overrides(recipe: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a recipe the arguments of `adjust` before its last one, apply them to its result, and add its help.
+    """Give a recipe the arguments of `adjust` before its last argument, apply them to its result, and add its help.
 
     Args:
-        recipe: the function of a file of `recipes/` that makes an upcycled model's training; its last argument is
+        recipe: function from a file in `recipes/` that makes the training of an upcycled model; its last argument is
             `fn`.
 
     Returns:
@@ -221,10 +222,10 @@ def _replace_callback(recipe: Any, kind: type, callback: Any) -> None:
 
 
 def _compute_in_fp8(recipe: Any, name: str) -> None:
-    """Let Transformer Engine multiply in FP8; weights stay in bfloat16.
+    """Let Transformer Engine multiply in FP8, and keep the weights in bfloat16.
 
-    `trainer.plugins.fp8_param_gather=True`, which two of NeMo's three precisions have, keeps them in FP8: they are
-    filled, too, but no GPU has done it yet.
+    Two of NeMo's three FP8 precisions can keep the weights in FP8, too (`trainer.plugins.fp8_param_gather=True`). Such
+    weights are filled as well, but this has not been tried on a GPU yet.
     """
     from nemo.collections.llm.recipes.precision import mixed_precision
 
@@ -235,9 +236,9 @@ def _compute_in_fp8(recipe: Any, name: str) -> None:
     recipe.trainer.plugins = getattr(mixed_precision, FP8_RECIPES[name])()
     recipe.trainer.plugins.fp8_param_gather, recipe.trainer.plugins.grad_reduce_in_fp32 = False, in_fp32
     config = recipe.model.config
-    # The precision sets these, too, but after the model's configuration has checked itself.
+    # The precision plugin sets these fields, too, but only after the model's configuration has checked itself.
     config.fp8, config.fp8_recipe = "hybrid", name
-    # FP8 multiplies tokens in groups of 16; an expert padded to its capacity has whole groups already.
+    # FP8 multiplies tokens in groups of 16. An expert that is padded to its capacity already has whole groups.
     config.moe_router_padding_for_fp8 = not config.moe_pad_expert_input_to_capacity
 
 

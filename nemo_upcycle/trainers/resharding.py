@@ -1,8 +1,9 @@
-"""Let a run go on from optimizer states that were saved under another expert parallelism.
+"""Let a run resume from optimizer states that were saved under another expert parallelism.
 
-With expert parallelism Megatron chains two optimizers, of the experts and of all else; without it there is one. In a
-fully reshardable checkpoint moments and master weights bear the names of parameters and fit both. The settings of the
-groups (rates, steps) lie with the optimizers that were saved, and Megatron looks for them with those of the run.
+With expert parallelism, Megatron chains two optimizers: one for the experts and one for everything else. Without it
+there is one optimizer. In a fully reshardable checkpoint, moments and master weights are stored by parameter name and
+fit both cases. The settings of parameter groups (rates, steps) are stored with the optimizers that were saved, but
+Megatron looks for them with the optimizers of the present run.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-#: Of a group of parameters: whether ranks hold different ones of them.
+#: Field of a parameter group: whether ranks hold different parameters of this group.
 _OF_EXPERTS = "is_expert_parallel"
-#: Moments and master weights; all else of an optimizer's states is settings.
+#: Moments and master weights. Everything else in an optimizer's states is settings.
 _TENSORS = "param_state"
 
 
 def load_other_chains() -> None:
-    """Let Megatron's chain of optimizers load the states of one with more or fewer optimizers."""
+    """Let Megatron's chain of optimizers load states that were saved with more or fewer optimizers."""
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     load = ChainedOptimizer.load_state_dict
@@ -34,12 +35,12 @@ def load_other_chains() -> None:
 
 
 def regrouped(states: Any, count: int) -> Any:
-    """Return the states of a chain of optimizers as they are of one with another number of optimizers.
+    """Return the states of a chain of optimizers in the form of a chain with another number of optimizers.
 
     Args:
-        states: as a distributed checkpoint is loaded: settings where the saved chain had them, tensors where the
-            present one has them.
-        count: optimizers of the present chain.
+        states: states from a distributed checkpoint: settings placed as in the saved chain, tensors placed as in the
+            present chain.
+        count: number of optimizers in the present chain.
 
     Example:
         >>> group = {"lr": 1e-5, "is_expert_parallel": False}
@@ -54,7 +55,7 @@ def regrouped(states: Any, count: int) -> Any:
     if len(saved) in (0, count):
         return states
     groups = [group for one in saved for group in one["optimizer"]["param_groups"]]
-    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # the later of two alike counts
+    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # of two alike, the later counts
     settings = {name: value for name, value in saved[0].items() if name != _TENSORS and not isinstance(name, int)}
     settings["optimizer"] = settings["optimizer"] | {"param_groups": [*others, *groups]}
     if count == 1:

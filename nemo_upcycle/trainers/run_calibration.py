@@ -1,4 +1,4 @@
-"""The calibration file of a run: made in the folder of the stage by the first rank, where the spec names none."""
+"""The calibration file of a run. The first rank makes it in the stage's folder if the spec names no file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ _POLL_S = 0.5
 def with_calibration(
     spec: UpcycleSpec | None, folder: Path, dense_folder: Path, *, started: bool = True
 ) -> UpcycleSpec | None:
-    """Give a spec its calibration file; it stays as it is where it needs none, or names one.
+    """Add the calibration file to a spec, unless the spec needs none or already names one.
 
-    The other ranks wait for the first: none of them has a process group yet.
+    The other ranks wait until the file exists, because no rank has a process group yet.
 
     Args:
         spec: how a training upcycles; None for a dense model.
-        folder: folder of the stage that trains, or checks.
+        folder: folder of the stage that trains or checks.
         dense_folder: the dense parent.
-        started: whether a file that is there is of work that goes on; else it is made anew if it is of other settings.
+        started: whether an existing file belongs to work that is resumed; if not, a file made with other settings is
+            replaced.
 
     Raises:
-        UpcycleError: it cannot be made.
+        UpcycleError: the file cannot be made.
     """
     if spec is None or not spec.needs_calibration or spec.calibration:
         return spec
@@ -43,11 +44,11 @@ def with_calibration(
 
 
 def take_calibration(source: Path, target: Path) -> None:
-    """Copy the file that a stage has made, if it has, into the folder of another; the first rank does.
+    """Copy a stage's calibration file, if there is one, into another stage's folder, on the first rank only.
 
     Args:
-        source: folder of the stage that made it.
-        target: folder of the stage that needs it as well.
+        source: folder of the stage that made the file.
+        target: folder of the stage that needs the file as well.
     """
     if is_first_rank() and (source / NAME).is_file():
         target.mkdir(parents=True, exist_ok=True)

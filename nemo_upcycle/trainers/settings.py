@@ -1,7 +1,7 @@
-"""The table of the settings of a training, a row each: NeMo's name, Bridge's name, and the meaning in this package.
+"""The table of training settings: each row has NeMo's name, Bridge's name, and the meaning in this package.
 
-A row tells for both trainers whether a result or a check of step 0 depends on the setting, whether people look at it,
-the planner's name of a size, and which values make sense.
+For both trainers, a row says whether a result or the step-0 check depends on the setting, whether people look at it,
+what the planner calls a size, and which values are valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_upcycle.utils.validation import is_number, is_whole
 
 
 class Rule(NamedTuple):
-    """What a setting may be; `None`, or a setting that the trainer's class does not have, is left to the trainer."""
+    """The values that a setting may have. The trainer decides about `None` and about settings that its class lacks."""
 
     allows: Callable[[Any], bool]
     expected: str
@@ -25,16 +25,16 @@ class Rule(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A setting of both trainers, or of one; or with a dot at the end of its names, all those that begin so.
+    """A setting of one trainer or of both. Names that end with a dot stand for all settings that begin with them.
 
     Args:
-        nemo: its path in a recipe of NeMo's; empty: it has none.
-        bridge: its path in a configuration of Bridge's.
-        rule: which values make sense.
-        size: what a rule of the planner calls it.
-        shown: whether people look at it.
-        free: whether the result does not depend on it, so that it may change in a run that has started.
-        step0: whether the check of step 0 depends on it.
+        nemo: path in a NeMo recipe; empty: NeMo has no such setting.
+        bridge: path in a Bridge configuration; empty: Bridge has no such setting.
+        rule: valid values.
+        size: name of the setting in the planner's rules.
+        shown: whether people look at the setting.
+        free: whether the result does not depend on the setting, so that it may change in a run that has started.
+        step0: whether the step-0 check depends on the setting.
     """
 
     nemo: str
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     step0: bool = False
 
     def of(self, trainer: str) -> str:
-        """Name the setting in a trainer.
+        """Return the setting's name in a trainer.
 
         Args:
             trainer: `nemo` or `bridge`.
@@ -84,11 +84,11 @@ def _optimizer(name: str, rule: Rule) -> Setting:
 
 
 def _callback(nemo: str, bridge: str, rule: Rule | None = None) -> Setting:
-    """Make the row of a setting that a callback of NeMo's has, addressed by its class, and Bridge's node `upcycle`."""
+    """Make the row of a setting of a NeMo callback, addressed by its class, and of Bridge's node `upcycle`."""
     return Setting(f"trainer.callbacks.{nemo}", f"upcycle.{bridge}", rule, free=True)
 
 
-#: A learning rate of 0 is allowed: it measures, and keeps every weight.
+#: A learning rate of 0 is allowed: it measures the model and changes no weight.
 _RATE = Rule(_finite, "a finite number, 0 or more", "set it to, for example, 1e-5")
 _RATES = _RATE._replace(allows=_each_finite)
 _SHARE = Rule(
@@ -141,7 +141,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "trainer.strategy.ckpt_optim_fully_reshardable", "checkpoint.dist_ckpt_optim_fully_reshardable", free=True
     ),
-    # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.
+    # A run that is filled from a dense checkpoint refuses these, and the fields refused in
+    # `models/config_fields.yaml`.
     Setting("trainer.strategy.fsdp", "", _NONE),
     Setting("trainer.strategy.ddp.use_megatron_fsdp", "ddp.use_megatron_fsdp", _NONE),
     Setting("trainer.plugins.precision", "", shown=True),
@@ -151,7 +152,8 @@ SETTINGS: tuple[Setting, ...] = (
     _model("moe_pad_expert_input_to_capacity", shown=True),
     _model("recompute_granularity", shown=True),
     _model("recompute_modules", shown=True),
-    # Megatron-Core 0.15 takes any other name for none; 0.19 lists the names, which `trial.wrong_choices` checks.
+    # Megatron-Core 0.15 treats any other name as none. 0.19 lists the valid names, and `trial.wrong_choices` checks
+    # them.
     Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
@@ -195,25 +197,25 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 def free_settings(trainer: str) -> tuple[str, ...]:
-    """Name the settings that the result of a training does not depend on."""
+    """Return the names of the settings that the result of a training does not depend on."""
     return tuple(name for row in SETTINGS if row.free and (name := row.of(trainer)))
 
 
 def step0_settings(trainer: str) -> tuple[str, ...]:
-    """Name the settings that the check of step 0 depends on."""
+    """Return the names of the settings that the step-0 check depends on."""
     return tuple(name for row in SETTINGS if row.step0 and (name := row.of(trainer)))
 
 
 def sizes_of(trainer: str) -> dict[str, str]:
-    """Name what a rule of the planner names, as a trainer does."""
+    """Map the planner's names of sizes to a trainer's setting names."""
     return {row.size: name for row in SETTINGS if row.size and (name := row.of(trainer))}
 
 
 def shown_settings(recipe: Any, trainer: str) -> dict[str, Any]:
-    """Read the settings that people look at, where they have a value.
+    """Return the values of the settings that people look at, except those that are None.
 
     Args:
-        recipe: NeMo's recipe, or Bridge's configuration.
+        recipe: NeMo recipe, or Bridge configuration.
         trainer: `nemo` or `bridge`.
     """
     values = {name: setting(recipe, name) for row in SETTINGS if row.shown and (name := row.of(trainer))}
@@ -221,15 +223,15 @@ def shown_settings(recipe: Any, trainer: str) -> dict[str, Any]:
 
 
 def check_packs(recipe: Any, trainer: str, where: str = "") -> None:
-    """Check what packs of conversations ask of a training.
+    """Check the settings that packs of conversations restrict.
 
     Args:
-        recipe: NeMo's recipe, or Bridge's configuration.
+        recipe: NeMo recipe, or Bridge configuration.
         trainer: `nemo` or `bridge`.
-        where: prefix of its overrides, for the text of errors.
+        where: prefix of override names in error texts.
 
     Raises:
-        SpecError: a setting does not fit.
+        SpecError: a setting does not allow packs.
     """
     for row, expected in (
         (MICRO_BATCH, "1, because a micro batch is a pack"),
@@ -243,7 +245,7 @@ def check_values(recipe: Any, trainer: str, where: str = "") -> None:
     """Check the values of a training's settings; see `wrong_values`.
 
     Raises:
-        SpecError: values make no sense; the text lists the settings.
+        SpecError: values are invalid; the text lists the settings.
 
     Example:
         >>> recipe.optim.config.lr = -1  # doctest: +SKIP
@@ -262,14 +264,14 @@ def all_wrong(
     check: Callable[[], object],
     construct: Callable[[], Iterable[UpcycleError]],
 ) -> list[UpcycleError]:
-    """Return all that keeps a training from its first step; construct it only if nothing else is wrong.
+    """Return all errors that keep a training from its first step; construct it only if nothing else is wrong.
 
     Args:
-        recipe: NeMo's recipe, or Bridge's configuration.
+        recipe: NeMo recipe, or Bridge configuration.
         trainer: `nemo` or `bridge`.
-        where: prefix of its overrides, for the text of errors.
-        check: raises an UpcycleError if something beside the values of settings is wrong.
-        construct: constructs what the job would; returns why that fails.
+        where: prefix of override names in error texts.
+        check: function that raises an UpcycleError if something other than a setting's value is wrong.
+        construct: function that constructs the same objects as the job and returns the errors.
     """
     found: list[UpcycleError] = [*wrong_values(recipe, trainer, where)]
     values = [error.field for error in found]
@@ -281,12 +283,12 @@ def all_wrong(
 
 
 def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecError]:
-    """Yield the settings of a training whose values make no sense.
+    """Yield an error for each setting of a training that has an invalid value.
 
     Args:
-        recipe: NeMo's recipe, or Bridge's configuration.
+        recipe: NeMo recipe, or Bridge configuration.
         trainer: `nemo` or `bridge`.
-        where: prefix of its overrides, for the text of errors.
+        where: prefix of override names in error texts.
     """
     for row in SETTINGS:
         name, rule = row.of(trainer), row.rule
@@ -295,23 +297,23 @@ def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecErr
             yield SpecError(field=f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
     highest, lowest = LR.of(trainer), MIN_LR.of(trainer)
     rate, floor = setting(recipe, highest), setting(recipe, lowest)
-    if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
+    if rate is not None and floor is not None and floor > rate:  # schedulers would fail after the warm-up
         expected = f"at most {where}{highest} ({rate})"
         yield SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
 
 
 def check_masters(precision: Any, optimizer: Any, field: str) -> None:
-    """Check that master weights are made of what is filled in, not of parameters in FP8.
+    """Check that master weights are made from the filled weights, not from parameters in FP8.
 
-    With delayed scaling, Transformer Engine's `FusedAdam` makes its own of the parameters.
+    With delayed scaling, Transformer Engine's `FusedAdam` makes its own master weights from the parameters.
 
     Args:
-        precision: NeMo's plugin, or Bridge's settings; None: there is none.
+        precision: NeMo's precision plugin, or Bridge's precision settings; None if there are none.
         optimizer: Megatron's `OptimizerConfig`.
-        field: path of `use_precision_aware_optimizer`, for the text of the error.
+        field: path of `use_precision_aware_optimizer` in the error text.
 
     Raises:
-        SpecError: they are made of parameters in FP8.
+        SpecError: master weights would be made from parameters in FP8.
     """
     keeps_fp8 = setting(precision, "fp8_param_gather") and setting(precision, "fp8_recipe") == "delayed"
     if keeps_fp8 and setting(optimizer, "use_precision_aware_optimizer"):
@@ -324,9 +326,9 @@ def check_masters(precision: Any, optimizer: Any, field: str) -> None:
 
 
 def setting(recipe: Any, name: str) -> Any:
-    """Read the value of a setting by its path; None where something on the way is not there.
+    """Read the value of a setting by its path; None if a part of the path is missing.
 
-    Of a list, a path names an element by its class: `trainer.callbacks.MetricsLogger.gpu`.
+    In a list, the path names an element by its class: `trainer.callbacks.MetricsLogger.gpu`.
 
     Example:
         >>> setting(recipe, "optim.config.lr")  # doctest: +SKIP
@@ -338,18 +340,18 @@ def setting(recipe: Any, name: str) -> Any:
 
 
 def of_class(elements: list[Any], name: str) -> Any:
-    """Return the first element of a class, built or as a configuration; None if there is none."""
+    """Return the first element of a class, an object or its configuration; None if there is none."""
     return next((one for one in elements if class_name(one) == name), None)
 
 
 def class_name(element: Any) -> str:
-    """Return the name of an object's class, or of what a configuration builds."""
+    """Return the class name of an object, or of the object that a configuration builds."""
     made: str = getattr(getattr(element, "__fn_or_cls__", type(element)), "__name__", "")
     return made
 
 
 def by_class(values: Mapping[str, str]) -> dict[str, str]:
-    """Return each setting's name with the classes of callbacks in the place of their numbers.
+    """Return each setting's name with the numbers of callbacks replaced by their classes.
 
     Args:
         values: name -> value of every setting; the class of `callbacks.2` is the value of `callbacks.2.is`.

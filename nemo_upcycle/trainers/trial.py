@@ -1,7 +1,7 @@
-"""Construct what a job constructs on its ranks, on the meta device and under groups that are not there.
+"""Construct what a job constructs on its ranks, but on the meta device and in simulated process groups.
 
-Megatron's classes check their settings themselves, some only when a module is made of them. What fails here fails in
-the job, after hours of other stages.
+Megatron's classes check their settings themselves, some only when a module is built. An error that is found here would
+otherwise stop the job, after hours of other stages.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: What a configuration has in the place of its own while modules are made of it on the meta device, without a GPU.
+#: Settings that replace a configuration's own while modules are built on the meta device, without a GPU.
 ON_META: dict[str, Any] = {
     "perform_initialization": False,
     "init_model_with_meta_device": True,
-    "use_cpu_initialization": True,  # it names no other device
-    "context_parallel_size": 1,  # Megatron's own attention knows no other
+    "use_cpu_initialization": True,  # then Megatron names no other device
+    "context_parallel_size": 1,  # Megatron's own attention supports no other size
     "fp8": None,
     "fp4": None,
     "enable_cuda_graph": False,
@@ -45,18 +45,18 @@ ON_META: dict[str, Any] = {
     "delay_wgrad_compute": False,
     "overlap_moe_expert_parallel_comm": False,
 }
-#: Errors of a construction that may come from this machine: a package or a device is missing.
+#: Errors of a construction that this machine may cause: a package or a device is missing.
 _OF_MACHINES = (ImportError, AttributeError, NameError, RuntimeError)
 
 
 def construction_errors(construct: Callable[[], list[UpcycleError]], unit: str) -> list[UpcycleError]:
     """Return the errors of a construction.
 
-    An error that may come from this machine refuses nothing: it is printed.
+    An error that this machine may cause is printed, and not returned.
 
     Args:
-        construct: constructs, and returns what is wrong with the result.
-        unit: name of what is constructed, for the text of errors.
+        construct: function that constructs something and returns the errors of the result.
+        unit: name of the constructed thing in error texts.
 
     Example:
         >>> def construct():
@@ -77,10 +77,10 @@ def construction_errors(construct: Callable[[], list[UpcycleError]], unit: str) 
 
 
 def failure_of(construct: Callable[[], object]) -> Exception | None:
-    """Construct without any output and without a trace in the environment, and return the error.
+    """Construct without any output and without changing the environment, and return the error.
 
     Args:
-        construct: raises if something cannot be constructed.
+        construct: function that raises if something cannot be constructed.
     """
     environment = dict(os.environ)
     try:
@@ -92,7 +92,7 @@ def failure_of(construct: Callable[[], object]) -> Exception | None:
             warnings.simplefilter("ignore")
             construct()
     except Exception as error:
-        return getattr(error, "proxy_base_exception", error)  # Fiddle's stand-in adds the whole configuration
+        return getattr(error, "proxy_base_exception", error)  # Fiddle's wrapper adds the whole configuration
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -100,17 +100,17 @@ def failure_of(construct: Callable[[], object]) -> Exception | None:
 
 
 def text_of(error: Exception) -> str:
-    """Return the class and the text of an error on one line; of an assertion without text, its line of code."""
+    """Return an error's class and text on one line; for an assertion without text, its line of code."""
     text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
     return f"{type(error).__name__}: {' '.join(text.split())}".rstrip(".: ")
 
 
 def wrong_choices(config: Any, where: str) -> Iterator[UpcycleError]:
-    """Yield the fields of a configuration that have a name which their annotation does not list.
+    """Yield an error for each field of a configuration whose value is not among the names in its annotation.
 
     Args:
-        config: a dataclass's instance.
-        where: prefix of its fields, for the text of errors.
+        config: instance of a dataclass.
+        where: prefix of field names in error texts.
     """
     for name, hint in get_type_hints(type(config)).items():
         parts = [hint, *get_args(hint)]
@@ -126,28 +126,29 @@ def construct_ranks(
     make_chunk: Callable[[Any, int | None], Any],
     arch: Architecture | None,
 ) -> list[UpcycleError]:
-    """Construct the modules of a rank of the first pipeline stage, one in the middle and the last.
+    """Construct the modules of one rank in the first, in a middle and in the last pipeline stage.
 
     Args:
-        layout: the job's.
-        configure: makes and checks the model's configuration, and all else that is checked beside it.
-        make_chunk: makes a chunk of the model of that configuration, given its number where a rank has several.
-        arch: what the model is to be; None: not known.
+        layout: layout of the job.
+        configure: function that makes and checks the model's configuration, and checks everything else beside it.
+        make_chunk: function that makes a chunk of the model from that configuration; gets the chunk's number if a rank
+            has several.
+        arch: expected architecture of the model; None: unknown.
 
     Returns:
-        Where the model is not that.
+        The differences between the model and `arch`.
 
     Raises:
-        Exception: whatever is raised on the way.
+        Exception: any exception from the construction.
     """
     found: dict[str, UpcycleError] = {}
-    if torch.distributed.is_initialized():  # of a job that runs; it has been checked
+    if torch.distributed.is_initialized():  # a running job has been checked already
         return []
     for stage in sorted({0, layout.pp // 2, layout.pp - 1}):
         with megatron_rank(layout, stage * layout.gpus // layout.pp), _without_hardware():
             config = configure()
             for name, value in ON_META.items():
-                if hasattr(config, name):  # of another release
+                if hasattr(config, name):  # some releases lack a field
                     setattr(config, name, value)
             for number in range(layout.vp):
                 chunk = make_chunk(config, number if layout.vp > 1 else None)
@@ -157,14 +158,14 @@ def construct_ranks(
 
 
 class _Nothing:
-    """Stands for a stream, or for a library that sends tokens."""
+    """Stands in for a stream, or for a library that sends tokens."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
 
 @contextlib.contextmanager
 def _without_hardware() -> Iterator[None]:
-    """Let Megatron make modules on the meta device, whatever this machine has and is installed on it."""
+    """Let Megatron build modules on the meta device, whatever hardware and packages this machine has."""
     from megatron.core import utils
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import token_dispatcher
@@ -192,9 +193,9 @@ def _without_hardware() -> Iterator[None]:
         *((token_dispatcher, name, _Nothing) for name in senders),
     ]
     if not torch.cuda.is_available():
-        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers ask for it
+        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers look at it
         changes.append((torch.cuda, "get_device_properties", lambda *_: gpu))
-    if find_spec("megatron.core.models.hybrid"):  # of later releases
+    if find_spec("megatron.core.models.hybrid"):  # only in later releases
         from megatron.core.models.hybrid import hybrid_block
 
         changes.append((hybrid_block, "TENorm", WrappedTorchNorm))

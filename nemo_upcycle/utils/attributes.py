@@ -1,4 +1,4 @@
-"""Attributes of other libraries' objects, changed for a while."""
+"""Temporary changes to attributes of other libraries' objects."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute while the block runs, and restore it afterwards.
 
     Args:
-        owner: a module or another object; an attribute that it does not have is deleted afterwards.
+        owner: a module or another object. If it lacks the attribute, the attribute is deleted afterwards.
         name: the attribute to set.
-        value: what it is inside the block.
+        value: the attribute's value inside the block.
 
     Example:
         >>> with temporarily_set(logging.getLogger("nemo_run"), "disabled", True):  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The folder in which models, blends and texts that were fetched or made are kept."""
+"""The cache folder for downloaded and generated models, blends and texts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CACHE_VARIABLE = "NEMO_UPCYCLE_CACHE"
 
 
 def cache_folder(variables: Mapping[str, Any] = os.environ) -> Path:
-    """Return the folder of what is fetched or made once: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`.
+    """Return the cache folder: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`.
 
     Args:
-        variables: the environment in which it is looked for.
+        variables: environment variables.
     """
     return Path(variables.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
 
 
 def writable_cache(kind: str) -> Path:
-    """Return the cache's folder for data of one kind (`assets`, `dense`, ...), created if missing.
+    """Return the cache folder for one kind of data (`assets`, `dense`, ...); create the folder if it is missing.
 
     Raises:
         UpcycleError: the folder cannot be written.

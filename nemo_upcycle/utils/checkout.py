@@ -1,6 +1,7 @@
-"""The parts of the package that stand at the top of the repository, `recipes` and `conf`: are they here, and ours?
+"""Checks that `recipes` and `conf` are importable and belong to this checkout.
 
-An editable install maps them into the package. Without one they are missing; beside another checkout's they are its.
+The two folders are at the top of the repository, and an editable install maps them into the package. Without such an
+install they are missing. If another checkout is installed, that checkout's `recipes` and `conf` are imported instead.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: The modules that are mapped.
+#: The modules that an editable install maps into the package.
 _PARTS = ("nemo_upcycle.recipes", "nemo_upcycle.conf")
 
 
 def explain_missing_parts() -> None:
-    """Let `import nemo_upcycle.recipes` say how to install a checkout that is not installed.
+    """Make `import nemo_upcycle.recipes` explain how to install the checkout if it is not installed.
 
-    Python asks this finder last, and only in such a checkout: where the package is installed nothing is added.
+    If the package is installed, no finder is added. Python asks the added finder last.
     """
     if find_spec(_PARTS[0]) is None:
         sys.meta_path.append(_MissingParts())
 
 
 class _MissingParts:
-    """Finds the parts that no other finder finds; loading one raises the error that explains it."""
+    """Finder for the parts that no other finder finds. Loading such a part raises an error with the fix."""
 
-    # Of no abstract class: importlib.abc takes longer to import than all the rest.
+    # No abstract base class, because importing importlib.abc takes longer than everything else here.
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         return ModuleSpec(fullname, self) if fullname in _PARTS else None  # type: ignore[arg-type]
 
@@ -48,14 +49,16 @@ class _MissingParts:
         )
 
     def exec_module(self, module: ModuleType) -> None:
-        """Complete the protocol: `create_module` has raised before."""
+        """Satisfy the loader protocol; Python never gets here, because `create_module` raises."""
 
 
 def require_one_checkout() -> None:
-    """Check that the parts are of this checkout; a command calls it as it begins.
+    """Check that `recipes` and `conf` come from this checkout.
+
+    Commands call this function when they start.
 
     Raises:
-        CheckoutError: an editable install maps a part of another checkout into this package.
+        CheckoutError: an editable install maps `recipes` or `conf` of another checkout into this package.
     """
     from nemo_upcycle.errors import CheckoutError
 
@@ -77,6 +80,6 @@ def _root() -> Path:
 
 
 def _resolved(path: str) -> Path:
-    from pathlib import Path  # here, since every import of the package would wait for it
+    from pathlib import Path  # imported here, because at the top it would slow down every import of the package
 
     return Path(path).resolve()

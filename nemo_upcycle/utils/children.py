@@ -1,4 +1,4 @@
-"""Processes that a training forks: loaders of data, writers of checkpoints."""
+"""SIGTERM in the processes that a training forks (data loaders, checkpoint writers)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from functools import cache
 
 @cache
 def shield_children() -> None:
-    """Let SIGTERM end a process that this one forks from now on only if this one sends it.
+    """Make processes forked from now on ignore SIGTERM unless their parent process sends it.
 
-    A scheduler sends it to all processes of a job. A training that saves before it ends needs its loaders of data for
-    that long: torch raises an error for one that dies, before anything is saved.
+    A scheduler sends SIGTERM to all processes of a job. A training that saves a checkpoint before it ends needs its
+    data loaders until then: if a loader dies, torch raises an error before anything is saved.
     """
     os.register_at_fork(after_in_child=_obey_only_the_parent)
 
 
 def _obey_only_the_parent() -> None:
-    # Blocked, and not handled: torch sets a handler of its own when a loader begins.
+    # The signal is blocked, because a handler would be replaced: torch sets its own when a data loader starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_the_parents_word, daemon=True).start()
 

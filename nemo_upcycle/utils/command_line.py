@@ -1,4 +1,4 @@
-"""Write the command that was typed as a line that can be pasted, and change settings in it."""
+"""The typed command as a line that can be pasted into a shell, with changed settings if needed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from nemo_upcycle.utils.masking import masked_text, without_secrets
 
 
-#: What was typed, in a run's folder.
+#: The file in a run's folder that holds the typed command.
 COMMAND = "command.txt"
-#: Options that choose a part of the chain, or only show it, and whether a value follows.
+#: Options that select a part of the chain, show the chain or confirm its start -> whether a value follows the option.
 _OF_A_PART = {
     **dict.fromkeys(("--from", "--until", "--only", "--render"), True),
     **dict.fromkeys(("from_stage", "until_stage", "only_stage", "render"), True),
@@ -27,12 +27,12 @@ _OF_A_PART = {
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command, and what it needs to be typed again.
+    """A command with everything needed to type it again.
 
     Attributes:
         words: the program and its arguments.
-        python_path: value of PYTHONPATH; "" if the command needs none.
-        folder: folder that it is typed in; "" for the present one.
+        python_path: value of PYTHONPATH; "" if the command does not need it.
+        folder: folder in which the command is typed; "" for the current folder.
 
     Example:
         >>> line = CommandLine(("nemo", "upcycle", "pipeline", "dir=runs/a", "--until", "data"), "my recipes")
@@ -51,7 +51,7 @@ class CommandLine:
 
     @classmethod
     def typed(cls) -> CommandLine:
-        """Return the command of this process, with secrets hidden."""
+        """Return the command of this process, with secrets masked."""
         program, *words = sys.argv
         words = [masked_text(word) if re.search(r"\benv_vars\b", word) else without_secrets(word) for word in words]
         path = os.environ.get("PYTHONPATH", "")
@@ -60,14 +60,14 @@ class CommandLine:
             start = [_python(), "-m", main.name.removesuffix(".__main__")]
         elif not Path(program).is_file() or Path(program).absolute() == own_program(Path(program).name):
             start = [shown_program(Path(program).name)]
-            path = path if _finds_module(path, words) else ""  # else a script, whose imports are not known here
+            path = path if _finds_module(path, words) else ""  # a script (below) keeps it: its imports are unknown
         else:
             start = [_python(), program]
         return cls((*start, *words), path)
 
     @classmethod
     def read(cls, text: str) -> CommandLine | None:
-        """Read a line that `str` wrote; None if it is another text."""
+        """Read a line that `str` wrote; return None for any other text."""
         try:
             words = shlex.split(text)
         except ValueError:
@@ -81,33 +81,33 @@ class CommandLine:
         return found if words and str(found) == text.strip() else None
 
     def anywhere(self) -> CommandLine:
-        """Return the command with the present folder, so that it can be typed in any other."""
+        """Return the command with a `cd` to the current folder, so that it can be typed in any folder."""
         return self if self.folder else replace(self, folder=str(Path.cwd()))
 
     def changed(self, values: Mapping[str, object], option: str = "--yes") -> CommandLine:
-        """Return the command that runs the whole chain with other values.
+        """Return the command that runs the whole chain with changed values.
 
         Args:
-            values: argument or setting -> value.
-            option: `--yes`, or `--dryrun`.
+            values: argument or setting -> new value.
+            option: option to append (`--yes` or `--dryrun`).
         """
         kept = [word for word in _without_parts(self.words) if word.partition("=")[0] not in values]
         return replace(self, words=(*kept, *(f"{name}={value}" for name, value in values.items()), option))
 
     def sibling(self, name: str) -> str:
-        """Return another program of the environment that the command runs in."""
+        """Return the path of another program in the environment of this command."""
         return str(Path(self.words[0]).with_name(name))
 
 
 def own_program(name: str) -> Path:
-    """Return the path of a program of this environment, which need not be on PATH."""
+    """Return the path of a program of this environment, even if the program is not on PATH."""
     folders = (Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
     found = next((folder / name for folder in folders if (folder / name).is_file()), shutil.which(name))
     return Path(found or folders[0] / name).absolute()
 
 
 def shown_program(name: str) -> str:
-    """Return a program of this environment as it is typed here: its name alone if a shell finds it."""
+    """Return how to type a program of this environment: by its name if the shell finds it, otherwise by its path."""
     own, found = own_program(name), shutil.which(name)
     if found and Path(found).absolute() == own:
         return name
@@ -118,17 +118,18 @@ def shown_program(name: str) -> str:
 
 
 def _python() -> str:
-    """Return this interpreter as it is typed here."""
+    """Return how to type this Python interpreter."""
     own = Path(sys.executable)
     names = ("python", "python3", own.name)
     found = ((name, shutil.which(name)) for name in names)
-    # Links in one folder lead to one interpreter. Links of two environments do, too, so they are not resolved.
+    # Links to Python in one folder lead to the same interpreter. Links in two environments can do so as well, so
+    # folders are compared without resolving links.
     known = (name for name, path in found if path and Path(path).parent == own.parent and own.samefile(path))
     return next(known, None) or shown_program(own.name)
 
 
 def _finds_module(path: str, words: Sequence[str]) -> bool:
-    """Return whether PYTHONPATH holds this package, or a module that a word names (`module.function`, with : too)."""
+    """Return whether PYTHONPATH holds this package or a module named in `words` (`module.name` or `module:name`)."""
     named = {name for word in words for name in re.findall(r"(?:^|=)([A-Za-z_]\w*)(?=[.:]\w)", word)}
     named.add(__name__.partition(".")[0])
     folders = [Path(entry) for entry in path.split(os.pathsep) if entry]

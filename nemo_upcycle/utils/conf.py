@@ -1,4 +1,4 @@
-"""Read YAML, the package's own of `conf/` by name and the user's by path, and check it against a dataclass."""
+"""Read YAML files (the package's own in `conf/` by name, the user's by path) and check them against a dataclass."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nemo_upcycle.utils.writers import yaml_text
 
 
 _T = TypeVar("_T")
-#: PyYAML's in C is faster by a factor of 8, where it was built.
+#: PyYAML's C loader is 8 times as fast. PyYAML can be built without it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: The kind of files that may compute values.
+#: The only kind of files that may compute values.
 _COMPUTES = "executors"
-#: folder of `conf/` -> the file of it that explains the keys
+#: folder of `conf/` -> the file in it whose comments explain the keys
 _TEMPLATES = {"data": "text", "chat": "messages", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-#: what a field of a kind takes from YAML; a bool is no number, and a number is text where text is wanted
+#: type of a field -> types of YAML values that it accepts; text accepts numbers, but numbers do not accept a bool
 _TAKEN = {str: (str, int, float), int: (int,), float: (int, float), bool: (bool,), type(None): (type(None),)}
 
 
@@ -37,10 +37,10 @@ class Conf(NamedTuple):
     """A configuration.
 
     Attributes:
-        content: content of the file, its references resolved.
+        content: content of the file, with references resolved.
         path: path of the file.
-        folder: folder that its relative paths start from: the file's `folder`, or else the folder of the user's file;
-            the current folder for a file of the package.
+        folder: base folder of the relative paths in the file. It is the value of the file's key `folder` if that
+            exists; otherwise the folder of a user's file, or the current folder for a file of the package.
     """
 
     content: dict[str, Any]
@@ -59,7 +59,10 @@ def packaged_names(kind: str) -> list[str]:
 
 
 def template(kind: str) -> Path:
-    """Return the package's file of a kind whose comments explain every key: for errors, it is there in a wheel too."""
+    """Return the package's file whose comments explain every key of a kind; error messages can name it.
+
+    A wheel contains this file, too.
+    """
     return packaged(kind) / f"{_TEMPLATES[kind]}.yaml"
 
 
@@ -67,9 +70,9 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     """Read a YAML file.
 
     Args:
-        kind: the folder of `conf/` that holds the package's own files: `data` or `evaluation`.
-        name: one of these without its suffix, or the path of a `.yaml` or `.yml` file.
-        what: what the file describes, for errors.
+        kind: folder of `conf/` with the package's own files (`data`, `evaluation`, ...).
+        name: name of a file in this folder without its suffix, or the path of a `.yaml` or `.yml` file.
+        what: word for the file's content in errors ("suite").
 
     Raises:
         UpcycleError: the file is missing, unreadable or not a YAML mapping.
@@ -85,7 +88,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
     text = _text(path, where := f"{what} {path}")
-    read = _content.__wrapped__ if "${" in text else _content  # variables may change
+    read = _content.__wrapped__ if "${" in text else _content  # environment variables may change: do not cache
     content = copy.deepcopy(read(text, where, kind == _COMPUTES))
     if not isinstance(content, dict) or not content:
         got = f"a {type(content).__name__}" if content else "nothing"
@@ -94,9 +97,9 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     return Conf(named, path, Path(named.pop("folder", folder)))
 
 
-@lru_cache  # a command reads its suite and its blend several times, which takes OmegaConf 50 ms each
+@lru_cache  # a command reads its suite and its blend several times, and OmegaConf needs 50 ms for each read
 def _content(text: str, where: str, computes: bool) -> Any:
-    """Read a text of OmegaConf's."""
+    """Read YAML text with OmegaConf."""
     from omegaconf import OmegaConf, errors
 
     try:
@@ -110,10 +113,10 @@ def read_yaml(path: Path, what: str = "file") -> Any:
 
     Args:
         path: the file.
-        what: what it describes, for errors.
+        what: word for the file in errors.
 
     Raises:
-        UpcycleError: the file is missing, unreadable or no YAML.
+        UpcycleError: the file is missing, unreadable or invalid YAML.
 
     Example:
         >>> read_yaml(packaged("evaluation") / "demo.yaml")["seed"]
@@ -127,10 +130,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
     Args:
         text: the YAML.
-        where: where it stands, for errors.
+        where: source of the text, for errors.
 
     Raises:
-        UpcycleError: it is no YAML.
+        UpcycleError: the text is invalid YAML.
 
     Example:
         >>> parse_yaml("{a: [1, 2]}", "mine")
@@ -143,14 +146,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the content of a configuration with words of the command line merged into it.
+    """Return the content of a configuration with overrides from the command line merged into it.
 
     Args:
         conf: the configuration.
-        overrides: `key=value`, as in `sources.web.weight=0.8`.
+        overrides: words `key=value`, for example `sources.web.weight=0.8`.
 
     Raises:
-        UpcycleError: one is no such word.
+        UpcycleError: an override is not `key=value`, or cannot be merged.
 
     Example:
         >>> overridden(Conf({"a": {"b": 1}}, Path("mine.yaml"), Path()), ["a.b=2"])
@@ -176,11 +179,11 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def conf_text(content: Any, width: int = 80) -> str:
-    r"""Return values as YAML that `read_conf` reads as the same values, references in them included.
+    r"""Return values as YAML, escaped so that `read_conf` returns the same values and resolves no reference in them.
 
     Args:
         content: plain values.
-        width: see `yaml_text`.
+        width: line width, see `yaml_text`.
 
     Example:
         >>> conf_text({"a": "${b}"})
@@ -204,12 +207,12 @@ def _text(path: Path, where: str) -> str:
 
 
 def _invalid(where: str, error: Exception) -> UpcycleError:
-    got = masked_text(" ".join(str(error).split()))  # some errors take three lines
+    got = masked_text(" ".join(str(error).split()))  # put errors of several lines on one line
     return UpcycleError(where, kind="state", got=f"is not valid YAML: {got}", fix="correct that line")
 
 
 def is_conf_file(name: str) -> bool:
-    """Return whether a name is the path of a user's own YAML file, and not a name of the package's.
+    """Return whether a name is the path of a user's YAML file rather than the name of a packaged file.
 
     Example:
         >>> is_conf_file("sotu"), is_conf_file("/home/me/mine.yaml")
@@ -223,13 +226,13 @@ def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str
 
     Args:
         where: the file, for errors.
-        values: its values: lists, dicts and plain values.
+        values: values of the file (lists, dicts and plain values).
         schema: the dataclass; its fields may be dataclasses, lists, dicts, unions and plain types.
         kind: folder of `conf/` whose template explains the keys.
 
     Raises:
-        UpcycleError: a key does not exist or is missing, or a value is of another type or no valid one; the text names
-            key and value.
+        UpcycleError: a key does not exist or is missing, or a value has the wrong type or is invalid. The text names
+            the key and the value.
 
     Example:
         >>> as_dataclass("mine.yaml", {"validation": 0.01}, HoldOut, "data")  # doctest: +SKIP
@@ -241,13 +244,13 @@ def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str
 
 
 def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: Path) -> dict[str, Any]:
-    """Convert YAML values to the types of a dataclass's fields; a blank value is the field's default.
+    """Convert YAML values to the types of a dataclass's fields; replace a blank value by the field's default.
 
     Args:
-        prefix: text before a field's name in errors: `mine.yaml: `, or `run.executor.`.
+        prefix: text before a field's name in errors (`mine.yaml: `, or `run.executor.`).
         values: field -> value; fields may be missing.
         schema: the dataclass.
-        explained: the file that explains the fields.
+        explained: file that explains the fields.
 
     Raises:
         UpcycleError: see `as_dataclass`.
@@ -265,7 +268,7 @@ def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: P
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types that a union allows, or the one type.
+    """Return the types that a union allows; for any other type, return the type alone.
 
     Example:
         >>> members(int | None), members(list[str])
@@ -290,7 +293,7 @@ def _made(prefix: str, values: dict[Any, Any], schema: Any, explained: Path) -> 
 
 
 def _as(name: str, value: Any, wanted: Any, explained: Path) -> Any:
-    """Return a value as a type takes it; `name` is where it stands, for errors."""
+    """Convert a value to a type; `name` is the path of its key, for errors."""
     for member in members(wanted):
         origin, inner = typing.get_origin(member) or member, typing.get_args(member)
         if dataclasses.is_dataclass(member) and isinstance(value, dict):

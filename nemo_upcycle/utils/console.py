@@ -1,4 +1,7 @@
-"""Keep the console for progress and results: show the libraries' messages only on request, and end without delay."""
+"""A console for progress and results: libraries' messages appear only on request, and the process ends without delay.
+
+It also formats text for the terminal: columns, folded lines and short numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-#: Loggers of the libraries that trainers use.
+#: Loggers of the libraries used for training.
 LIBRARIES = ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "NeMo", "torch.utils.cpp_extension")
 
 
@@ -23,7 +26,7 @@ def is_verbose() -> bool:
 
 
 def in_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Return rows in columns two blanks apart; those in `right` are flush right."""
+    """Align rows in columns, two blanks apart; align the columns whose numbers are in `right` to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -35,12 +38,12 @@ def in_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list
 
 
 def terminal_width() -> int:
-    """Return how many characters a line of the terminal has; 80 without one."""
+    """Return the terminal's width (characters); 80 without a terminal."""
     return shutil.get_terminal_size().columns
 
 
 def folded(text: str) -> str:
-    """Break a text's lines at the terminal's width, but no word; what goes on is indented by two blanks."""
+    """Break lines between words at the terminal's width; indent continuation lines by two blanks."""
     fill = textwrap.TextWrapper(
         terminal_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     ).fill
@@ -48,9 +51,10 @@ def folded(text: str) -> str:
 
 
 def end_soon() -> None:
-    """Let Python skip the objects of NeMo's import when this process ends: looking through them takes seconds.
+    """Make Python skip the objects of NeMo's import at exit, because collecting them takes seconds.
 
-    Not where Triton is loaded, by PyTorch for GPUs: its nanobind lists every object that is not freed as a leak.
+    Nothing is skipped if Triton is loaded (PyTorch loads it for GPUs): its nanobind would print every object that is
+    not freed as a leak.
     """
     if "triton._C.libtriton" not in sys.modules:
         gc.freeze()
@@ -58,20 +62,20 @@ def end_soon() -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Import large libraries without the garbage collector, which looks for seconds through all that they make."""
+    """Pause the garbage collector while large libraries are imported; it would scan their objects for seconds."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.unfreeze()  # as old objects, which are not looked through at once
+        gc.unfreeze()  # freeze and unfreeze make them old objects, which the collector does not scan at once
         if was_on:
             gc.enable()
 
 
 def quiet_libraries() -> None:
-    """Show only errors of the libraries on the console."""
+    """Hide warnings, and all messages of the libraries' loggers except errors."""
     warnings.filterwarnings("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)

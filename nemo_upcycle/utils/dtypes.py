@@ -1,4 +1,4 @@
-"""Types of weights by name."""
+"""Names of the weights' data types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a type.
+    """Return the name of a dtype.
 
     Example:
         >>> dtype_name(torch.bfloat16)
@@ -24,10 +24,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the type with that name.
+    """Return the torch dtype with the given name.
 
     Raises:
-        UpcycleError: it is none of `DTYPES`.
+        UpcycleError: the name is not in `DTYPES`.
 
     Example:
         >>> dtype_of("bfloat16")
@@ -35,7 +35,7 @@ def dtype_of(name: str) -> torch.dtype:
     """
     if name not in DTYPES:
         raise UpcycleError.unknown("dtype", name, DTYPES)
-    import torch  # takes seconds, which `--help` does without
+    import torch  # imported here, because it takes seconds and `--help` does not need it
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -1,9 +1,9 @@
-"""Write files and folders that are either complete or absent: write aside, rename, then mark.
+"""Write files and folders that are either complete or absent: write to a hidden sibling, then rename it.
 
-A folder that took work to make carries a marker, `_SUCCESS.json`, written last; that of a model, which may be
-published, is called `nemo_upcycle.json`. Readers check for the marker, so the remains of an interrupted run are never
-taken for a result. One process at a time writes a folder: the hidden folder in which the work is done holds a lock.
-`streams.py` writes large files.
+A folder that took work to make contains a marker, `_SUCCESS.json`, which is written last. The marker of a model folder
+is called `nemo_upcycle.json`, because such a folder may be published. Readers check for the marker, so the remains of
+an interrupted run are never taken for a result. A lock in the hidden folder lets only one process at a time write a
+folder. `streams.py` writes large files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from nemo_upcycle.utils.locks import take_lock
 
 
 MARKER = "_SUCCESS.json"
-#: In the folder of a stage: what it was last started from; in one word, for the shell of a batch job, how it ended
-#: without a result (a killed one writes none); and a line for each setting that was changed after a start.
+#: Files in the folder of a stage. STARTED: the inputs of its last start. ENDED: one word for the shell of a batch job
+#: that says how the stage ended without a result (a killed stage writes none). CHANGES: one line for each setting that
+#: was changed after a start.
 STARTED, ENDED, CHANGES = "_STARTED.json", "_ENDED", "changes.jsonl"
-#: The marker of a Hugging Face folder, which may be published: there it says what the model was made of and by.
+#: The marker of a Hugging Face folder. The folder may be published, so the marker also says from which inputs and by
+#: which program the model was made.
 MODEL_MARKER = "nemo_upcycle.json"
 _LOCK = ".lock"
 _PLAN = ".plan.json"
@@ -35,7 +37,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in 4 MiB pieces."""
+    """Return the SHA-256 of a file in hex; read the file in 4 MiB pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
@@ -45,7 +47,7 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a hidden sibling of `path` to write; it replaces `path` when the block ends without an error.
+    """Yield a hidden sibling of `path` to write, and rename it to `path` if the block ends without an error.
 
     Example:
         >>> with whole_file(Path("runs/demo/report.md")) as aside:  # doctest: +SKIP
@@ -60,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write `value` as JSON to `path`, atomically, and wait until it is on the disk; on one line without `indent`."""
+    """Write JSON atomically and wait until it is on the disk; write a single line if `indent` is None."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
         json.dump(value, handle, indent=indent)
@@ -70,7 +72,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def clear_unfinished(folder: Path, pattern: str) -> None:
-    """Delete the files that a killed process was writing: those of `whole_file`, and those of a pattern."""
+    """Delete unfinished files of a killed process: hidden siblings of `whole_file`, and files that match a pattern."""
     for path in (*folder.glob(f".*{_ASIDE}*"), *folder.glob(pattern)):
         path.unlink(missing_ok=True)
 
@@ -145,10 +147,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def require_complete(folder: Path, what: str, fix: str) -> None:
-    """Check that `folder` holds a finished result; `what` names it in the error.
+    """Check that `folder` holds a finished result; `what` names the result in the error.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: the folder has no marker.
     """
     if not is_complete(folder):
         raise UpcycleError(
@@ -157,27 +159,28 @@ def require_complete(folder: Path, what: str, fix: str) -> None:
 
 
 def marker_of(folder: Path) -> Path:
-    """Return the path of a folder's marker, which need not exist."""
+    """Return the path of a folder's marker, even if the marker does not exist."""
     own = folder / MODEL_MARKER
     return own if own.is_file() else folder / MARKER
 
 
 def aside_of(target: Path) -> Path:
-    """Return the hidden sibling of `target` in which it is made."""
+    """Return the hidden sibling in which the folder `target` is made."""
     return target.with_name(f".{target.name}.partial")
 
 
 @contextmanager
 def only_writer(target: Path) -> Iterator[Path]:
-    """Give the hidden sibling of `target` to work in, to one writer at a time, with what an earlier one left there.
+    """Yield the hidden sibling of `target` as a work folder for one writer at a time.
 
-    It replaces `target` when the block ends without an error. On error, the caller cleans up.
+    Files that an earlier writer left in the work folder are kept. The work folder replaces `target` if the block ends
+    without an error. On error, the caller cleans up.
 
     Args:
-        target: the folder to make: until then nothing, or an empty folder.
+        target: folder to make; missing or empty when the block ends.
 
     Raises:
-        UpcycleError: another process writes it, or nothing can replace it.
+        UpcycleError: another process writes `target`, or `target` is a mount point and cannot be replaced.
     """
     target = resolved(target)
     if os.path.ismount(target):
@@ -191,7 +194,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     aside.mkdir(parents=True, exist_ok=True)
     try:
         lock = take_lock(aside / _LOCK)
-    except (TimeoutError, FileNotFoundError):  # held, or moved to its place with the folder just now
+    except (TimeoutError, FileNotFoundError):  # the lock is held, or was moved just now with the finished folder
         raise UpcycleError(
             str(target),
             kind="state",
@@ -205,17 +208,17 @@ def only_writer(target: Path) -> Iterator[Path]:
 
 
 def forget_work(folder: Path, *names: str) -> None:
-    """Delete what only the making of a folder needed: the lock, and files of these names."""
+    """Delete files that were needed only while a folder was made: the lock, and the files `names`."""
     for name in (_LOCK, *names):
         (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other runs out of it while the block runs.
+    """Create a folder, and keep other runs out of the folder while the block runs.
 
     Raises:
-        UpcycleError: another run is in it, or it is a file.
+        UpcycleError: another run uses the folder, or a file has its name.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,9 +238,10 @@ def in_use(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `target`, which is removed in the end, and with it what killed runs left.
+    """Yield a hidden folder beside `target`, and remove it at the end.
 
-    The caller keeps others from making `target` at the same time.
+    Hidden folders that killed runs left are removed first. The caller makes sure that no other process makes `target`
+    at the same time.
     """
     prefix = f".download-{target.name}_"
     for left in target.parent.glob(f"{prefix}*"):
@@ -247,7 +251,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def clear(aside: Path) -> None:
-    """Delete what the folder of `only_writer` holds, except for its lock."""
+    """Empty a work folder of `only_writer`, but keep its lock."""
     for path in aside.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -257,20 +261,22 @@ def clear(aside: Path) -> None:
 
 @contextmanager
 def output_folder(target: Path, made_by: str | None = None, plan: Any = None) -> Iterator[Path]:
-    """Give a folder to write into; it replaces `target` when the block ends without an error.
+    """Yield a folder to write into, and rename it to `target` if the block ends without an error.
 
-    The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
-    A complete `target` of an earlier run is replaced, and is left untouched when the block fails: it is moved aside
-    only while the new one takes its place. A kill at that moment leaves both, and the next call moves it back.
+    The work happens in a hidden sibling of `target`. An error removes the sibling. A kill leaves it, and the next call
+    clears it. A complete `target` of an earlier run stays untouched if the block fails. If the block succeeds, the old
+    folder is moved aside while the new folder takes its place. A kill at that moment leaves both folders, and the next
+    call moves the old folder back.
 
     Args:
-        target: the folder to make.
-        made_by: who writes it, as the marker will say; then only what `require_replaceable` accepts is replaced.
-        plan: plain values that determine the bytes; then the block continues the work of a killed or interrupted call
-            with the same plan.
+        target: folder to make.
+        made_by: name of the writer, as in the marker; if given, only a folder that `require_replaceable` accepts is
+            replaced.
+        plan: plain values that determine the bytes; if given, the block continues the work of a killed or interrupted
+            call with the same plan.
 
     Raises:
-        UpcycleError: another process writes it, or something else is in its place.
+        UpcycleError: another process writes `target`, or `target` must not be replaced.
 
     Example:
         >>> with output_folder(Path("runs/demo/hf")) as folder:  # doctest: +SKIP
@@ -291,13 +297,13 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
             try:
                 yield aside
             except BaseException as error:
-                # Work based on a user's mistake is not worth keeping.
+                # Keep unfinished work for the next call, unless there is no plan or the user made a mistake.
                 if plan is None or isinstance(error, UpcycleError):
                     shutil.rmtree(aside, ignore_errors=True)
                 raise
             if made_by:
                 require_replaceable(target, made_by)
-            (aside / _PLAN).unlink(missing_ok=True)  # the lock stays until the folder is in its place
+            (aside / _PLAN).unlink(missing_ok=True)  # `only_writer` deletes the lock after it has moved the folder
             if target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 target.rename(replaced)
@@ -310,12 +316,13 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
 
 
 def require_replaceable(target: Path, made_by: str) -> None:
-    """Check that `target` is absent, an empty folder, or one whose marker names the same maker.
+    """Check that `target` is missing, an empty folder, or a folder whose marker names the same maker.
 
-    Stages of the pipeline and the tools for data and models mark their folders, too: those are never replaced.
+    Stages of the pipeline and the tools for data and models mark their folders, too. A folder of another maker is
+    never replaced.
 
     Raises:
-        UpcycleError: it is something else.
+        UpcycleError: `target` is something else.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -329,10 +336,12 @@ def require_replaceable(target: Path, made_by: str) -> None:
 
 
 def require_apart(target: Path, *inputs: Path) -> None:
-    """Check that a folder to write is not an input, contains none and is inside none.
+    """Check that an output folder is no input, contains no input and is inside no input.
+
+    Otherwise writing the folder could delete or change the input.
 
     Raises:
-        UpcycleError: it is; writing it could delete or change the input.
+        UpcycleError: the output folder and an input overlap.
     """
     here = resolved(target)
     for path in inputs:
@@ -347,7 +356,7 @@ def require_apart(target: Path, *inputs: Path) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """Return an absolute path without links; the path need not exist.
+    """Return an absolute path with links resolved, even if the path does not exist.
 
     Raises:
         UpcycleError: links form a loop.
@@ -361,10 +370,10 @@ def resolved(path: Path) -> Path:
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Check that `needed_bytes` fit on the disk of `folder` (which need not exist yet).
+    """Check that `needed_bytes` fit on the disk of `folder`, even if the folder does not exist yet.
 
     Raises:
-        UpcycleError: they do not.
+        UpcycleError: the disk has too little free space.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
@@ -378,7 +387,7 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def size_text(count_bytes: float) -> str:
-    """Return bytes as GiB, MiB or bytes.
+    """Format a number of bytes in GiB, MiB or bytes.
 
     Example:
         >>> size_text(269030016), size_text(1384073856), size_text(100)

@@ -1,4 +1,4 @@
-"""Lock files, so that one process at a time writes what lies beside them. The lock ends with its process."""
+"""Lock files that let only one process at a time write the files beside them. The lock ends with its process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _POLL_S = 0.05
 
 
 def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
-    """Lock a file for this process, until the returned context or the process ends, even by `kill -9`.
+    """Lock a file for this process until the returned context or the process ends.
 
-    Some network file systems have no locks: avoiding two writers is then the user's responsibility.
+    The lock ends with the process even after `kill -9`. Some network file systems have no locks. There, users must
+    avoid two writers themselves.
 
     Args:
-        path: the file, which is created.
-        timeout_s: how long to wait for another process that holds the lock; -1 waits for its end.
+        path: lock file; it is created if missing.
+        timeout_s: longest wait for another process that holds the lock (seconds); -1 waits without a limit.
 
     Raises:
         TimeoutError: another process holds the lock.
@@ -35,12 +36,12 @@ def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
 
 
 def _lock_now(path: Path) -> ExitStack | None:
-    """Lock a file; None if another process holds the lock, or deleted the file while this one opened it."""
+    """Lock a file now; return None if another process holds the lock or has just deleted the file."""
     with ExitStack() as lock:
         handle = lock.enter_context(path.open("ab"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # processes forked meanwhile have the file open, too
+            lock.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # closing is not enough: forked processes keep it open
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None

@@ -1,7 +1,8 @@
-"""Hide secrets in what is printed and recorded; what needs them is written for its owner alone.
+"""Mask secrets in output and records. Files that must hold them are readable by their owner only.
 
-A secret is told by its name, where a text gives it one, and by its value: a token of a service that marks its own, and
-what an address has before its host or, under the name of a secret or a signature, in its query.
+A secret is recognised by its name if the text has a name for it, and by its value. Values are recognised if they are
+tokens with the prefix of a known service, the user and password of an address (before its host), or a parameter of an
+address's query that is named like a secret or a signature.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from nemo_upcycle.utils.files import whole_file
 
 
 _T = TypeVar("_T")
-#: What the name of a variable that holds a secret contains, in any case; a TOKENIZER is none. And how such names end.
+#: Words in the names of variables that hold secrets, and ends of such names, in upper or lower case. A TOKENIZER is no
+#: secret.
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
 SECRET_ENDS = ("_AUTH", "_PASS", "_PWD")
 MASK = "***"
 _NAME = rf"\w*(?:(?:{'|'.join(SECRET_WORDS)})(?!IZER)\w*|(?:{'|'.join(SECRET_ENDS)}))"
-#: Tokens by what they begin with: Hugging Face, OpenAI and Anthropic, GitHub, GitLab, Slack, AWS, NVIDIA, Google, W&B.
+#: Tokens with known prefixes: Hugging Face, OpenAI and Anthropic, GitHub, GitLab, Slack, AWS, NVIDIA, Google, W&B.
 _TOKENS = (
     r"hf_[A-Za-z0-9]{16,}",
     r"sk-[\w-]{16,}",
@@ -33,18 +35,18 @@ _TOKENS = (
     r"AIza[\w-]{35}",
     r"wandb_v\d_\w{16,}",
 )
-#: Those, and `user:password@` of an address; a name alone, as in ssh://git@host, is no secret.
+#: These tokens, and `user:password@` of an address. A user name alone, as in ssh://git@host, is no secret.
 _VALUE = re.compile(rf"(?<![\w-])(?:{'|'.join(_TOKENS)})|(?<=://)[^\s/?#'\"@:]*:[^\s/?#'\"]*@")
 _SECRET = re.compile(_NAME, re.IGNORECASE)
-#: The value of a secret in the query of an address, as in `?token=...`, and in the signed addresses of S3, Azure and
-#: Google; a `?` of a pattern for files has no `=` behind it.
+#: A secret in the query of an address, for example `?token=...` or the signature in a signed address of S3, Azure or
+#: Google. The `=` distinguishes a query from the `?` of a file pattern.
 _QUERY = re.compile(
     r"(?P<name>[?&;](?:[\w.%-]*(?:token|secret|passw|passphrase|pwd|credential|signature|auth(?!or)|(?:access|api|_|-)key)"
     r"(?!izer)[\w.%-]*|key(?:id)?|apikey|pass|sig|sas|code|AWSAccessKeyId)=)[^&;\s'\"#<>,{}\]]+",
     re.IGNORECASE,
 )
 _QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')"""
-#: NAME=VALUE as in a shell, and NAME: VALUE as in YAML, where a blank ends no value.
+#: A named secret: NAME=VALUE as in a shell, or NAME: VALUE as in YAML. In YAML a value may contain blanks.
 _SAID = re.compile(
     rf"""(?P<name>\b{_NAME}["']?\s*(?:(?P<yaml>:)|=)\s*)(?(yaml)(?:{_QUOTED}|[^,}}\n]+)|(?:{_QUOTED}|[^\s,}}"';])+)""",
     re.IGNORECASE,
@@ -52,7 +54,7 @@ _SAID = re.compile(
 
 
 def is_secret(name: object) -> bool:
-    """Return whether a variable holds a secret, as its name says.
+    """Return whether a variable's name says that it holds a secret.
 
     Example:
         >>> is_secret("HF_TOKEN"), is_secret("TOKENIZERS_PARALLELISM")
@@ -62,15 +64,15 @@ def is_secret(name: object) -> bool:
 
 
 def masked(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return variables with the values of secret ones hidden."""
+    """Return variables with secrets masked: values of variables named like secrets, and secrets in other values."""
     return {name: MASK if is_secret(name) else without_secrets(value) for name, value in variables.items()}
 
 
 def without_secrets(value: _T) -> _T:
-    """Return a value, of texts in lists and mappings, with what is a secret by itself hidden.
+    """Return a value with the secrets masked that can be recognised without a name.
 
     Args:
-        value: a text, or what JSON holds.
+        value: text, or a JSON value whose texts are masked.
 
     Example:
         >>> without_secrets(["postgres://me:pw@host/db", "https://host/a?part=1&sig=x%2Fy", "ssh://git@host"])
@@ -90,7 +92,7 @@ def without_secrets(value: _T) -> _T:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with what it gives secret names hidden, and what is a secret by itself.
+    """Return a text with secrets masked: values with a secret's name, and values recognised without a name.
 
     Example:
         >>> masked_text("run.executor.env_vars={HF_TOKEN: hf_abc, HF_HOME: /hf}")
@@ -100,12 +102,12 @@ def masked_text(text: str) -> str:
 
 
 def write_private(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a text file whole; where it holds secrets, no other user may read it.
+    """Write a text file atomically; make it readable by its owner only if it holds secrets.
 
     Args:
         path: the file.
-        text: its content.
-        private: whether it holds secrets that it does not show by themselves.
+        text: content of the file.
+        private: whether the text holds secrets that `without_secrets` does not recognise.
     """
     with whole_file(path) as aside:
         aside.touch(mode=0o600 if private or without_secrets(text) != text else 0o666)

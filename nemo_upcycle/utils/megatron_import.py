@@ -1,13 +1,13 @@
 """Make Megatron-Core importable on a machine with a CUDA build of torch but no CUDA device.
 
-That is a laptop with torch from PyPI, or a cluster's login node. As it is imported, Megatron-Core 0.15 compiles an
-allocator for its inference (`unified_memory`); without a device torch finds no architecture to compile for and raises
-an IndexError, which Megatron does not expect, so that `import nemo.collections.llm` fails. Later releases compile it
-when it is used.
+Examples are a laptop with torch from PyPI and a cluster's login node. During its import, Megatron-Core 0.15 compiles
+an allocator for inference (`unified_memory`). Without a device, torch finds no architecture to compile for and raises
+an IndexError. Megatron does not expect this error, so `import nemo.collections.llm` fails. Later releases compile the
+allocator when it is used.
 
-Every folder of this package with a module that imports Megatron or NeMo calls `need_no_cuda_to_import` in its
-`__init__`, which Python runs before any module of the folder: so nobody has to remember the order of imports, and
-`import nemo_upcycle` alone changes nothing. tests/unit/utils/test_megatron_import.py holds the rule.
+Every folder of this package that has a module which imports Megatron or NeMo calls `need_no_cuda_to_import` in its
+`__init__`. Python runs the `__init__` before any module of the folder, so nobody has to remember the order of imports,
+and `import nemo_upcycle` alone changes nothing. tests/unit/utils/test_megatron_import.py enforces this rule.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _ALLOCATOR = "megatron.core.inference.unified_memory"
 
 
 class _NoUnifiedMemory:
-    """Replaces the allocator, where there is no CUDA device, by what Megatron uses when it cannot compile it."""
+    """Finder that replaces the allocator without a CUDA device by Megatron's own fallback for a failed compilation."""
 
-    # Of no abstract class: importlib.abc takes longer to import than all the rest.
+    # No abstract base class, because importing importlib.abc takes longer than everything else here.
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if fullname != _ALLOCATOR:
             return None
         import torch
 
-        release = import_module("megatron.core.package_info")  # Megatron is being imported, not by this package
+        release = import_module("megatron.core.package_info")  # harmless: Megatron is already being imported
         compiles_at_import = (release.MAJOR, release.MINOR) < (0, 16)
         if not compiles_at_import or torch.cuda.is_available():
             return None
         return ModuleSpec(fullname, self)  # type: ignore[arg-type]  # its type asks for the abstract class
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Let Python make the module."""
+        """Let Python create the module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module."""
+        """Fill the module with the names that Megatron imports from it."""
         vars(module).update(has_unified_memory=False, create_unified_mempool=_refuse)
 
 
@@ -51,10 +51,10 @@ def _refuse() -> None:
 
 
 def need_no_cuda_to_import() -> None:
-    """Keep Megatron from compiling for CUDA where there is no CUDA device; change nothing else.
+    """Keep Megatron from compiling for CUDA if there is no CUDA device; change nothing else.
 
-    It adds a finder to `sys.meta_path`, once: Python offers no other way to replace a module of another package before
-    that is imported. It imports nothing itself.
+    The function imports nothing. It adds a finder to `sys.meta_path` once, because Python offers no other way to
+    replace a module of another package before that package is imported.
     """
     if not any(isinstance(finder, _NoUnifiedMemory) for finder in sys.meta_path):
         sys.meta_path.insert(0, _NoUnifiedMemory())

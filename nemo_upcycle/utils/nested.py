@@ -1,4 +1,4 @@
-"""Nested mappings as flat names."""
+"""Flat names for the values of nested mappings."""
 
 from __future__ import annotations
 

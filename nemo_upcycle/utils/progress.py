@@ -1,4 +1,4 @@
-"""Show progress: a bar with an ETA on a terminal, a line every few seconds elsewhere (logs, CI, Slurm)."""
+"""Progress display: a bar with an ETA on a terminal, otherwise a line every few seconds (logs, CI, Slurm)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LINE_EVERY_S = 5.0
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as `1:02:03` or `2:03`."""
+    """Format seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class ProgressLine:
-    """Reports the progress of some work on stderr.
+    """A progress display on stderr.
 
     Args:
-        label: the work, for example `upcycle`.
+        label: name of the work, for example `upcycle`.
         total: number of units (parameters, bytes, steps).
-        enabled: False on every rank but the first.
+        enabled: whether to show progress; False on every rank except the first.
 
     Example:
         >>> with ProgressLine("export", total=10) as line:  # doctest: +SKIP
@@ -69,7 +69,7 @@ class ProgressLine:
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more units as done; `note` is shown after the ETA."""
         self._done += amount
-        self.total = max(self.total, self._done)  # an estimate that was too low
+        self.total = max(self.total, self._done)  # the total may be an estimate that was too low
         if self._bar:
             self._bar.update(self._task, advance=amount, total=self.total, note=note)
         elif self.enabled and time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
@@ -86,7 +86,7 @@ class ProgressLine:
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield `items`, reporting one unit of progress after each."""
+    """Yield `items`, and report one unit of progress after each item."""
     with ProgressLine(label, total) as line:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Which rank of a job this process is."""
+"""The rank of this process in its job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import os
 
 
 def is_first_rank() -> bool:
-    """Return whether this is the rank that writes and speaks for all; a single process is."""
-    # torchrun and ft_launcher say RANK; srun alone, without a launcher, says SLURM_PROCID.
+    """Return whether this process writes files and messages for all ranks; True for a single process."""
+    # torchrun and ft_launcher set RANK. srun without a launcher sets only SLURM_PROCID.
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0

@@ -1,6 +1,7 @@
-"""Write out the references in files of OmegaConf.
+"""Resolve the references in OmegaConf files.
 
-Only files of executors may compute values, as `${oc.env:HOME}` does: the others are copied into what is published.
+Only executor files may compute values, for example `${oc.env:HOME}`. All other files are copied into published
+results, so they must not depend on the environment.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.masking import masked_text
 
 
-#: A value that OmegaConf computes: of the environment, as `${oc.env:HOME}` is, or of anything else.
+#: A value that OmegaConf computes from the environment (`${oc.env:HOME}`) or from anything else.
 _COMPUTED = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^{}]*?:")
-#: Backslashes and what begins a reference.
+#: Backslashes and the start of a reference.
 _REFERS = re.compile(r"(\\*)(\$\{)")
 
 
 def escaped(content: Any) -> Any:
-    """Return values in which OmegaConf finds no reference."""
+    """Escape the references in values, so that OmegaConf takes them for plain text."""
     if isinstance(content, dict):
         return {key: escaped(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -29,15 +30,15 @@ def escaped(content: Any) -> Any:
 
 
 def resolved(config: Any, where: str, *, computes: bool = False) -> Any:
-    """Return a configuration of OmegaConf's as plain values, with its references written out.
+    """Return an OmegaConf configuration as plain values, with references resolved.
 
     Args:
-        config: the configuration.
-        where: where it stands, for errors.
-        computes: whether it may read the environment.
+        config: OmegaConf configuration.
+        where: source of the configuration, for errors.
+        computes: whether the configuration may compute values and read the environment.
 
     Raises:
-        UpcycleError: a value is computed, and must not be.
+        UpcycleError: the configuration computes a value without permission.
     """
     from omegaconf import OmegaConf
 
@@ -55,7 +56,7 @@ def resolved(config: Any, where: str, *, computes: bool = False) -> Any:
 
 
 def _texts(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield every text in plain values, with the keys that lead to it."""
+    """Yield the keys that lead to each text in plain values, and the text."""
     if isinstance(content, dict | list):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from _texts(value, (*at, str(key)))

@@ -1,6 +1,7 @@
-"""Read what is installed, and which releases fit, with the standard library alone: `doctor` may have nothing else.
+"""Read installed releases and check them against requirements, with the standard library only.
 
-It knows what this package's own metadata use: names, extras, the bounds >=, < and ==, and no markers but extras.
+`doctor` must work if nothing else is installed. Only the syntax of this package's own metadata is supported: names,
+extras, the bounds >=, < and ==, and extras as the only markers.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from typing import Any, NamedTuple
 
 _LINE = re.compile(r"([\w.-]+?)(?:\[([\w,-]+)\])?((?:(?:>=|<|==)[\w.]+,?)*)(?:\s*;\s*extra == \"([\w-]+)\")?")
 _BOUND = re.compile(r"(>=|<|==)([\w.]+)")
-#: numbers, pre-release, whether it is a development release; a local part (+nv26.2) does not count
+#: Groups: numbers, kind and number of a pre-release, mark of a development release. A local part (+nv26.2) is ignored.
 _VERSION = re.compile(r"(\d+(?:\.\d+)*)(?:(a|b|rc)(\d+))?(?:\.post\d+)?(\.?dev\d+)?")
 
 
 class Requirement(NamedTuple):
-    """A line of a package's metadata.
+    """One requirement (a line of a package's metadata).
 
     Attributes:
-        name: the package.
-        extras: the package's, with commas between them.
-        bounds: on its version, as pip writes them.
-        extra: the one that the line belongs to; empty for what is always required.
+        name: required package.
+        extras: extras of the required package, separated by commas.
+        bounds: bounds of its version, in pip's syntax.
+        extra: extra that the line belongs to; empty if the package is always required.
     """
 
     name: str
@@ -36,15 +37,15 @@ class Requirement(NamedTuple):
 
     @property
     def argument(self) -> str:
-        """What pip takes to install it."""
+        """The requirement as an argument of `pip install`."""
         return self.name + (f"[{self.extras}]" if self.extras else "") + self.bounds
 
     def allows(self, version: str) -> bool:
-        """Return whether a version is within the bounds, pre-releases too."""
+        """Return whether a version (pre-releases included) is within the bounds."""
         return all(_holds(version, operator, bound) for operator, bound in _BOUND.findall(self.bounds))
 
     def is_below(self, version: str) -> bool:
-        """Return whether a version is beyond the upper bound, and beyond no other."""
+        """Return whether a version violates the upper bound and no other bound."""
         return not self.allows(version) and all(
             operator == "<" or _holds(version, operator, bound) for operator, bound in _BOUND.findall(self.bounds)
         )
@@ -52,7 +53,7 @@ class Requirement(NamedTuple):
 
 def installed_release(package: str) -> str | None:
     """Return the release of a package that Python would import; None if it is not installed."""
-    # In NVIDIA's containers these are folders of sources, which some users replace: the metadata may be older.
+    # NVIDIA's containers hold these packages as source folders. Users replace them, so the metadata may be outdated.
     is_replaced = package in ("megatron-core", "megatron-bridge")
     if is_replaced and (sources := value_in(package.replace("-", "."), "package_info.py", "__version__")):
         return str(sources)
@@ -63,10 +64,10 @@ def installed_release(package: str) -> str | None:
 
 
 def value_in(package: str, file: str, name: str) -> Any:
-    """Return a value of a plain file of a package, without the slow import of the package; None without that file."""
+    """Return a value from one file of a package without the package's slow import; None if the file is missing."""
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # without the package that this one is in
+    except ModuleNotFoundError:  # the parent package is not installed
         return None
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder, file)).is_file():
@@ -75,10 +76,10 @@ def value_in(package: str, file: str, name: str) -> Any:
 
 
 def requirement(line: str) -> Requirement:
-    """Return a line of metadata, taken apart.
+    """Parse a line of a package's metadata.
 
     Raises:
-        ValueError: it is written in a way that this package does not use.
+        ValueError: the line has syntax that this package does not use.
 
     Example:
         >>> requirement('nemo-toolkit[lightning]<3,>=2.7; extra == "nemo"').argument
@@ -93,16 +94,16 @@ def _holds(version: str, operator: str, bound: str) -> bool:
     own, limit = _key(version), _key(bound)
     if operator == ">=":
         return own >= limit
-    # by PEP 440, a pre-release of 0.16 is not below 0.16
+    # PEP 440: a pre-release of 0.16 does not satisfy <0.16
     return own == limit if operator == "==" else own < limit and own[0] != limit[0]
 
 
 def _key(version: str) -> tuple[tuple[int, ...], tuple[str, int], bool]:
-    """Make the key that orders versions."""
+    """Return a sort key for a version."""
     match = _VERSION.match(version)
     if not match:
-        return (), ("", 0), False  # before every other
+        return (), ("", 0), False  # sorts before every valid version
     numbers = tuple(map(int, re.sub(r"(\.0+)+$", "", match[1]).split(".")))
-    # a development release comes before the pre-releases, and these before the release itself
+    # development release < pre-releases < release
     stage = match[2] or ("" if match[4] else "z")
     return numbers, (stage, int(match[3] or 0)), not match[4]

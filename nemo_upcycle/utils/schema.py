@@ -1,4 +1,4 @@
-"""The number of the form in which runs are noted: in receipts, markers of stages, plans and manifests of data."""
+"""The schema number of the files that describe a run: receipts, stage markers, plans and data manifests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.validation import is_whole
 
 
-#: Raised when earlier releases could not read what is written; a further field does not raise it.
+#: Increased only when earlier releases could not read the files. An additional field does not increase it.
 SCHEMA = 1
 KEY = "schema"
 
 
 def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the number in front of what is written.
+    """Return content with the schema number as its first key.
 
     Example:
         >>> numbered({"stage": "import"})
@@ -25,14 +25,14 @@ def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_known(content: object, path: object) -> int:
-    """Check that this release can read what was written; return its number.
+    """Check that this release can read a file, and return the file's schema number.
 
     Args:
-        content: what was read.
-        path: the file.
+        content: content of the file.
+        path: the file, for errors.
 
     Raises:
-        UpcycleError: a newer release wrote it.
+        UpcycleError: a newer release wrote the file.
     """
     found = content.get(KEY, 0) if isinstance(content, Mapping) else 0
     if not is_whole(found, 0, SCHEMA):

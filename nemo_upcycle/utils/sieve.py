@@ -1,4 +1,4 @@
-"""Keep known messages of libraries off the console: a newcomer takes them for faults. They go to a file."""
+"""Write known messages of libraries to a file instead of the console, because newcomers take them for faults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-#: Messages about optional parts, and lines that only frame others.
+#: Messages about optional parts, and lines that only frame other messages.
 KNOWN = re.compile(
     r"transformer_engine not installed|module could not be imported|No Buildables found in value passed"
     r"|^\s*-{20,}\s*$|^distributed_backend=|All distributed processes registered|^`Trainer[(.]"
@@ -18,18 +18,18 @@ KNOWN = re.compile(
 
 
 class Sieve:
-    """A stream that writes known messages to a file, and all else to another stream.
+    """A stream that writes known messages to a file, and all other text to another stream.
 
     Args:
-        stream: gets what is not known.
-        log: the file; made with its first message.
+        stream: stream for all other text.
+        log: file for known messages; it is created with the first message.
     """
 
     def __init__(self, stream: TextIO, log: Path) -> None:
         self._stream, self._log = stream, log
 
     def write(self, text: str) -> int:
-        """Write a message, whose lines are judged one by one; what follows an unknown line stays with it."""
+        """Write a message without its known lines; if it has known lines, copy the whole message to the file."""
         shown = "".join(line for line in text.splitlines(keepends=True) if not KNOWN.search(line.rstrip()))
         if shown != text:
             self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,10 @@ class Sieve:
 
 @contextmanager
 def sifted(log: Path) -> Iterator[None]:
-    """Write known messages that the block's libraries print on stderr to a file.
+    """Redirect known messages on stderr to a file while the block runs.
 
     Args:
-        log: the file.
+        log: file for known messages.
     """
     before = sys.stderr
     sys.stderr = Sieve(before, log)

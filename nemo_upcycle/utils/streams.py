@@ -1,4 +1,7 @@
-"""Large files, written from front to end: the kernel copies bytes that do not change; on the disk when closed."""
+"""Large files that are written from front to end, and are on the disk when closed.
+
+The kernel copies bytes that do not change.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,23 @@ from types import TracebackType
 from nemo_upcycle.errors import UpcycleError
 
 
-#: Bytes after which writing to the disk begins; the kernel itself would wait for a tenth of the memory.
+#: Bytes after which writing to the disk starts. The kernel itself would wait until a tenth of the memory is used.
 _FLUSH_BYTES = 64 << 20
-#: Bytes of one step where the kernel cannot copy.
+#: Bytes of one step if the kernel cannot copy.
 _STEP_BYTES = 1 << 20
-#: Errors of a system that cannot copy between these two files.
+#: Errors of a kernel that cannot copy between two files.
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes of an open file.
+    """A range of bytes in an open file.
 
     Args:
-        path: the file's, for the text of an error.
-        descriptor: open for reading.
-        start: the first byte.
-        size_bytes: how many.
+        path: path of the file, for errors.
+        descriptor: file descriptor, open for reading.
+        start: position of the first byte.
+        size_bytes: number of bytes.
     """
 
     path: Path
@@ -37,7 +40,7 @@ class ByteRange:
 
 
 class StreamedFile:
-    """A new file that grows at its end. When the block ends without an error its bytes are on the disk.
+    """A new file to append to. If the block ends without an error, all bytes are on the disk.
 
     Example:
         >>> with StreamedFile(Path("model.safetensors")) as file:  # doctest: +SKIP
@@ -64,23 +67,23 @@ class StreamedFile:
         view = memoryview(data)
         if not view.nbytes:
             return
-        view = view.cast("B")  # of one axis, whatever shape it had
-        while len(view):  # the kernel writes at most 2 GiB at once
+        view = view.cast("B")  # flatten any shape to single bytes
+        while len(view):  # the kernel writes at most 2 GiB per call
             count = self._file.write(view)
             view = view[count:]
             self._count(count)
 
     def copy(self, part: ByteRange) -> None:
-        """Append bytes of another file.
+        """Append a range of bytes of another file.
 
         Raises:
-            UpcycleError: the other file ends before them.
+            UpcycleError: the other file ends before the end of the range.
         """
         done, in_kernel = 0, hasattr(os, "copy_file_range")
         while left := part.size_bytes - done:
             if in_kernel:
                 count = self._copy_in_kernel(part.descriptor, part.start + done, min(left, _FLUSH_BYTES))
-                in_kernel = count > 0  # some file systems copy nothing and do not say why
+                in_kernel = count > 0  # some file systems copy nothing without reporting an error
             else:
                 data = os.pread(part.descriptor, min(left, _STEP_BYTES), part.start + done)
                 self.write(data)
@@ -94,7 +97,7 @@ class StreamedFile:
             done += count
 
     def _copy_in_kernel(self, descriptor: int, start: int, most: int) -> int:
-        """Return how many bytes were appended; 0 where the kernel cannot."""
+        """Append bytes with the kernel's copy, and return their number; 0 if the kernel cannot copy."""
         try:
             count = os.copy_file_range(descriptor, self._file.fileno(), most, offset_src=start)
         except OSError as error:
@@ -105,10 +108,10 @@ class StreamedFile:
         return count
 
     def _count(self, written: int) -> None:
-        """Begin to write to the disk what has come together; this does not wait for it."""
+        """Count written bytes; after every 64 MiB, start writing to the disk without waiting."""
         self._written += written
         if self._written - self._flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # The advice that pages are not needed makes the kernel write them; those it keeps for now stay cached.
+            # Advice that the pages are not needed makes the kernel write them. Pages that it keeps stay cached.
             count = self._written - self._flushed
             os.posix_fadvise(self._file.fileno(), self._flushed, count, os.POSIX_FADV_DONTNEED)
             self._flushed = self._written

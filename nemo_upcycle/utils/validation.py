@@ -1,4 +1,4 @@
-"""Checks of numbers that a user gave, a bool is none, and of the fields of configurations."""
+"""Checks of numbers from users (a bool is not a number), and of the fields of configurations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from nemo_upcycle.errors import SpecError, UpcycleError
 
 
-#: Larger numbers of tokens are mistakes.
+#: Larger token counts are mistakes.
 _MOST_TOKENS = 1e18
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def is_whole(value: object, low: int, high: float = math.inf) -> bool:
-    """Return whether a value is a whole number between two others, both included."""
+    """Return whether a value is a whole number between two limits, both included."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def is_number(value: object, low: float, high: float = math.inf) -> bool:
-    """Return whether a value is a number between two others, both included; NaN is not."""
+    """Return whether a value is a number between two limits, both included; False for NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -31,14 +31,14 @@ def check_whole(name: str, value: object, low: int, high: float = math.inf, of: 
     """Check that a setting is a whole number within a range.
 
     Args:
-        name: the setting's.
-        value: its value.
-        low: the smallest number allowed.
-        high: the largest.
-        of: the setting that the largest comes from, for the text of the error.
+        name: name of the setting.
+        value: value of the setting.
+        low: smallest allowed number.
+        high: largest allowed number.
+        of: setting that determines `high`, for the error.
 
     Raises:
-        SpecError: it is not.
+        SpecError: the value is not a whole number, or is outside the range.
 
     Example:
         >>> check_whole("top_k", 9, 1, 8, "num_experts")
@@ -52,14 +52,14 @@ def check_whole(name: str, value: object, low: int, high: float = math.inf, of: 
 
 
 def check_named(name: str, value: object) -> None:
-    """Check that a name or a path is not empty, which would mean the current folder.
+    """Check that a name or a path is not empty, because an empty path would mean the current folder.
 
     Args:
-        name: the setting's.
-        value: its value; None is not checked.
+        name: name of the setting.
+        value: value of the setting; None is not checked.
 
     Raises:
-        SpecError: it is empty.
+        SpecError: the value is empty.
     """
     if value is not None and not str(value).strip():
         raise SpecError(field=name, kind="missing", got="is empty", fix=f"give <{name}> a name or a path")
@@ -69,13 +69,13 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
     """Check that a setting is a finite number within a range.
 
     Args:
-        name: the setting's.
-        value: its value.
-        low: the smallest number allowed.
-        high: the largest.
+        name: name of the setting.
+        value: value of the setting.
+        low: smallest allowed number.
+        high: largest allowed number.
 
     Raises:
-        SpecError: it is not.
+        SpecError: the value is not a finite number, or is outside the range.
     """
     if not is_number(value, low, high) or value == math.inf:
         limit = "or more" if high == math.inf else f"to {high:g}"
@@ -84,17 +84,17 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 
 def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int) -> None:
-    """Check the capacity of experts: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
+    """Check the experts' capacity (`moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`).
 
     Args:
-        factor: token slots of an expert over those of perfect balance; None drops nothing.
-        pad: whether every expert computes its whole capacity.
-        num_experts: experts of a layer.
-        top_k: experts of a token.
+        factor: token slots of an expert, relative to a balanced load; None drops no tokens.
+        pad: whether every expert's input is padded to its capacity.
+        num_experts: experts per layer.
+        top_k: experts per token.
 
     Raises:
         SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
-            or padding would let every expert compute every token, or there is no capacity to pad to.
+            or padding would make every expert compute every token, or there is no capacity to pad to.
     """
     most = num_experts / top_k
     problems = (
@@ -104,7 +104,7 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
             "set <capacity_factor>=1, or do not pad",
         ),
         (
-            factor is not None and not factor <= most,  # nor NaN
+            factor is not None and not factor <= most,  # also true for NaN
             f"at most num_experts / top_k ({most:g}), which already drops nothing",
             f"set <capacity_factor>={most:g}",
         ),
@@ -121,14 +121,16 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
 
 
 def require_local(name: str, path: str) -> str:
-    """Return the name of a folder or file, and check that it is no address: `Path` makes a folder `s3:` of one.
+    """Check that a path is not an address, and return the path.
+
+    `Path` would turn an address such as `s3://...` into a folder `s3:`.
 
     Args:
-        name: the argument's name.
-        path: its value.
+        name: name of the argument.
+        path: value of the argument.
 
     Raises:
-        UpcycleError: it is an address.
+        UpcycleError: the path is an address.
     """
     if "://" in path:
         raise UpcycleError(
@@ -141,10 +143,10 @@ def require_local(name: str, path: str) -> str:
 
 
 def number_of_tokens(text: str) -> float:
-    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+    """Parse a number of tokens, for example `100B`, `1.5T`, `27e9` or `27,000,000,000`.
 
     Raises:
-        SpecError: it stands for none; names `--tokens`.
+        SpecError: the text is not a valid number of tokens; the error names `--tokens`.
     """
     unit = _UNITS.get(text[-1:].upper())
     number = text[:-1] if unit else text
@@ -161,31 +163,31 @@ def number_of_tokens(text: str) -> float:
 
 
 def valid(expected: str, holds: Callable[[Any], object]) -> dict[str, Any]:
-    """Describe the values of a configuration's field, as metadata for `check_fields`; None is always valid.
+    """Return field metadata for `check_fields` that describes the valid values; None is always valid.
 
     Args:
-        expected: what a value has to be, for errors.
-        holds: whether a value is that.
+        expected: description of valid values, for errors.
+        holds: function that returns whether a value is valid.
     """
     return {"expected": expected, "holds": holds}
 
 
 def one_of(choices: Collection[str]) -> dict[str, Any]:
-    """Describe a field that takes one of some names, or a list of them, as metadata for `check_fields`."""
+    """Return field metadata for `check_fields` that allows one of the names in `choices`, or a list of them."""
     return {"choices": choices}
 
 
 def check_fields(where: str, config: Any, explained: Path, prefix: str = "") -> None:
-    """Check the values of a configuration's fields, and of those in its fields.
+    """Check the values of a configuration's fields, including nested configurations.
 
     Args:
         where: the file, for errors.
-        config: an instance of a dataclass, whose fields have metadata of `valid` or `one_of`.
-        explained: the file that explains the fields.
-        prefix: the key of the configuration in the file, with a dot behind it.
+        config: instance of a dataclass whose fields have metadata of `valid` or `one_of`.
+        explained: file that explains the fields.
+        prefix: key of a nested configuration in the file, followed by a dot.
 
     Raises:
-        UpcycleError: a value does not hold, or is none of the names.
+        UpcycleError: a value is invalid, or is not an allowed name.
     """
     for field in dataclasses.fields(config):
         key, value, about = prefix + field.name, getattr(config, field.name), field.metadata

@@ -1,7 +1,7 @@
-r"""Write text that a user gives into Python, YAML and Markdown, always as a quoted value.
+r"""Write users' text into Python, YAML and Markdown, always as a quoted value.
 
-Every file of these formats is written by the functions below. JSON is written by `files.write_json`, a command by
-`command_line.CommandLine`, and HTML by `reporting.html.render_html`.
+The functions below write every file of these formats. `files.write_json` writes JSON, `command_line.CommandLine`
+writes commands, and `reporting.html.render_html` writes HTML.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from typing import Any
 import yaml
 
 
-#: Characters with a meaning in Markdown or its tables; an underscore inside a word has none.
+#: Characters with a meaning in Markdown or its tables. An underscore inside a word has no meaning.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
 #: A `|` in Markdown that would end a table's cell.
 _CELL_END = re.compile(r"(?<!\\)\|")
-#: Characters that show the text around them in another order.
+#: Characters that change the order in which text is displayed.
 _REORDERING = "\\u202a-\\u202e\\u2066-\\u2069"
-#: These, and what a terminal obeys.
+#: Reordering characters, and control characters of terminals.
 _CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{_REORDERING}]")
-#: What YAML shows as an escape: these, and line ends that PyYAML writes raw and reads as blanks.
+#: Characters that YAML must escape: reordering characters, and line ends that PyYAML writes raw and reads as blanks.
 _ESCAPED = re.compile(rf"[{_REORDERING}\x85\u2028\u2029\ufeff]")
-#: A number that Python and OmegaConf read, and PyYAML takes for a text.
+#: A number for Python and OmegaConf that PyYAML takes for a text.
 EXPONENT = re.compile(r"[-+]?[\d_.]*\d[\d_.]*[eE][-+]?\d+")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Code(str):
-    """Text that is Python already: `python_code` does not quote it again."""
+    """Python source; `python_code` does not quote it again."""
 
 
 def python_code(template: str, **values: object) -> str:
-    r"""Fill a template of Python; each value is written as a literal.
+    r"""Fill a Python template; write each value as a literal.
 
     Args:
-        template: Python with `{name}` where a value belongs.
-        values: strings, numbers and other literals; a `Code` is written as it is.
+        template: Python with `{name}` in place of each value.
+        values: strings, numbers and other literals; a `Code` is inserted unchanged.
 
     Raises:
-        ValueError: a value has no literal.
+        ValueError: a value cannot be written as a literal.
 
     Example:
         >>> python_code("TITLE = {title}", title='a"; print()')
@@ -53,10 +53,10 @@ def python_code(template: str, **values: object) -> str:
 
 
 def literal(value: object) -> Code:
-    r"""Return a value as a literal of Python, in ASCII if it has characters that do not show.
+    r"""Return a value as a Python literal; escape characters that cannot be displayed.
 
     Raises:
-        ValueError: Python would read another value, or none.
+        ValueError: the literal would not give the same value.
 
     Example:
         >>> literal(["it's", 2])
@@ -69,18 +69,18 @@ def literal(value: object) -> Code:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes texts that OmegaConf reads as numbers, and PyYAML does not."""
+    """YAML dumper that also quotes texts which only OmegaConf reads as numbers."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, [*"-+.0123456789"])
 
 
 def yaml_text(value: Any, width: int = 80) -> str:
-    """Return plain values as YAML, with the keys in their order.
+    """Return plain values as YAML, and keep the order of the keys.
 
     Args:
         value: mappings, lists, texts, numbers.
-        width: characters after which a line is folded.
+        width: line width after which a line is folded (characters).
 
     Example:
         >>> yaml_text({"license": "# none"})
@@ -95,16 +95,16 @@ def yaml_text(value: Any, width: int = 80) -> str:
 
 
 class Markdown(str):
-    """Text that is Markdown already, as `plain` and `code` return it: `table` does not escape it again."""
+    """Text in Markdown, as `plain` and `code` return it; `table` does not escape it again."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 0) -> str:
-    """Return a Markdown table of cells that are shown as they are: the first column aligned left, the others right.
+    """Return a Markdown table that shows each cell's text unchanged; align the first column left, the others right.
 
     Args:
         header: titles of the columns.
-        rows: cells of the rows.
-        words: number of columns at the end that hold words, which are aligned left.
+        rows: cells of each row.
+        words: number of last columns that hold words and are aligned left.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -123,9 +123,9 @@ def _cell(text: str) -> str:
 
 
 def plain(text: object) -> Markdown:
-    """Return a value on one line, escaped so that Markdown shows it as it is, also inside a table.
+    """Return a value on one line, escaped so that Markdown shows its text unchanged, also inside a table.
 
-    Whatever comes from a file or a name of a run goes through this, `code` or `fenced`; `table` does so by itself.
+    All text from files and names of runs must pass through this function, `code` or `fenced`. `table` does it itself.
 
     Example:
         >>> print(plain("one | <b>two</b>\\n*three* of my_task"))
@@ -135,7 +135,7 @@ def plain(text: object) -> Markdown:
 
 
 def code(text: object) -> Markdown:
-    """Return a value as code inside a line, whatever it holds.
+    """Return any value as inline code.
 
     Example:
         >>> print(code("model"), code("a`b"))
@@ -147,7 +147,7 @@ def code(text: object) -> Markdown:
 
 
 def fenced(text: str, language: str) -> str:
-    """Return lines as a block of code that nothing in them ends.
+    """Return lines as a fenced code block whose fence is longer than any run of backticks in the text.
 
     Example:
         >>> print(fenced("ls", "bash"))

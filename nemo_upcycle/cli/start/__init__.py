@@ -1,4 +1,4 @@
-"""`nemo-upcycle start`: from a model and texts to a recipe, a blend and a forecast; with --yes to a trained MoE."""
+"""`nemo-upcycle start`: write a recipe, a blend and a forecast for a model and texts; with --yes train the MoE."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ It writes recipe.py and blend.yaml. Edit them freely; existing files are never o
 import, data, check of step 0, training, dense baseline, export, evaluation on held-out texts of yours, report.
 exit status: 0 files written (with --yes: run finished); 1 the run did not finish; 2 something is missing."""
 _T = TypeVar("_T")
-#: More GPUs than any cluster has.
+#: Upper limit for the number of GPUs; no cluster has more.
 _MOST_GPUS = 100_000
-#: Lines of a file that differs which are shown.
+#: Largest number of lines to show for a file that differs.
 _SHOWN_LINES = 20
 
 
@@ -85,10 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find, choose, write and show; with --yes run the chain. Return the exit status.
+    """Write the files of a run and show them; with --yes run the chain.
+
+    Returns:
+        The exit status.
 
     Raises:
-        UpcycleError: something is missing; the text lists all of it.
+        UpcycleError: something is missing; the text lists everything that is missing.
     """
     for name, low, high in (("gpus", 0, _MOST_GPUS), ("steps", 1, math.inf)):
         if (value := getattr(args, name)) is not None:
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         )
     folder = args.dir or Path("runs") / (parent.name if parent else "")
     existing = tried(writable_part, folder)
-    if choices and existing and not args.gpus:  # those that are asked for may be a cluster's
+    if choices and existing and not args.gpus:  # with --gpus the run may be for a cluster
         problems += shortages(choices, folder)
     if problems or not (parent and texts and choices):
         raise UpcycleError.together(problems)
@@ -169,18 +172,18 @@ def run(args: argparse.Namespace) -> int:
     command = run_command(folder.absolute(), parent, choices, is_here=True)
     words = [str(own_program("nemo")), *command.words[1:]]
     variables = os.environ | {"PYTHONPATH": command.python_path}
-    os.execve(words[0], words, variables)  # signals are the chain's from here on
+    os.execve(words[0], words, variables)  # the chain replaces this process, so it receives all signals
 
 
 def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield the first differing lines: the folder's files (-), the files of this command (+)."""
+    """Yield the first differing lines: from the folder's files (-) and from this command's files (+)."""
     for name, lines in differing.items():
         more = [f"... {len(lines) - _SHOWN_LINES} lines more"] if len(lines) > _SHOWN_LINES else []
         yield from (f"{folder / name} is another: - there, + by this command", *lines[:_SHOWN_LINES], *more)
 
 
 def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
-    """Return the error of a folder whose files are of another start, or edited; `there` goes on with them."""
+    """Return the error for a folder whose files were edited or are from another start; `there` runs those files."""
     names = " and ".join(differing)
     return UpcycleError(
         f"--dir {folder}",
@@ -191,7 +194,7 @@ def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> 
 
 
 def _missing_packages() -> list[UpcycleError]:
-    """List what the chain imports beside the trainer."""
+    """Return an error for each missing package that the chain needs beside the trainer."""
     fix = "run `nemo-upcycle doctor`: it prints the command that adds it"
     return [
         UpcycleError(
@@ -203,7 +206,7 @@ def _missing_packages() -> list[UpcycleError]:
 
 
 def _forecast(choices: Choices) -> dict[str, str]:
-    """Say what a run takes."""
+    """Forecast the size, memory, time and disk space of a run."""
     arch, plan = choices.arch, choices.plan
     rows = {"size": f"{short_count(arch.total_params)} parameters, {short_count(arch.active_params)} active"}
     if plan:

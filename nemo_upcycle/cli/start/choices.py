@@ -1,4 +1,4 @@
-"""What a run is: experts, trainer, GPUs, layout, batch, steps and rates, each with its reason."""
+"""The choices for a run: experts, trainer, GPUs, layout, batch, steps and learning rates, each with its reason."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import size_text
 
 
-#: Name of a trainer -> the module that says it is installed, and how a text calls it.
+#: trainer -> module whose presence shows that the trainer is installed, and the trainer's name in texts
 TRAINERS = {"nemo": ("nemo", "NeMo"), "bridge": ("megatron.bridge", "Megatron-Bridge")}
-#: Trainer -> field of an `Architecture` -> what its models have not.
+#: trainer -> field of an `Architecture` -> feature that the trainer's models lack
 _LACKS = {"nemo": {"mamba": "Mamba layers", "output_gate": "attention with a gate, gated delta nets"}, "bridge": {}}
-#: Trainer -> the versions that the planner's times are of.
+#: trainer -> software versions for which the planner estimates times
 _SOFTWARE = {"nemo": DEFAULT_SOFTWARE, "bridge": BRIDGE_SOFTWARE}
-#: A trial on a CPU: what two cores do in some minutes.
+#: A trial on a CPU, which takes two cores a few minutes.
 TRIAL_STEPS, TRIAL_BATCH, TRIAL_PEAK, TRIAL_WARMUP = 10, 2, 1e-4, 2
 _SHORT, _SHORTER, _LARGE_PARAMS = 512, 128, 50e6
-#: Of a training on GPUs: steps that the texts shall give at least, sequences that they shall have at least.
+#: Training on GPUs: smallest number of steps, and smallest number of sequences, for which the texts should be enough.
 _FEW_STEPS, _FEW_SEQUENCES = 200, 128
 _LONGEST = 8192
-#: Layouts among which a plain one is looked for: without interleaved stages and with whole experts.
+#: Number of layouts to search for a plain one (without interleaved stages, and with whole experts).
 _LAYOUTS = 100
-#: Bytes of a parameter with its gradient and Adam's states on a CPU, without the states, which ranks share, and of a
-#: rank's program itself.
+#: Bytes on a CPU: per parameter with its gradient and Adam's states; per parameter without these states, which ranks
+#: share; and of a rank's program itself.
 _CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
-#: How often the texts may be read before the table warns.
+#: The table warns if the texts are read more often than this.
 _FEW_EPOCHS = BlendConfig.max_epochs
-#: Bytes of a parameter in the folders of step 0 and of the export.
+#: Bytes per parameter in the folders of step 0 and of the export.
 _MODEL_BYTES = 2
-#: Where NVIDIA's driver lists its GPUs.
+#: The folder in which NVIDIA's driver lists its GPUs.
 _PROC = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asks for; None leaves it to `choose`.
+    """The user's requests; `choose` decides everything that is None.
 
     Attributes:
         spec: fields of the UpcycleSpec.
-        gpus: number of GPUs; 0: a trial on the CPU.
+        gpus: number of GPUs; 0 means a trial on the CPU.
         gpu: kind of the GPUs.
-        steps: steps of the training.
-        epochs: how often the texts are read, in place of `steps`.
+        steps: optimizer steps of the training.
+        epochs: number of times to read the texts, instead of `steps`.
     """
 
     spec: Mapping[str, Any]
@@ -77,24 +77,24 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Choices:
-    """A run, in words that both trainers understand.
+    """The choices for a run, independent of the trainer.
 
     Attributes:
-        spec: how the model is upcycled.
-        spec_fields: its fields that are not left to their defaults.
+        spec: specification of the upcycling.
+        spec_fields: fields of the spec to write into the recipe; all other fields have their defaults.
         trainer: `nemo` or `bridge`.
-        plan: the plan on GPUs; None of a trial on the CPU.
+        plan: plan on GPUs; None for a trial on the CPU.
         layout: parallel sizes.
-        seq_length: tokens of a sequence.
-        global_batch: sequences of a step.
+        seq_length: tokens per sequence.
+        global_batch: sequences per step.
         steps: optimizer steps.
-        warmup: steps until the peak.
-        peak, end: learning rates.
-        suite: what is evaluated.
-        hold_out: what is held back of the texts.
-        rows: name, value and reason of each, to be shown.
-        arch: the upcycled model.
-        dense: the parent's architecture.
+        warmup: steps until the peak learning rate.
+        peak, end: peak and final learning rate.
+        suite: evaluation suite.
+        hold_out: share of the texts that is held out; None if the texts have their own splits.
+        rows: name, value and reason of each choice, to be shown.
+        arch: architecture of the upcycled model.
+        dense: architecture of the parent.
     """
 
     spec: UpcycleSpec
@@ -121,14 +121,14 @@ class Choices:
 
     @property
     def needed_disk_bytes(self) -> int:
-        """Bytes of the run's folder: the last checkpoint of both trainings, one being written, step 0 and export."""
+        """Bytes of the run's folder: last checkpoints of both trainings, one being written, step 0, and export."""
         at_once = 2 if self.steps > paper.CHECKPOINT_STEPS else 1
         states = checkpoint_bytes(self.arch) * at_once + checkpoint_bytes(self.dense)
         return states + 2 * _MODEL_BYTES * self.arch.total_params
 
     @property
     def needed_memory_bytes(self) -> int:
-        """Bytes of this machine's memory that a trial takes."""
+        """Bytes of memory that a trial on the CPU needs."""
         ranks = self.layout.gpus
         copies = _COPY_BYTES * (ranks - 1) * self.dense.total_params
         return _CPU_BYTES * self.arch.total_params + copies + _PROGRAM_BYTES * ranks
@@ -138,7 +138,7 @@ def choose_trainer() -> str:
     """Return the trainer of this environment.
 
     Raises:
-        UpcycleError: none is installed.
+        UpcycleError: no trainer is installed.
     """
     for name, (module, _) in TRAINERS.items():
         if _has(module):
@@ -156,7 +156,7 @@ def _has(module: str) -> bool:
 
 
 def gpus_here() -> tuple[int, str | None]:
-    """Return how many GPUs this machine's driver shows, and which of the planner's they are, if it knows them."""
+    """Return the number of GPUs that the driver lists, and the planner's name for them if it knows their kind."""
     found = [path.read_text(errors="replace") for path in _PROC.glob("*/information")]
     model = re.search(r"Model:\s*(.+)", found[0]) if found else None
     gpu = gpu_of_device(model[1]) if model else None
@@ -164,10 +164,10 @@ def gpus_here() -> tuple[int, str | None]:
 
 
 def chosen_spec(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
-    """Return the spec, and its fields that are stated.
+    """Return the spec, and the fields to write into the recipe.
 
     Raises:
-        UpcycleError: the parent does not become such a model, or no class of Hugging Face's can hold it.
+        UpcycleError: the parent cannot be upcycled in this way, or no Hugging Face class can hold the result.
     """
     if experts := parent.arch.num_experts:
         count = fields.get("num_experts", 2 * experts)
@@ -183,16 +183,16 @@ def chosen_spec(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[Upcycle
 
 
 def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> Choices:
-    """Choose a run.
+    """Choose all settings of a run.
 
     Args:
-        parent: the dense model.
-        texts: what it is trained on.
+        parent: dense model.
+        texts: texts to train on.
         trainer: result of `choose_trainer`.
-        wanted: what is not left to be chosen.
+        wanted: the user's requests.
 
     Raises:
-        UpcycleError: nothing that fits does what is wanted.
+        UpcycleError: no run that fits satisfies the requests.
     """
     spec, stated = chosen_spec(parent, wanted.spec)
     if lacks := [what for field, what in _LACKS[trainer].items() if getattr(parent.arch, field)]:
@@ -278,16 +278,16 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
 
 
 def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tuple[int, str]:
-    """Return the steps of the training, and why if the user asks for them.
+    """Return the number of optimizer steps, and the reason if the user asked for steps or epochs.
 
     Args:
-        texts: the texts.
-        wanted: how many steps or epochs the user asks for.
-        step_tokens: tokens of a step.
-        default: number of steps if the user asks for neither.
+        texts: texts to train on.
+        wanted: the user's requests, with steps or epochs.
+        step_tokens: tokens per step.
+        default: number of steps if the user asks for neither steps nor epochs.
 
     Raises:
-        UpcycleError: the texts are read more often than `MOST_EPOCHS`, and nobody asks for so many epochs.
+        UpcycleError: the texts would be read more than `MOST_EPOCHS` times, and the user did not ask for epochs.
     """
     if wanted.epochs:
         return max(1, math.ceil(wanted.epochs * texts.tokens / step_tokens)), f"{wanted.epochs:g} epochs asked for"
@@ -309,13 +309,16 @@ def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tupl
 
 
 def _length(texts: Texts, dense: Architecture) -> int:
-    """Return the longest power of two up to the paper's that the parent has positions and the texts sequences for."""
+    """Return the sequence length: the largest power of two that fits the parent's positions and the texts.
+
+    It is at most the paper's length, and the texts should have at least `_FEW_SEQUENCES` sequences of it.
+    """
     most = min(_LONGEST, dense.max_positions, max(_SHORT, texts.tokens // _FEW_SEQUENCES))
     return 1 << (most.bit_length() - 1)
 
 
 def _batch(texts: Texts, seq_length: int, gpus: int) -> int:
-    """Return the sequences of a step: the paper's tokens, or fewer, for the texts to give some steps."""
+    """Return the sequences per step: as many tokens as in the paper, or fewer if the texts give too few steps."""
     most = max(1, paper.TOKENS_A_STEP // seq_length)
     few = max(1, texts.tokens // (_FEW_STEPS * seq_length))
     batch = min(most, 1 << (few.bit_length() - 1))
@@ -325,7 +328,7 @@ def _batch(texts: Texts, seq_length: int, gpus: int) -> int:
 def _plan(
     arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str
 ) -> LayoutEstimate:
-    """Return the fastest plan that fits, of layouts that need no more than their sizes said."""
+    """Return the fastest plan that fits, among layouts without virtual stages and expert tensor parallelism."""
     software = _SOFTWARE[trainer]
     work = Workload(seq_length=seq_length, global_batch=batch, routing="natural")
     tokens = float(steps * batch * seq_length)
@@ -339,7 +342,7 @@ def _plan(
 
 
 def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
-    """Yield what this machine lacks for a run in a folder: disk, and for a trial memory."""
+    """Yield an error if the disk is too small for a run in a folder, or the memory too small for a trial."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(existing).free, choices.needed_disk_bytes
     if free < needed:
@@ -362,10 +365,10 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
 
 
 def writable_part(folder: Path) -> Path:
-    """Return the part of a path that exists, after a file was written there.
+    """Return the existing part of a path, and check that a file can be written there.
 
     Raises:
-        UpcycleError: no file can.
+        UpcycleError: no file can be written there.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
@@ -377,7 +380,7 @@ def writable_part(folder: Path) -> Path:
 
 
 def _available_bytes() -> int | None:
-    """Return the memory that programs can still take; None where the system does not say."""
+    """Return the memory available to programs (bytes); None if the system does not report it."""
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
         return int(found[1]) * 1024 if found else None

@@ -1,4 +1,4 @@
-"""The recipe and the blend of a run, as files that are meant to be edited, and the command that runs them."""
+"""The recipe and the blend of a run, written as files for users to edit, and the command that runs them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from nemo_upcycle.utils.conf import conf_text
 from nemo_upcycle.utils.writers import Code, literal, python_code
 
 
-#: In the folder that is named.
+#: Names of the files in the folder of the run.
 RECIPE, BLEND = "recipe.py", "blend.yaml"
-#: An executor for GPUs that this machine lacks; a site fills in the words in capitals.
+#: Settings of an executor for GPUs that this machine lacks. The user replaces the words in capitals.
 CLUSTER = (
     *("run.executor=slurm", "run.executor.account=ACCOUNT", "run.executor.partition=PARTITION"),
     "run.executor.container_image=IMAGE",
@@ -81,7 +81,7 @@ def pretrain(spec=SPEC):
 def dense_ct():  # the baseline
     return pretrain(None)
 '''
-#: Size of a layout -> argument of `upcycled_from`, and Megatron's setting.
+#: parallel size -> argument of `upcycled_from`, and Megatron's setting
 _SIZES = {
     "tp": ("tensor_parallelism", "tensor_model_parallel_size"),
     "pp": ("pipeline_parallelism", "pipeline_model_parallel_size"),
@@ -91,12 +91,15 @@ _SIZES = {
 
 
 def run_name(parent: FoundParent, choices: Choices) -> str:
-    """Name the folder of the run, which its report is titled by, as recipes are: by the parent and the experts."""
+    """Return the name of the run's folder, which is also the title of its report.
+
+    The name has the form of recipes' names: parent, number of experts, top-k.
+    """
     return f"{parent.name}_e{choices.spec.num_experts}t{choices.spec.top_k}"
 
 
 def recipe_text(parent: FoundParent, choices: Choices) -> str:
-    """Write the recipe for the trainer that was chosen."""
+    """Return the text of the recipe for the chosen trainer."""
     values: dict[str, Any] = {
         "dense": parent.address,
         "spec": Code(", ".join(f"{name}={literal(value)}" for name, value in choices.spec_fields.items())),
@@ -118,7 +121,7 @@ def recipe_text(parent: FoundParent, choices: Choices) -> str:
 
 
 def _of_nemo(choices: Choices) -> tuple[list[str], list[str]]:
-    """Return the arguments of the layout, and the lines behind."""
+    """Return the arguments for the layout, and the lines that follow the call."""
     layout = choices.layout
     sizes = [f"{name}={size}" for name, size in _sizes(choices, 0).items()]
     if choices.plan is None:
@@ -138,7 +141,10 @@ def _of_bridge(choices: Choices) -> tuple[list[str], list[str]]:
 
 
 def _sizes(choices: Choices, column: int) -> dict[str, str]:
-    """Return the sizes of the layout that are not 1, by names of `_SIZES`; a model without experts spreads none."""
+    """Return setting -> value for the parallel sizes above 1; the dense baseline gets no expert parallelism.
+
+    `column` selects the names in `_SIZES`.
+    """
     sizes = {size: getattr(choices.layout, size) for size in _SIZES}
     return {
         _SIZES[size][column]: f"{value} if spec else 1" if size == "ep" else str(value)
@@ -148,7 +154,7 @@ def _sizes(choices: Choices, column: int) -> dict[str, str]:
 
 
 def _recomputed(choices: Choices) -> dict[str, str]:
-    """Choose Megatron's settings of recomputation, which both trainers have."""
+    """Return Megatron's settings of recomputation, which are the same for both trainers."""
     values = recomputation(choices.plan.work) if choices.plan else {}
     return {name: f"{value!r} if spec else None" for name, value in values.items() if value is not None}
 
@@ -172,7 +178,7 @@ def _run_bridge(folder: Path, parent: FoundParent, choices: Choices) -> list[str
     return [f"{name}={value}" for name, value in values.items()]
 
 
-#: Trainer -> the recipe's text, what fills its layout in, and the words that run it.
+#: trainer -> template of the recipe, function that returns its layout, and function that returns the command's words
 _FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]], Callable[..., list[str]]]] = {
     "nemo": (_NEMO, _of_nemo, _run_nemo),
     "bridge": (_BRIDGE, _of_bridge, _run_bridge),
@@ -180,7 +186,7 @@ _FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]], C
 
 
 def blend_text(texts: Texts, choices: Choices) -> str:
-    """Write the blend."""
+    """Return the text of the blend."""
     content: dict[str, Any] = {"sources": texts.sources, "seq_length": choices.seq_length}
     if held := choices.hold_out:
         content |= {"hold_out": {"validation": held.share, "heldout": held.share}, "seed": held.seed}
@@ -189,14 +195,14 @@ def blend_text(texts: Texts, choices: Choices) -> str:
 
 
 def differing_lines(folder: Path, files: Mapping[str, str]) -> dict[str, list[str]]:
-    """Compare files with those of a folder, which may have been edited.
+    """Compare new files with the files in a folder, which the user may have edited.
 
     Args:
-        folder: where they go.
+        folder: folder for the new files.
         files: name -> content.
 
     Returns:
-        Name -> lines of the folder's file (-) and of the new one (+), for each file that is there and differs.
+        name -> lines of the folder's file (-) and of the new file (+), for each existing file that differs.
     """
     found = {}
     for name, text in files.items():
@@ -211,11 +217,11 @@ def write_files(folder: Path, files: Mapping[str, str]) -> bool:
     """Write the files that a folder lacks.
 
     Args:
-        folder: where they go.
+        folder: folder for the files.
         files: name -> content.
 
     Returns:
-        Whether anything was written.
+        Whether a file was written.
     """
     missing = [name for name in files if not (folder / name).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,13 +231,13 @@ def write_files(folder: Path, files: Mapping[str, str]) -> bool:
 
 
 def run_command(folder: Path, parent: FoundParent, choices: Choices, *, is_here: bool) -> CommandLine:
-    """Return the command that runs the files of a folder, as it is typed where `nemo-upcycle start` was.
+    """Return the command that runs the files of a folder, typed in the same folder as `nemo-upcycle start`.
 
     Args:
-        folder: holds the recipe, which is found by PYTHONPATH.
-        parent: the dense model.
-        choices: the run.
-        is_here: whether this machine has its GPUs; else the command is a dry run for a cluster.
+        folder: folder of the recipe; PYTHONPATH gets it, so that the recipe can be imported.
+        parent: dense model.
+        choices: choices for the run.
+        is_here: whether this machine has enough GPUs; if not, the command is a dry run for a cluster.
     """
     words = [shown_program("nemo"), "upcycle", "pipeline", *_FORMS[choices.trainer][2](folder, parent, choices)]
     words += ["--yes"] if is_here else [*CLUSTER, "--dryrun"]
@@ -240,6 +246,6 @@ def run_command(folder: Path, parent: FoundParent, choices: Choices, *, is_here:
 
 
 def command_of_a_run(folder: Path) -> CommandLine | None:
-    """Return the newest command that ran the files of a folder; None if none did."""
+    """Return the newest command that ran the files of a folder; None if there is none."""
     noted = sorted(folder.glob(f"*/{COMMAND}"), key=lambda path: path.stat().st_mtime)
     return CommandLine.read(noted[-1].read_text(encoding="utf-8")) if noted else None

@@ -1,4 +1,4 @@
-"""The dense model that a run starts from, as far as its configuration says it."""
+"""The parent model of a run, as described by its configuration."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import is_complete
 
 
-#: Characters of a run's name: a folder's name has room for 255 bytes.
+#: Largest number of characters in a run's name, because a folder's name may have 255 bytes.
 _NAME_CHARS = 60
 
 
 @dataclass(frozen=True)
 class FoundParent:
-    """A dense model.
+    """The parent of a run.
 
     Attributes:
-        address: its absolute path, or its name on the hub.
-        arch: its architecture.
-        tokenizer: the folder of its tokenizer; None: of an asset that is still to be made.
+        address: absolute path, address on the hub, or asset.
+        arch: architecture.
+        tokenizer: folder of the tokenizer; None for an asset that has not been made yet.
     """
 
     address: str
@@ -39,7 +39,7 @@ class FoundParent:
 
     @property
     def name(self) -> str:
-        """Its name, as a folder of runs and a module of Python can have it."""
+        """The parent's name, restricted to characters that are valid in a folder's name and a Python module."""
         words = re.sub(r"\W+", "_", self.address.rstrip("/").rpartition("/")[2]).strip("_").lower()
         return words[:_NAME_CHARS].strip("_") or "model"
 
@@ -56,13 +56,13 @@ class FoundParent:
 
 
 def inspect_parent(source: str) -> FoundParent:
-    """Find a dense model; of one on the hub configuration and tokenizer are fetched.
+    """Find the parent model; fetch its configuration and tokenizer if it is on the hub.
 
     Args:
         source: a folder, `hf://ORG/NAME`, `ORG/NAME` or `asset://NAME`.
 
     Raises:
-        UpcycleError: there is none, its class is not known, or weights or a tokenizer are missing.
+        UpcycleError: the model is missing, its class is unknown, or weights or a tokenizer are missing.
     """
     if source.startswith("nemo://"):
         checkpoint = source.removeprefix("nemo://")
@@ -71,7 +71,7 @@ def inspect_parent(source: str) -> FoundParent:
     found = find_parent(source)
     if found.kind == "asset":
         arch, made = known_parent(source), cached_asset(found.name)
-        assert arch is not None  # every asset that is a model has a row in conf/planning/parents.yaml
+        assert arch is not None  # conf/planning/parents.yaml has a row for every asset that is a model
         return FoundParent(source, arch, made if is_complete(made) else None)
     folder = on_this_machine(found, OF_TOKENIZER).absolute()
     arch = read_architecture(folder)

@@ -1,4 +1,4 @@
-"""The texts that a run trains on: what they are, about how many tokens, and what is held back of them."""
+"""The texts to train on: their sources, an estimate of their tokens, and the share that is held out."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.console import short_count
 
 
-#: Tokens that the demo's texts have to train on, and documents.
+#: Training tokens and documents of the demo's texts.
 _DEMO_TOKENS, _DEMO_DOCUMENTS = 580_000, 64
-#: Of a sample: documents at most.
+#: Largest number of documents in a sample.
 _SAMPLED = 2000
-#: Bytes of a token where no tokenizer is at hand.
+#: Assumed bytes per token if there is no tokenizer.
 _BYTES_A_TOKEN = 4.0
-#: Held back at least, for each of the two splits: sequences of validation, and documents.
+#: Smallest amount to hold out: sequences for validation, and documents for each of the two splits.
 _SEQUENCES, _DOCUMENTS = 2, 2
-#: Shares that are tried, and seeds for each: of few documents a draw may hold back none.
+#: Shares to try, and seeds for each share. If there are few documents, a draw may hold out none.
 _SHARES, _SEEDS = (0.02, 0.05, 0.1, 0.2, 0.3), range(1234, 1274)
 
 
 @dataclass(frozen=True)
 class HoldOutShare:
-    """What is held back of the documents: the share of each split, and the seed of the draw."""
+    """The documents that are held out: the share of each split, and the seed of the draw."""
 
     share: float
     seed: int
@@ -45,11 +45,11 @@ class Texts:
 
     Attributes:
         sources: name of a source -> its keys in a blend; the sources differ in the field that holds the text.
-        documents: their number, from the sample.
-        tokens: their number, from the sample.
-        described: name of a source -> documents, tokens, and bytes kept and lost.
-        sample: source, id and tokens of each document, where the sample has read all.
-        has_splits: whether the source names what is held back itself.
+        documents: number of documents, estimated from a sample.
+        tokens: number of tokens, estimated from a sample.
+        described: name of a source -> text with its documents, tokens, and bytes kept and lost.
+        sample: source, id and tokens of each document; None unless the sample contains all documents.
+        has_splits: whether the source has its own held-out splits.
     """
 
     sources: dict[str, dict[str, Any]]
@@ -60,13 +60,13 @@ class Texts:
     has_splits: bool = False
 
     def hold_out(self, seq_length: int) -> HoldOutShare | None:
-        """Choose what is held back, enough for a validation and for the bits per byte of held-out text.
+        """Choose a share that is large enough for validation and for the bits per byte of held-out text.
 
         Args:
-            seq_length: tokens of a sequence.
+            seq_length: tokens per sequence.
 
         Returns:
-            None: the source has splits of its own.
+            The share and the seed; None if the source has its own splits.
 
         Raises:
             UpcycleError: there are too few documents.
@@ -103,11 +103,11 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
     """Find texts and read a sample of them.
 
     Args:
-        name: a file, a folder, a pattern; None: the demo's.
-        tokenizer: folder with a `tokenizer.json`, to estimate tokens by; None estimates by bytes.
+        name: a file, a folder or a pattern; None means the demo's texts.
+        tokenizer: folder with a `tokenizer.json`, for counting tokens; None estimates tokens from bytes.
 
     Raises:
-        UpcycleError: there are none, or they have no text.
+        UpcycleError: there are no files, or they contain no text.
     """
     if name is None:
         config = read_blend(DEMO).config.sources["speeches"]
@@ -127,7 +127,7 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
     whole = None if None in samples else [part for sample in samples for part in sample or ()]
     total = sum(one.tokens for one in found)
     keys = {key: value for one in found for key, value in one.sources.items()}
-    if len(found) > 1:  # every text is read equally often
+    if len(found) > 1:  # weights in proportion to the tokens, so that every text is read equally often
         shares = {key: round(one.tokens / total, 4) for one in found for key in one.sources}
         keys = {key: value | {"weight": shares[key]} for key, value in keys.items()}
     lines = {key: value for one in found for key, value in one.described.items()}
@@ -135,7 +135,7 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
 
 
 def _read(blend: Blend, source: str, tokenizer: Path | None, schemas: Sequence[Schema]) -> Texts:
-    """Read a sample of one source."""
+    """Read a sample of one source, and estimate the size of the source."""
     files, config = check_files(blend, source)["train"], blend.config.sources[source]
     look = look_at(files, documents=_SAMPLED, tokenizer=tokenizer)
     check_look(blend, source, look)
@@ -160,7 +160,7 @@ def _read(blend: Blend, source: str, tokenizer: Path | None, schemas: Sequence[S
 
 
 def _growth(look: Look, sizes: list[int], paths: list[str]) -> float:
-    """Estimate how many times the bytes of text of the sample all files have."""
+    """Estimate the text bytes of all files, as a multiple of the text bytes in the sample."""
 
     def read() -> Iterator[float]:
         for size, path, read_bytes in zip(sizes, paths, look.read_bytes, strict=False):

@@ -1,1 +1,1 @@
-"""Conversations -> packed sequences for fine-tuning, with a loss on the answers alone."""
+"""Conversations, packed into sequences for fine-tuning, with the loss on the answers only."""

@@ -1,10 +1,12 @@
-"""Build the folder of a set of conversations, complete or not at all.
+"""Build the folder of a set of conversations; a failed build leaves no folder.
+
+The folder holds:
 
 training.npy, validation.npy   packs, as NeMo's and Megatron-Bridge's data modules for fine-tuning read them
-packing.json          how full they are, in NeMo's form
-heldout.jsonl         answers that are scored afterwards, each with what the model is given before it
+packing.json          how full the packs are, in NeMo's format
+heldout.jsonl         answers to score after training, each with its prompt
 tokenizer/            with the chat template
-removed.jsonl         every line that was not taken, by file, line and field, and what to do
+removed.jsonl         every omitted line: file, line, field, reason and fix
 manifest.json         counts, licence, files
 """
 
@@ -38,24 +40,25 @@ from nemo_upcycle.utils.schema import numbered
 
 MADE_BY, KEY = FinishedChat.command, FinishedChat.key
 _SPLITS = ("train", "validation", "heldout")
-#: Why a line that is right is not taken: by its own settings.
+#: Reasons to omit a valid line.
 _EQUAL, _TOO_LONG = "equal to an earlier one", "longer than a sequence"
 
 
 def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, Any]:
-    """Build a set of conversations; a finished folder of the same set is kept.
+    """Build a set of conversations, or keep a finished folder of the same set.
 
     Args:
         chat: conversations to pack.
-        output: the folder to make.
-        strict: whether a line that is wrong ends the build; otherwise it is listed and left out.
+        output: folder to make.
+        strict: whether an invalid line ends the build; otherwise it is listed and omitted.
 
     Returns:
         The manifest.
 
     Raises:
-        UpcycleError: a file, the tokenizer or its chat template is missing; a split has no conversation; with
-            `strict`, a line is wrong; more lines are wrong than `max_lost` allows; or the folder holds something else.
+        UpcycleError: a file, the tokenizer or its chat template is missing; a split has no conversation; a line is
+            invalid and `strict` is set; more lines are invalid than `max_lost` allows; or the folder holds something
+            else.
 
     Example:
         >>> build_chat(read_chat("mine.jsonl", ["tokenizer=/models/Llama-3-8B"]), Path("data/mine"))  # doctest: +SKIP
@@ -104,14 +107,14 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
 
 
 def cached_chat(name: str, dense: str, seq_length: int) -> Path:
-    """Return the folder of a set of conversations for a dense model, built once, in the cache.
+    """Return the cached folder of a set of conversations for a dense model; build it on first use.
 
-    Several ranks may call it at the same time: one builds it, the others wait.
+    Several ranks may call this at the same time: one builds the folder, the others wait.
 
     Args:
         name: name of the set, as in `read_chat`.
         dense: address of the dense model.
-        seq_length: tokens of a sequence.
+        seq_length: tokens in a sequence.
 
     Raises:
         UpcycleError: see `build_chat`.
@@ -122,14 +125,14 @@ def cached_chat(name: str, dense: str, seq_length: int) -> Path:
 
 
 def _made_by(config: ChatConfig) -> dict[str, Any]:
-    """Return the settings that decide what is written."""
+    """Return the settings that affect the output."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key != "max_lost"}
 
 
 def _read(
     paths: Sequence[Path], special_tokens: Sequence[str], problems: list[Problem], strict: bool
 ) -> list[Conversation]:
-    """Return the conversations that can be taken, equal ones once; note the others."""
+    """Return the valid conversations, each once, and add the other lines to `problems`."""
     taken: dict[str, Conversation] = {}
     are_apart = len({path.name for path in paths}) == len(paths)
     for path in paths:
@@ -148,7 +151,7 @@ def _note(problem: Problem, problems: list[Problem], strict: bool) -> None:
 
 
 def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem]) -> dict[str, list[Conversation]]:
-    """Return the conversations of each split. Those that share what stands before their first answer stay together."""
+    """Return the conversations of each split; if they are equal before the first answer, they stay together."""
     config = chat.config
     together: dict[str, list[Conversation]] = {}
     for conversation in conversations:
@@ -173,7 +176,7 @@ def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem
 
 
 def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
-    """Check that no more lines are wrong than the set allows."""
+    """Check that at most `max_lost` of the lines are invalid."""
     wrong = [problem for problem in problems if problem.reason not in (_EQUAL, _TOO_LONG)]
     if len(wrong) > chat.config.max_lost * lines:
         most, fix = _most(wrong)
@@ -190,7 +193,7 @@ def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
 
 
 def _most(problems: Sequence[Problem]) -> tuple[str, str]:
-    """Describe the most frequent fault of the lines, with an example, and its fix."""
+    """Describe the most frequent problem of the lines, with an example, and return its fix."""
     if not problems:
         return "no line is wrong", "add conversations"
     reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
@@ -207,7 +210,7 @@ def _write(
     problems: list[Problem],
     strict: bool,
 ) -> dict[str, Any]:
-    """Write a split; return its counts, of packs with what NeMo's metadata say of them."""
+    """Write a split and return its counts; for a packed split, they include NeMo's packing metadata."""
     size, kept = chat.config.seq_length, []
     counts = Counter(conversations=0, answers=0, tokens=0, answer_tokens=0, cut=0)
     for found in template.tokens(track(conversations, f"pack {split}", len(conversations))):

@@ -1,4 +1,4 @@
-"""What a set of conversations is: its files, the length of a sequence, and what is held back."""
+"""The configuration of a set of conversations: files, sequence length, and held-out shares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.validation import one_of, valid
 
 
 TOO_LONG = ("cut", "drop")
-#: What the manifest of a finished folder says that it holds.
+#: Value of `kind` in the manifest of a finished folder.
 KIND = "conversations"
 _LINES = (".jsonl", ".json")
 _ASSET = "asset://"
@@ -26,17 +26,17 @@ class ChatConfig:
     """A set of conversations; `conf/chat/messages.yaml` explains every key.
 
     Attributes:
-        files: JSON lines, each a conversation: paths, patterns, or `asset://NAME`.
-        tokenizer: the dense model whose tokenizer and chat template are used, by address.
-        seq_length: tokens of a sequence, which several conversations share.
-        validation: share of the conversations that the loss is watched on.
-        heldout: share of the conversations whose answers are scored afterwards.
-        too_long: what happens to a conversation of more than `seq_length` tokens: `cut` keeps it up to the last answer
+        files: files of JSON lines, a conversation in each line: paths, patterns, or `asset://NAME`.
+        tokenizer: address of the dense model whose tokenizer and chat template are used.
+        seq_length: tokens in a sequence, into which several conversations are packed.
+        validation: share of the conversations held back for the validation loss.
+        heldout: share of the conversations held back to score their answers after training.
+        too_long: treatment of a conversation of more than `seq_length` tokens: `cut` keeps it up to the last answer
             that fits, `drop` removes it.
-        max_lost: largest share of the lines that may be wrong; above it nothing is built.
-        chat_template: a Jinja file, in the place of the tokenizer's own template.
+        max_lost: largest share of the lines that may be invalid; above it the build fails.
+        chat_template: Jinja file that replaces the tokenizer's own template.
         license: licence of the conversations, for the model card.
-        seed: decides which conversations are held back, and their order.
+        seed: random seed that chooses the held-out conversations and the order.
     """
 
     files: list[str] = field(metadata=valid("at least one", len))
@@ -73,13 +73,13 @@ class Chat:
         return [entry.removeprefix(_ASSET) for entry in self.config.files if entry.startswith(_ASSET)]
 
     def paths(self, *, fetch: bool = True) -> list[Path]:
-        """Return the files, each once, in the order in which they are read.
+        """Return the files in reading order, each once.
 
         Args:
-            fetch: whether assets are fetched; otherwise they are left out.
+            fetch: whether to fetch assets; otherwise they are omitted.
 
         Raises:
-            UpcycleError: an entry names no file.
+            UpcycleError: an entry matches no file.
         """
         found: list[Path] = []
         for entry in self.config.files:
@@ -94,10 +94,10 @@ class Chat:
         return list(dict.fromkeys(found))
 
     def template_text(self) -> str | None:
-        """Return the chat template that is given in the place of the tokenizer's.
+        """Return the chat template that replaces the tokenizer's, or None.
 
         Raises:
-            UpcycleError: a file cannot be read.
+            UpcycleError: the file cannot be read.
         """
         path = self.config.chat_template
         return read_text(self.folder / Path(path).expanduser()) if path else None
@@ -115,8 +115,8 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
     """Read the configuration of a set of conversations.
 
     Args:
-        name: a name in `conf/chat`, a YAML file, or a file of JSON lines alone.
-        overrides: `key=value`, as in `seq_length=4096`.
+        name: name in `conf/chat`, path of a YAML file, or path of a file of JSON lines.
+        overrides: settings to change, as in `seq_length=4096`.
 
     Raises:
         UpcycleError: there is no such set, or a key or value is wrong.
@@ -138,8 +138,8 @@ def is_chat(data: str) -> bool:
     """Return whether a run reads conversations rather than texts.
 
     Args:
-        data: value of a pipeline's `data=`. Conversations are a name in `conf/chat`, a YAML file that names `files`,
-            a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
+        data: value of a pipeline's `data=`. It means conversations if it is a name in `conf/chat`, a YAML file that
+            names `files`, a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
 
     Example:
         >>> is_chat("messages"), is_chat("sotu"), is_chat("mine.jsonl")

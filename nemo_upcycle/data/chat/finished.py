@@ -1,4 +1,4 @@
-"""Read a finished folder of conversations, or a finished folder of either kind."""
+"""Read a finished folder of conversations; `open_data` opens a folder of texts or of conversations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.data.indexed_dataset import require_size
 from nemo_upcycle.errors import UpcycleError
 
 
-#: Of the manifest; and what the folder holds.
+#: Format version of the manifest, and the names of the folder's files.
 FORMAT = 1
 PACKS = {"train": "training.npy", "validation": "validation.npy"}
 PACKING, REMOVED = "packing.json", "removed.jsonl"
@@ -41,21 +41,24 @@ class FinishedChat(Finished):
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """Read the held-out answers (`document`, `turn`, `prompt`, `answer`), by argument of `build_named_suite`."""
+        """Return the held-out answers as arguments of `build_named_suite`.
+
+        Each answer has `document`, `turn`, `prompt` and `answer`.
+        """
         return {"heldout_documents": [], "answers": self.lines()}
 
     def validation_tokens(self) -> Iterator[Any]:
-        """Yield the token ids of each pack, validation first: few packs are validated on."""
+        """Yield the token ids of each pack: validation first, then training, because validation packs are few."""
         import numpy as np
 
         for split in ("validation", "train"):
             yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
 
     def require_length(self, seq_length: int) -> None:
-        """Check that a training takes packs of the length that these have.
+        """Check that a run expects packs of the length that this folder has.
 
         Raises:
-            UpcycleError: it does not.
+            UpcycleError: the lengths differ.
         """
         if seq_length != (made := self.manifest["seq_length"]):
             raise UpcycleError(
@@ -66,11 +69,11 @@ class FinishedChat(Finished):
             )
 
     def describe(self, steps: int, step_packs: int) -> str:
-        """Say what a run reads of the folder.
+        """Describe how much of the folder a run reads.
 
         Args:
             steps: steps of the run.
-            step_packs: packs of a step, over all ranks.
+            step_packs: packs in a step, over all ranks.
         """
         packs = self.manifest["splits"]["train"]["packs"]
         return f"data: {self.card}, in {packs:,} packs; {steps} steps read {steps * step_packs / packs:.2f} epochs"
@@ -80,10 +83,10 @@ def open_chat(folder: str | Path) -> FinishedChat:
     """Read the manifest of a finished folder of conversations, and check its files against it.
 
     Args:
-        folder: the output of `nemo-upcycle chat CONVERSATIONS DIR`.
+        folder: output of `nemo-upcycle chat CONVERSATIONS DIR`.
 
     Raises:
-        UpcycleError: the folder is not finished, holds texts, is of another format, or a file is missing or of another
+        UpcycleError: the folder is unfinished, holds texts or has another format, or a file is missing or has another
             size.
 
     Example:
@@ -100,7 +103,7 @@ def open_data(folder: str | Path) -> FinishedBlend | FinishedChat:
     """Open a finished folder of texts or of conversations.
 
     Args:
-        folder: the output of `nemo-upcycle data` or `nemo-upcycle chat`.
+        folder: output of `nemo-upcycle data` or `nemo-upcycle chat`.
 
     Raises:
         UpcycleError: see `open_blend` and `open_chat`.

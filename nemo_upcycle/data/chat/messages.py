@@ -1,6 +1,6 @@
-"""Read conversations from JSON lines, and check each; a wrong line is named by file, line and field.
+"""Read conversations from JSON lines and check each; an invalid line is reported by file, line and field.
 
-A conversation is in OpenAI's form (`messages`) or ShareGPT's (`conversations`), which is read as the same messages.
+A conversation has OpenAI's format (`messages`) or ShareGPT's (`conversations`). Both become the same messages.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from nemo_upcycle.errors import UpcycleError
 ANSWER = "assistant"
 ROLES = ("system", "user", ANSWER, "tool")
 _MESSAGES, _SHAREGPT = "messages", "conversations"
-#: Roles of ShareGPT, and its names of fields.
+#: ShareGPT's roles -> ours, and our field names -> ShareGPT's.
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": ANSWER}
 _SHAREGPT_NAMES = {"role": "from", "content": "value"}
 _CALLS = ("tool_calls", "function_call")
-#: What an answer may say beside its content, as the interfaces of models name it.
+#: Fields that an answer may have beside its content, under the names that model APIs use.
 BESIDE = (*_CALLS, "reasoning_content", "reasoning", "thinking")
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation, up to the last answer that is learned.
+    """One conversation, up to the last answer to train on.
 
     Attributes:
         place: file and line, `mine.jsonl:17`.
-        messages: dicts with `role`, `content` and whatever else a template reads; `weight` 0 keeps one from the loss.
+        messages: dicts with `role`, `content` and other fields that a template reads; `weight` 0 excludes a message
+            from the loss.
         tools: tools that the line names, for templates that show them; None if it names none.
         field: field of the line that holds the messages: `messages`, or `conversations` in ShareGPT's form.
     """
@@ -45,28 +46,28 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """Return the hash of what stands before the first answer: conversations that share it share their split."""
+        """Return the hash of the messages before the first answer; equal hashes share a split."""
         roles = [message["role"] for message in self.messages]
         return _digest(self.messages[: roles.index(ANSWER)])
 
     @property
     def whole(self) -> str:
-        """Return the hash of all of it."""
+        """Return the hash of the whole conversation, tools included."""
         return _digest([*self.messages, {"tools": self.tools}])
 
     def answers(self) -> list[int]:
-        """Return the positions of the answers that are learned among the messages."""
+        """Return the positions of the messages that are answers to train on."""
         return [number for number, message in enumerate(self.messages) if _is_learned(message)]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a line is not taken.
+    """The reason why a line is omitted.
 
     Attributes:
         place: file and line.
         field: field of the line, as `messages[1].content`.
-        reason: mistake in a few words, which many lines may share.
+        reason: mistake in a few words, the same words for many lines.
         fix: remedy.
     """
 
@@ -76,7 +77,7 @@ class Problem:
     fix: str = "correct or delete the line"
 
     def error(self) -> UpcycleError:
-        """Return it as the error that ends a strict build."""
+        """Return the problem as the error that ends a strict build."""
         where = f"{self.place}: {self.field}" if self.field else self.place
         return UpcycleError(f"{where}:", kind="state", got=self.reason, fix=self.fix)
 
@@ -84,14 +85,14 @@ class Problem:
 def read_conversations(
     path: Path, special_tokens: Collection[str] = (), called: str = ""
 ) -> Iterator[Conversation | Problem]:
-    """Yield what stands in each line of a file that is not blank.
+    """Yield the conversation or the problem of each line of a file, except blank lines.
 
     Args:
-        path: JSON lines; each an object with `messages`, a list of objects with `role` and `content`, or with
-            `conversations`, a list of objects with `from` and `value`.
-        special_tokens: names that may not stand in a content: the tokenizer would take them for the tokens, and who
-            wrote the text could end a turn within it.
-        called: name of the file in places; empty for its own name.
+        path: file of JSON lines. Each line is an object with `messages` (objects with `role` and `content`) or with
+            `conversations` (objects with `from` and `value`).
+        special_tokens: names that no content may contain. The tokenizer would read them as special tokens, so the
+            author of a text could end a turn inside it.
+        called: file name to use in places; empty means the file's own name.
 
     Raises:
         UpcycleError: the file cannot be read.
@@ -153,7 +154,7 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] | None:
-    """Return field and reason of what is wrong with a message."""
+    """Return field and reason of the first mistake in a message, or None."""
     if not isinstance(message, dict):
         return "", "no JSON object"
     role = message.get("role")
@@ -193,7 +194,7 @@ def _join_parts(message: dict[str, Any]) -> str:
 
 
 def _wrong_calls(message: dict[str, Any]) -> str:
-    """Read the arguments of tool calls that are JSON in a text, as templates want them; return what is wrong."""
+    """Parse tool-call arguments that are JSON strings, since templates want objects; return the mistake, or ""."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         return "no list of JSON objects"
@@ -210,7 +211,7 @@ def _wrong_calls(message: dict[str, Any]) -> str:
 
 
 def _unwritable(value: Any, special_tokens: Collection[str]) -> str:
-    """Return why a value may not be written into a conversation; an empty text: it may."""
+    """Return why a value may not appear in a conversation, or "" if it may."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     try:
         text.encode()

@@ -1,7 +1,8 @@
-"""Put sequences of many lengths into packs of one length, and write them as NeMo and Megatron-Bridge read them.
+"""Pack sequences of different lengths into packs of one length, in the format of NeMo and Megatron-Bridge.
 
-Both read a `.npy` file of dicts: `input_ids`, `loss_mask` (one place ahead, like the labels) and `seq_start_id`. A
-sequence of n tokens takes n - 1 places: its last token is only ever a label. Attention does not cross sequences.
+Both read a `.npy` file of dicts with `input_ids`, `loss_mask` (shifted by one place, like the labels) and
+`seq_start_id`. A sequence of n tokens takes n - 1 places, because its last token is only a label. Attention does not
+cross sequences.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from nemo_upcycle.data.chat.template import Tokens
 
 
 def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Return which sequences go into which pack: the longest first, each to where it leaves the least room.
+    """Assign sequences to packs: longest first, each into the pack where it leaves the least room.
 
     Args:
         lengths: places that each sequence takes, at most `size`.
-        size: places of a pack.
-        seed: decides the order of packs, and which of equally long sequences go together.
+        size: places in a pack.
+        seed: random seed for the order of the packs, and for the choice among equally long sequences.
 
     Returns:
-        For each pack the numbers of its sequences.
+        For each pack, the numbers of its sequences.
 
     Example:
         >>> sorted(map(sorted, pack([5, 3, 2, 4], 7, seed=0)))
@@ -33,8 +34,8 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
     """
     numbers = np.random.default_rng(seed).permutation(len(lengths))
     packs: list[list[int]] = []
-    # The packs by the room that is left in them, and in the bits of a number which rooms there are: the least one that
-    # suffices is found at once, where a search through all packs would take a day for a million sequences.
+    # Packs are grouped by the room left in them, and bit r of `rooms` tells whether there is a pack with room r. So
+    # the least sufficient room is found at once. A search through all packs would take a day for a million sequences.
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms = 0
     for number in sorted(map(int, numbers), key=lambda number: -lengths[number]):
@@ -61,7 +62,7 @@ def write_packs(path: Path, sequences: Sequence[Tokens], size: int, seed: int) -
     Args:
         path: the `.npy` file to write.
         sequences: sequences of at most `size` + 1 tokens.
-        size: places of a pack.
+        size: places in a pack.
         seed: seed of the packing, see `pack`.
 
     Returns:

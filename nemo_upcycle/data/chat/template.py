@@ -1,8 +1,8 @@
 """Render conversations with a model's chat template, and find the answers in them.
 
-A prompt is rendered up to the place where the model begins to answer, and tokenised apart from the answer where the
-tokenizer allows it: the first token of the answer is then the one that the model has to produce. The loss is on the
-answers, with the token that ends each.
+A prompt is rendered up to the point where the model begins to answer. If the tokenizer allows it, prompt and answer
+are tokenised separately, so that the first token of the answer is the token that the model has to produce. The loss
+covers each answer and the token that ends it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from nemo_upcycle.errors import UpcycleError
 
 #: Conversations that are tokenised in one call.
 _BATCH = 512
-#: What a template raises that does not take a conversation.
+#: Errors that a template raises if it refuses a conversation.
 _REFUSED = (TemplateError, TypeError, KeyError)
 _OTHER_TEMPLATE = "set chat_template to a Jinja file that writes it, or delete the line"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence to train on: all of a conversation, or what leads to one of its answers.
+    """A sequence to train on: a whole conversation, or one of its answers with all that comes before.
 
     Attributes:
         place: place of the conversation.
         ids: ids of its tokens, int32.
-        is_answer: which of them the loss is on, bool.
+        is_answer: whether the loss covers each token, bool.
         ends: for each answer, the number of tokens up to its end.
     """
 
@@ -45,25 +45,29 @@ class Tokens:
     ends: tuple[int, ...]
 
     def cut(self, length: int) -> Tokens | None:
-        """Keep the tokens up to the last answer that ends within a length; None where none does."""
+        """Keep the tokens up to the last answer that ends within `length`; return None if no answer does."""
         ends = tuple(end for end in self.ends if end <= length)
         return Tokens(self.place, self.ids[: ends[-1]], self.is_answer[: ends[-1]], ends) if ends else None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a model is given before an answer, since the answer before, and the answer with what ends it."""
+    """A prompt and its answer.
+
+    The prompt is the text since the previous answer, or from `ChatTemplate.asked` the whole text before the answer.
+    The answer includes the text that ends it.
+    """
 
     prompt: str
     answer: str
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or another in its place.
+    """A tokenizer with its own chat template, or with a template that replaces it.
 
     Args:
         tokenizer: tokenizer of transformers.
-        source: Jinja, in the place of the tokenizer's own.
+        source: Jinja template that replaces the tokenizer's own, or None.
         where: name of the tokenizer's model, for errors.
 
     Raises:
@@ -79,21 +83,21 @@ class ChatTemplate:
                 got="has no chat template: the model was not tuned for conversations",
                 fix="set chat_template to a Jinja file, such as the template of the model's Instruct version",
             )
-        if isinstance(self.source, dict):  # several, by name
+        if isinstance(self.source, dict):  # several templates, by name
             self.source = self.source.get("default") or next(iter(self.source.values()))
         added = tokenizer.added_tokens_decoder
         self.special_ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         self.special_tokens = tuple(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         self._ends = re.compile("|".join(map(re.escape, self.special_tokens)))
-        # Those of SentencePiece put a blank before each text: then a conversation is not tokenised in pieces.
+        # SentencePiece tokenizers put a blank before each text, so they must tokenise a conversation as a whole.
         alone = tokenizer("so", add_special_tokens=False)["input_ids"]
         self._is_additive = "".join(tokenizer.convert_ids_to_tokens(alone)) == "so"
 
     def conversations(self, conversation: Conversation) -> list[list[Turn]] | Problem:
-        """Return the texts to train on: turn by turn, or one text for each answer.
+        """Return the texts to train on: one text with all turns, or one text for each answer.
 
-        Some templates write an earlier answer in another way than the last one, without its thoughts for example. Then
-        each answer follows what the model will be given before it.
+        Some templates write earlier answers differently from the last one, for example without its thoughts. Then each
+        answer gets a text of its own, with the prompt that the model will be given before this answer.
         """
         answers, turns, before = conversation.answers(), [], ""
         try:
@@ -119,12 +123,12 @@ class ChatTemplate:
         return [turns]
 
     def _rendered(self, conversation: Conversation, answer: int) -> tuple[str, str]:
-        """Render the prompt before an answer, and the same with the answer."""
+        """Render the prompt before an answer, and the prompt together with the answer."""
         before, up_to = (replace(conversation, messages=conversation.messages[: answer + n]) for n in (0, 1))
         return self._render(before, add_generation_prompt=True), self._render(up_to)
 
     def _unread(self, conversation: Conversation) -> str:
-        """Return the first field without which the template writes the same; empty: there is none."""
+        """Return the first field that the template ignores, or "" if it reads all fields."""
         messages, field = conversation.messages, conversation.field
         for number, message in enumerate(messages):
             before, up_to = (replace(conversation, messages=messages[: number + n]) for n in (0, 1))
@@ -156,7 +160,7 @@ class ChatTemplate:
         return text
 
     def tokens(self, conversations: Iterable[Conversation]) -> Iterator[Tokens | Problem]:
-        """Yield what there is to train on of each conversation, in their order."""
+        """Yield the sequences to train on, or the problem, of each conversation in order."""
         rest = iter(conversations)
         while batch := list(islice(rest, _BATCH)):
             rendered = [(conversation.place, self.conversations(conversation)) for conversation in batch]
@@ -173,7 +177,7 @@ class ChatTemplate:
                         yield self._joined(place, list(zip(pieces, pieces, strict=True)))
 
     def _ids(self, texts: list[list[str]]) -> list[list[list[int]]]:
-        """Return the ids of texts, each cut into pieces."""
+        """Return the token ids of each piece of each text."""
         if self._is_additive:
             flat = [piece for pieces in texts for piece in pieces]
             ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
@@ -181,7 +185,7 @@ class ChatTemplate:
         return [self._ids_of_whole(pieces) for pieces in texts]
 
     def _ids_of_whole(self, pieces: list[str]) -> list[list[int]]:
-        """Return the ids of one text, sorted into the pieces in which each token begins."""
+        """Tokenise one text as a whole, and assign each token to the piece in which it begins."""
         whole = self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
         ends: list[int] = list(accumulate(map(len, pieces)))
         found: list[list[int]] = [[] for _ in pieces]
@@ -204,13 +208,13 @@ class ChatTemplate:
         return Tokens(place, np.array(ids, np.int32)[: ends[-1]], np.array(is_answer)[: ends[-1]], tuple(ends))
 
     def _scored(self, answer: Sequence[int]) -> int:
-        """Return how many tokens of an answer the model has to write: up to the last special one; 0 without any."""
+        """Return how many tokens of an answer the model must write: up to its last special token; 0 without one."""
         return next((number + 1 for number in reversed(range(len(answer))) if answer[number] in self.special_ids), 0)
 
     def asked(self, conversation: Conversation) -> list[Turn] | Problem:
-        """Return, for each answer of a conversation, all that the model is given before it, and the answer.
+        """Return each answer of a conversation, with the whole text that the model is given before it.
 
-        The answer ends where the model has to stop, as text.
+        The text of an answer ends where the model has to stop.
         """
         texts = self.conversations(conversation)
         if isinstance(texts, Problem):
@@ -224,6 +228,6 @@ class ChatTemplate:
         return asked
 
     def _stopped(self, answer: str) -> str:
-        """Return an answer without what a template writes behind the last special token of it."""
+        """Return an answer without the text that a template writes after its last special token."""
         ends = [answer.rfind(name) + len(name) for name in self.special_tokens if name in answer]
         return answer[: max(ends)] if ends else answer

@@ -1,1 +1,1 @@
-"""The engine of the data stage: text to clean, tokenised shards. Runs in the data environment (`make venv`)."""
+"""The engine of the data stage: it turns texts into clean, tokenised shards, in the data environment (`make venv`)."""

@@ -1,9 +1,9 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
-    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node
-    --ray                          on a running Ray cluster
+    --slurm PARTITION [--time T]   run the tasks as Slurm jobs, N at a time; start it on a login node
+    --ray                          run the tasks on a running Ray cluster
 
-Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.
+A rerun resumes where the engine was stopped or killed. The output is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STOPPED = "\nstopped; what is finished is kept\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the engine and return the exit status: 0, 2 (bad input, or a failure) or 128 and the signal's number."""
+    """Run the engine and return the exit status: 0, 2 (bad input or a failure), or 128 plus the signal's number."""
     stop_with_parent()
     try:
         require_one_checkout()
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(
             f"error: {error.name} is not installed. Run `nemo-upcycle doctor`, which prints how to add it.\n"
         )
-    except CalledProcessError as error:  # its own message stands above
+    except CalledProcessError as error:  # its own message is shown already
         sys.stderr.write(
             f"error: {error.cmd[0]}: it failed with status {error.returncode}."
             f" Check --slurm {arguments.slurm}, and --time; `sinfo` lists the partitions.\n"
@@ -102,7 +102,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _cores() -> int:
-    """Return how many cores this process may use: inside a job of Slurm, not all of the machine."""
+    """Return how many cores this process may use; inside a Slurm job, not all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

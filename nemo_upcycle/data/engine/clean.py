@@ -1,7 +1,7 @@
 """The steps that remove documents: filters, datatrove's exact deduplication, decontamination.
 
-Of equal documents the one in the first task stays (`make_plan`). Passages of evaluation items are cut out of training
-documents; looser matches in the rest are reported.
+Among equal documents, the document in the first task is kept (`make_plan`). Passages of evaluation items are cut out
+of training documents. Looser matches in the remaining text are only reported.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
 
-#: The rest of a document on either side of a cut becomes a document if it has this many characters.
+#: Characters that the text on either side of a cut must have to become a document.
 SHORTEST_PIECE = 200
-#: Files of the numbers of the documents that are duplicates, in the folder of the plan, by reason.
+#: Reason -> files in the plan's folder that hold the numbers of duplicate documents.
 DUPLICATES = {
     "duplicate": "duplicates/found/*/{rank:05d}.c4_dup",
     "near duplicate": "duplicates/near/{rank:05d}.remove",
@@ -38,16 +38,16 @@ DUPLICATES = {
 
 
 class RemoveDocuments(LedgerStep):
-    """Removes the documents that have a reason."""
+    """Removes the documents for which `reason` returns a reason."""
 
     type, name, step = "filter", "documents with a reason", ""
 
     @abstractmethod
     def reason(self, document: Document) -> str | None:
-        """Say why a document goes; None: it stays."""
+        """Return why a document is removed, or None to keep it."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield the other documents."""
+        """Yield the documents to keep."""
         for document in data:
             if reason := self.reason(document):
                 self.ledger.removed_document(self.step, reason, document)
@@ -82,7 +82,7 @@ class RemoveListed(RemoveDocuments):
 
 
 def compared_text(document: Document) -> str:
-    """Compose characters, and put one blank for every run of blanks and line ends, to compare texts."""
+    """Return the text to compare: characters composed (NFC), and one blank for each run of blanks and line ends."""
     return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
@@ -92,7 +92,7 @@ def deduplication() -> ExactDedupConfig:
 
 
 def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
-    """Number documents, and add them to a digest; pass them on."""
+    """Give each document a number, add it to a digest, and pass it on."""
     for number, document in enumerate(data):
         document.metadata["number"] = number
         digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
@@ -100,10 +100,10 @@ def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
 
 
 class SignDocuments(ExactDedupSignature):
-    """Numbers documents; writes a hash of the compared part of each, 14 bytes, and a digest of them all.
+    """Numbers documents, and writes a signature (14 bytes) of the compared text of each and a digest of all.
 
-    datatrove breaks ties by the number of the document in its task, and then by chance. So every task has a priority
-    of its own: the earlier one wins.
+    datatrove breaks ties by the document's number in its task, and then by chance. So each task has its own priority,
+    and the earlier task wins.
     """
 
     def __init__(self, ledger: Ledger, folder: Path, finders: int) -> None:
@@ -125,7 +125,7 @@ class SignDocuments(ExactDedupSignature):
 
 
 class RequireSameDocuments(LedgerStep):
-    """Numbers documents, and checks that a pass reads the same ones as the first: numbers tell which are removed."""
+    """Numbers documents, and checks that they are those of the first pass, because removals name them by number."""
 
     type, name = "check", "the documents of the first pass"
 
@@ -137,7 +137,7 @@ class RequireSameDocuments(LedgerStep):
         """Pass documents on.
 
         Raises:
-            UpcycleError: the documents are others.
+            UpcycleError: the documents differ from the first pass.
         """
         digest = xxh64()
         yield from _numbered(data, digest)
@@ -152,12 +152,12 @@ class RequireSameDocuments(LedgerStep):
 
 
 class RemoveNumbered(RemoveDocuments):
-    """Removes the documents whose numbers an earlier stage wrote down.
+    """Removes the documents whose numbers an earlier stage wrote.
 
     Args:
-        ledger: the record of the task.
-        step: step of the record.
-        files: reason -> the files of numbers in the folder of the plan.
+        ledger: record of the task.
+        step: step under which the removals are recorded.
+        files: reason -> files of document numbers in the plan's folder.
     """
 
     name = "documents that an earlier stage found"
@@ -167,7 +167,7 @@ class RemoveNumbered(RemoveDocuments):
         self.step, self.files = step, files
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield the other documents."""
+        """Yield the documents to keep."""
         self.reasons = numbered(self.ledger.plan, rank, self.files)
         yield from super().run(data, rank, world_size)
 
@@ -177,7 +177,7 @@ class RemoveNumbered(RemoveDocuments):
 
 
 def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, str]:
-    """Return the numbers that are written down of a task, each with the first reason."""
+    """Return the document numbers that were written for a task, each with its first reason."""
     reasons: dict[int, str] = {}
     for reason, pattern in files.items():
         for path in plan.folder.glob(pattern.format(rank=rank)):
@@ -187,7 +187,7 @@ def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, st
 
 
 def write_numbers(path: Path, numbers: Any) -> None:
-    """Write numbers of documents for `numbered`; numpy's own `tofile` does not report a full disk."""
+    """Write document numbers for `numbered`, without numpy's `tofile`, which does not report a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside:
         aside.write_bytes(np.array(numbers, "<u4").tobytes())
@@ -207,14 +207,14 @@ def _digest_path(folder: Path, rank: int) -> Path:
 class Decontaminate(LedgerStep):
     """Drops a training document that contains an evaluation item, or cuts the passage out of it.
 
-    Short n-grams of items in what is left are counted, and stay. What the last step omits, beyond a source's `tokens`,
-    is counted as well.
+    Short n-grams of items in the remaining text are counted but not removed. The counts include documents that the
+    last step omits because their source has more than its `tokens`.
     """
 
     type, name = "filter", "n-grams of the evaluation items"
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield clean documents; count the passages taken out of them."""
+        """Yield clean documents, and count the passages removed from them."""
         index = _index(Path(str(self.ledger.plan.ngram_index)))
         counts = self.ledger.contamination = Contamination(index)
         report = self.ledger.report = Contamination(index)

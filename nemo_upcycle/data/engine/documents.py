@@ -1,4 +1,4 @@
-"""The first step: read documents; count what is unreadable, with its place."""
+"""The first step: read documents, and count unreadable ones with their places."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_upcycle.data.engine.records import identity_of, own_identity, records_
 from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 
 
-#: Of records without the field that holds the text: other fields that are remembered.
+#: Maximum number of other fields to remember from records that lack the text field.
 _MOST_FIELDS = 100
 
 
 class ReadDocuments(LedgerStep):
-    """Reads the files of a task. datatrove's own readers lose what follows a damaged line."""
+    """Reads the files of a task. datatrove's own readers lose everything after a damaged line."""
 
     type, name = "reader", "files of the plan"
 
@@ -36,7 +36,7 @@ class ReadDocuments(LedgerStep):
                 start, stop, _ = options.get("part", (0, stored, 1))
                 texts = self.ledger.texts[file] = xxh3_128()
                 for place, identity, size_bytes, record in records_of(file, name, task.reader, options):
-                    is_whole = size_bytes is None and isinstance(record, dict)  # Parquet without the column
+                    is_whole = size_bytes is None and isinstance(record, dict)  # Parquet without the text column
                     if size_bytes is None and stop is not None:
                         size_bytes = max(0, stop - start - (self.ledger.bytes_in - before))
                     self.ledger.records_in += 1
@@ -63,7 +63,7 @@ class ReadDocuments(LedgerStep):
     def _document(
         self, place: str, identity: str, record: dict[str, Any] | str, options: dict[str, Any], texts: xxh3_128
     ) -> Document | str:
-        """Return the document, whose text is added to `texts`, or its mistake."""
+        """Return the document and add its text to `texts`, or return the mistake."""
         text, content, mistake = text_of(record, options)
         if mistake:
             if mistake.startswith(NO_FIELD) and isinstance(record, dict) and len(self.ledger.fields) < _MOST_FIELDS:
@@ -84,7 +84,7 @@ class ReadDocuments(LedgerStep):
         return self.ledger.task.split or split_of(identity, plan.seed, plan.hold_out)
 
     def _listed_duplicates(self, url: str | None) -> set[int]:
-        """Return the rows, from 0, that RedPajama's list of duplicates of a file names."""
+        """Return the rows of a file (from 0) that RedPajama lists as duplicates."""
         if url is None:
             return set()
         import pyarrow
@@ -100,5 +100,5 @@ class ReadDocuments(LedgerStep):
 
 
 def _modified(file: str) -> dict[str, int]:
-    """Return when a file of this machine was changed last, by which later commands see that it is another one."""
+    """Return when a local file was last changed, so that later commands can tell whether it is the same."""
     return {} if "://" in file else {"modified_ns": Path(file).stat().st_mtime_ns}

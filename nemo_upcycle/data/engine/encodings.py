@@ -1,4 +1,4 @@
-"""Recognise the format of bytes from the bytes: compressed or not, UTF-8, UTF-16, Latin-1, or no text."""
+"""Recognise the format of a file from its bytes: compressed or not, UTF-8, UTF-16, Latin-1, or no text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 
 
 PARQUET, ZIP = b"PAR1", (b"PK\x03\x04", b"PK\x05\x06")
-#: Ends of the names of compressed files.
+#: Suffixes of compressed files.
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
-#: A document is no text when a greater share of its characters is bad.
+#: Largest share of bad characters in a document; with more, the document is not text.
 MOST_BAD = 0.02
-#: Neither is a file of an unknown encoding with more of these at its beginning: bytes by chance have 11 %.
+#: Largest share of control characters at the start of a file in an unknown encoding; with more, the file is not text.
+#: Random bytes have 11 %.
 _MOST_CONTROL = 0.05
 
 _GZIP, _BZIP2, _XZ = rb"\x1f\x8b\x08", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", rb"\xfd7zXZ\0"
-_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a frame to skip, with which pzstd begins
-_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # a terminal writes \b and \x1b
+_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a skippable frame, with which pzstd begins
+_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # terminals write \b and \x1b
 _C1 = re.compile(rb"\xc2[\x80-\x9f]")
 _RUNS = re.compile(rb"[\x80-\xff]{3,}")
 _ASCII = bytes(range(0x80))
 
 
 def decompressor(head: bytes) -> Any:
-    """Choose the decompressor's maker by the first bytes of a stream; None if it is not compressed."""
+    """Return a function that makes a decompressor for a stream with these first bytes; None if not compressed."""
     if re.match(_GZIP, head):
         return lambda: zlib.decompressobj(wbits=31)
     if re.match(_ZSTANDARD, head):
@@ -40,19 +41,19 @@ def decompressor(head: bytes) -> Any:
 
 
 def utf16(head: bytes) -> str | None:
-    """Return which UTF-16 a text is that begins with its mark, or None."""
+    """Return the UTF-16 variant that the byte order mark of a text names, or None without a mark."""
     marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
     return marks.get(head[:2])
 
 
 def is_plain(head: bytes) -> bool:
-    """Return whether a file that begins so is ASCII, UTF-8 or Latin-1 text, whose lines end at bytes of value 10."""
+    """Return whether a file's first bytes are ASCII, UTF-8 or Latin-1 text, whose lines end at bytes of value 10."""
     is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
     return not (is_stored or utf16(head) or is_binary(head))
 
 
 def is_binary(head: bytes) -> bool:
-    """Return whether a file that begins so is no text in any encoding."""
+    """Return whether a file's first bytes are not text in any encoding."""
     if _count_control(head) <= _MOST_CONTROL * len(head):
         return False
     try:
@@ -66,8 +67,8 @@ def decode(content: bytes) -> str:
     """Decode UTF-8, or Latin-1 as Windows writes it.
 
     Raises:
-        UnicodeDecodeError: it is neither. Bytes beyond ASCII that stand in rows are of another script; parts of UTF-8
-            are a damaged one.
+        UnicodeDecodeError: it is neither. Runs of bytes beyond ASCII mean another script; fragments of UTF-8 mean
+            damaged UTF-8.
     """
     try:
         return content.decode()
@@ -80,11 +81,11 @@ def decode(content: bytes) -> str:
 
 
 def count_bad(text: str, content: bytes) -> int:
-    """Count the characters that no text should have: controls, and U+FFFD, which stands for lost characters.
+    """Count the characters that no text should have: control characters, and U+FFFD, which marks lost characters.
 
     Args:
         text: a text.
-        content: its bytes in UTF-8.
+        content: the text's bytes in UTF-8.
     """
     bad = _count_control(content)
     return bad if text.isascii() else bad + text.count("\ufffd") + len(_C1.findall(content))

@@ -28,8 +28,8 @@ class Ledger:
     """The record of the task at hand, shared by the steps of one pipeline.
 
     Args:
-        plan_path: the plan's file.
-        is_kept: whether to write it, as the last pass over the documents does.
+        plan_path: path of the plan.
+        is_kept: whether to write the record; only the last pass over the documents does.
     """
 
     def __init__(self, plan_path: Path, *, is_kept: bool) -> None:
@@ -41,7 +41,7 @@ class Ledger:
 
     @property
     def plan(self) -> EnginePlan:
-        """The plan, read once a process."""
+        """The plan, read once per process."""
         return load_plan(self.plan_path)
 
     @property
@@ -55,16 +55,16 @@ class Ledger:
         self.passed: Counter[str] = Counter()  # documents that left a step
         self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
         self.lost_by: dict[str, dict[str, Any]] = {}  # reason -> counts of what could not be read
-        self.fields: Counter[str] = Counter()  # of records without a text: characters of their other fields
-        self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
+        self.fields: Counter[str] = Counter()  # field -> characters, in records without a text
+        self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all steps before it
         self.files: dict[str, dict[str, int | bool | None]] = {}
-        self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
+        self.texts: dict[str, xxh3_128] = {}  # file -> hash of all texts read from it
         self.bytes_in = self.records_in = 0
-        self.text = {"documents": 0, "bytes": 0}  # of training, that was read so far
+        self.text = {"documents": 0, "bytes": 0}  # training text read so far
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
-        self.contamination: Any = None  # of the decontamination, where there is one
-        self.report: Any = None  # of short n-grams in the remaining documents
-        self.cut: Counter[str] = Counter()  # documents that went on as pieces
+        self.contamination: Any = None  # counts of the decontamination, if there is one
+        self.report: Any = None  # counts of short n-grams in the remaining documents
+        self.cut: Counter[str] = Counter()  # documents that were cut into pieces
         self.pii: Counter[str] = Counter()  # kind -> number of replacements
         self.tokenizer = ""
         self._start_s = time.process_time()
@@ -76,7 +76,9 @@ class Ledger:
     def lost(
         self, reason: str, identity: str, where: str, size_bytes: int | None, *, is_whole: bool = False, **more: Any
     ) -> None:
-        """Count unreadable bytes, and write their line; None is a file of unknown size, `is_whole` a whole file.
+        """Count an unreadable record, and write its line.
+
+        A `size_bytes` of None means a file of unknown size. `is_whole` means that the whole file is lost.
 
         Raises:
             UpcycleError: the plan is strict.
@@ -92,12 +94,12 @@ class Ledger:
         self.removed("read", reason, identity, where, size_bytes or 0, **more)
 
     def removed(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
-        """Count a thing that a step removed, and write its line."""
+        """Count a removal by a step, and write its line."""
         self.removed_by[step][reason] += 1
         self.note(step, reason, identity, where, size_bytes, **more)
 
     def note(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
-        """Write a line, for a part of a document that was removed."""
+        """Write a line without counting, for a part that was removed from a document."""
         if self._lines:
             named = without_secrets({"id": identity, "where": where})
             line = {"step": step, "reason": reason, **named, "bytes": size_bytes, **more}
@@ -109,7 +111,7 @@ class Ledger:
         self.removed(step, reason, document.id, document.metadata["where"], size_bytes, **more)
 
     def finish(self) -> None:
-        """Write the record: complete, or not at all."""
+        """Write the record, complete or not at all."""
         if not self._lines:
             return
         self._lines.close()
@@ -118,14 +120,14 @@ class Ledger:
         write_json(self.plan.path("stats", self.rank, "json"), self.summary())
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts: at every step `in` is `kept` and all that was removed."""
+        """Return the counts; at every step, `in` equals `kept` plus all removals."""
         steps, seconds, comes_in, before_s = {}, {}, self.records_in, 0.0
         self.upstream_s["tokenise"] = time.process_time() - self._start_s
         self.passed["tokenise"] = self.passed["decontaminate"] - sum(self.removed_by["tokenise"].values())
         for step in STEPS:
             removed = dict(sorted(self.removed_by[step].items()))
             kept = self.passed[step]
-            if step == "decontaminate":  # pieces of a document are one document kept
+            if step == "decontaminate":  # the pieces of a document count as one kept document
                 kept -= self.cut["pieces"] - self.cut["documents"]
             steps[step] = {"in": comes_in, "kept": kept, "removed": removed}
             seconds[step] = round(self.upstream_s.get(step, before_s) - before_s, 3)
@@ -153,7 +155,7 @@ class LedgerStep(PipelineStep):
     """A step that writes to the record of its task.
 
     Args:
-        ledger: the record, which all steps of a pipeline share.
+        ledger: record that all steps of a pipeline share.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -184,9 +186,9 @@ class CountDocuments(LedgerStep):
 
 
 class CountText(LedgerStep):
-    """Counts the documents of training and their bytes; a first pass writes them, before anything is tokenised.
+    """Counts the training documents and their bytes.
 
-    With them goes what could not be read.
+    The first pass writes these counts, and the counts of unreadable records, before anything is tokenised.
     """
 
     type, name = "count", "text to train on"

@@ -1,4 +1,4 @@
-"""Read the lines of a file, compressed or not, near or far; what is damaged costs only itself."""
+"""Read the lines of a local or remote file, compressed or not; only the damaged parts of a file are lost."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from nemo_upcycle.errors import UpcycleError
 
 
 T = TypeVar("T")
-#: Errors of opening a file that are mistakes in the blend; any other error may pass.
+#: Errors on opening a file that mean a mistake in the blend; other errors may be temporary.
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 NOT_TEXT, ARCHIVE = "not text", "zip archive, to be unpacked"
 _CHUNK_BYTES = 1 << 16
-_COMPRESSED_BYTES = 1 << 12  # most bytes that damage costs
-#: A file without line ends, given by mistake, must not fill the memory.
+_COMPRESSED_BYTES = 1 << 12  # read at a time, and so the most that damage costs
+#: Longest line that is read: a file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
-_WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
+_WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts to read a file from a server
 
 
 class _DamagedError(Exception):
-    """The damage of a file, and the bytes of text that it costs; None: all the rest of the file."""
+    """Damage in a file, with the bytes of text that are lost; None means the rest of the file."""
 
 
 class OtherFormatError(Exception):
-    """The bytes of a file are of another format than its name says; holds that format's name."""
+    """The bytes of a file have another format than its name says; holds the name of the real format."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A line that could not be read, or the rest of a file, with its bytes; None: all that the file has left."""
+    """An unreadable line, or the unreadable rest of a file, with the lost bytes; None means all the rest."""
 
     reason: str
     number: int
@@ -50,7 +50,7 @@ class Damage:
 
 
 def is_address(text: str) -> bool:
-    """Say whether a file is not one of this machine's."""
+    """Return whether a name is an address, not a file on this machine."""
     return "://" in text and not text.startswith(("file://", "local://"))
 
 
@@ -59,13 +59,13 @@ def open_input(url: str) -> IO[bytes]:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: the file cannot be read now; every read raises this.
+        UpcycleError: the file cannot be read now; every later read may raise this, too.
     """
     return cast("IO[bytes]", _Input(url))
 
 
 def size_of(url: str) -> int | None:
-    """Return the bytes of a file as it is stored; None if its server does not say.
+    """Return the stored size of a file (bytes); None if its server does not tell.
 
     Raises:
         OSError: one of `NOT_THERE`.
@@ -81,7 +81,7 @@ def size_of(url: str) -> int | None:
 
 
 class _Input(io.RawIOBase):
-    """A file that is opened again at the same place when reading it fails."""
+    """A file that is reopened at the same place if a read fails."""
 
     def __init__(self, url: str) -> None:
         self._url, self._place, self._handle = url, 0, None
@@ -97,7 +97,7 @@ class _Input(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         try:
             data = _patiently(self._url, lambda: self._tried(size))
-        except (*NOT_THERE, ValueError) as error:  # it was there; its server does not read from a place
+        except (*NOT_THERE, ValueError) as error:  # the file was there: its server cannot read from a place
             raise _unreadable(self._url, error) from error
         self._place += len(data)
         return data
@@ -134,16 +134,16 @@ class _Input(io.RawIOBase):
 
 
 def _patiently(url: str, action: Callable[[], T]) -> T:
-    """Do something with a file, and try again after a while if its server or the network failed.
+    """Run an action on a file, and try again after a while if the server or the network fails.
 
-    What fails for long is an error: counted as a damaged file, its texts would be missing without notice.
+    A lasting failure is an error. If it counted as a damaged file, the file's texts would be missing unnoticed.
     """
     for wait_s in (*(_WAITS_S if is_address(url) else ()), None):
         try:
             return action()
         except (ImportError, ValueError, UpcycleError):
             raise
-        except Exception as error:  # a file system raises what its own library does
+        except Exception as error:  # each file system raises its own library's errors
             cause = _cause_of(error)
             if isinstance(cause, NOT_THERE):
                 raise
@@ -154,7 +154,7 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
 
 
 def _cause_of(error: Exception) -> BaseException:
-    """Find the cause: fsspec takes every error of a web server for a missing file."""
+    """Return the cause of an error, because fsspec reports every error of a web server as a missing file."""
     import aiohttp
 
     cause = error.__cause__
@@ -174,19 +174,20 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
 
 
 def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
-    """Yield the number, from 1, and the bytes of every line, with its end; and the damage.
+    """Yield the number (from 1) and the bytes of every line with its line end, and any damage.
 
-    Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
-    ends too early, or is damaged, gives the lines before that. What a damaged one has behind them is estimated from
-    what came out of as many bytes before; one that ends too early says nothing, and is taken for half of a file.
+    The bytes of the file tell its compression and whether it is UTF-16. Lines in UTF-16 become UTF-8. A compressed
+    file that is damaged or ends too early gives the lines before that point. For a damaged file, the lost text is
+    estimated from the compression ratio so far. A file that ends too early gives no hint, so half of it counts as
+    lost.
 
     Args:
         url: a path or fsspec URL.
-        part: part of a file of plain text: its first byte, the one behind its last, and the number of its first line.
+        part: part of a plain text file: its first byte, one past its last byte, and the number of its first line.
 
     Raises:
         OSError: one of `NOT_THERE`.
-        OtherFormatError: the file has no lines.
+        OtherFormatError: the file is Parquet, which has no lines.
         UpcycleError: reading it fails.
     """
     chunks = _text(_of_part(url, part[0], part[1]) if part else _of_file(url))
@@ -212,7 +213,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
         yield Damage("line too long", number, rest_bytes)
     elif rest and not damage:
         yield number, b"".join(rest)
-    if damage:  # the line at hand is a part of one
+    if damage:  # the current line is incomplete
         reason, lost_bytes = damage
         yield Damage(reason, number, None if lost_bytes is None else rest_bytes + lost_bytes)
 
@@ -242,7 +243,7 @@ def _of_file(url: str) -> Iterator[bytes]:
 
 
 def _decompressed(chunks: Iterator[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress one stream after the other; NULs between them fill a block."""
+    """Decompress one stream after the other, and skip the NULs between them that fill a block."""
     stream: Any = None
     stored_bytes = text_bytes = 0
     for chunk in chunks:
@@ -251,7 +252,7 @@ def _decompressed(chunks: Iterator[bytes], new_stream: Callable[[], Any]) -> Ite
             stream = stream or new_stream()
             try:
                 content = stream.decompress(chunk)
-            except Exception:  # each library has its own
+            except Exception:  # each library raises its own errors
                 left = sum(map(len, chunks))
                 raise _DamagedError("damaged compressed file", text_bytes * left // stored_bytes) from None
             text_bytes += len(content)
@@ -263,7 +264,7 @@ def _decompressed(chunks: Iterator[bytes], new_stream: Callable[[], Any]) -> Ite
 
 
 def _text(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the bytes of a text, without its byte order mark, and UTF-16 as UTF-8."""
+    """Yield the bytes of a text without its byte order mark; convert UTF-16 to UTF-8."""
     head = next((chunk for chunk in chunks if chunk), b"")
     if encoding := encodings.utf16(head):
         decoder = codecs.getincrementaldecoder(encoding)("replace")

@@ -1,6 +1,6 @@
-"""Near duplicates, by datatrove's MinHash over the words that decontamination sees.
+"""Near duplicates, found by datatrove's MinHash over the words that decontamination sees.
 
-Words are folded, so letter case, accents and punctuation make no difference. The first document of a group stays.
+Words are folded, so letter case, accents and punctuation make no difference. The first document of a group is kept.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.word_hashes import grams_of, joined, normalise
 
 
-_ROWS = 4096  # n-grams whose hashes are computed at a time: 3.7 MB for 112 of them
+_ROWS = 4096  # n-grams hashed at a time: 3.7 MB with 112 hashes each
 
 
 class SignNear(MinhashDedupSignature):
-    """Writes the signatures of documents; one of fewer words than an n-gram has none."""
+    """Writes the signatures of documents; a document with fewer words than an n-gram has none."""
 
     def __init__(self, folder: str, config: MinhashConfig) -> None:
-        # The language's own word tokenizer would ask for spaCy.
+        # The language's own word tokenizer would need spaCy.
         super().__init__(folder, config, WhitespaceTokenizer())
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """Return the hashes of the n-grams of a text, a row each."""
+        """Return the hashes of the n-grams of a text, one in each row."""
         size = self.config.n_grams
         return np.unique(joined(grams_of(normalise(text), size))).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """Return the hashes of each band; in pieces, for memory."""
+        """Return the hashes of each band, computed in pieces to save memory."""
         pieces = np.array_split(shingles, -(-len(shingles) // _ROWS))
         return np.min(list(map(super().get_signature, pieces)), axis=0).tolist()
 
 
 class KeepFirst(LedgerStep):
-    """Writes which documents are near duplicates of an earlier one, directly or through others.
+    """Writes which documents are near duplicates of an earlier document, directly or through others.
 
-    datatrove's own step keeps the document of most pairs, which may be one to train on where another is held out.
+    datatrove's own step keeps the document that has the most pairs. It might keep a training document and remove a
+    held-out one.
     """
 
     type, name = "dedup", "all but the first of near duplicates"
@@ -52,8 +53,8 @@ class KeepFirst(LedgerStep):
         self.folder = folder
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Join the pairs of all bands."""
-        earlier: dict[int, int] = {}  # of each document that is not the first of its group
+        """Join the pairs of all bands into groups."""
+        earlier: dict[int, int] = {}  # document -> an earlier document of its group
 
         def first(document: int) -> int:
             while (before := earlier.get(document, document)) != document:
@@ -72,7 +73,7 @@ class KeepFirst(LedgerStep):
             write_numbers(self.folder / "near" / f"{task:05d}.remove", numbers)
 
     def _pairs(self) -> Iterator[list[int]]:
-        """Yield pairs of documents; a document is its task and, in the low 32 bits, its number."""
+        """Yield pairs of documents; a document is its task (high 32 bits) and its number (low 32 bits)."""
         for path in sorted((self.folder / "near_pairs").glob("*.dups")):
             quadruples = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.uint64)
             pairs = (quadruples[:, ::2] << np.uint64(32)) | quadruples[:, 1::2]

@@ -1,8 +1,10 @@
-"""Remove text that is both held out and in training text, from one of the two.
+"""Remove text that is both held out and trained on from one of the two sides.
 
-Deduplicated documents are searched for the short n-grams of decontamination. As in its clusters, the words that the
-n-grams cover together count: in a copy with one word in ten changed, most words still match, but few n-grams do. A
-training document with most of its words in held-out text is a copy or a part of it, and is removed. Then a held-out
+After deduplication, documents are searched for the short n-grams that decontamination uses. As in decontamination, the
+overlap is the number of words that the n-grams cover together. In a copy with one word in ten changed, most words
+still match, but few n-grams do.
+
+A training document with most of its words in held-out text is a copy or a part of it, and is removed. Then a held-out
 document with most of its words in the remaining training text is removed.
 """
 
@@ -27,9 +29,10 @@ from nemo_upcycle.data.word_hashes import HashFilter, grams_of, joined, look_up,
 from nemo_upcycle.utils.files import write_json
 
 
-#: Above so many n-grams of held-out text only every second, third, ... is looked for, chosen by its hash.
+#: Maximum number of held-out n-grams to search for. With more, only every second, third, ... is used, chosen by its
+#: hash.
 MOST_NGRAMS = 1 << 23
-#: Files of the numbers of the documents that go, in the folder of the plan, by reason.
+#: Reason -> files in the plan's folder that hold the numbers of the removed documents.
 REMOVED = {
     "mostly in held-out text": "overlap/train/{rank:05d}.remove",
     "mostly in training text": "overlap/heldout/{rank:05d}.remove",
@@ -37,25 +40,28 @@ REMOVED = {
 
 
 def _grams(text: str) -> tuple[int, Iterator[np.ndarray]]:
-    """Return the words of an n-gram, which its script decides, and the hashes of a text's n-grams, block by block."""
+    """Return the words in an n-gram, which depend on the script, and the hashes of a text's n-grams in blocks."""
     words = normalise(text)
     size = SHORT_WORDS * stretch_of(words)
     return size, grams_of(words, size)
 
 
 def _covered(starts: np.ndarray, size: int | np.ndarray) -> np.ndarray:
-    """Return how many words each n-gram covers that the next one does not, from their first words in order."""
+    """Return how many words each n-gram covers before the next one starts, from their first words in order."""
     return np.minimum(np.diff(starts, append=starts[-1:] + np.max(size, initial=0)), size)
 
 
 def _seen(every: int, size: int | np.ndarray) -> Any:
-    """Return the part of a copy's words that n-grams cover where one in `every` is looked for."""
+    """Return the share of a copy's words that n-grams cover if only one n-gram in `every` is searched for."""
     return 1 - (1 - 1 / every) ** size
 
 
 @dataclasses.dataclass(frozen=True)
 class _Documents:
-    """The held-out documents of a task: number, split, words of an n-gram, n-grams of each, and the hashes of all."""
+    """The held-out documents of a task, and their n-grams.
+
+    `spans` holds the words in an n-gram, `sizes` the number of n-grams of each document, `hashes` the n-grams of all.
+    """
 
     numbers: np.ndarray
     splits: np.ndarray
@@ -65,23 +71,23 @@ class _Documents:
 
     @classmethod
     def load(cls, plan: EnginePlan, rank: int) -> _Documents:
-        """Read the documents that deduplication leaves."""
+        """Read the documents that are left after deduplication."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
         return documents.where(~np.isin(documents.numbers, list(numbered(plan, rank, DUPLICATES))))
 
     def where(self, kept: np.ndarray) -> _Documents:
-        """Return some of the documents."""
+        """Return the documents that a mask selects."""
         hashes = self.hashes[np.repeat(kept, self.sizes)]
         return _Documents(self.numbers[kept], self.splits[kept], self.spans[kept], self.sizes[kept], hashes)
 
     @property
     def words(self) -> np.ndarray:
-        """The words of every document; none of one that is shorter than an n-gram."""
+        """Number of words of every document; 0 if a document is shorter than an n-gram."""
         return np.where(self.sizes, self.sizes + self.spans - 1, 0)
 
     def covered(self, chosen: np.ndarray) -> np.ndarray:
-        """Return how many words of every document stand in the n-grams that are chosen."""
+        """Return how many words of every document the chosen n-grams cover."""
         more = np.cumsum(self.spans - 1) - (self.spans - 1)  # words before a document that begin no n-gram
         starts = np.flatnonzero(chosen)
         counts = np.zeros(len(chosen), np.int64)
@@ -119,12 +125,12 @@ class WriteHeldout(LedgerStep):
 
 
 def _chosen(hashes: np.ndarray, every: int) -> np.ndarray:
-    """Return which n-grams are looked for."""
+    """Return which n-grams to search for."""
     return hashes % np.uint64(every) == 0
 
 
 def _load_index(folder: Path) -> tuple[np.ndarray, int]:
-    """Return the sorted n-grams that are looked for, and of how many one is."""
+    """Return the sorted n-grams to search for, and how many held-out n-grams each of them stands for."""
     with np.load(_index_path(folder)) as file:
         return file["hashes"], int(file["every"])
 
@@ -156,7 +162,7 @@ def _searched(folder: Path) -> tuple[np.ndarray, int, HashFilter]:
 
 
 class CompareTraining(LedgerStep):
-    """Writes which training documents stand in held-out text, and which held-out n-grams stand in training text."""
+    """Writes which training documents are mostly in held-out text, and which held-out n-grams are in training text."""
 
     type, name = "overlap", "held-out n-grams in training text"
 
@@ -193,7 +199,7 @@ def _most(plan: EnginePlan) -> float:
 
 
 class JudgeHeldout(LedgerStep):
-    """Writes which held-out documents are in the remaining training text, and the shares before and after."""
+    """Writes which held-out documents are mostly in the remaining training text, and the overlap before and after."""
 
     type, name = "overlap", "held-out documents in training text"
 
@@ -234,7 +240,7 @@ class JudgeHeldout(LedgerStep):
 
 
 def _found(plan: EnginePlan, kind: str, size: int) -> np.ndarray:
-    """Return which n-grams of the index stand in the training text of any task."""
+    """Return which n-grams of the index appear in the training text of any task."""
     bits = np.zeros(-(-size // 8), np.uint8)
     for task in range(len(plan.tasks)):
         with np.load(plan.path("overlap/found", task, "npz")) as file:

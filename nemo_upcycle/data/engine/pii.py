@@ -1,4 +1,4 @@
-"""Replaces e-mail addresses, IP addresses, card and social security numbers, if a source asks for it."""
+"""Replace e-mail addresses, IP addresses, card numbers and social security numbers, if a source asks for it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class _Kind(NamedTuple):
 
 
 def has_check_digit(number: str) -> bool:
-    """Return whether the last digit of a card's number follows from the others (Luhn, ISO/IEC 7812)."""
+    """Return whether the last digit of a card number is the right check digit (Luhn, ISO/IEC 7812)."""
     digits = [int(digit) for digit in number if digit.isdigit()][::-1]
     doubled = (2 * digit for digit in digits[1::2])
     return (sum(digits[::2]) + sum(digit - 9 if digit > 9 else digit for digit in doubled)) % 10 == 0
 
 
-_FORMATTER = PIIFormatter()  # its patterns; it counts nothing, and its replacements depend on those before
-#: Visa, Mastercard and Discover have four times four digits, American Express 4, 6 and 5.
+_FORMATTER = PIIFormatter()  # only its patterns: it counts nothing, and its replacements depend on earlier ones
+#: Visa, Mastercard and Discover have four groups of four digits; American Express has groups of 4, 6 and 5.
 _CARD = re.compile(
     r"(?<![\d.,-])(?:(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6011|65\d\d)([ -]?)\d{4}\1\d{4}\1\d{4}"
     r"|3[47]\d\d([ -]?)\d{6}\2\d{5})(?![.,-]?\d)"
 )
-#: Of the USA, with its hyphens; these areas, groups and numbers are never given.
+#: US social security numbers with hyphens. The excluded areas, groups and numbers are never issued.
 _SOCIAL_SECURITY = re.compile(r"(?<![\d.,-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![.,-]?\d)")
 _KINDS = {
     "email": _Kind(_FORMATTER.emails_replacer.regex, "email@example.com"),
@@ -42,7 +42,7 @@ _KINDS = {
 
 
 class ReplacePII(LedgerStep):
-    """Replaces the personal data that the task's source names, and counts them."""
+    """Replaces the kinds of personal data that the task's source names, and counts the replacements."""
 
     type, name = "formatter", "PII"
 

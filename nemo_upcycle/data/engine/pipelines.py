@@ -29,7 +29,7 @@ from nemo_upcycle.utils.files import write_json
 
 @dataclass(frozen=True)
 class EngineStage:
-    """A pipeline and its number of tasks; datatrove records under `name` which of them are complete."""
+    """A pipeline and its number of tasks; under `name`, datatrove records which tasks are complete."""
 
     name: str
     pipeline: list[Any]
@@ -38,16 +38,16 @@ class EngineStage:
 
 @dataclass(frozen=True)
 class RunOn:
-    """Where the tasks run: on this machine, in a partition of Slurm, or on a Ray cluster.
+    """The place where the tasks run: this machine, a Slurm partition, or a Ray cluster.
 
     Args:
         workers: tasks at a time.
-        slurm: the partition.
+        slurm: name of the Slurm partition.
         time_limit: time limit of a Slurm job, as sbatch takes it.
-        ray: whether they run on the Ray cluster.
-        sbatch: further options of sbatch: name -> value.
-        srun: further options of srun, as words.
-        task_python: Python of the tasks' environment, which Slurm's nodes must see; None: this one.
+        ray: whether the tasks run on a Ray cluster.
+        sbatch: other options of sbatch: name -> value.
+        srun: other options of srun, as words.
+        task_python: Python of the tasks' environment, which Slurm's nodes must see; None means this Python.
     """
 
     workers: int = 1
@@ -60,9 +60,9 @@ class RunOn:
 
 
 class StartTask(LedgerStep):
-    """Starts a task: its record, one thread, for tasks are what runs side by side, and as many files as it may open.
+    """Starts a task: opens its record, limits it to one thread (tasks run in parallel), and lets it open more files.
 
-    datatrove's search for duplicates opens one of every task at once.
+    datatrove's search for duplicates opens one file of every task at once.
     """
 
     type, name = "start", "task"
@@ -81,7 +81,7 @@ FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_co
 
 
 def tasks_of_stages(plan: EnginePlan) -> dict[str, int]:
-    """Return the names of the stages, in their order, and their numbers of tasks."""
+    """Return the name and the number of tasks of every stage, in order."""
     tasks = len(plan.tasks)
     overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
     samples = any(task.max_tokens for task in plan.tasks)
@@ -97,7 +97,7 @@ def tasks_of_stages(plan: EnginePlan) -> dict[str, int]:
 
 
 def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
-    """Return the stages in their order."""
+    """Return the stages in order."""
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
     ledger, unwritten = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
     signatures, found = str(folder / "signatures"), str(folder / "found")
@@ -127,7 +127,7 @@ def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
 
 
 def _cleaned(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
-    """Return the steps up to the documents that may be written."""
+    """Return the steps that yield the documents that may be written."""
     remove = clean.RemoveNumbered(ledger, "overlap", overlap.REMOVED)
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     if any(task.pii for task in plan.tasks):
@@ -143,7 +143,7 @@ def _cleaned(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
 
 
 def _deduplicated(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
-    """Return the steps up to the documents that are no duplicates."""
+    """Return the steps that yield the documents that are not duplicates."""
     if SIGN not in tasks_of_stages(plan):
         return _documents(ledger)
     check = clean.RequireSameDocuments(ledger, plan.folder / "duplicates")
@@ -160,13 +160,13 @@ class _Local(LocalPipelineExecutor):
     """Raises an error when a worker is killed, for example for lack of memory; datatrove's own pool would hang."""
 
     def run(self) -> None:
-        """Run the tasks that are not complete.
+        """Run the incomplete tasks.
 
         Raises:
             BrokenProcessPool: a worker was killed.
         """
         self.save_executor_as_json()
-        # fork: what die_with_parent asks for holds in the workers, too
+        # fork, so that die_with_parent holds for the workers, too
         pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
         for done in as_completed([pool.submit(self._run_task, rank) for rank in self.get_incomplete_ranks()]):
             done.result()
@@ -177,7 +177,7 @@ class _Local(LocalPipelineExecutor):
 
 
 class _Slurm(SlurmPipelineExecutor):
-    """Records each of its jobs at once: a stage of more than a thousand tasks has several."""
+    """Records each job as soon as it is submitted, because a stage of more than a thousand tasks has several jobs."""
 
     def __init__(self, path: Path, srun: tuple[str, ...], folder: Path, **options: Any) -> None:
         super().__init__(**options)
@@ -192,23 +192,23 @@ class _Slurm(SlurmPipelineExecutor):
         return self.jobs[-1]
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        """Write the batch script; a task starts by its full path, for a container has a PATH of its own."""
+        """Return the batch script; it starts tasks by their full path, because a container has its own PATH."""
         srun, _, task = run_script.partition("launch_pickled_pipeline")
         srun = srun.replace("srun", shlex.join(["srun", *self.srun]), 1)
         started = shlex.quote(f"{self.folder}/launch_pickled_pipeline")
         return str(super().get_launch_file_contents(sbatch_args, f"{srun}{started}{task}"))
 
     def launch_merge_stats(self) -> None:
-        """Skip the job that merges statistics: behind a failed stage it would stay queued."""
+        """Skip the job that merges statistics, because it would stay queued after a failed stage."""
 
 
 def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn) -> Any:
     """Return datatrove's executor for a stage.
 
     Args:
-        plan: the plan.
+        plan: plan of the engine.
         stage: stage to run.
-        run_on: where its tasks run.
+        run_on: place where its tasks run.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
     if run_on.slurm:
@@ -230,11 +230,11 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn) -> Any:
 
 
 def slurm_jobs(plan: EnginePlan) -> Path:
-    """Return the path of the file with the numbers of Slurm's jobs, until their stage is complete."""
+    """Return the path of the file that holds Slurm's job numbers until their stage is complete."""
     return plan.folder / "logs" / "slurm_jobs.json"
 
 
 def completed(plan: EnginePlan) -> int:
-    """Return how many tasks are complete, those of all stages together."""
+    """Return how many tasks of all stages are complete."""
     folders = [plan.folder / "logs" / name / "completions" for name in tasks_of_stages(plan)]
     return sum(len(os.listdir(folder)) for folder in folders if folder.is_dir())

@@ -1,4 +1,4 @@
-"""Let no process of the engine outlive the one that started it: datatrove's workers would go on writing."""
+"""End every process of the engine with its parent, because datatrove's workers would go on writing."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _started_by = [0]
 
 
 def stop_with_parent() -> None:
-    """Send this process SIGTERM when `nemo-upcycle data`, which started it, ends, even by `kill -9`.
+    """Make this process get SIGTERM when the `nemo-upcycle data` that started it ends, even by `kill -9`.
 
-    Not when a shell ends: what was started in one under nohup continues.
+    The end of a shell has no effect, so an engine that was started under nohup continues.
     """
     parent = os.getppid()
     if not sys.platform.startswith("linux") or not _is_python(parent):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended meanwhile
         signal.raise_signal(signal.SIGTERM)
 
 
 def _is_python(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/exe").readlink().name.startswith("python")
-    except OSError:  # of another user, as under sudo
+    except OSError:  # a process of another user, as under sudo
         return False
 
 
 def die_with_parent() -> None:
-    """Let every process forked from this one, or from those, be killed when its parent ends, even by `kill -9`."""
+    """Make every forked process, and the processes forked from it, die when its parent ends, even by `kill -9`."""
     if sys.platform.startswith("linux"):
         os.register_at_fork(before=_remember_parent, after_in_child=_ask_for_signal)
 
@@ -45,5 +45,5 @@ def _remember_parent() -> None:
 
 def _ask_for_signal() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != _started_by[0]:  # it ended in between
+    if os.getppid() != _started_by[0]:  # the parent ended meanwhile
         os._exit(1)

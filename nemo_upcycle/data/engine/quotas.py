@@ -1,7 +1,7 @@
-"""Choose documents of a source that has more than its `tokens`, in the order of a hash of their ids.
+"""Choose the documents to take from a source that has more than its `tokens`, in the order of a hash of their ids.
 
-The tokens that remain of a source after every removal are counted first, so a source that has enough gives what was
-asked for. The order depends on the ids and the seed alone.
+The tokens left after all removals are counted first, so a source that has enough gives as many tokens as were asked
+for. The order depends only on the ids and the seed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.tokenise import batches, load_encode
 
 
-#: Files of the numbers of the documents that are not taken, in the folder of the plan, by reason.
+#: Reason -> files in the plan's folder that hold the numbers of the documents that are not taken.
 BEYOND = {"max_tokens": "quotas/{rank:05d}.remove"}
 
 
 class CountTokens(LedgerStep):
-    """Writes the tokens of every training document of a task whose source has a quota, and its place in the order."""
+    """Writes the tokens and the place in the order of every training document, if the task's source has a quota."""
 
     type, name = "count", "tokens that are left"
 
@@ -33,7 +33,7 @@ class CountTokens(LedgerStep):
         self.library = library
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        """Read the documents of a task; of one without a quota none."""
+        """Read the documents of a task, or none if the task has no quota."""
         plan = self.ledger.plan
         numbers, places, sizes = array("I"), array("Q"), array("q")
         if self.ledger.task.max_tokens:
@@ -44,7 +44,7 @@ class CountTokens(LedgerStep):
                 places.extend(map(xxh64_intdigest, ids))
                 _, offsets = encode([document.text for document in batch])
                 sizes.frombytes((np.diff(offsets) + 1).tobytes())
-        # What decontamination cuts a document into is taken together, in the place of the first piece.
+        # The pieces that decontamination cuts a document into are taken together, in the place of the first piece.
         documents, first = np.unique(np.array(numbers, np.uint32), return_index=True)
         tokens = np.add.reduceat(np.array(sizes, np.int64), first) if len(first) else np.empty(0, np.int64)
         path = plan.path("quotas", rank, "npz")
@@ -52,7 +52,7 @@ class CountTokens(LedgerStep):
 
 
 class TakeDocuments(LedgerStep):
-    """Writes which documents go beyond the tokens that their source may give."""
+    """Writes which documents exceed the tokens that their source may give."""
 
     type, name = "quota", "documents beyond the tokens of their source"
 
@@ -72,7 +72,7 @@ class TakeDocuments(LedgerStep):
 
 
 def taken(places: NDArray[np.uint64], tokens: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return the numbers of the documents that are taken: in the order of their places, each that still fits.
+    """Return the numbers of the documents to take: in the order of their places, each document that still fits.
 
     Example:
         >>> taken(np.array([9, 1, 5, 7], np.uint64), np.array([2, 4, 8, 1]), 7).tolist()

@@ -1,4 +1,4 @@
-"""The records of a file and the texts in them: one reading for the engine and for a first look before it runs."""
+"""The records of a file and their texts, read in the same way by the engine and by the first look before a build."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 def records_of(
     file: str, name: str, format: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, int | None, dict[str, Any] | str]]:
-    """Yield the place of every record of a file, its id, its bytes, and the object there or what is wrong with it.
+    """Yield the place, the id, the bytes, and the object or the mistake of every record of a file.
 
-    Bytes of None are all that the file has left.
+    Bytes of None mean all the rest of the file.
 
     Args:
-        file: a path or fsspec URL.
+        file: path or fsspec URL.
         name: name of the file inside its source.
-        format: format by the file's name; the bytes may have another.
+        format: format according to the file's name; the bytes may have another format.
         options: options of the format.
     """
     try:
@@ -32,18 +32,18 @@ def records_of(
 
 
 def identity_of(name: str, line: int, format: str) -> str:
-    """Return the id of a record that has none of its own."""
+    """Return the id of a record that has no id of its own."""
     return name if FORMATS[format].is_document else f"{name}:{line}"
 
 
 def own_identity(identity: str, record: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """Return the id of a document, with its own where it has one: two documents may have the same."""
+    """Return the id of a document, prefixed with the record's own id if it has one; own ids may repeat."""
     own = record.get(options.get("id_key", "id"))
     return identity if own is None else f"{own}@{identity}"
 
 
 def text_of(record: dict[str, Any] | str, options: Mapping[str, Any]) -> tuple[str, bytes, str]:
-    """Return the text of a record, its bytes in UTF-8, and what is wrong with it: "" if nothing is."""
+    """Return the text of a record, its bytes in UTF-8, and its mistake, which is "" if there is none."""
     if isinstance(record, str):
         return "", b"", record
     key = options.get("text_key", "text")
@@ -57,7 +57,7 @@ def text_of(record: dict[str, Any] | str, options: Mapping[str, Any]) -> tuple[s
 
 
 def texts_there(record: Mapping[str, Any]) -> dict[str, int]:
-    """Return the fields of a record that hold text, and the length of each and one."""
+    """Return the text fields of a record, each with its length plus one."""
     return {name: len(value) + 1 for name, value in record.items() if isinstance(value, str)}
 
 
@@ -66,7 +66,7 @@ def split_of(identity: str, seed: int, hold_out: Mapping[str, float]) -> str:
 
     Args:
         identity: id of the document.
-        seed: the blend's.
+        seed: seed of the blend.
         hold_out: split -> share of the documents.
     """
     digest = blake2b(f"{seed}:{identity}".encode(errors="surrogatepass"), digest_size=8).digest()
@@ -79,7 +79,7 @@ def split_of(identity: str, seed: int, hold_out: Mapping[str, float]) -> str:
 
 
 def names_inside(files: Sequence[str]) -> dict[str, str]:
-    """Name the files of a source, without the folders that all have: no document's id depends on where the data lie.
+    """Name the files of a source without their common folders, so that document ids do not depend on the location.
 
     Example:
         >>> names_inside(["/data/a/1.txt", "/data/b/1.txt"])

@@ -1,6 +1,7 @@
 """Read the first documents of files as the engine will: `python -m nemo_upcycle.data.engine.sample < REQUEST`.
 
-The request and the answer are JSON. Run in the data environment, which has what the readers need.
+The request and the answer are JSON. The module runs in the data environment, which has the packages that the readers
+need.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from nemo_upcycle.data.readers import FORMATS
 from nemo_upcycle.errors import UpcycleError
 
 
-#: Characters that are tokenised to estimate the tokens of all.
+#: Characters to tokenise for the estimate of tokens per byte.
 _TOKENISED = 200_000
-#: Documents by which the lengths of fields are compared, and records that tell the fields of a file.
+#: Documents read to compare the lengths of fields, and records read to find the fields of a file.
 _MEASURED, _OF_A_FILE = 50, 20
 
 
@@ -28,12 +29,12 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
     """Read files until there are enough documents or bytes.
 
     Args:
-        request: `files`, each with `path`, `name`, `reader` and `options`; most `documents` and `bytes`; `tokenizer`,
-            a `tokenizer.json` or None.
+        request: `files`, each with `path`, `name`, `reader` and `options`; `documents` and `bytes`: limits of the
+            sample; `tokenizer`: path of a `tokenizer.json`, or None.
 
     Returns:
-        `documents` (id and bytes of each), `lost` (reason -> how many, and the first place), `fields` (of the first
-        file with records without a text: field -> characters), `read_bytes` (of each file; None: all of it),
+        `documents` (id and bytes of each), `lost` (reason -> count and first place), `fields` (field -> characters, in
+        the first file that has records without a text), `read_bytes` (of each file; None means the whole file),
         `tokens_per_byte`.
     """
     documents: list[tuple[str, int]] = []
@@ -68,7 +69,7 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
         read_bytes.append(None if is_whole else file_bytes)
         if not is_whole or total_bytes >= request["bytes"]:
             break
-    # A column of Parquet says nothing of its texts before it is read.
+    # The lengths of a Parquet column are unknown until the column is read.
     fields = Counter({name: _length(lacking, name) for name in fields})
     return {
         "documents": documents,
@@ -86,8 +87,9 @@ def schemas(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         files: `path`, `reader` and `options` of each.
 
     Returns:
-        For each file `records`, how many were read; `fields`: name of a text field -> records that have it, and their
-        characters; None: the whole file is one text; `rows`: all records, if the file says it.
+        For each file, `records`: number of records read; `fields`: name of a text field -> number of records that have
+        it, and their characters, or None if the whole file is one text; `rows`: number of all records, if the file
+        states it.
     """
     return [_schema({**file, "name": file["path"]}) for file in files]
 
@@ -98,7 +100,7 @@ def _schema(file: Mapping[str, Any]) -> dict[str, Any]:
     rows = None
     options = {**FORMATS[file["reader"]].defaults, **file["options"]}
     records = _first(file, options | {"text_key": ""})
-    if len(records) == 1 and isinstance(records[0], dict) and not any(records[0].values()):  # columns of Parquet
+    if len(records) == 1 and isinstance(records[0], dict) and not any(records[0].values()):  # Parquet: columns only
         texts = {name: _first(file, options | {"text_key": name}) for name in records[0]}
         count, rows = max(map(len, texts.values()), default=0), _rows(file["path"])
         records = [
@@ -114,7 +116,7 @@ def _schema(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(path: str) -> int:
-    """Count the rows of a file of Parquet."""
+    """Count the rows of a Parquet file."""
     import pyarrow.parquet
 
     with open_input(path) as handle:
@@ -143,7 +145,7 @@ def _tokens_per_byte(tokenizer: str | None, texts: list[str]) -> float | None:
     from tokenizers import Tokenizer
 
     encoded = Tokenizer.from_file(tokenizer).encode_batch(texts, add_special_tokens=False)
-    return (sum(map(len, encoded)) + len(texts)) / size_bytes  # an end closes each
+    return (sum(map(len, encoded)) + len(texts)) / size_bytes  # with an end-of-text token each
 
 
 if __name__ == "__main__":

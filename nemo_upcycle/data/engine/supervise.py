@@ -1,4 +1,4 @@
-"""Run the stages in a child process: this one shows progress, and ends everything at once on a signal."""
+"""Run the stages in a child process, show their progress, and end everything at once on a signal."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 _KILLED = "A worker was killed, perhaps for lack of memory. Use fewer --workers, then run the command again."
 _LOCK = ".engine.lock"
-_UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for one that ended a while ago
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
+_UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for a job that ended a while ago
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, unless nohup ignores it
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
-_PATIENCE_S = 10.0  # for the workers of a killed engine to end, and for a shared disk to show what was written
+_PATIENCE_S = 10.0  # for workers of a killed engine to end, and for a shared disk to show new files
 
 
 class Stopped(Exception):
@@ -38,14 +38,14 @@ class Stopped(Exception):
 
 
 def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
-    """Run the tasks of a plan that are not complete.
+    """Run the incomplete tasks of a plan.
 
     Args:
-        plan: the plan.
-        run_on: where the tasks run.
+        plan: plan of the engine.
+        run_on: place where the tasks run.
 
     Raises:
-        UpcycleError: another engine runs there, the folder holds work of another plan, or a task failed.
+        UpcycleError: another engine works in the folder, the folder holds work of another plan, or a task failed.
         Stopped: a signal asked the engine to stop.
     """
     die_with_parent()
@@ -130,9 +130,9 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _cancel_jobs(plan: EnginePlan) -> None:
-    """Cancel the jobs of this engine, or of one that was killed.
+    """Cancel the jobs of this engine, or of an engine that was killed.
 
-    Where that fails their numbers are kept, for the next run to try again.
+    If that fails, the job numbers are kept and the next run tries again.
     """
     jobs = slurm_jobs(plan)
     if jobs.is_file() and _ask_slurm("scancel", *read_json(jobs)) is not None:
@@ -150,7 +150,7 @@ def _require_no_jobs(plan: EnginePlan) -> None:
 
 
 def _ask_slurm(*command: str) -> str | None:
-    """Return the answer, empty for jobs that are gone; None without one."""
+    """Return Slurm's answer, empty for jobs that are gone; None if there is no answer."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     except OSError:
@@ -179,11 +179,11 @@ def _child(plan: EnginePlan, run_on: RunOn, sender: Any) -> NoReturn:
         with contextlib.suppress(OSError):  # the disk may be full
             traceback.print_exc(file=log)
             log.flush()
-    os._exit(status)  # not waiting for the other workers, which end with this process
+    os._exit(status)  # do not wait for other workers: they end with this process
 
 
 def _library(plan: EnginePlan) -> tuple[str, str]:
-    """Choose the library in a process of its own: its threads must not be there when workers are forked."""
+    """Choose the library in a separate process, because its threads must not exist when workers are forked."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(choose_library, plan).result()
@@ -214,7 +214,7 @@ def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
 
 
 def _wait_for_slurm(plan: EnginePlan, runs: Any) -> None:
-    """Wait until a stage is complete, or its jobs have left the queue; keep waiting if Slurm does not answer."""
+    """Wait until a stage is complete or its jobs have left the queue; keep waiting if Slurm does not answer."""
     patience = most = int(_PATIENCE_S / _SLURM_POLL_S)
     while runs.get_incomplete_ranks(skip_completed=True):
         if not patience:

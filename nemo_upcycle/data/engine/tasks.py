@@ -15,28 +15,28 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
 
-#: datatrove keeps the priority of a document, here that of its task, in 16 bits.
+#: Maximum number of tasks: datatrove stores a document's priority, which here is its task's, in 16 bits.
 MAX_TASKS = 65_535
 #: File in the folder of the plan: `EnginePlan.fingerprint` of the work that the engine began.
 BEGUN = "engine.json"
-#: Of the files that one stage leaves for another.
+#: Format version of the files that one stage leaves for another.
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some files of one source, read in this order by one process.
+    """Files of one source that one process reads, in this order.
 
     Args:
-        source: the name of the source.
-        reader: a key of `nemo_upcycle.data.readers.FORMATS`.
+        source: name of the source.
+        reader: key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
-        split: split of its documents; None spreads them over the splits, see `EnginePlan.hold_out`.
-        options: the reader's options: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its
-            list), `part` (part of its only file, see `read_lines`).
-        max_tokens: training tokens to take from all tasks of its source together; None takes all.
-        on_hit: what happens to a training document that shares a passage with an evaluation item.
-        pii: kinds of personal data to replace in its documents, out of `nemo_upcycle.data.blend.PII`.
+        split: split of the documents; None divides them among the splits, see `EnginePlan.hold_out`.
+        options: options of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its
+            list), `part` (part of the only file, see `read_lines`).
+        max_tokens: maximum number of training tokens to take from all tasks of the source together; None takes all.
+        on_hit: treatment of a training document that shares a passage with an evaluation item, `cut` or `drop`.
+        pii: kinds of personal data to replace in the documents, out of `nemo_upcycle.data.blend.PII`.
     """
 
     source: str
@@ -51,24 +51,25 @@ class Task:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """All that determines the output; the number of workers does not.
+    """Everything that determines the engine's output; the number of workers does not.
 
     Args:
-        folder: the folder of the plan, where all the output goes.
-        tokenizer: a `tokenizer.json`.
-        eos_id: the token that ends every document.
-        vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
-        tasks: tasks; of two equal documents the one in the earlier task stays.
-        ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
-        seed: seed of the spreading over the splits.
+        folder: folder of the plan, which receives all output.
+        tokenizer: path of a `tokenizer.json`.
+        eos_id: id of the token that ends every document.
+        vocab_size: number of token ids; above 65,536 a token takes 4 bytes instead of 2.
+        tasks: tasks in order; of two equal documents, the document in the earlier task is kept.
+        ngram_index: path of the n-grams of the evaluation items, as `NgramIndex` reads them; None skips
+            decontamination.
+        seed: random seed for the splits, and for the choice of documents if a source has too many tokens.
         strict: whether bad input is an error.
-        deduplicate: whether of equal documents only the first is kept.
-        finders: number of tasks that look for duplicates.
-        min_characters: the shortest document to keep.
-        hold_out: the shares of `validation` and `heldout`, for tasks without a split.
-        near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash, where near duplicates are removed, too.
-        heldout_overlap: the largest part of its words that a held-out document may share with training documents,
-            or one of these with held-out documents; None looks for none.
+        deduplicate: whether to keep only the first of equal documents.
+        finders: number of tasks that search for duplicates.
+        min_characters: length of the shortest document to keep (characters).
+        hold_out: shares of `validation` and `heldout`, for tasks without a split.
+        near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash; None keeps near duplicates.
+        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, or a
+            training document with held-out documents; None skips the search.
     """
 
     folder: Path
@@ -87,19 +88,19 @@ class EnginePlan:
     heldout_overlap: float | None = None
 
     def path(self, kind: str, rank: int, suffix: str) -> Path:
-        """Return where a task's output of a kind lies, for example `tokens/00003.train.bin`."""
+        """Return the path of a task's output of one kind, for example `tokens/00003.train.bin`."""
         return self.folder / kind / f"{rank:05d}.{suffix}"
 
     @cached_property
     def names(self) -> dict[tuple[str, str], str]:
-        """The name of every file inside its source: no document's id depends on where the data lie."""
+        """The name of every file inside its source, so that document ids do not depend on the location of the data."""
         files: dict[str, list[str]] = {}
         for task in self.tasks:
             files.setdefault(task.source, []).extend(task.files)
         return {(source, file): name for source, paths in files.items() for file, name in names_inside(paths).items()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Describe everything that must be equal to continue the work of an earlier run."""
+        """Describe everything that must be equal to resume the work of an earlier run."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "format": _FORMAT,
@@ -113,7 +114,8 @@ def load_plan(path: Path) -> EnginePlan:
     """Read the plan that `nemo-upcycle data` wrote.
 
     Raises:
-        UpcycleError: it is missing, has too many tasks, or datatrove would read its folder's name as a pattern.
+        UpcycleError: the plan is missing or has too many tasks, or datatrove would read its folder's name as a
+            pattern.
     """
     content = read_json(path)
     if set("*?[") & set(str(path)):
@@ -142,7 +144,7 @@ _HALF = ".half."
 
 
 def aside(path: Path) -> Path:
-    """Return the hidden name under which a file is written: one of its own, for a job may be started twice."""
+    """Return a hidden and unique name under which to write a file, because a job may be started twice."""
     return path.with_name(f".{path.name}{_HALF}{uuid4().hex[:8]}")
 
 

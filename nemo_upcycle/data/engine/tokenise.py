@@ -1,7 +1,7 @@
-"""The last step: texts to the .bin and .idx files that Megatron reads.
+"""The last step: turn texts into the .bin and .idx files that Megatron reads.
 
-Text is data: a literal `<|endoftext|>` in it becomes ordinary tokens, never the one that ends a document. Added tokens
-that are not special, such as the runs of blanks of GPT-NeoX, are recognised, as wherever the model is used.
+Text is data: a literal `<|endoftext|>` in a text becomes ordinary tokens, never the token that ends a document. Added
+tokens that are not special, such as GPT-NeoX's runs of blanks, are recognised, as wherever the model is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_upcycle.data.engine.tasks import EnginePlan, aside, outputs
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: Texts -> the ids of all of them, and where each begins and the last one ends.
+#: Texts -> the ids of all texts, and the offsets where each text begins and the last one ends.
 Encode = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
 FASTOKENS, TOKENIZERS = "fastokens", "tokenizers"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 10_000
@@ -37,15 +37,15 @@ _PROBE = (
 
 
 def choose_library(plan: EnginePlan) -> tuple[str, str]:
-    """Return the library that encodes the plan's texts, and why it is not the fast one.
+    """Return the library that encodes the plan's texts, and the reason if it is not fastokens.
 
-    fastokens is used where it loads the tokenizer and gives the ids of `tokenizers` for texts of many kinds.
+    fastokens is used if it loads the tokenizer and gives the same ids as `tokenizers` for texts of many kinds.
     """
     content = _tokenizer_json(plan)
     expected = _tokenizers_encode(content)(_PROBE)
     try:
         got = _fastokens_encode(content)(_PROBE)
-    except BaseException as error:  # a Rust panic is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         return TOKENIZERS, f"fastokens cannot load the tokenizer ({str(error).splitlines()[0][:120]})"
@@ -55,12 +55,12 @@ def choose_library(plan: EnginePlan) -> tuple[str, str]:
 
 
 def load_encode(plan: EnginePlan, library: str) -> Encode:
-    """Return the function that encodes with a library."""
+    """Return the encoding function of a library."""
     return {FASTOKENS: _fastokens_encode, TOKENIZERS: _tokenizers_encode}[library](_tokenizer_json(plan))
 
 
 def _tokenizer_json(plan: EnginePlan) -> str:
-    """Return the tokenizer without a limit of length, and with an end-of-text token that differs from text."""
+    """Return the tokenizer without a limit of length, and with its end-of-text token marked as special."""
     content = json.loads(Path(plan.tokenizer).read_text(encoding="utf-8"))
     content.update(truncation=None, padding=None)
     for token in content.get("added_tokens") or []:
@@ -85,7 +85,7 @@ def _tokenizers_encode(content: str) -> Encode:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(content)
-    tokenizer.encode_special_tokens = True  # as ordinary text
+    tokenizer.encode_special_tokens = True  # encode them as ordinary text
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         all_ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -96,7 +96,7 @@ def _tokenizers_encode(content: str) -> Encode:
 
 
 class TokensFile(MegatronTokenizedFile):
-    """datatrove's writer, with 12 bytes of memory a document, whole batches, and a name that it gets when complete."""
+    """datatrove's writer, but with 12 bytes of memory per document, whole batches, and a rename when complete."""
 
     def __init__(self, plan: EnginePlan, rank: int, split: str) -> None:
         self.final = {suffix: plan.path("tokens", rank, f"{split}.{suffix}") for suffix in ("bin", "idx")}
@@ -121,7 +121,7 @@ class TokensFile(MegatronTokenizedFile):
         return (np.cumsum(lengths) - lengths) * self.token_size
 
     def close(self) -> None:
-        """Complete the files, and give them their names."""
+        """Complete the files, and rename them to their final names."""
         super().close()
         for suffix, path in self.final.items():
             path.with_name(f"{self.filename}.{suffix}").replace(path)
@@ -136,14 +136,14 @@ class TextsFile:
         self.handle: IO[str] = self.aside.open("w", encoding="utf-8")
 
     def write_batch(self, documents: Sequence[Document], ids: NDArray[np.uint32], _: NDArray[np.int64]) -> int:
-        """Write documents, and return the number of tokens that they would have with their end-of-text tokens."""
+        """Write documents, and return the tokens that they would have, end-of-text tokens included."""
         for document in documents:
             line = json.dumps({"id": without_secrets(document.id), "text": document.text}, ensure_ascii=False)
             self.handle.write(line + "\n")
         return len(ids) + len(documents)
 
     def close(self) -> None:
-        """Complete the file, and give it its name."""
+        """Complete the file, and rename it to its final name."""
         self.handle.close()
         self.aside.replace(self.final["jsonl"])
 
@@ -169,14 +169,14 @@ class Tokenise(LedgerStep):
         for file in self.files.values():
             file.close()
         written = {path for file in self.files.values() for path in file.final.values()}
-        for path in outputs(plan, rank):  # of an interrupted run whose input was another
+        for path in outputs(plan, rank):  # left by an interrupted run with other input
             if path not in written:
                 path.unlink(missing_ok=True)
         self.ledger.finish()
 
     def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> None:
         start = 0
-        while start < len(batch):  # runs of one split
+        while start < len(batch):  # write each run of documents of one split
             split = batch[start].metadata["split"]
             stop = next((n for n in range(start, len(batch)) if batch[n].metadata["split"] != split), len(batch))
             self._write_run(split, batch[start:stop], ids[offsets[start] : offsets[stop]], offsets[start : stop + 1])
@@ -194,7 +194,7 @@ class Tokenise(LedgerStep):
 
 
 def batches(data: DocumentsPipeline) -> Iterator[list[Document]]:
-    """Yield lists of documents, of about two million characters together."""
+    """Yield lists of documents, each of about two million characters."""
     batch: list[Document] = []
     characters = 0
     for document in data:

@@ -1,8 +1,9 @@
 """The readers of a blend's sources, one file each; every module in this folder is imported.
 
 A `Reader`, which a blend names with `reader:`, turns the entries of a source into files. A `Format` yields the
-documents of such a file inside the engine. A module imports at the top only packages of both environments; those of
-the engine's environment alone (orjson, pyarrow), and those that it lacks (lm-eval), are imported inside functions.
+documents of such a file inside the engine. At the top, a module imports only packages that both environments have.
+Packages that only the engine's environment has (orjson, pyarrow), or that it lacks (lm-eval), are imported inside
+functions.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from nemo_upcycle.data.engine.encodings import COMPRESSED
 from nemo_upcycle.data.needs import Need
 
 
-#: What a format gives: the line or row from 1, its bytes (None: all that the file has left), and the object there or
-#: what is wrong with it.
+#: Output of a format: the line or row (from 1), its bytes (None means the rest of the file), and the object or the
+#: mistake.
 Records = Iterator[tuple[int, "int | None", "dict[str, Any] | str"]]
-#: Why a record without a text is lost; the name of the field follows.
+#: Reason for losing a record without a text; the name of the field follows.
 NO_FIELD = "no field"
 
 
@@ -32,9 +33,9 @@ class InputFile:
     """One file that the engine reads.
 
     Attributes:
-        path: absolute, or an address that fsspec opens.
-        reader: a key of `FORMATS`.
-        size_bytes: size on disk; None if only opening the file would tell.
+        path: absolute path, or address that fsspec opens.
+        reader: key of `FORMATS`.
+        size_bytes: size on disk; None if only opening the file would tell it.
         options: options of the format.
     """
 
@@ -45,12 +46,12 @@ class InputFile:
 
 
 def input_file(path: Path, reader: str) -> InputFile:
-    """Describe a file of this machine that has no options."""
+    """Return the entry of a file on this machine, without options."""
     return InputFile(str(path.absolute()), reader, path.stat().st_size)
 
 
 class Place(NamedTuple):
-    """What a reader needs of a blend: the folder where relative paths start, its seed, and a folder to render into."""
+    """The parts of a blend that a reader needs: folder of relative paths, seed, and folder to render into."""
 
     folder: Path
     seed: int
@@ -58,12 +59,12 @@ class Place(NamedTuple):
 
 
 class Reader(ABC):
-    """How the entries of a source become files."""
+    """A reader turns the entries of a source into files."""
 
-    #: what a blend calls it, and the options that it takes there
+    #: name in a blend, and options that a source may set
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
-    #: whether its files have to be fetched or rendered before they can be listed
+    #: whether files must be fetched or rendered before they can be listed
     renders: ClassVar[bool] = False
 
     @abstractmethod
@@ -72,7 +73,7 @@ class Reader(ABC):
 
         Args:
             entries: files or patterns that the source names for the split; not empty.
-            options: the source's values for `self.options`, as far as it gives any.
+            options: values that the source sets for `self.options`.
             at: the blend's folder and seed, and the folder to render into.
 
         Raises:
@@ -80,36 +81,36 @@ class Reader(ABC):
         """
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """Return the paths, patterns and addresses that it reads; none for a reader that renders texts."""
+        """Return the paths, patterns and addresses to read; none for a reader that renders texts."""
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """List its needs from a network, beside the addresses among `paths`."""
+        """List the needs from a network, except for the addresses among `paths`."""
         return []
 
 
 class Format(ABC):
-    """How the documents of a file are read; a file is one document, or each of its lines or rows is."""
+    """A format reads the documents of a file: the file is one document, or each of its lines or rows is one."""
 
     name: ClassVar[str]
-    #: ends of the names of the files that the reader `files` has it read
+    #: suffixes of the files for which the reader `files` uses this format
     suffixes: ClassVar[tuple[str, ...]] = ()
     #: whether a file is one document
     is_document: ClassVar[bool] = False
-    #: options where a task gives none; without these, `text_key` is "text" and `id_key` "id"
+    #: options if a task gives none; without these, `text_key` is "text" and `id_key` "id"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
     def read(self, file: str, options: Mapping[str, Any]) -> Records:
-        """Yield what is in a file; what is damaged costs only itself.
+        """Yield the records of a file; only the damaged parts of a file are lost.
 
         Args:
-            file: a path or fsspec URL.
-            options: options of the task, over `defaults`.
+            file: path or fsspec URL.
+            options: options of the task, which override `defaults`.
 
         Raises:
             OSError: there is no such file.
-            OtherFormatError: its bytes are of another format.
+            OtherFormatError: the file has another format.
         """
 
 
@@ -120,26 +121,26 @@ _Kind = TypeVar("_Kind", bound="type[Reader] | type[Format]")
 
 
 def register(kind: _Kind) -> _Kind:
-    """Make a reader or a format known by its name: a decorator of its class."""
+    """Register a reader or a format under its name; use this as a decorator of its class."""
     table: dict[str, Any] = READERS if issubclass(kind, Reader) else FORMATS
     table[kind.name] = kind()
     return kind
 
 
 def format_of(path: str) -> str | None:
-    """Return the name of the format that the name of a file ends in; None if it ends in none."""
+    """Return the name of the format that matches a file's suffix, or None."""
     ends = {end: format.name for format in FORMATS.values() for end in format.suffixes}
     return ends.get(suffix_of(path))
 
 
 def suffix_of(path: str) -> str:
-    """Return the end of a file's name that says its format, compression included; "" if it says none."""
+    """Return the suffix of a file's name that tells its format, compression included; "" if there is none."""
     ends = (end for format in FORMATS.values() for end in format.suffixes if path.endswith(end))
     return max(ends, key=len, default="")
 
 
 def readable() -> str:
-    """List the ends of the names of files that are read."""
+    """Describe the suffixes of readable files."""
     ends = {end for format in FORMATS.values() for end in format.suffixes if not end.endswith(COMPRESSED)}
     return f"{', '.join(sorted(ends, key=len))}, compressed or not"
 

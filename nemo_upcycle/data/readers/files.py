@@ -1,4 +1,4 @@
-"""Files of the user's own: paths, patterns and addresses."""
+"""The user's own files: paths, patterns and addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 
 @register
 class Files(Reader):
-    """Files that patterns and addresses name, each read by the format that its name ends in."""
+    """Reader of files that paths, patterns and addresses name; the suffix of a file decides its format."""
 
     name, options = "files", ("text_key", "id_key")
 
@@ -62,7 +62,7 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
             got="cannot be reached (" + f"{type(error).__name__}: {error}".splitlines()[0] + ")",
             fix="check the address and the network, or give a folder with a copy of the files",
         ) from None
-    # A link is of another type than a file; its own size is not that of the file.
+    # A link has another type than a file, and its size is not the file's.
     names = {
         name: entry.get("size") if entry["type"] == "file" else system.size(name)
         for name, entry in matches.items()

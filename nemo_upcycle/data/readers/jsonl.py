@@ -13,7 +13,7 @@ from nemo_upcycle.data.readers import Format, Records, register
 
 @register
 class JsonLines(Format):
-    """An object a line."""
+    """Format with a JSON object in each line."""
 
     name = "jsonl"
     suffixes: ClassVar[tuple[str, ...]] = (
@@ -44,7 +44,7 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     except ValueError:
         try:
             value = json.loads(decode(line))  # Python writes NaN, which orjson refuses
-            orjson.dumps(value)  # a half of a surrogate pair is no text
+            orjson.dumps(value)  # refuses half of a surrogate pair
         except UnicodeDecodeError:
             return "not UTF-8"
         except (ValueError, TypeError, RecursionError):

@@ -20,7 +20,7 @@ _EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 @register
 class LmEval(Reader):
-    """An entry is a task or a group; the option is a folder with tasks of the user's own."""
+    """Reader of lm-eval's training splits; an entry is a task or a group, `include_path` a folder of own tasks."""
 
     name, options, renders = "lm_eval", ("include_path",), True
 
@@ -33,29 +33,28 @@ class LmEval(Reader):
         return [input_file(path, "jsonl") for path in paths]
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """See `Reader.paths`: the user's own tasks."""
+        """See `Reader.paths`: only the files of the user's own tasks."""
         return [f"{own}/*"] if (own := options.get("include_path")) else []
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """See `Reader.needs`; the needs of the user's own tasks are not known."""
+        """See `Reader.needs`; it does not know the needs of the user's own tasks."""
         return [] if options.get("include_path") else [task_need(name) for name in entries]
 
 
 def write_training_splits(names: Sequence[str], folder: Path, include_path: Path | None = None) -> None:
-    """Write the training documents of tasks of lm-eval to `folder/NAME.jsonl`, in the order of their data sets.
+    """Write the training documents of lm-eval's tasks to `folder/NAME.jsonl`, in the order of their data sets.
 
-    A line is `{"id": "TASK/train/NUMBER", "text": "..."}`; the text is what lm-eval shows as a worked example: the
-    task's prompt, its delimiter and the right answer; documents without one are left out. The other splits are never
-    read out.
+    A line is `{"id": "TASK/train/NUMBER", "text": "..."}`. The text is lm-eval's worked example: the task's prompt,
+    its delimiter and the right answer. Documents without an answer are omitted. Other splits are never used.
 
     Args:
         names: tasks or groups of lm-eval.
-        folder: created if missing; a file of an earlier call is replaced.
+        folder: folder to write to, created if missing; files of an earlier call are replaced.
         include_path: a folder with task files of the user's own, or None.
 
     Raises:
-        UpcycleError: an unknown task, one without a training split or with one that it evaluates, or data that cannot
-            be fetched. Nothing is written then.
+        UpcycleError: a task is unknown, has no training split or evaluates it, or its data cannot be fetched. Nothing
+            is written then.
 
     Example:
         >>> write_training_splits(["sciq"], Path("runs/data"))  # doctest: +SKIP

@@ -12,7 +12,7 @@ from nemo_upcycle.data.readers import Format, Records, register
 
 @register
 class Parquet(Format):
-    """Columns of text, and of ids."""
+    """Format with a document in each row, from a column of texts and a column of ids."""
 
     name, suffixes = "parquet", (".parquet",)
 
@@ -48,7 +48,7 @@ class Parquet(Format):
 
 
 def _is_text(kind: Any) -> bool:
-    """Return whether a column of Parquet holds texts, or numbers of texts in a list of them."""
+    """Return whether a Parquet column holds texts, plain or dictionary-encoded."""
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind

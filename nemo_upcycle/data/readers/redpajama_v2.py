@@ -1,4 +1,4 @@
-"""RedPajama-V2: a release on a server, or a copy of it, with the lists of its own duplicates."""
+"""RedPajama-V2: a release on a server, or a copy of it, with the publisher's lists of duplicates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHARDS, _LANGUAGES, _BUCKETS = 5000, ("en", "de", "fr", "es", "it"), ("head", "
 
 @register
 class RedPajamaV2(Reader):
-    """All documents files of some snapshots, or a sample of them. An entry is the folder of the release.
+    """Reader of all document files of some snapshots, or of a sample; an entry is the folder of the release.
 
-    Options: `snapshots` (list), `languages`, `buckets`, `shards` (most files to take, chosen with the seed) and
-    `duplicates` (whether to leave out its own lists' rows).
+    Options: `snapshots` (list), `languages`, `buckets`, `shards` (maximum number of files, chosen with the seed) and
+    `duplicates` (whether to omit the rows that the publisher lists as duplicates).
     """
 
     name = "redpajama_v2"
@@ -68,7 +68,7 @@ class RedPajamaV2(Reader):
 
 @register
 class RedPajamaV2Lines(JsonLines):
-    """JSON lines with its names of the fields."""
+    """JSON lines with the field names of RedPajama-V2."""
 
     name, suffixes = "redpajama_v2", ()
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"text_key": "raw_content", "id_key": "id"})

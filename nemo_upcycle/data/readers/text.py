@@ -12,14 +12,14 @@ from nemo_upcycle.data.readers import Format, Records, register
 
 @register
 class Text(Format):
-    """Lines that are neither UTF-8 nor Latin-1 are left out of the document."""
+    """Format with one document in a file; lines that are neither UTF-8 nor Latin-1 are omitted."""
 
     name, is_document = "text", True
     suffixes: ClassVar[tuple[str, ...]] = (".txt", *(f".txt{end}" for end in COMPRESSED))
 
     def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
-        kept: dict[int, str] = {}  # by the number of the line
+        kept: dict[int, str] = {}  # line number -> text
         other: dict[int, bytes] = {}
         size_bytes, is_empty = 0, True
         for line in read_lines(file):
@@ -34,7 +34,7 @@ class Text(Format):
             except UnicodeDecodeError:
                 kept[number], other[number] = "", content
         try:
-            decode(b"".join(other.values()))  # together: a line alone may look like another encoding
+            decode(b"".join(other.values()))  # together: one line alone may look like another encoding
             kept |= {number: decode(content) for number, content in other.items()}
         except UnicodeDecodeError:
             for number, content in other.items():

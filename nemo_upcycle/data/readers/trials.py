@@ -1,4 +1,4 @@
-"""Texts for trials: State of the Union addresses, and those of Debian's packages."""
+"""Texts for trials: State of the Union addresses, and texts of Debian packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.data.readers import InputFile, Place, Reader, input_file, regi
 
 @register
 class Sotu(Reader):
-    """An entry is a year, or first and last of several."""
+    """Reader of State of the Union addresses; an entry is a year, or the first and last of several years."""
 
     name, renders = "sotu", True
 
@@ -29,7 +29,7 @@ class Sotu(Reader):
 
 @register
 class Packages(Reader):
-    """An entry is a package's name."""
+    """Reader of texts of Debian packages; an entry is the name of a package."""
 
     name, renders = "packages", True
 

@@ -1,1 +1,1 @@
-"""What is asked: suites, their tasks and items. Data keep the items out of training, evaluation asks them."""
+"""Evaluation suites, their tasks and items. Data keep the items out of training, evaluation asks them."""

@@ -1,4 +1,4 @@
-"""List the items that suites ask, in the forms in which a text may contain them."""
+"""List the items that suites ask, in all forms in which a text may contain them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Item:
     """One item of an evaluation set.
 
     Attributes:
-        name: the evaluation set.
+        name: name of the evaluation set.
         id: id of the item in its set.
-        renderings: the forms in which a text may contain it.
+        renderings: forms in which a text may contain the item.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Item:
 def suite_items(config: SuiteConfig, without: Collection[str] = ()) -> Iterator[Item]:
     """Yield the items that a suite asks, in a fixed order.
 
-    The held-out documents of a suite are no items: they come from the blend itself, which keeps them out of training.
+    The held-out documents of a suite are not items: they come from the blend itself, which keeps them out of training.
 
     Args:
-        config: configuration of the suite. One of lm-eval's own tasks needs the Hugging Face hub, or its cache.
-        without: names of lm-eval's tasks to leave out.
+        config: configuration of the suite. A suite of lm-eval's own tasks needs the Hugging Face hub, or its cache.
+        without: names of lm-eval's tasks to omit.
 
     Raises:
-        UpcycleError: an unknown task, or data that cannot be fetched.
+        UpcycleError: a task is unknown, or its data cannot be fetched.
     """
     if not config.local:
         names = [name for name in config.tasks if name not in without]
@@ -53,7 +53,7 @@ def suite_items(config: SuiteConfig, without: Collection[str] = ()) -> Iterator[
 def lm_eval_items(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> Iterator[Item]:
-    """Yield the documents that tasks of lm-eval evaluate, from the test split or else from the validation split.
+    """Yield the documents that lm-eval's tasks evaluate, from the test split or, without one, the validation split.
 
     Args:
         names: tasks or groups; each is an evaluation set, `lm-eval/NAME`.
@@ -61,7 +61,7 @@ def lm_eval_items(
         files: files of tasks, see `load_tasks`.
 
     Raises:
-        UpcycleError: an unknown task, or data that cannot be fetched.
+        UpcycleError: a task is unknown, or its data cannot be fetched.
     """
     for name, tasks in load_tasks(names, include_path, files).items():
         for task in tasks:
@@ -70,7 +70,7 @@ def lm_eval_items(
 
 
 def set_name(task: str) -> str:
-    """Return how the evaluation set of one of lm-eval's tasks is called.
+    """Return the name of the evaluation set of an lm-eval task.
 
     Example:
         >>> set_name("piqa")
@@ -82,7 +82,7 @@ def set_name(task: str) -> str:
 def _forms(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:
     question = question_of(task, document)
     stems = [question.stem]
-    if isinstance(document.get("question"), str):  # where the prompt puts a passage or examples before it
+    if isinstance(document.get("question"), str):  # the prompt may put a passage or examples before it
         stems.append(document["question"])
     prompts = (f"{question.prompt} {answer}" for answer in question.answers or ("",))
     return (*(form for stem in stems for form in renderings(stem, question.options, question.answers)), *prompts)

@@ -24,14 +24,14 @@ from nemo_upcycle.utils.writers import yaml_text
 
 #: Beginning of the text of a `TaskDataError`, before the reason.
 _CANNOT = "cannot be had: "
-#: Of what a library says of a data set that it cannot load.
+#: Maximum length of a library's message about a data set that it cannot load.
 _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
-#: Follows instructions that code can check, as `lm_eval/tasks/ifeval`; its instruction that counts sentences.
+#: Task of instructions that code can check (`lm_eval/tasks/ifeval`), and its instruction that counts sentences.
 IFEVAL, _SENTENCES = "ifeval", "length_constraints:number_sentences"
-#: Task -> what its code imports beyond lm-eval's own requirements, of the extra with its name.
+#: Task -> packages that its code imports beyond lm-eval's own requirements; lm-eval's extra of that name has them.
 _IMPORTED = {IFEVAL: ("langdetect", "immutabledict", "nltk")}
-#: `datasets` names all rows of a single file so.
+#: `datasets` calls the only split of a single file `train`.
 _ASKED_OF_A_FILE = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
 _ASKED_OF_A_FILE |= {"test_split": "train", "fewshot_split": None}
 _LABEL_BEFORE = re.compile(r"^\s*(?:question|q|problem|passage|context)\s*:\s*", re.IGNORECASE)
@@ -44,10 +44,10 @@ class TaskQuestion:
     """One document of a task.
 
     Attributes:
-        prompt: what lm-eval gives the model, without examples and description.
-        stem: the prompt without labels such as "Question:", and without options it lists.
-        options: the answers to choose from, if there are any.
-        answers: the right ones; none where the data do not say.
+        prompt: text that lm-eval gives the model, without examples and description.
+        stem: prompt without labels such as "Question:", and without the options that it lists.
+        options: answers to choose from, if there are any.
+        answers: right answers; empty if the data have none.
     """
 
     prompt: str
@@ -57,16 +57,16 @@ class TaskQuestion:
 
 
 class TaskDataError(UpcycleError):
-    """The data of a task cannot be had: no network, a data set that is a script, a split that is not there, ..."""
+    """The data of a task cannot be loaded: no network, a data set that is a script, a missing split, ..."""
 
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """What a name of lm-eval stands for, with its data.
+    """The tasks that one of lm-eval's names stands for, with their data.
 
     Attributes:
-        tasks: tasks by their names; one, or those of a group or tag.
-        group: lm-eval's object for a group, which weighs its tasks; None of a task or tag.
+        tasks: tasks sorted by name: a single task, or all tasks of a group or tag.
+        group: lm-eval's object for a group, which weighs its tasks; None for a task or tag.
     """
 
     tasks: list[Any]
@@ -76,18 +76,18 @@ class LoadedTask:
 def load_tasks(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> dict[str, list[Any]]:
-    """Load tasks, groups or tags of lm-eval with their data, which are in the cache of the Hugging Face hub then.
+    """Load tasks, groups or tags of lm-eval, with their data, which are then in the cache of the Hugging Face hub.
 
     Args:
-        names: tasks, groups or tags of lm-eval's, or of the user's own or the package's files, which come first.
+        names: tasks, groups or tags: lm-eval's own, or from files of the user or this package, which come first.
         include_path: a folder with task files of the user's own, or None.
         files: files of tasks, see `load_available_tasks`.
 
     Returns:
-        Name -> its tasks by their names.
+        Name -> its tasks, sorted by name.
 
     Raises:
-        TaskDataError: the data of one cannot be had.
+        TaskDataError: the data of a task cannot be loaded.
         UpcycleError: lm-eval does not know a name.
 
     Example:
@@ -105,19 +105,19 @@ def load_available_tasks(
     files: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> tuple[dict[str, LoadedTask], dict[str, str]]:
-    """Load those tasks, groups or tags that can be loaded; report at once those that cannot.
+    """Load the tasks, groups or tags that can be loaded, and warn at once about the others.
 
     Args:
         names: tasks, groups or tags, see `load_tasks`.
         include_path: folder with the user's task files, see `load_tasks`.
         files: task -> file of JSON lines in the form of its data set's rows, read in place of the data set.
-        strict: whether to fail at the first that cannot be loaded.
+        strict: whether to fail at the first name that cannot be loaded.
 
     Returns:
-        Name -> what was loaded, and name -> why it cannot be loaded.
+        Name -> loaded task, and name -> reason why it cannot be loaded.
 
     Raises:
-        TaskDataError: none can be loaded, or one cannot and `strict` is set.
+        TaskDataError: no name can be loaded, or one cannot and `strict` is set.
         UpcycleError: lm-eval does not know a name.
     """
     managers = _managers(names, include_path)
@@ -142,15 +142,15 @@ def load_available_tasks(
 
 
 def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
-    """Check that this machine has the packages and files that the code of tasks needs beside their data.
+    """Check that this machine has the packages and files that the code of tasks needs besides their data.
 
     Args:
         names: names of tasks.
-        files: files of tasks, see `load_available_tasks`; a file with no question about sentences needs no package to
-            count them.
+        files: files of tasks, see `load_available_tasks`; if a file has no question about sentences, NLTK's punkt_tab
+            is not needed.
 
     Raises:
-        UpcycleError: one is missing.
+        UpcycleError: a package or file is missing.
     """
     for name in names:
         absent = [package for package in _IMPORTED.get(name, ()) if importlib.util.find_spec(package) is None]
@@ -183,7 +183,7 @@ def _counts_sentences() -> bool:
 
 
 def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any]:
-    """Return those of lm-eval's managers that know the names: that of our own files and the user's, and its own."""
+    """Return lm-eval's managers that know the names: for our own and the user's files, and for its own tasks."""
     from lm_eval.tasks import TaskManager
 
     folders = [packaged("evaluation") / "tasks", *([Path(include_path)] if include_path else [])]
@@ -193,7 +193,7 @@ def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any
     try:
         check_task_names(names, [name for manager in managers for name in manager.all_tasks])
     except UpcycleError as error:
-        if include_path:  # lm-eval passes over files that are no YAML
+        if include_path:  # lm-eval skips files that are not valid YAML
             error.fix += f", or define it in a file of valid YAML in {include_path}"
         raise
     return managers
@@ -205,14 +205,14 @@ def _load(name: str, managers: Sequence[Any], file: str | None = None) -> Loaded
     try:
         with quiet(), TemporaryDirectory() as scratch:
             loaded = manager.load([name if file is None else _over_file(manager, name, file, Path(scratch))])
-    except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
+    except Exception as error:  # lm-eval passes on a dozen kinds of errors of its libraries
         got, fix = _reason(error)
         raise TaskDataError(f"Data of lm-eval's task {name}", kind="state", got=_CANNOT + got, fix=fix) from error
     return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
 
 
 def _over_file(manager: Any, name: str, file: str, folder: Path) -> str:
-    """Return a file, in a folder, that defines a task as it is, over JSON lines."""
+    """Write a definition of the task that reads JSON lines instead of its data set, and return its path."""
     defined = {"include": str(manager.task_index[name].yaml_path), "task": name, **_ASKED_OF_A_FILE}
     path = folder / "task.yaml"
     path.write_text(yaml_text(defined | {"dataset_kwargs": {"data_files": file}}), encoding="utf-8")
@@ -220,7 +220,7 @@ def _over_file(manager: Any, name: str, file: str, folder: Path) -> str:
 
 
 def _reason(error: Exception) -> tuple[str, str]:
-    """Return why a task's data cannot be had, in one line, and what to do."""
+    """Return in one line why a task's data cannot be loaded, and the fix."""
     text = " ".join(str(error).split())
     if "scripts are no longer supported" in text:
         got = f"a data set that is a script, {text.rpartition(' ')[2]}, which `datasets` 4.0 and newer do not run"
@@ -241,7 +241,7 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 @cache
 def _lm_evals_own() -> Any:
-    """Return the manager of the thousands of tasks that lm-eval brings; to read their files takes seconds."""
+    """Return the manager of lm-eval's own tasks; reading their thousands of files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -251,7 +251,7 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Check that lm-eval knows tasks.
 
     Raises:
-        UpcycleError: it does not; the message names the closest of its thousands.
+        UpcycleError: lm-eval does not know a task; the message names the closest of its thousands.
     """
     for task in tasks:
         if task not in known:
@@ -266,7 +266,7 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show only the errors of lm-eval's logger, because its advice does not apply here, and no bars of it."""
+    """Hide lm-eval's progress bars and its log, except errors, because its advice does not apply here."""
     from lm_eval.api import model, task
 
     logger = logging.getLogger("lm_eval")
@@ -280,12 +280,12 @@ def quiet() -> Iterator[None]:
 
 
 def _without_bar(items: Iterable[Any], **settings: Any) -> Iterable[Any]:
-    """Stand in for tqdm: `ProgressLine` shows how far an evaluation is."""
+    """Replace tqdm without a bar, because `ProgressLine` shows the progress of an evaluation."""
     return items
 
 
 def question_of(task: Any, document: Mapping[str, Any]) -> TaskQuestion:
-    """Read the question that a task asks with a document, and the answers."""
+    """Return the question that a task asks with a document, and its answers."""
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
@@ -299,7 +299,7 @@ def question_of(task: Any, document: Mapping[str, Any]) -> TaskQuestion:
 
 
 def _without_options(prompt: str, choices: list[str]) -> tuple[str, list[str]]:
-    """Return the prompt up to the options that it lists by letters, and the options."""
+    """Return the prompt up to its list of lettered options, and the options."""
     are_letters = bool(choices) and all(len(choice.strip()) == 1 for choice in choices)
     letters = [choice.strip() for choice in choices] if are_letters else string.ascii_uppercase[: len(choices)]
     matches = [re.search(rf"^[ \t]*\(?{re.escape(letter)}[.):](.*)$", prompt, re.MULTILINE) for letter in letters]

@@ -1,4 +1,4 @@
-"""The tasks that need no network: lm-eval's definitions of them, and their files in a suite's folder."""
+"""The tasks that need no network: their definitions for lm-eval, and their files in a suite's folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.writers import yaml_text
 
 
-#: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
-#: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
+#: Local task -> its definition for lm-eval, without its name and the path of its data. The prompts are from lm-eval's
+#: `mmlu` (letters) and from its cloze variant (answers).
 LOCAL_TASKS: dict[str, dict[str, Any]] = {
     "mmlu_letter": {
         "output_type": "multiple_choice",
@@ -39,7 +39,7 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "text",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     },
-    # Prompts are rendered with the parent's chat template. lm-eval has no loss of answers: `evaluate` adds it.
+    # Prompts are rendered with the parent's chat template. lm-eval has no loss of answers, so `evaluate` adds it.
     "heldout_answers": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",
@@ -48,17 +48,17 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: How an example of the same subject shows its answer.
+#: Task -> template of the answer in a worked example of the same subject.
 _SHOWN_ANSWERS = {"mmlu_letter": "{{'ABCD'[answer]}}", "mmlu_answer": "{{choices[answer]}}"}
 
 
 def is_text(task: str) -> bool:
-    """Return whether a task predicts whole texts, and asks no question."""
+    """Return whether a task predicts whole texts instead of asking questions."""
     return LOCAL_TASKS[task]["output_type"] == "loglikelihood_rolling"
 
 
 def is_answers(task: str) -> bool:
-    """Return whether a task scores the answers of conversations that were held back."""
+    """Return whether a task scores held-out answers of conversations."""
     return LOCAL_TASKS[task]["output_type"] == "loglikelihood"
 
 
@@ -76,14 +76,14 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
     """Write a task, `NAME.yaml` and `NAME.jsonl`, into a suite's folder.
 
     Args:
-        folder: to write into; it will be renamed to `final`.
-        final: where the suite will lie.
-        task: task of `LOCAL_TASKS`.
-        shots: worked examples before the question; each row brings its own, `examples`.
-        rows: the task's items.
+        folder: folder to write into, which is renamed to `final` later.
+        final: final path of the suite.
+        task: key of `LOCAL_TASKS`.
+        shots: number of worked examples before the question; each row has its own in `examples`.
+        rows: items of the task.
 
     Raises:
-        UpcycleError: there is no item.
+        UpcycleError: there are no items.
     """
     name = task_name(task, shots)
     if not rows:
@@ -109,12 +109,12 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
 
 
 def _with_examples(prompt: str, answer: str) -> str:
-    """Return the template of a prompt below worked examples: lm-eval itself draws them from all subjects."""
+    """Return a prompt template with worked examples before it, because lm-eval draws its own from all subjects."""
     names = "question, choices, answer"
     values = ", ".join(f"example.{name}" for name in names.split(", "))
     return f"{{% for example in examples %}}{{% set {names} = {values} %}}{prompt} {answer}\n\n{{% endfor %}}{prompt}"
 
 
 def data_files(suite: Path, name: str) -> dict[str, Any]:
-    """Return lm-eval's `dataset_kwargs` for a task of a suite: its data, by absolute path."""
+    """Return lm-eval's `dataset_kwargs` for a task of a suite: the absolute path of its data."""
     return {"data_files": {"test": str(suite.absolute() / f"{name}.jsonl")}}

@@ -1,6 +1,6 @@
 """Choose the items of a suite, and build it: a folder with lm-eval tasks and their data.
 
-Every task is a YAML file of lm-eval's own kind beside a JSON lines file, so that
+Every task is an lm-eval YAML file beside a JSON lines file, so that
 `lm_eval --include_path FOLDER --tasks mmlu_letter ...` runs the same suite without this package. The same seed always
 chooses the same items, whatever their order.
 """
@@ -36,9 +36,9 @@ def build_named_suite(
     """Write the folder of a suite.
 
     Args:
-        name: name of `conf/evaluation`, or a YAML file.
+        name: name in `conf/evaluation`, or path of a YAML file.
         heldout_documents: id and text of whole documents that training did not see.
-        output: the folder to write; an earlier one is replaced.
+        output: folder to write; an earlier folder is replaced.
         answers: answers of the held-out conversations, see `build_suite`.
 
     Returns:
@@ -63,9 +63,9 @@ def build_suite(
     Args:
         questions: dicts with `question`, `choices` (four texts), `answer` (0 to 3) and `subject`.
         heldout_documents: id and text of whole documents that training did not see.
-        output: the folder to write; an earlier one is replaced.
-        config: what to take. With `local: false` the folder only names lm-eval's own tasks; of the documents only the
-            prompts are used, and the questions not at all.
+        output: folder to write; an earlier folder is replaced.
+        config: configuration of the suite. With `local: false`, the folder only names lm-eval's own tasks. The
+            documents then serve only for prompts, and the questions are not used.
         answers: answers of conversations that training did not see: `document`, `turn`, `prompt` and `answer`.
 
     Returns:
@@ -101,11 +101,11 @@ def asks_mmlu(config: SuiteConfig) -> bool:
 
 @dataclass(frozen=True)
 class SuiteTasks:
-    """lm-eval's own tasks of a suite, with their data; none of a local suite, whose data lie in its folder.
+    """lm-eval's own tasks of a suite, with their data; empty for a local suite, whose data lie in its folder.
 
     Attributes:
-        loaded: loaded by name.
-        missing: why the data of the others cannot be had, by name.
+        loaded: name -> loaded task.
+        missing: name -> reason why its data cannot be loaded.
     """
 
     loaded: dict[str, LoadedTask]
@@ -113,14 +113,14 @@ class SuiteTasks:
 
 
 def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
-    """Load the tasks that a suite's folder names: before any model, so that what is missing is known first.
+    """Load the tasks that a suite's folder names, before any model is loaded, so that missing data show early.
 
     Args:
-        suite: the folder that `build_suite` wrote.
-        strict: whether a task whose data cannot be had ends it, also where the suite does not say so.
+        suite: folder that `build_suite` wrote.
+        strict: whether missing data of a task are an error, even if the suite is not strict.
 
     Raises:
-        UpcycleError: the suite is incomplete, lm-eval does not know a task, or no task's data can be had.
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, or the data of no task can be loaded.
     """
     require_complete(suite, "suite", "build the suite")
     config = read_json(suite / MARKER)["config"]
@@ -134,7 +134,7 @@ def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
 
 
 def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
-    """Return MMLU's questions, fetched on first use, for a suite whose local tasks ask them; none for another one."""
+    """Return MMLU's questions, fetched on first use, if local tasks of the suite ask them; otherwise none."""
     if not asks_mmlu(config):
         return []
     from nemo_upcycle.sources.demo.asset_texts import mmlu_questions
@@ -144,10 +144,10 @@ def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
 
 
 def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the questions a configuration asks for, by subject; the order of the input does not matter.
+    """Return the questions that a configuration asks for, by subject; the order of the input does not matter.
 
-    A question with an empty answer is skipped: its length cannot normalise a log-likelihood. So are those that are
-    kept as examples.
+    A question with an empty answer is skipped, because its length cannot normalise a log-likelihood. Questions that
+    are kept as examples are skipped, too.
     """
     groups = _by_subject(questions, config, seed).values()
     asked = (group[: len(group) - config.examples][: config.per_subject] for group in groups)
@@ -159,7 +159,7 @@ def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfi
 def choose_examples(
     questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the questions of each subject that are shown with their answers, and never asked."""
+    """Return the questions of each subject that are shown with their answers and never asked."""
     groups = _by_subject(questions, config, seed)
     return {
         subject: [question for _, question in group[len(group) - config.examples :]]
@@ -170,7 +170,7 @@ def choose_examples(
 def _by_subject(
     questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int
 ) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Return the questions that can be taken, by subject, each with its rank and in the order of it."""
+    """Return the usable questions by subject, each with its rank, in the order of their ranks."""
     by_subject: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for question in questions:
         texts = [question["question"], *question["choices"]]
@@ -185,7 +185,7 @@ def _by_subject(
 
 
 def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the windows a configuration asks for, by document and position.
+    """Return the windows that a configuration asks for, by document and position.
 
     Returns:
         Dicts with `document` (its id), `window` (its number in the document) and `text`.

@@ -1,4 +1,4 @@
-"""Read what a suite asks: `conf/evaluation/NAME.yaml` or a file like those."""
+"""Read the configuration of a suite: `conf/evaluation/NAME.yaml`, or another file of the same form."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
 from nemo_upcycle.utils.validation import is_whole, one_of, valid
 
 
-#: Types to evaluate in.
+#: Data types to evaluate in.
 DTYPES = ("float32", "bfloat16", "float16")
-#: What computes.
+#: Backends that compute the scores.
 BACKENDS = ("auto", "hf", "vllm", "megatron")
 
 
 @dataclass
 class QuestionsConfig:
-    """Which multiple-choice questions to take, None is no limit; and how many of a subject to keep as examples."""
+    """Limits for the multiple-choice questions to take (None: no limit), and how many to keep as examples."""
 
     per_subject: int | None = None
     total: int | None = None
@@ -29,7 +29,7 @@ class QuestionsConfig:
 
 @dataclass
 class HeldoutConfig:
-    """How held-out documents are cut, how many windows are taken, and how many answers; None is all."""
+    """Size of the windows of held-out documents, and how many windows and answers to take (None: all)."""
 
     window_bytes: int = 4096
     windows: int | None = None
@@ -38,7 +38,7 @@ class HeldoutConfig:
 
 @dataclass
 class Published:
-    """A published table: in percent, by `task/metric`, one value for each of `models`."""
+    """A published table: `columns` maps `task/metric` to one value in percent for each of `models`."""
 
     source: str
     models: list[str]
@@ -47,7 +47,7 @@ class Published:
 
 @dataclass
 class SuiteConfig:
-    """What to evaluate; `conf/evaluation/demo.yaml` explains every key."""
+    """The configuration of a suite; `conf/evaluation/demo.yaml` explains every key."""
 
     tasks: dict[str, list[int]]
     local: bool = True
@@ -70,10 +70,10 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     """Read a suite configuration.
 
     Args:
-        name: one of the package's own (`demo`, `offline`, `paper`, ...), or the path of a YAML file.
+        name: name of a packaged suite (`demo`, `offline`, `paper`, ...), or path of a YAML file.
 
     Raises:
-        UpcycleError: there is no such configuration, or it has an unknown key, task or a value of the wrong type.
+        UpcycleError: there is no such configuration, or it has an unknown key or task or a value of the wrong type.
 
     Example:
         >>> read_suite_config("demo").heldout.window_bytes
@@ -109,7 +109,7 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
 
 
 def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
-    """Check what lm-eval's own tasks alone can have, and find the files; of local ones this package has the data."""
+    """Check the settings that only lm-eval's own tasks may have, and make the paths of their files absolute."""
     if config.local and (config.files or config.chat_template):
         raise UpcycleError(
             f"{path}: {('files' if config.files else 'chat_template')}",
@@ -134,7 +134,7 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
 
 
 def folders_of_suite(name: str | Path, config: SuiteConfig) -> list[Path]:
-    """Return the folders that a suite reads from on this machine: its YAML file's and its task files'.
+    """Return the folders on this machine from which a suite reads its YAML file and its task files.
 
     Args:
         name: name or path that the configuration was read from.

@@ -1,4 +1,4 @@
-"""A checkpoint of NeMo or Megatron as a model that computes, on any layout: weights alone, no optimizer."""
+"""A NeMo or Megatron checkpoint as a model that computes, in any layout: weights only, no optimizer."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _BALANCING_BIASES = tuple(name for role in BALANCING_BIASES for name in BY_ROLE[
 
 
 def layout_here(*, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1) -> Layout:
-    """Return the layout of this job's ranks, of torchrun's number; what the sizes leave of them are replicas.
+    """Return the layout of this job's ranks, whose number torchrun sets; ranks beyond the given sizes are replicas.
 
     Args:
-        tp: ranks that share every matrix; experts that are spread are whole.
-        pp: ranks that share the layers.
-        vp: pieces of a pipeline rank's layers.
-        ep: ranks that share the experts of a layer.
+        tp: number of ranks that share every matrix; with `ep` above 1, experts stay whole.
+        pp: number of ranks that share the layers.
+        vp: number of pieces of a pipeline rank's layers.
+        ep: number of ranks that share the experts of a layer.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return Layout(gpus=ranks, tp=tp, pp=pp, vp=vp, ep=ep, etp=tp if ep == 1 else 1)
 
 
 def start_ranks(layout: Layout) -> None:
-    """Set up torch.distributed, from torchrun's variables where there are any, and Megatron's groups.
+    """Set up Megatron's groups and torch.distributed, which uses torchrun's variables if they are set.
 
     Args:
         layout: layout of the model.
@@ -84,17 +84,17 @@ def load_chunks(
     """Return this rank's chunks of a checkpoint's model, ready to compute.
 
     Args:
-        checkpoint: checkpoint of NeMo or Megatron, dense or upcycled, saved under any layout.
+        checkpoint: NeMo or Megatron checkpoint, dense or upcycled, saved under any layout.
         dense_folder: the dense parent's Hugging Face folder.
-        spec: what it was upcycled by; None: what the checkpoint's context says.
-        layout: the one to compute under.
-        dtype: the type to compute in.
+        spec: spec with which the checkpoint was upcycled; None: the spec in the checkpoint's context.
+        layout: layout to compute under.
+        dtype: type to compute in.
 
     Returns:
         The chunks, one for each virtual pipeline stage of this rank, and the model's architecture.
 
     Raises:
-        SpecError, CheckpointError: as in `open_checkpoint`; or the model cannot be spread so over these ranks.
+        SpecError, CheckpointError: as in `open_checkpoint`; or the layout does not fit the model.
     """
     weights, arch, _ = open_checkpoint(checkpoint, dense_folder, spec)
     with weights.checkpoint:
@@ -107,12 +107,12 @@ def load_chunks(
 
 
 def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[Any]:
-    """Return this rank's chunks with weights that are not set yet. Experts drop no token, whatever the training did.
+    """Return this rank's chunks with unset weights. Experts drop no token, whatever the training did.
 
     Args:
-        arch: the model's.
+        arch: architecture of the model.
         layout: layout that Megatron's groups were made for.
-        dtype: the type to compute in.
+        dtype: type to compute in.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -120,7 +120,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
     from nemo_upcycle.online.decoder_layers import decoder_layers
 
-    if arch.scaled_embedding:  # Megatron's own model class does not scale it; a layer of ours does
+    if arch.scaled_embedding:  # Megatron's own model class does not scale the embedding; a layer of ours does
         arch = replace(arch, scaled_embedding=False, embedding_multiplier=arch.hidden_size**0.5)
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
@@ -138,14 +138,14 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         use_cpu_initialization=not on_gpu,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
-        moe_router_load_balancing_type=QUANTILES if arch.quantile_bias else "none",  # a loss that nobody asks for
+        moe_router_load_balancing_type=QUANTILES if arch.quantile_bias else "none",  # no balancing loss is needed
         moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),
         sequence_parallel=layout.tp > 1,  # without it Megatron 0.15 fails in a warning of its own
     )
     check_balancing(config, arch.router_score)
-    config.sequence_parallel = False  # a token of a continuation cannot be cut
-    rows = 8 * layout.tp  # padding, as short as it can be
+    config.sequence_parallel = False  # a single token of a continuation cannot be split
+    rows = 8 * layout.tp  # pad the vocabulary as little as possible
     chunks = []
     for stage in range(layout.vp):
         vp_stage = stage if layout.vp > 1 else None
@@ -170,12 +170,12 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Architecture) -> None:
-    """Fill this rank's chunks from a checkpoint: every parameter is one of it, or a shard of one.
+    """Fill this rank's chunks from a checkpoint: every parameter is a checkpoint's parameter, or a shard of one.
 
     Args:
-        chunks: from `build_chunks`.
+        chunks: chunks from `build_chunks`.
         weights: the open checkpoint.
-        arch: the model's.
+        arch: architecture of the model.
 
     Raises:
         CheckpointError: the model has a parameter that the mapping table does not know, or the shapes disagree.
@@ -191,15 +191,15 @@ def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Archit
 def _parameters(
     chunk: Any, arch: Architecture, coords: RankCoords
 ) -> Iterator[tuple[torch.Tensor, ParamMapping, int, int, Shard]]:
-    """Yield a chunk's parameters: mapping, layer, expert, and this rank's place in the group that cuts it.
+    """Yield a chunk's parameters with mapping, layer, expert, and this rank's place in the group that shards them.
 
-    The biases that balance experts are buffers, and are read like parameters.
+    The biases that balance experts are buffers, but are read like parameters.
     """
     layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
     biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BALANCING_BIASES)]
     for _, bias in biases:
-        bias.data = bias.data.float()  # of the model's type they would be rounded
+        bias.data = bias.data.float()  # the model's type would round them
     for name, parameter in (*chunk.named_parameters(), *biases):
         layer, inner = split_name(name, layers)
         match = find_mapping(inner, in_layer=layer is not None)
@@ -217,7 +217,7 @@ def _parameters(
 
 
 def _fill(parameter: torch.Tensor, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:
-    """Copy a rank's shard of a parameter, part by part: gate and up, or query, key and value, are cut each alone."""
+    """Copy a rank's shard of a parameter part by part: gate and up, or query, key and value, are cut separately."""
     if mapping.role in ("embedding", "output"):
         parameter.zero_()  # rows that only pad the vocabulary
     parts = hf_parts(whole, mapping, arch)

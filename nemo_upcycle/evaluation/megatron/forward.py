@@ -11,9 +11,10 @@ import torch
 
 @contextmanager
 def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Let a model evaluate: no dropout, no auxiliary loss, no token dropped; then leave it as it was.
+    """Put a model into evaluation: no dropout, no auxiliary loss, no token dropped. Then restore its state.
 
-    A model that drops what overflows an expert answers differently in other company, and its export drops nothing.
+    A model that drops tokens which overflow an expert gives answers that depend on the rest of the batch. The exported
+    model drops nothing.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -22,7 +23,7 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     dispatchers = [layer.token_dispatcher for layer in layers]
     was_training = [chunk.training for chunk in chunks]
     factors = [config.moe_expert_capacity_factor for config in configs]
-    states = [dict(vars(dispatcher)) for dispatcher in dispatchers]  # padded ones keep how they exchange tokens
+    states = [dict(vars(dispatcher)) for dispatcher in dispatchers]  # with padding, they store how to exchange tokens
     try:
         for chunk in chunks:
             chunk.eval()
@@ -52,15 +53,17 @@ def forward(
     """Run some passes through the pipeline with Megatron's own schedule.
 
     Args:
-        chunks: this rank's.
-        inputs: token ids [N, S] of each pass, all of one shape.
-        take: what to keep of the logits [N, S, V/T] of a pass and its number; called on the last stage only.
-        inference_context: Megatron's cache of keys and values, of the rows of all passes, for generation.
-        positions: rows and places [P] of each pass that logits are wanted of, which are then [1, P, V]: the output
-            layer is a fifth of a small model's work. None: all. Only where sequences are not cut.
+        chunks: chunks of this rank.
+        inputs: token ids of each pass, [N, S], all of one shape.
+        take: function that gets the logits [N, S, V/T] and the number of a pass, and returns the part to keep; called
+            on the last stage only.
+        inference_context: Megatron's cache of keys and values for generation, with the rows of all passes.
+        positions: rows and places [P] of each pass for which logits are wanted; the logits are then [1, P, V]. This
+            saves time, because the output layer is a fifth of a small model's work. None: all positions. Allowed only
+            if sequences are not split.
 
     Returns:
-        What `take` gave for each pass; nothing on other stages than the last.
+        The results of `take`, one per pass; empty on all stages except the last.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -97,7 +100,7 @@ def forward(
 def _at_positions(
     chunks: Sequence[Any], positions: Sequence[tuple[torch.Tensor, torch.Tensor]] | None, current: Sequence[int]
 ) -> Iterator[None]:
-    """Let the output layer see the positions of the current pass alone."""
+    """Let the output layer see only the positions of the current pass."""
 
     def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         assert positions is not None
@@ -114,14 +117,14 @@ def _at_positions(
 
 
 def gathered(part: dict[int, Any]) -> dict[int, Any]:
-    """Return the entries of all ranks together."""
+    """Return the entries of all ranks in one dictionary."""
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, part)
     return {number: value for part in parts for number, value in part.items()}
 
 
 def padded_length(length: int, chunk: Any) -> int:
-    """Return the length to pad rows to: what sequence and context parallelism can cut, and FP8's kernels multiply."""
+    """Return the length to pad rows to, so that the parallel layout can split them and FP8's kernels can multiply."""
     config = chunk.config
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
     parts *= 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
@@ -130,7 +133,7 @@ def padded_length(length: int, chunk: Any) -> int:
 
 
 def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """Mask the places that attention may not see [1, 1, S, offset + S]; Transformer Engine makes its own."""
+    """Return the causal mask, [1, 1, S, offset + S]; None on a GPU, where Transformer Engine makes its own mask."""
     if device.type == "cuda":
         return None
     return torch.ones(length, offset + length, dtype=torch.bool, device=device).triu(offset + 1)[None, None]

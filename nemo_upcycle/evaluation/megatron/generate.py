@@ -1,7 +1,8 @@
 """Greedy continuations of prompts from a Megatron model of any layout, with its cache of keys and values.
 
-Prompts of different lengths go through together, without padding: the part that all of them have is read at once, and
-from there on every row takes its next token, from its prompt as long as that lasts, else the likeliest.
+Prompts of different lengths go through the model together, without padding. The first tokens, up to the length of the
+shortest prompt, are read at once. From there on every row takes its next token from its prompt, and after the prompt's
+end the likeliest token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, gather
 
 @dataclass
 class _Row:
-    """A prompt, what follows it, and whether that has ended."""
+    """A prompt, its continuation, and whether the continuation has ended."""
 
     number: int
     prompt: Sequence[int]
@@ -38,13 +39,14 @@ def generate(
     """Return the likeliest continuation of every prompt, the same on all ranks.
 
     Args:
-        chunks: this rank's, from `build_chunks`.
-        prompts: token ids, at least one each; the same list on every rank.
-        most: tokens of a continuation.
-        ends: called with a prompt's number and what follows it so far; says whether that is all.
+        chunks: chunks of this rank, from `build_chunks`.
+        prompts: token ids, at least one per prompt; the same list on every rank.
+        most: maximum number of tokens in a continuation.
+        ends: function that gets a prompt's number and the continuation so far, and says whether the continuation is
+            complete.
         vocab_size: V without padding.
         batch_size: prompts in one pass.
-        progress: called after some prompts with their number.
+        progress: function that is called after some prompts with their number.
 
     Example:
         >>> generate(chunks, [[1, 523]], most=8, ends=lambda *_: False, vocab_size=32000)  # doctest: +SKIP
@@ -58,7 +60,7 @@ def generate(
     with evaluating(chunks):
         for start in range(0, len(order), batch_size * replicas):
             together = order[start : start + batch_size * replicas]
-            # A replica without prompts repeats the first one: the ranks that share experts wait for each other.
+            # A replica without prompts repeats the first prompt, because ranks that share experts wait for each other.
             rows = [_Row(number, prompts[number]) for number in together[replica::replicas] or together[:1]]
             lengths = [len(prompts[number]) for number in together]
             _continue(chunks, rows, min(lengths), max(lengths), most, ends, vocab_size)
@@ -83,7 +85,7 @@ def _continue(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    idle = [_Row(-1, rows[0].prompt, ended=True)] * (-len(rows) % stages)  # every stage has a part of the rows in hand
+    idle = [_Row(-1, rows[0].prompt, ended=True)] * (-len(rows) % stages)  # every stage gets a part of the rows
     rows = [*rows, *idle]
     context = StaticInferenceContext(max_batch_size=len(rows), max_sequence_length=longest + most)
     context.materialize_only_last_token_logits = True

@@ -1,7 +1,8 @@
 """The model of lm-eval for NeMo and Megatron checkpoints: `lm_eval --model nemo_upcycle --model_args checkpoint=...`.
 
-The first rank of the job asks; the others serve it until it ends. So tasks are read, tokenised and printed once.
-Texts become tokens as with lm-eval's `hf`, but that the first token of a held-out text is added once.
+The first rank of the job asks; the other ranks serve it until it ends. Tasks are therefore read, tokenised and printed
+only once. Texts become tokens as with lm-eval's `hf`, except that the first token of a held-out text is added only
+once.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ from nemo_upcycle.utils.dtypes import dtype_of
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: What a rank without a question waits; NCCL would end the job after ten minutes.
+#: How long a rank waits for a question. NCCL would end the job after ten minutes.
 _PATIENCE = timedelta(days=7)
 _STOP = "stop"
 
 
 class MegatronLM(HFLM):
-    """A checkpoint, or the live model of a training job, as lm-eval asks it.
+    """A checkpoint, or the live model of a training job, with the interface that lm-eval expects.
 
     Args:
-        checkpoint: a checkpoint, a folder of them, or a run. None with `chunks`.
-        dense: the dense parent's Hugging Face folder; None: the one in the run's receipt. Its tokenizer is used.
-        tp: ranks that share every matrix.
-        pp: ranks that share the layers.
-        ep: ranks that share the experts.
-        dtype: the type to compute in.
+        checkpoint: a checkpoint, a folder of checkpoints, or a run; required.
+        dense: Hugging Face folder of the dense parent, whose tokenizer is used; None: the folder in the run's receipt.
+        tp: number of ranks that share every matrix.
+        pp: number of ranks that share the layers.
+        ep: number of ranks that share the experts.
+        dtype: type to compute in.
         batch_size: sequences in one pass, or `auto`.
-        max_length: tokens of a sequence; None: as many as the model was trained for.
-        add_bos_token: whether every text begins with the first token; None: as the tokenizer does.
+        max_length: sequence length (tokens); None: the length that the model was trained for.
+        add_bos_token: whether every text begins with the first token; None: the tokenizer decides.
         label: name of the model in the progress report.
-        others: what lm-eval passes to every model (`device`, `max_batch_size`), and spec fields (`top_k`,
-            `router_order`, ...) of a checkpoint that does not say how it routes.
+        others: arguments that lm-eval passes to every model (`device`, `max_batch_size`), and spec fields (`top_k`,
+            `router_order`, ...) for a checkpoint that does not say how it routes.
 
     Raises:
-        UpcycleError: no checkpoint, parent or tokenizer, or the model cannot be spread so.
+        UpcycleError: the checkpoint, the parent or the tokenizer is missing, or the layout does not fit the model.
 
     Example:
         torchrun --nproc-per-node 8 -m nemo_upcycle.evaluation run --model nemo_upcycle \\
@@ -98,13 +99,13 @@ class MegatronLM(HFLM):
 
     @classmethod
     def live(cls, chunks: Sequence[Any], tokenizer: Path, vocab_size: int, max_length: int) -> MegatronLM:
-        """Return the model of a training job, on every rank of it: the first one asks, the others `serve`.
+        """Return the model of a training job, on every rank: the first rank asks, the other ranks `serve`.
 
         Args:
-            chunks: this rank's, wrapped or not.
+            chunks: chunks of this rank, wrapped or not.
             tokenizer: folder of the tokenizer.
             vocab_size: V without padding.
-            max_length: tokens of a sequence.
+            max_length: sequence length (tokens).
         """
         lm = cls.__new__(cls)
         super(HFLM, lm).__init__()
@@ -114,7 +115,7 @@ class MegatronLM(HFLM):
         return lm
 
     def _prepare(self, batch_size: int | str | None, max_length: int, bos: bool | None, label: str) -> None:
-        """Set what lm-eval's class reads, and how the ranks talk."""
+        """Set the attributes that lm-eval's class reads, and the group over which the ranks talk."""
         if (tokens := len(self.tokenizer)) > self.vocab_size:
             raise UpcycleError(
                 "The tokenizer",
@@ -129,23 +130,23 @@ class MegatronLM(HFLM):
         self._max_length = int(max_length)
         self._label = label
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._rank, self._world_size = 0, 1  # as lm-eval sees it
+        self._rank, self._world_size = 0, 1  # lm-eval sees a single rank
         self._commands: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        """Let all ranks do something together."""
+        """Make all ranks call the same method together."""
         torch.distributed.broadcast_object_list([(name, arguments)], src=0, group=self._commands)
         return getattr(self, name)(*arguments)
 
     def serve(self) -> None:
-        """Take part in what the first rank asks, until it closes."""
+        """Take part in the calls of the first rank, until it closes."""
         while True:
             asked: list[Any] = [None]
             torch.distributed.broadcast_object_list(asked, src=0, group=self._commands)
             name, arguments = asked[0]
             if name == _STOP:
                 return
-            with contextlib.suppress(UpcycleError):  # all ranks meet the same, and the first one reports it
+            with contextlib.suppress(UpcycleError):  # all ranks meet the same error, and the first rank reports it
                 getattr(self, name)(*arguments)
 
     def close(self) -> None:
@@ -183,7 +184,7 @@ class MegatronLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score continuations; what differs in the last token alone goes through the model once."""
+        """Score continuations; requests that differ only in the last token go through the model once."""
         sequences = [((*context, *continuation), len(continuation)) for _, context, continuation in requests]
         limit = self._max_length + 1
         if (longest := max((predicted for _, predicted in sequences), default=0)) >= limit:

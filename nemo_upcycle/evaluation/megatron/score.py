@@ -1,12 +1,12 @@
 """Log-likelihoods of token sequences from a Megatron model of any layout, whether built here or in training.
 
-All ranks of the job call together with the same sequences. Each replica takes its part of them; all get the answers of
-the last pipeline stage. Logits are never gathered: each rank reduces its part of the vocabulary to the largest logit
-and the sum of exponentials of a position, and the logit of a token. Sequences that differ in their last token alone,
-as the answers A to D do, go through the model once.
+All ranks of the job call together with the same sequences. Each replica computes its part of the sequences, and all
+ranks get the answers of the last pipeline stage. Logits are never gathered. Instead, each rank reduces its part of the
+vocabulary to the largest logit and the sum of exponentials of a position, and the logit of a token. Sequences that
+differ only in their last token, such as the answers A to D, go through the model once.
 
-Legend: N rows of a pass, S tokens of the longest, V vocabulary, P positions that predict a token to score, Q
-questions: a position and a token.
+Legend: N rows of a pass, S tokens of the longest row, V vocabulary, P positions that predict a token to score,
+Q questions (a position and a token).
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, gathered, padded_length
 
 
-#: A sequence to score: its token ids, and how many of the last of them are predicted. The first never is.
+#: A sequence to score: its token ids, and how many tokens at its end are predicted. The first token never is.
 Scored = tuple[Sequence[int], int]
-#: A row: its inputs, and the numbers of the sequences that it answers.
+#: A row: its input tokens, and the numbers of the sequences that it answers.
 Row = tuple[tuple[int, ...], list[int]]
-#: Tokens of one pass with `batch_size="auto"`: the logits of 8,192 tokens are 4 GiB of a vocabulary of 128,256.
+#: Tokens of one pass with `batch_size="auto"`: the logits of 8,192 tokens take 4 GiB with a vocabulary of 128,256.
 AUTO_TOKENS = 8192
-#: Positions whose logits are turned to float32 at a time: half a GiB of such a vocabulary.
+#: Positions whose logits are converted to float32 at a time: half a GiB with such a vocabulary.
 SLICE = 1024
 _Answer = tuple[list[float], bool]
-#: Passes in a row of a pipeline, as a multiple of its stages: 4 keep three quarters of them busy and more.
+#: Passes that follow each other in a pipeline, as a multiple of its stages: 4 keep at least three quarters of the
+#: stages busy.
 _PASSES_PER_STAGE = 4
 
 
@@ -45,11 +46,12 @@ def score(
     """Return the log-likelihood of every predicted token of every sequence, the same on all ranks.
 
     Args:
-        chunks: this rank's, from `build_chunks` or of a training job, wrapped or not.
-        sequences: token ids below `vocab_size`, and how many of the last are predicted; the same list on every rank.
-        vocab_size: V without padding: rows that only pad the embedding are no tokens.
-        batch_size: sequences in one pass, or `auto`: `AUTO_TOKENS`.
-        progress: called after some passes with the number of sequences that are done.
+        chunks: chunks of this rank, from `build_chunks` or from a training job, wrapped or not.
+        sequences: token ids below `vocab_size`, and how many tokens at the end are predicted; the same list on every
+            rank.
+        vocab_size: V without padding, because rows that only pad the embedding are no tokens.
+        batch_size: sequences in one pass, or `auto` for `AUTO_TOKENS` tokens.
+        progress: function that is called after some passes with the number of sequences that these completed.
 
     Returns:
         For each sequence the log-likelihoods in nats, and whether each predicted token is the likeliest.
@@ -68,8 +70,8 @@ def score(
     rows = list(_rows_of(sequences).items())
     batches = list(_batches_of([len(inputs) for inputs, _ in rows], batch_size))
     in_a_row = 1 if stages == 1 else _PASSES_PER_STAGE * stages
-    # Every replica makes as many passes: the ranks that share experts wait for each other in each of them. An
-    # interleaved schedule takes whole groups of them.
+    # Every replica makes the same number of passes, because ranks that share experts wait for each other in each pass.
+    # An interleaved schedule takes whole groups of passes.
     multiple = replicas * (chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1)
     answers: dict[int, _Answer] = {}
     with evaluating(chunks):
@@ -104,7 +106,7 @@ def _check_finite(answers: dict[int, _Answer]) -> None:
 
 
 def _run(chunks: Sequence[Any], passes: Sequence[_Pass], vocab_size: int) -> dict[int, _Answer]:
-    """Run this replica's passes through the pipeline; return answers by sequence number, on the last stage alone."""
+    """Run this replica's passes through the pipeline; return answers by sequence number, on the last stage only."""
     config = chunks[0].config
     asked_only = not config.sequence_parallel and config.context_parallel_size == 1
     outputs = forward(
@@ -122,7 +124,7 @@ def _run(chunks: Sequence[Any], passes: Sequence[_Pass], vocab_size: int) -> dic
 
 
 def _rows_of(sequences: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
-    """Return the numbers of the sequences by all of their tokens but the last."""
+    """Return the numbers of the sequences, grouped by all tokens except the last."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for number, (tokens, _) in enumerate(sequences):
         rows.setdefault(tuple(tokens[:-1]), []).append(number)
@@ -140,13 +142,13 @@ def _batches_of(lengths: Sequence[int], batch_size: int | str) -> Iterator[list[
 
 
 class _Pass:
-    """Rows that go through the model together, and what is asked of them.
+    """Rows that go through the model together, and the questions that they answer.
 
     Args:
-        sequences: all of them.
+        sequences: all sequences to score.
         batch: inputs of each row, and the numbers of the sequences that it answers.
-        size: N, at least as many as rows in the batch.
-        length: S, to which rows are padded with zeros behind: no token sees what comes after it.
+        size: N, at least the number of rows in the batch.
+        length: S. Rows are padded to it with zeros at the end: no token sees later tokens.
     """
 
     def __init__(self, sequences: Sequence[Scored], batch: Sequence[Row], size: int, length: int) -> None:
@@ -167,16 +169,16 @@ class _Pass:
         self.position_Q, self.token_Q = torch.tensor(questions, dtype=torch.long).view(-1, 2).T
         here_S = _places_here(length)
         self.tokens_NS = tokens_NS[:, here_S].to("cuda" if torch.cuda.is_available() else "cpu")
-        # Where each place is in this rank's part of the sequences; -1: on another rank.
+        # Index of each place in this rank's part of the sequences; -1 if the place is on another rank.
         self.local_S = torch.full((length,), -1).scatter(0, here_S, torch.arange(len(here_S)))
 
     def answers(self, logits_NSV: torch.Tensor, vocab_size: int, *, asked_only: bool) -> torch.Tensor:
-        """Return the tokens' log-likelihoods and whether each is the likeliest, [2, Q], from this rank's part of V.
+        """Return log-likelihoods of the tokens and whether each is the likeliest, [2, Q], from this rank's part of V.
 
         Args:
             logits_NSV: logits of all positions, or [1, P, V].
             vocab_size: V without padding.
-            asked_only: whether the logits are only those of positions that predict a token asked for.
+            asked_only: whether the logits are only those of positions that predict a token to score.
         """
         from megatron.core import parallel_state
 
@@ -211,7 +213,7 @@ class _Pass:
 
 
 def _places_here(length: int) -> torch.Tensor:
-    """Return the places of a sequence that this rank holds: with context parallelism a part of each half."""
+    """Return the places of a sequence that this rank holds; with context parallelism it holds a part of each half."""
     from megatron.core import parallel_state
 
     parts, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()

@@ -1,7 +1,7 @@
-"""The init methods: each changes the experts' copies of the dense network. One file and one function a method.
+"""The init methods. Each one changes the experts' copies of the dense network, and is one function in its own file.
 
 Every module in this folder is imported, so a new method is a new file here. A method of another package registers
-itself when its module is imported. None of them imports torch at the top: the planner only wants the names.
+itself when its module is imported. No method imports torch at the top, because the planner needs only the names.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Method:
     """An init method, as `init_method` registers it. Biases and shared experts are never changed.
 
     Args:
-        name: `UpcycleSpec.method` of models that it makes.
+        name: the value of `UpcycleSpec.method` that selects it.
         summary: half a line for the command's help.
-        change: its function.
-        strength: field of the spec that says how much it changes; "" if it has none.
-        inexact: why models that it makes do not compute the dense function, without the subject; "" if they do.
-        computes: whether it changes the copies at all.
+        change: function that changes the copies.
+        strength: spec field that sets how much the method changes; "" if it has none.
+        inexact: why the resulting models do not compute the dense function, without the subject; "" if they do.
+        computes: whether the method changes the copies at all.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Method:
     computes: bool
 
     def inexact_because(self, spec: UpcycleSpec) -> str:
-        """Return why the model of a spec does not compute the dense function; "" if it does."""
+        """Return why the model of a spec does not compute the dense function, or "" if it does."""
         strength = getattr(spec, self.strength) if self.strength else self.name
         return f"{self.strength or 'method'}={strength} {self.inexact}" if self.inexact and strength else ""
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return the receipt's words for a changed parameter."""
+        """Return how the receipt describes a changed parameter."""
         kind = self.strength.rpartition("_")[2]  # std or ratio
         strength = f"{kind} {getattr(spec, self.strength)}, " if kind else ""
         return f"{self.name} ({strength}seed {spec.seed})"
@@ -60,14 +60,17 @@ METHODS: dict[str, Method] = {}
 def init_method(
     summary: str, *, strength: str = "", inexact: str = "", computes: bool = True
 ) -> Callable[[Change], Change]:
-    """Register a function as the init method of its name.
+    """Register a function as an init method under the function's name.
 
     The function changes `matrix.local_FD` in place: this rank's neurons of one matrix of one expert. Every layout must
     give the same bits, so the result must not depend on which neurons this rank holds. It may depend on seed, layer,
     expert, neuron and the whole matrix. Call `matrix.whole_FD` before you change anything.
 
     Args:
-        summary, strength, inexact, computes: see `Method`.
+        summary: half a line for the command's help.
+        strength: spec field that sets how much the method changes; "" if it has none.
+        inexact: why the resulting models do not compute the dense function, without the subject; "" if they do.
+        computes: whether the method changes the copies at all.
 
     Raises:
         SpecError: the name is taken.

@@ -1,4 +1,4 @@
-"""Drop-Upcycling (arXiv 2502.19261, section 3): a part of every expert's neurons is drawn anew."""
+"""Drop-Upcycling (arXiv 2502.19261, section 3): some of every expert's neurons get new random weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @init_method("copies with some neurons redrawn", strength="drop_ratio", inexact="redraws some neurons")
 def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
-    """Give floor(drop_ratio * F) neurons new weights m + s * n in float64, the same neurons in gate, up and down.
+    """Redraw floor(drop_ratio * F) neurons as m + s * n in float64, the same neurons in gate, up and down.
 
-    n comes from N(0, 1), m and s are the mean and standard deviation of what the matrix held in these neurons. It is
-    meant to make the experts differ.
+    n comes from N(0, 1). m and s are the mean and standard deviation of these neurons' old weights in the same matrix.
+    The new weights are meant to make the experts differ.
     """
     import torch
 
@@ -38,15 +38,16 @@ def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
 
 
 def dropped_neurons(spec: UpcycleSpec, layer: int, expert: int, neurons: int) -> torch.Tensor:
-    """Return the numbers of one expert's neurons that are drawn anew: floor(drop_ratio * neurons) of them, sorted.
+    """Return the sorted numbers of the neurons of one expert to redraw: floor(drop_ratio * neurons) of them.
 
-    One set for gate, up and down: a neuron whose gate is new and whose down column is old computes neither. (The code
-    published with the paper draws three sets, so that at 0.5 an eighth of the neurons stays whole.)
+    Gate, up and down share one set, because a neuron with a new gate row and an old down column computes neither the
+    old nor the new function. (The code published with the paper draws three sets, so that at 0.5 an eighth of the
+    neurons stays whole.)
     """
     import torch
 
     from nemo_upcycle.init.rng import block_generator
 
     order = torch.randperm(neurons, generator=block_generator(spec.seed, "dropped", layer, expert))
-    count = math.floor(round(spec.drop_ratio * neurons, 6))  # 0.41 * 600 is 245.99999999999997
+    count = math.floor(round(spec.drop_ratio * neurons, 6))  # rounded first, because 0.41 * 600 is 245.99999999999997
     return order[:count].sort().values

@@ -1,4 +1,4 @@
-"""Copies plus Gaussian noise, as Qwen1.5-MoE and OLMoE (arXiv 2409.02060) add it."""
+"""Copies plus Gaussian noise, as in Qwen1.5-MoE and OLMoE (arXiv 2409.02060)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def noise(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
     """Add noise_std * s * n in float64, with n from N(0, 1) and s the standard deviation of the expert's whole matrix.
 
-    The scale relative to the weights is ours, so that one number serves any model. The difference from the dense
-    function grows with noise_std.
+    Scaling the noise relative to the weights is our choice: one value of noise_std then serves any model. The larger
+    noise_std is, the more the model differs from the dense function.
     """
     if spec.noise_std == 0:
         return

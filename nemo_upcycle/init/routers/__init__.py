@@ -1,8 +1,8 @@
-"""The routers: kinds, which say score and order, and initialisations of their weights. One file each.
+"""The routers: kinds (score and order of top-k) and initialisations of the weights, one file each.
 
-A kind is a class, an initialisation a function. Every module in this folder is imported, so a new one is a new file
-here; one of another package registers itself when its module is imported. None of them imports torch at the top: the
-planner only wants the names.
+A kind is a class, and an initialisation is a function. Every module in this folder is imported, so a new kind or
+initialisation is a new file here. A kind or initialisation of another package registers itself when its module is
+imported. No module imports torch at the top, because the planner needs only the names.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _Kind = TypeVar("_Kind", bound="type[RouterKind]")
 
 
 def register(kind: _Kind) -> _Kind:
-    """Register a kind by its score and order: a decorator of its class.
+    """Register a router kind by its score and order. Use it as a class decorator.
 
     Raises:
-        SpecError: these are taken.
+        SpecError: another kind has the same score and order.
     """
     made = kind()
     _add(ROUTER_KINDS, (made.score, made.order), made)
@@ -40,13 +40,13 @@ def register(kind: _Kind) -> _Kind:
 
 
 def router_init(*, from_data: bool = False, always_zero: bool = False) -> Callable[[Rows], Rows]:
-    """Register a function as the initialisation of routers of its name.
+    """Register a function as a router initialisation under the function's name.
 
-    The function returns the rows of a layer's router, [C, D] in float64, one for each copy of the network. A row is
-    drawn from its own generator and must not depend on how many there are.
+    The function returns the rows of a layer's router, [C, D] in float64, one for each copy of the network. It must
+    draw each row from the row's own generator, and a row must not depend on the number of copies.
 
     Args:
-        from_data: whether it reads the rows from the spec's calibration file; else it draws them.
+        from_data: whether the function reads the rows from the spec's calibration file; otherwise it draws them.
         always_zero: whether all weights are zero for every spec.
 
     Raises:
@@ -65,30 +65,32 @@ def router_init(*, from_data: bool = False, always_zero: bool = False) -> Callab
     return register_rows
 
 
-#: The part of a layer's tokens up to which nothing is said: most texts hold none of them.
+#: Share of a layer's tokens up to which no reason is returned, because most texts contain no such token.
 _RARE = 1e-5
 
 
 def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
-    """Return why a model that is exact in exact numbers is not so in float32; empty if it is, up to rounding.
+    """Return why a model that is exact in real numbers is inexact in float32; empty if only rounding differs.
 
-    A token has a logit for each of the C copies of the network. They are taken as normal with a standard deviation of
-    s = router_std sqrt(hidden_size), which independent weights and a token of root mean square 1 give: a parent whose
-    norm makes tokens n times as large acts as an n times larger router_std. A router from data has s = router_spread.
-    Each is said where it befalls more than one token in 100,000 of a layer:
+    A token has one logit for each of the C copies of the network. The estimate takes the logits as normal with a
+    standard deviation of s = router_std sqrt(hidden_size), which follows from independent weights and a token of root
+    mean square 1. If the parent's norm makes tokens n times as large, this has the effect of an n times larger
+    router_std. A router from data has s = router_spread. A reason is returned if it affects more than one token in
+    100,000 of a layer:
 
-    - Sigmoid scores are so small that 1e-20, which is added to their sum, counts: all logits are below `least_logit`,
-      which happens with probability Phi(least_logit / s)^C.
-    - With granularity, the last of the c copies that are chosen has the same float32 score as the next one, and top-k
-      takes parts of both: their logits differ by less than `RouterKind.spacing`. At z standard deviations the two are
-      next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1) Phi^(C - c - 1) phi^2 / s; that
-      times the spacing, over all z, is the probability. So small logits tie, and large ones of sigmoid scores. Hugging
-      Face's classes choose so. Megatron's softmax after top-k chooses by the logits, of which small ones do not tie:
-      such a model is exact there, and its export is not.
+    - Sigmoid scores are so small that the 1e-20 added to their sum matters. This happens if all logits are below
+      `least_logit`, with probability Phi(least_logit / s)^C.
+    - With granularity, the last of the c chosen copies has the same float32 score as the next copy, and top-k takes
+      parts of both. This happens if their logits differ by less than `RouterKind.spacing`. At z standard deviations
+      the two are next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1) Phi^(C - c - 1) phi^2
+      / s; this density times the spacing, summed over all z, is the probability. Small logits therefore tie, and so do
+      large logits with sigmoid scores. Hugging Face's classes choose by score, so they are affected. Megatron's
+      softmax after top-k chooses by the logits, and small logits do not tie: such a model is exact in Megatron, but
+      its export is not.
 
     Args:
-        spec: what is made of a dense parent.
-        hidden_size: the parent's.
+        spec: how a dense parent is upcycled.
+        hidden_size: hidden size of the parent.
 
     Example:
         >>> inexact_in_float32(UpcycleSpec(num_experts=8, top_k=4, granularity=2, router_std=0.02), 4096)
@@ -119,7 +121,7 @@ def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
 
 
 def _below(place: float) -> float:
-    """Return the probability of a normal number below so many standard deviations."""
+    """Return the probability that a normal number is below `place` standard deviations."""
     return math.erfc(-place / math.sqrt(2.0)) / 2.0
 
 

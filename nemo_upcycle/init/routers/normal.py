@@ -1,4 +1,4 @@
-"""Normal numbers around zero."""
+"""Router initialisation with normal numbers of mean zero."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @router_init()
 def normal(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw from N(0, router_std^2)."""
+    """Draw the rows from N(0, router_std^2)."""
     from nemo_upcycle.init import rng
 
     return rng.normal((hidden_size,), generators) * spec.router_std

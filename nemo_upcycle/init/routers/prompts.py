@@ -1,4 +1,7 @@
-"""The mean of what enters the MoE over given prompts, some for each copy ("hidden" in mergekit's MoE merges)."""
+"""Router initialisation from prompts: each row comes from the mean MoE input over the prompts of its copy.
+
+mergekit's MoE merges call this initialisation "hidden".
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
 
 @router_init(from_data=True)
 def prompts(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Read the rows from the calibration file, which `online/calibration.py` makes of the prompts.
+    """Read the rows from the calibration file, which `online/calibration.py` makes from the prompts.
 
-    A token goes to the copy whose prompts its activation looks like.
+    The router sends a token to the copy whose prompts have similar activations.
     """
     from nemo_upcycle.init.calibration_file import calibration_of
 

@@ -1,4 +1,4 @@
-"""Sigmoid scores, as in DeepSeek-V3 (arXiv 2412.19437) and GLM-4.5: the chosen ones are divided by their sum."""
+"""Sigmoid scores, as in DeepSeek-V3 (arXiv 2412.19437) and GLM-4.5: the chosen scores are divided by their sum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @register
 class Sigmoid(RouterKind):
-    """Exact with two experts or more a token; a single score is not divided."""
+    """Sigmoid scores. The model is exact with two or more experts per token.
+
+    With one expert per token, the score is not divided by the sum, so the weight is not 1.
+    """
 
     score, order = "sigmoid", "topk_softmax"
     pre_softmax = False
@@ -25,7 +28,7 @@ class Sigmoid(RouterKind):
     least_logit = math.log(1e-20 / FLOAT32)  # Megatron and transformers add 1e-20 to the sum
 
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Return 1, or the sigmoid of zero where one expert is chosen."""
+        """Return 1, or the sigmoid of zero if one expert is chosen."""
         return 1.0 if spec.top_k > 1 else 0.5
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -33,5 +36,8 @@ class Sigmoid(RouterKind):
         return logits_TE.sigmoid()
 
     def spacing(self, logit: float) -> float:
-        """See `RouterKind.spacing`: the slope of log sigmoid is 1 / (1 + exp(logit)), so that from 17 on all are 1."""
+        """Return the spacing of logits, see `RouterKind.spacing`.
+
+        The slope of log sigmoid is 1 / (1 + exp(logit)), so all scores from a logit of 17 on are 1 in float32.
+        """
         return FLOAT32 * (1.0 + math.exp(min(logit, 100.0)))

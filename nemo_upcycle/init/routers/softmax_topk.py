@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @register
 class SoftmaxTopk(RouterKind):
-    """Exact with a zero router, or where every expert is chosen."""
+    """A router with softmax before top-k. Exact with a zero router, or if every expert is chosen."""
 
     score, order = "softmax", "softmax_topk"
     pre_softmax = True
 
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Return the chosen experts' share of equal weights."""
+        """Return the sum of the chosen weights when all weights are equal."""
         return spec.top_k / spec.num_experts

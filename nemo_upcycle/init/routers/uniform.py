@@ -1,4 +1,4 @@
-"""Equally likely numbers around zero."""
+"""Router initialisation with uniform numbers of mean zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @router_init()
 def uniform(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw between -sqrt(3) router_std and +sqrt(3) router_std, whose standard deviation is router_std."""
+    """Draw uniformly between -sqrt(3) router_std and sqrt(3) router_std, so the standard deviation is router_std."""
     from nemo_upcycle.init import rng
 
     bound = math.sqrt(3.0) * spec.router_std

@@ -1,4 +1,4 @@
-"""Zeros: every expert is as likely, and top-k leaves to chance which are chosen."""
+"""Router initialisation with zeros: all experts are equally likely, and chance decides which ones top-k takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model families: one file a Hugging Face class, and one line here that registers it."""
+"""Model families: one file per Hugging Face class, and one line here that registers it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.models.stacked import EAGER, GROUPED_BYTES, needs_eager_expert
 from nemo_upcycle.spec import ROUTER_KINDS, UpcycleSpec
 
 
-#: Modules of this package, each with its `FAMILY`. Of the targets that can hold a model, the first is taken.
+#: Modules of this package, each with its `FAMILY`. If several targets can hold a model, the first one is taken.
 _MODULES = (
     "llama",
     "mistral",
@@ -59,10 +59,10 @@ _FAMILIES: dict[str, Family] = FAMILIES
 
 
 def register(family: Family) -> None:
-    """Let the package know a family: of an own file, or of another package.
+    """Register a family of this package or of another package.
 
     Args:
-        family: a parent (`Family`) or a target (`MoeFamily`); it replaces one of the same Hugging Face class.
+        family: a parent (`Family`) or a target (`MoeFamily`). It replaces a family of the same Hugging Face class.
 
     Example:
         >>> register(replace(llama.FAMILY, title="Mine", hf_class="MineForCausalLM"))  # doctest: +SKIP
@@ -75,11 +75,11 @@ for _module in _MODULES:
 
 
 def find_family(hf_class: str, model_type: str = "") -> Family | None:
-    """Return the family of a Hugging Face class; None for a class that is not known.
+    """Return the family of a Hugging Face class; None for an unknown class.
 
     Args:
-        hf_class: the class; without one ("") the other says it.
-        model_type: what `config.json` has beside it, see `Family.computed_as`.
+        hf_class: Hugging Face class; "" to find the family by `model_type`.
+        model_type: `model_type` in `config.json`, see `Family.computed_as`.
     """
     if not hf_class:
         return next((one for one in (*parents(), *_FAMILIES.values()) if one.model_type == model_type), None)
@@ -88,13 +88,18 @@ def find_family(hf_class: str, model_type: str = "") -> Family | None:
 
 
 def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:
-    """Return the family whose configurations a module of NeMo has; with experts: the one of models that have some."""
+    """Return the family whose configuration is in a NeMo module; None if there is none.
+
+    Args:
+        name: name of the module.
+        has_experts: whether to return only a family of MoE models.
+    """
     found = [family for family in _FAMILIES.values() if name and family.nemo_module == name]
     return next((family for family in found if isinstance(family, MoeFamily) or not has_experts), None)
 
 
 def find_dense(arch: Architecture, nemo_module: str) -> Family | None:
-    """Find the class of a dense model: its module of NeMo's own, or else the first that computes the same."""
+    """Find the family of a dense model: the family of its NeMo module, or else the first that computes the same."""
     own, known = find_nemo_module(nemo_module), parents()
     return next((family for family in (own, *known) if family in known and family.computes(arch)), None)
 
@@ -105,19 +110,19 @@ def parents() -> list[Family]:
 
 
 def targets() -> list[MoeFamily]:
-    """Return the families of MoE models that stand alone."""
+    """Return the MoE families whose Hugging Face class is a text model of its own."""
     return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily) and not family.only_among_others]
 
 
 def check_parent(arch: Architecture, where: str) -> None:
-    """Check that a model can become one with experts, or with more of them.
+    """Check that a dense model can get experts, or that an MoE model can get more experts.
 
     Args:
-        arch: its architecture.
-        where: how messages call it.
+        arch: architecture of the model.
+        where: name of the model in messages.
 
     Raises:
-        CheckpointError: it has experts, and its class gets no more of them.
+        CheckpointError: the model has experts and cannot get more.
     """
     family = _FAMILIES.get(arch.hf_class)
     reason = family.no_parent_because if isinstance(family, MoeFamily) else ""
@@ -134,10 +139,10 @@ def check_parent(arch: Architecture, where: str) -> None:
 
 
 def why_not_exported(arch: Architecture) -> str:
-    """Say why no Hugging Face class can hold a model; "" if one can.
+    """Say why no Hugging Face class can hold a model; "" if a class can.
 
     Args:
-        arch: the model's architecture.
+        arch: architecture of the model.
     """
     try:
         require_class(arch)
@@ -150,12 +155,12 @@ def require_class(moe_arch: Architecture) -> None:
     """Check that a Hugging Face class can hold a model.
 
     Raises:
-        SpecError: none can; the text says why.
+        SpecError: no class can; the message says why.
     """
     if moe_arch.hf_class:
         return
     titles: dict[str, list[str]] = {}
-    # Gemma 4's class with experts holds Gemma 4 alone, and no other does
+    # Gemma 4's MoE class holds only Gemma 4, and no other class holds Gemma 4
     near = [family for family in targets() if bool(family.saved_as) is moe_arch.keeps_network]
     for family in near:
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
@@ -172,7 +177,7 @@ def require_class(moe_arch: Architecture) -> None:
     )
 
 
-#: What makes every layer of a model attend to all tokens.
+#: Fields with which every layer of a model attends to all tokens.
 _OPENED: dict[str, Any] = {"sliding_window": None, "window_pattern": None, "local_rope_theta": None}
 _OPEN = (
     "if no training sequence was longer than the window, set sliding_window in config.json to null, and each of its"
@@ -181,11 +186,11 @@ _OPEN = (
 
 
 def _changes_that_help(moe_arch: Architecture, near: list[MoeFamily]) -> list[str]:
-    """List the smallest changes of a spec, or of the parent's window, with which some class holds the model.
+    """List the smallest changes of the spec or of the parent's window that let a class hold the model.
 
     Args:
-        moe_arch: the model's architecture.
-        near: the classes.
+        moe_arch: architecture of the model.
+        near: families of the classes to try.
     """
     network = moe_arch.ffn_size if moe_arch.keeps_network else 0
     layers, shared, window = (
@@ -207,14 +212,14 @@ def _changes_that_help(moe_arch: Architecture, near: list[MoeFamily]) -> list[st
 
 
 def _routes(moe_arch: Architecture) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the fields of an `Architecture` for every kind of router, its own first, and what a spec sets for them."""
+    """Yield the `Architecture` and spec fields for each kind of router, the model's own kind first."""
     own, experts, top_k = moe_arch.router_kind, moe_arch.num_experts or 0, moe_arch.top_k or 1
     yield {}, {}
     for kind, chosen in itertools.product(ROUTER_KINDS.values(), dict.fromkeys((top_k, max(top_k, 2)))):
         route = {"router_score": kind.score, "router_order": kind.order, "top_k": chosen}
         try:
             spec = UpcycleSpec(num_experts=experts, **route)
-        except SpecError:  # of a single expert
+        except SpecError:  # some kinds of router refuse top_k=1
             continue
         fields = {"router_score": kind.score, "norm_topk": spec.sums_to_one, "top_k": chosen}
         was = {"router_score": own.score, "router_order": own.order, "top_k": top_k}
@@ -225,7 +230,7 @@ def load_options(moe_arch: Architecture, itemsize: int) -> str:
     """Return the arguments that `from_pretrained` of transformers 5 needs for a folder of this model; "" for none.
 
     Args:
-        moe_arch: the model's architecture.
+        moe_arch: architecture of the model.
         itemsize: size of a number in the folder (bytes).
     """
     widths = (moe_arch.hidden_size, moe_arch.expert_ffn_size or 0) if moe_arch.num_experts else ()
@@ -233,10 +238,10 @@ def load_options(moe_arch: Architecture, itemsize: int) -> str:
 
 
 def server_caveats(moe_arch: Architecture, itemsize: int) -> tuple[str, ...]:
-    """Return which servers are known not to serve a folder of this model as it is, and why.
+    """Return the known problems of inference servers with a folder of this model.
 
     Args:
-        moe_arch: the model's architecture.
+        moe_arch: architecture of the model.
         itemsize: size of a number in the folder (bytes).
     """
     family = find_family(moe_arch.hf_class)

@@ -1,4 +1,4 @@
-"""Arcee (AFM-4.5B): a Llama whose networks have no gate, and a squared ReLU."""
+"""Arcee (AFM-4.5B): a Llama with ungated networks and squared ReLU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model family is to the package: one record a Hugging Face class, everything special about it inside."""
+"""Model families: one record per Hugging Face class, with everything that is special about the class."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from nemo_upcycle.models.architecture_parts import MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
-#: What `layer_types` calls layers whose attention sees a window, and those that see all.
+#: Names in `layer_types` of layers whose attention sees a window, and of layers whose attention sees all tokens.
 WINDOW, FULL = "sliding_attention", "full_attention"
-#: Base of the rotary embedding in layers with a window, where it is another: only classes that have a default read it.
+#: Setting for a separate base of the rotary embedding in layers with a window. Only classes with a default read it.
 LOCAL_BASE = "rope_local_base_freq"
-#: Hugging Face's activations -> the architecture's.
+#: Name of an activation in Hugging Face -> name in an architecture.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
-#: The same of networks without a gate.
+#: The same for networks without a gate.
 SQUARED_RELU = {"relu2": "squared_relu"}
-#: Up to the number of the layer, of a tensor in one.
+#: Start of the name of a layer's tensor, up to the layer number.
 _NUMBERED = re.compile(r"model\.(?P<mtp>mtp_)?layers\.(?P<number>\d+)\.")
-#: Fields of an `Architecture` that few classes have in some layers alone.
+#: Fields of an `Architecture` for features that only some layers have, in a few classes.
 _PATTERNS = ("rope_pattern", "window_pattern")
-#: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
-#: `qkv_bias`, `balancing_bias`), so that zeros stand for it.
+#: This package's own key in `config.json`: parts that the class always has and the model lacks, so that the folder
+#: holds zeros for them (`shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`).
 ZERO_FILLED = "zero_filled"
-#: Our own key of `config.json`: the `MoeFamily.folded_scale` of the model.
+#: This package's own key in `config.json`: the `MoeFamily.folded_scale` of the model.
 FOLDED_SCALE = "folded_routed_scaling_factor"
-#: What transformers' configuration classes of the Llama family have in common. Without a default of its own, heads
-#: share no keys, and the head dim is their part of the hidden size.
+#: Defaults that transformers' configuration classes of the Llama family share. If a class has no other defaults, it
+#: has as many key-value heads as heads, and the head dim is the hidden size divided by the number of heads.
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -46,9 +46,9 @@ class ConfigValues:
     """The values of a Hugging Face `config.json`, each checked when it is read.
 
     Args:
-        values: settings by Llama's names, without nulls.
-        where: how messages call the file.
-        spelling: the file's own name of a setting -> Llama's, where they differ.
+        values: settings under Llama's names, without nulls.
+        where: name of the file in messages.
+        spelling: the file's name of a setting -> Llama's name, if the names differ.
     """
 
     values: dict[str, Any]
@@ -65,7 +65,7 @@ class ConfigValues:
         return CheckpointError(f"{self.where}: {spelled}", got=repr(value), expected=expected, fix=fix)
 
     def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
-        """Return a whole number; a size has no default."""
+        """Return a whole number. A missing value without a default is an error."""
         value = self.values.get(key, default)
         if type(value) is int and value > most:
             raise self.wrong(key, f"at most {most:,}")
@@ -81,14 +81,14 @@ class ConfigValues:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Return a truth value; absent is false."""
+        """Return true or false. A missing value is false."""
         value = self.values.get(key, False)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], fix: str) -> str:
-        """Look up what a name stands for."""
+        """Return the entry of `choices` that the setting names."""
         name = self.values.get(key)
         if not isinstance(name, str) or name not in choices:
             raise self.wrong(key, " or ".join(choices), fix)
@@ -97,40 +97,41 @@ class ConfigValues:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """One Hugging Face class: how its `config.json` is read and how its tensors are called.
+    """A Hugging Face class: how to read its `config.json`, and the names of its tensors.
 
-    A family that is a Llama in all but names and defaults needs an instance; one that reads a setting in its own way
-    overrides the method that reads it. Its tensors must be those of Llama, apart or fused: the rows of query, key and
-    value, or of gate and up projection, one below the other.
+    If a class differs from Llama only in names and defaults, create an instance of this class. If it reads a setting
+    differently, override the method that reads the setting. The tensors must be Llama's, separate or fused. A fused
+    tensor has the rows of query, key and value, or of gate and up projection, one below the other.
 
     Args:
-        title: how messages call it.
-        hf_class: the class in `architectures`.
-        model_type: the `model_type` beside it.
-        names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
-            same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers. A name that ends in
-            `[{expert}]` is one of an expert in a tensor of all, in `[{expert}].T` of one that lies there transposed.
-        defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
-            configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
-        spelling: its own name of a setting -> Llama's, where they differ.
-        pre_norm: whether norms stand before attention and network (`attention_norm`, `ffn_norm`).
-        post_norm: whether norms stand after them (`attention_post_norm`, `ffn_post_norm`).
+        title: name of the family in messages.
+        hf_class: class in `architectures`.
+        model_type: `model_type` in `config.json`.
+        names: role in the mapping table -> names of the tensors, one name for each part of the role's `ParamMapping`.
+            Parts in the same tensor have the same name. `{layer}` and `{expert}` stand for numbers. `[{expert}]` at
+            the end marks one expert's slice of a tensor with all experts, `[{expert}].T` a transposed slice.
+        defaults: values of settings that `config.json` omits, under Llama's names: the defaults of transformers'
+            configuration class, and values that the class fixes (`qkv_bias`, `zero_centered_norm`,
+            `scaled_embedding`).
+        spelling: the class's name of a setting -> Llama's name, if the names differ.
+        pre_norm: whether there are norms before attention and network (`attention_norm`, `ffn_norm`).
+        post_norm: whether there are norms after attention and network (`attention_post_norm`, `ffn_post_norm`).
         wide_qk_norm: whether query and key are normalised over all heads at once.
-        gated: whether networks have a gate; without one, the last name of `fc1` counts.
+        gated: whether networks have a gate. If not, only the last name of `fc1` is used.
         has_window: whether the class reads `sliding_window`.
-        has_partial_rotary: whether it turns the part of a head that `partial_rotary_factor` says, and leaves the rest.
-        has_multipliers: whether it multiplies embedding, scores, residual branches and logits as its settings say.
-        layer_patterns: fields of an `Architecture` that say in which layers something holds, and that it may have.
-        nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
-        hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
-            shared experts have a gate of their own.
-        hf_offsets: role -> what the Hugging Face tensor has more than the Megatron parameter, where it is not 0.
-        has_mtp: whether its checkpoints may hold layers of multi-token prediction, which are left out.
-        constant_values: how the names of constants end that are not zero -> their number.
-        own_settings: what its `config.json` says of itself alone, and another class would take for its own.
-        saved_as: the class in `architectures`, where a dense family and one of experts have the same.
-        computed_as: the class of transformers that computes it, where transformers has none of this name. Its newest
-            releases know the `model_type`, and save such a model under that class.
+        has_partial_rotary: whether the class reads `partial_rotary_factor`, the rotated share of each head.
+        has_multipliers: whether settings of the class multiply embedding, scores, residual branches and logits.
+        layer_patterns: fields of an `Architecture` that the class supports for features of only some layers.
+        nemo_module: NeMo's module with the configuration of such models, or this package's module if NeMo has none.
+        hf_factors: role -> factor that turns the Megatron parameter into the Hugging Face tensor, if it is not 1.
+            Ignored if the model's shared experts have a gate.
+        hf_offsets: role -> number to add to the Megatron parameter to get the Hugging Face tensor, if it is not 0.
+        has_mtp: whether checkpoints may hold layers for multi-token prediction, which this package omits.
+        constant_values: end of a constant's name -> value of the constant, if it is not zero.
+        own_settings: settings that `config.json` of an MoE omits, because another class would misread them.
+        saved_as: class in `architectures`, if a dense and an MoE family share the class.
+        computed_as: transformers class that computes the model, if transformers has no class `hf_class`. The newest
+            releases of transformers know the `model_type` and save the model under the class that computes it.
 
     Example:
         >>> from nemo_upcycle.models.families import llama, register
@@ -162,37 +163,37 @@ class Family:
     computed_as: str = ""
 
     def of(self, config: Mapping[str, Any]) -> Family:
-        """Return the family of a configuration of this class: another where the class has a dense one and an MoE."""
+        """Return the family for a configuration: this one, unless the class has a dense and an MoE family."""
         return self
 
     def activation(self, config: ConfigValues) -> str:
-        """Return the activation function, as architectures call it.
+        """Return the name of the activation function in an architecture.
 
         Raises:
-            CheckpointError: the package does not know it.
+            CheckpointError: the activation is unknown.
         """
         if not self.gated:
             return config.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
         return config.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the fields of an `Architecture` in which attention is not Llama's.
+        """Return the `Architecture` fields in which attention differs from Llama's.
 
         Raises:
-            CheckpointError: layers attend in a way that is not known.
+            CheckpointError: a layer has an unknown type of attention.
         """
         self._layer_types(config, num_layers, (WINDOW if "sliding_window" in config.values else FULL,))
         return multipliers(config) if self.has_multipliers else {}
 
     @staticmethod
     def _pattern(holds: Iterable[bool]) -> tuple[bool, ...] | None:
-        """Return in which layers something holds, as an `Architecture` has it: None for all."""
+        """Return a layer pattern in the form of an `Architecture`, in which None stands for all layers."""
         pattern = tuple(holds)
         return None if all(pattern) else pattern
 
     @staticmethod
     def _layer_types(config: ConfigValues, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
-        """Return how each layer attends; None where the file does not say it."""
+        """Return the type of attention of each layer; None if the file does not say."""
         kinds = config.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
@@ -202,12 +203,12 @@ class Family:
         return kinds or None
 
     def _windowed(self, config: ConfigValues, num_layers: int, every: int, first: int = 1) -> list[bool]:
-        """Return which layers see a window: as the file says it, else all but each n-th, counted from `first`."""
+        """Return which layers see a window: as in the file, else all but each n-th layer, counted from `first`."""
         kinds = self._layer_types(config, num_layers, (WINDOW, FULL))
         return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
 
     def is_mtp(self, name: str, num_layers: int) -> bool:
-        """Return whether a tensor belongs to multi-token prediction: behind the model's layers, or apart from them.
+        """Return whether a tensor is for multi-token prediction, in layers after the model's or under another name.
 
         Args:
             name: the tensor's name in the checkpoint.
@@ -217,19 +218,19 @@ class Family:
         return bool(layer and (layer["mtp"] or int(layer["number"]) >= num_layers))
 
     def mamba(self, config: ConfigValues) -> MambaLayers | None:
-        """Return the Mamba layers and where they are; None for a class that has none.
+        """Return the Mamba layers; None if the class has none.
 
         Raises:
-            CheckpointError: no layer of Megatron-Core computes what the settings say.
+            CheckpointError: Megatron-Core has no layer with these settings.
         """
         return None
 
     def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
+        """Return the `Architecture` fields that describe the experts; empty for a dense model."""
         return {}
 
     def computes(self, arch: Architecture) -> bool:
-        """Say whether dense models of the class compute what an architecture says, but for its experts."""
+        """Return whether dense models of the class compute an architecture, except for its experts."""
         return (
             arch.gated is self.gated
             and arch.activation in ACTIVATIONS.values()
@@ -244,27 +245,27 @@ class Family:
         )
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
-        """Yield what the class cannot hold of a model.
+        """Yield the features of a model that the class cannot hold.
 
         Args:
-            arch: the model's architecture, without a Hugging Face class.
+            arch: architecture of the model, without a Hugging Face class.
         """
         if arch.num_experts:
             yield "experts"
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the tensors, of one number each, that the class wants and Megatron lacks."""
+        """Return the constant tensors that the class needs and Megatron lacks: name -> shape."""
         return {}
 
 
 def multipliers(config: ConfigValues) -> dict[str, float]:
-    """Return the fields of an `Architecture` that a Granite multiplies by, or divides its logits by."""
+    """Return the `Architecture` fields for Granite's factors and for the divisor of its logits."""
     names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
     return {name: config.number(name) for name in names}
 
 
 def zero_filled(config: ConfigValues) -> list[str]:
-    """Return the parts of a model that are zeros and stand for nothing, as `ZERO_FILLED` names them."""
+    """Return the parts that a model lacks and its folder fills with zeros, by their names in `ZERO_FILLED`."""
     names = config.values.get(ZERO_FILLED, [])
     if not isinstance(names, list):
         raise config.wrong(ZERO_FILLED, "a list of names")
@@ -273,13 +274,13 @@ def zero_filled(config: ConfigValues) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MoeFamily(Family, ABC):
-    """A Hugging Face class of MoE models: what an upcycled model can be exported as.
+    """A Hugging Face class of MoE models, to which an upcycled model can be exported.
 
     Args:
-        router_score: what the class sends the router's logits through, as in `UpcycleSpec`.
-        has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
-        no_parent_because: why a model of the class gets no more experts; "" if it can.
-        only_among_others: whether it is the text model of a class that has other parts, and of none without them.
+        router_score: function that the class applies to the router's logits, as in `UpcycleSpec`.
+        has_attention_bias: whether the class reads `attention_bias`: biases of query, key, value and output, or none.
+        no_parent_because: reason why a model of the class cannot get more experts; "" if it can.
+        only_among_others: whether the class exists only as the text model of a class with other parts.
     """
 
     router_score: str = "softmax"
@@ -288,18 +289,18 @@ class MoeFamily(Family, ABC):
     only_among_others: bool = False
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
-        """Yield what the class cannot hold of an MoE model."""
+        """Yield the features of an MoE model that the class cannot hold."""
         yield from (reason for reason, holds in self.limits(arch).items() if holds)
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
-        """Return reasons why the class cannot hold some models, each with whether it holds of this one.
+        """Return the limits of the class: reason for refusing a model -> whether it applies to this model.
 
         Args:
-            arch: the model's architecture, without a Hugging Face class.
+            arch: architecture of the model, without a Hugging Face class.
         """
         place = "before and after" if arch.pre_norm and arch.post_norm else "after" if arch.post_norm else "before"
         width = "over all heads" if arch.wide_qk_norm else "by head"
-        # Reason -> whether it is one of this class, and whether it holds.
+        # Reason -> whether the class has this limit, and whether the limit applies to this model.
         own = {
             "norms of query and key": ("query_norm" not in self.names, arch.qk_norm),
             "no norms of query and key": (self.defaults.get("qk_norm"), not arch.qk_norm),
@@ -326,39 +327,39 @@ class MoeFamily(Family, ABC):
         } | {reason: holds for reason, (lacks, holds) in own.items() if lacks}
 
     def folded_scale(self, arch: Architecture) -> float:
-        """Return the factor on the experts' outputs that stands in their down projections.
+        """Return the factor on the experts' outputs that is folded into their down projections.
 
-        It is r = routed_scaling_factor where the class has no such setting, else 1. The routed output is linear in the
-        down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router stay as they are. A
-        power of two is exact in every type; any other r rounds each weight once, and `sources.checks.rounded_because`
-        says so in 16 bits.
+        It is r = routed_scaling_factor if the class has no such setting, else 1. The routed output is linear in the
+        down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router do not change. A
+        power of two is exact in every type. Any other r rounds each weight once, and `sources.checks.rounded_because`
+        reports this for 16-bit types.
 
         Args:
-            arch: the MoE model's architecture.
+            arch: architecture of the MoE model.
         """
-        # a family that says by itself what it holds may have the setting under another name
+        # a family that overrides `unsupported` may have the setting under another name
         is_kept = "routed_scaling_factor" in self.defaults or type(self).unsupported is not MoeFamily.unsupported
         return 1.0 if is_kept else arch.routed_scaling_factor
 
     @staticmethod
     def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return templates of names and their shapes, filled in for every MoE layer."""
+        """Fill in templates of names for every MoE layer, and return the names with their shapes."""
         layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
         return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
-        """Yield which servers are known not to serve such a model as it is, and why.
+        """Yield the known problems of inference servers with such a model.
 
         Args:
-            arch: the MoE model's architecture.
+            arch: architecture of the MoE model.
         """
         if arch.activation != "silu":
             yield "llama.cpp: its experts compute SiLU whatever config.json says, so its tokens differ"
 
     @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        """Return the settings of `config.json` that only this class has, or that mean something else in it.
+        """Return the settings of `config.json` that only this class has, or that have another meaning in this class.
 
         Args:
-            arch: the MoE model's architecture.
+            arch: architecture of the MoE model.
         """

@@ -1,4 +1,4 @@
-"""CWM: a Llama whose attention sees a window in three layers of four, from the second on."""
+"""CWM: a Llama whose attention sees a window in all layers except 0, 4, 8 and so on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
-#: How rotary frequencies are scaled where `config.json` does not say it.
+#: Scaling of the rotary frequencies if `config.json` does not say it.
 _SCALING = {
     **{"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     **{"original_max_position_embeddings": 8192},

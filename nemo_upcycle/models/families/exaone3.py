@@ -1,4 +1,4 @@
-"""EXAONE 3.0 and 3.5: a Llama with other names of tensors and settings."""
+"""EXAONE 3.0 and 3.5: a Llama with other names for tensors and settings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""EXAONE 4: norms after attention and network, windows in most layers, positions in those alone.
+"""EXAONE 4: norms after attention and network, windows in most layers, positions only in layers with a window.
 
-No class of MoE models has its norms there and by head.
+No MoE class has norms after attention and network together with norms of query and key head by head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FlexOlmo: OLMo 2's attention and norms, routed experts in every layer, expert weights of any sum."""
+"""FlexOlmo: OLMo 2's attention and norms, routed experts in every layer, combine weights with any sum."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_everywhere
 
 
 class FlexOlmo(MoeFamily):
-    """Classes of OLMo with experts in every layer, and norms of query and key over all heads."""
+    """OLMo classes with experts in every layer, and norms of query and key over all heads."""
 
     def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the fields of an `Architecture` that describe its experts."""
+        """Return the `Architecture` fields that describe the experts."""
         return experts_everywhere(config, "num_experts") | {"norm_topk": config.flag("norm_topk_prob")}
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
@@ -26,10 +26,10 @@ class FlexOlmo(MoeFamily):
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`: by the sources of these servers, none of which was run with this class.
+        """See `MoeFamily.caveats`. The source is the servers' code; no server was run with this class.
 
-        vLLM does not divide the chosen experts' weights by their sum; the norm behind the network takes a common
-        factor out again, up to its epsilon.
+        vLLM does not divide the combine weights by their sum. This needs no caveat, because the norm after the network
+        removes a common factor again, up to its epsilon.
         """
         yield "SGLang, llama.cpp: they do not know this class"
         if arch.attention_out_bias:

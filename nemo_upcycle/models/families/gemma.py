@@ -1,4 +1,4 @@
-"""Gemma 1: GEGLU, norms that store their distance from one, an embedding multiplied by the root of D."""
+"""Gemma 1: GEGLU, norms that store their distance from one, an embedding multiplied by sqrt(D)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH
 
 
 class Gemma(Family):
-    """Classes of Gemma."""
+    """Base of the Gemma classes."""
 
     def activation(self, config: ConfigValues) -> str:
-        """Read `hidden_activation` before `hidden_act`: the first configs say gelu there and mean the tanh form."""
+        """Read `hidden_activation`, or `hidden_act` if it is missing.
+
+        The first configs say `gelu` in `hidden_act` and mean the tanh form.
+        """
         key = "hidden_activation" if "hidden_activation" in config.values else "hidden_act"
         return config.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
 

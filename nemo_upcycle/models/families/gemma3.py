@@ -1,4 +1,4 @@
-"""Gemma 3 of text: norms on both sides, windows in five layers of six, with a rotary embedding of their own."""
+"""Gemma 3 (text): norms on both sides, windows in five of six layers, a separate rotary base for these layers."""
 
 from __future__ import annotations
 

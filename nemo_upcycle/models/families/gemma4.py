@@ -1,6 +1,6 @@
-"""Gemma 4 of text (12B, 31B): other heads in layers without a window, and a factor on what each layer puts out.
+"""Gemma 4 (text, 12B and 31B): other heads in layers without a window, and a factor on the output of each layer.
 
-E2B and E4B have embeddings of their own in every layer and share keys and values between layers: refused by name.
+E2B and E4B are refused, because every layer has its own embeddings, and layers share keys and values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from nemo_upcycle.models.families.base import LOCAL_BASE, ConfigValues, Family
 from nemo_upcycle.models.rotary import PROPORTIONAL
 
 
-#: The class of dense models, and what the package calls it where `enable_moe_block` is set.
+#: Class of dense models, and this package's name for the same class with `enable_moe_block`.
 DENSE, EXPERTS = "Gemma4ForCausalLM", "Gemma4ForCausalLM (enable_moe_block)"
 _OWN_HEADS = "per_layer_config"
-#: Setting -> values that change nothing, and what it is.
+#: Setting -> values that change nothing, and the expected value in messages.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_size_per_layer_input": ((0,), "0: no embeddings of its own in each layer, as E2B and E4B have them"),
     "num_kv_shared_layers": ((None, 0), "0: no layers that take keys and values from others, as in E2B and E4B"),
@@ -27,12 +27,12 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-#: Rotary embeddings where the file says none.
+#: Rotary embeddings if the file says nothing about them.
 _UNSAID = {"local_rope_theta": 1e4, "rope_scaling": {"rope_type": PROPORTIONAL}, "rotary_percent": 0.25}
 
 
 class Gemma4(gemma.Gemma):
-    """The class, with experts or without."""
+    """Gemma 4's class, with or without experts."""
 
     def of(self, config: Mapping[str, Any]) -> Family:
         """See `Family.of`."""
@@ -40,7 +40,7 @@ class Gemma4(gemma.Gemma):
         return family
 
     def computes(self, arch: Architecture) -> bool:
-        """No model of Megatron's is one."""
+        """Return False: no Megatron model computes this class."""
         return False
 
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
@@ -63,7 +63,10 @@ class Gemma4(gemma.Gemma):
 
     @staticmethod
     def _global_heads(config: ConfigValues, windowed: list[bool]) -> GlobalHeads:
-        """Read them as transformers 5.24 writes them, layer by layer, or as it did before."""
+        """Read the heads of layers without a window.
+
+        transformers 5.24 writes them for each layer. Older releases write one setting for all of these layers.
+        """
         same, heads = config.flag("attention_k_eq_v"), config.whole("num_attention_heads")
         groups = config.whole("num_key_value_heads")
         given = {"head_dim": config.whole("global_head_dim")}
@@ -79,7 +82,7 @@ class Gemma4(gemma.Gemma):
             raise inside.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
         return GlobalHeads(
             head_dim=inside.whole("head_dim", head_dim), num_kv_heads=groups, value_is_key=same
-        )  # a release leaves out what is not another's
+        )  # transformers omits values that equal the other layers'
 
 
 NAMES = {**gemma3.FAMILY.names, "layer_scale": (llama.LAYER + "layer_scalar",)}

@@ -1,9 +1,10 @@
-"""Gemma 4 with experts: the dense network is kept beside them, and a norm stands behind each of the two.
+"""Gemma 4 with experts: a layer keeps the dense network beside the experts, and a norm follows each of the two.
 
-A layer adds N(N1(f(x)) + N2(sum of p f_e(x2))), where f is the dense network, N the norm behind it in the parent and
-N1, N2 norms of their own. With N1 = N2 = 1, the same norm before the experts as before f, and experts that are copies
-of f with weights that sum to one, both terms are f(x) / rms(f(x)), and N of twice that is N(f(x)): a norm does not see
-the size of what it gets, but for `rms_norm_eps`, which N1 and N2 add once more. Experts and network have gradients.
+A layer adds N(N1(f(x)) + N2(sum of p f_e(x2))). Here f is the dense network, N is the norm after f in the parent, and
+N1 and N2 are new norms. Upcycling sets N1 = N2 = 1, uses the same norm before the experts as before f, and makes the
+experts copies of f whose combine weights sum to one. Then both terms are f(x) / rms(f(x)). N of their sum is N(f(x)),
+because a norm ignores the scale of its input. Only `rms_norm_eps` changes the result, because N1 and N2 add it once
+more. Experts and network both get gradients.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _Gemma4Moe(gemma4.Gemma4, MoeFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the norms behind network and experts, and the factors before the router and behind each expert."""
+        """Return the norms after network and experts, and the factors before the router and after each expert."""
         width, experts = (arch.hidden_size,), (arch.num_experts or 0,)
         shapes = {_norm("post", f"_{number}")[0]: width for number in (1, 2)}
         return self.in_moe_layers(shapes | {_ROUTER + "scale": width, _ROUTER + "per_expert_scale": experts}, arch)

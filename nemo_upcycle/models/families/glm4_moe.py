@@ -1,4 +1,4 @@
-"""Glm4-MoE: sigmoid scores with a factor, ungated shared experts, dense first layers, norms of query and key."""
+"""Glm4-MoE: scaled sigmoid scores, ungated shared experts, dense first layers, norms of query and key."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Glm4Moe(MoeFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the bias that balances the experts and a shared expert, where the model has none."""
+        """Return the bias that balances the experts and the shared expert, if the model lacks them."""
         shapes: dict[str, tuple[int, ...]] = {}
         if not arch.balancing_bias:
             shapes |= dict.fromkeys(self.names["balancing_bias"], (arch.num_experts or 0,))

@@ -19,7 +19,7 @@ class _Granite4(Family):
         if config.whole("num_local_experts", 8, least=0):
             raise config.wrong("num_local_experts", "0", fix)
         kinds = config.values.get("layer_types")
-        if kinds not in (["attention"] * num_layers, [FULL] * num_layers):  # as transformers 4 and 5 call it
+        if kinds not in (["attention"] * num_layers, [FULL] * num_layers):  # names in transformers 4 and 5
             raise config.wrong("layer_types", f"{num_layers} times attention" if kinds else "it", fix)
         if config.values.get("position_embedding_type") != "rope":
             raise config.wrong("position_embedding_type", "rope", fix)
@@ -31,9 +31,9 @@ FAMILY = _Granite4(
     hf_class="GraniteMoeHybridForCausalLM",
     model_type="granitemoehybrid",
     names=llama.NAMES | {"fc1": (_MLP + "input_linear.weight",) * 2, "fc2": (_MLP + "output_linear.weight",)},
-    defaults=DEFAULTS | {"intermediate_size": 1},  # of its experts
+    defaults=DEFAULTS | {"intermediate_size": 1},  # width of the class's experts, which these models lack
     has_multipliers=True,
-    # With a width of shared experts llama.cpp looks for them in a GraniteMoe, too.
+    # If config.json has the width of shared experts, llama.cpp looks for shared experts in a GraniteMoe, too.
     own_settings=(
         *("shared_intermediate_size", "position_embedding_type", "time_step_limit", "normalization_function"),
         *(f"mamba_{name}" for name in _MAMBA),

@@ -1,4 +1,4 @@
-"""GraniteMoe: Granite's multipliers, experts in every layer, whose weights sum to one and which lie in one tensor."""
+"""GraniteMoe: Granite's multipliers, experts in every layer, in one tensor, combine weights that sum to one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NAMES = llama.NAMES | {
 
 
 class GraniteMoe(MoeFamily):
-    """Classes of Granite's MoE models."""
+    """Base of Granite's MoE classes."""
 
     def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the fields of an `Architecture` that describe its experts."""
+        """Return the `Architecture` fields that describe the experts."""
         return experts_everywhere(config, "num_local_experts")
 
     def limits(self, arch: Architecture) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""GraniteMoeSWA: a GraniteMoe whose layers differ in windows and positions; its sinks of attention do nothing here."""
+"""GraniteMoeSWA: a GraniteMoe whose layers differ in windows and positions. Its attention sinks are switched off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_upcycle.models.families.routed import experts_everywhere
 
 _MOE = llama.LAYER + "block_sparse_moe."
 _SINKS = "self_attn.sinks"
-#: Beside the scores of the tokens that a head sees, so low that its share of the softmax is nothing.
+#: Value of a sink, which enters the softmax beside the scores. It is so low that the sink's share is zero.
 _NO_SINK = -1e4
 _THETAS = "layer_rope_theta"
 
@@ -67,14 +67,14 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
         return super().expert_settings(arch) | {
             "attention_bias": arch.qkv_bias,
             "shared_intermediate_size": arch.shared_ffn_size,
-            "sliding_window": arch.sliding_window or arch.max_positions,  # the class wants one, seen by layers or not
+            "sliding_window": arch.sliding_window or arch.max_positions,  # required, even if no layer has a window
             "layer_types": [FULL if arch.window_of(layer) is None else WINDOW for layer in layers],
             _THETAS: [arch.rope_theta if turns else 0 for turns in arch.rope_pattern or (True,) * arch.num_layers],
             ZERO_FILLED: ["attention_out_bias"] if arch.qkv_bias and not arch.attention_out_bias else [],
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the sinks of all heads, and biases of the attention's output that the model has not."""
+        """Return the sinks of all heads, and the biases of the attention output that the model lacks."""
         shapes: dict[str, tuple[int, ...]] = {llama.LAYER + _SINKS: (arch.num_heads,)}
         if arch.qkv_bias and not arch.attention_out_bias:
             shapes |= dict.fromkeys(self.names["attention_out_bias"], (arch.hidden_size,))

@@ -1,4 +1,4 @@
-"""HyperCLOVA X (SEED Think): a Granite whose logits are multiplied, with norms after attention and network or none."""
+"""HyperCLOVA X (SEED Think): a Granite that multiplies its logits. It may have norms after attention and network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _HyperClovaX(Family):
         return {"post_norm": norms} | ({} if is_plain else factors)
 
     def computes(self, arch: Architecture) -> bool:
-        """Leave to others what has no norms there."""
+        """Return whether a model needs this class: it has multipliers, and norms after attention and network."""
         return arch.attention_multiplier is not None and super().computes(arch)
 
 

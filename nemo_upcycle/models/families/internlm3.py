@@ -1,4 +1,4 @@
-"""InternLM3: a Llama, for sequences up to where its rotary frequencies begin to change with the length."""
+"""InternLM3: a Llama, for sequences up to the length from which its rotary frequencies change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.models.rotary import DYNAMIC
 
 class _InternLm3(Family):
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        scaling = config.values["rope_scaling"] or {}  # of a dynamic one, none up to `max_position_embeddings`
+        scaling = config.values["rope_scaling"] or {}  # dynamic: no scaling up to max_position_embeddings
         kept = None if scaling.get("rope_type") == DYNAMIC else config.values["rope_scaling"]
         return super().attention(config, num_layers) | {"rope_scaling": kept}
 

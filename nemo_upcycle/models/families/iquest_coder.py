@@ -1,4 +1,4 @@
-"""IQuest-Coder: a Llama with a class of its own."""
+"""IQuest-Coder: a Llama under a class name of its own."""
 
 from __future__ import annotations
 

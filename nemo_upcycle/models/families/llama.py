@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and everything that saves itself as one (SmolLM2, TinyLlama, Yi, ...)."""
+"""Llama 1 to 3, and every model that is saved as a Llama (SmolLM2, TinyLlama, Yi, ...)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family
 
 
 LAYER = "model.layers.{layer}."
-#: The tensors of every Llama-like class. A network without a gate has its up projection alone.
+#: Tensors of every Llama-like class. A network without a gate has only the up projection.
 NAMES = {
     "embedding": ("model.embed_tokens.weight",),
     "final_norm": ("model.norm.weight",),

@@ -1,4 +1,4 @@
-"""MiMo: a Qwen2 whose checkpoints hold layers of multi-token prediction, too."""
+"""MiMo: a Qwen2 whose checkpoints also hold layers for multi-token prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FAMILY = Family(
     model_type="mimo",
     names=qwen2.FAMILY.names,
     defaults=qwen2.FAMILY.defaults,
-    spelling={"attention_bias": "qkv_bias"},  # it says true, and means query, key and value alone
+    spelling={"attention_bias": "qkv_bias"},  # true in the file, for query, key and value only
     has_mtp=True,
     own_settings=("num_nextn_predict_layers",),
     computed_as="Qwen2ForCausalLM",

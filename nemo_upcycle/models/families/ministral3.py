@@ -1,4 +1,4 @@
-"""Ministral 3 of text: a Mistral with YaRN, for sequences up to where its scores begin to grow with positions."""
+"""Ministral 3 (text): a Mistral with YaRN, for sequences up to the position from which its scores grow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
-#: Among the settings of its rotary embedding, what is not of it: how scores grow, and how long sequences may be.
+#: Settings stored with the rotary embedding: growth of the scores with the position, and position where it begins.
 _GROWTH, _BEGINS = "llama_4_scaling_beta", "original_max_position_embeddings"
 
 

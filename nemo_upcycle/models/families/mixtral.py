@@ -1,4 +1,4 @@
-"""Mixtral: routed experts in every layer, whose weights sum to one."""
+"""Mixtral: routed experts in every layer, combine weights that sum to one."""
 
 from __future__ import annotations
 

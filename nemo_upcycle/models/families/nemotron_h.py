@@ -1,4 +1,4 @@
-"""Nemotron-H: Mamba-2 layers, attention without positions and networks without a gate, each a layer of its own."""
+"""Nemotron-H: Mamba-2, attention without positions and ungated networks, each as a separate layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Fam
 _LAYER = "backbone.layers.{layer}."
 _MIXER = _LAYER + "mixer."
 _KINDS = {"mamba": "M", "attention": "*", "mlp": "-"}
-#: The defaults of transformers' configuration class that no layer of Megatron-Core can differ from.
+#: Defaults of transformers' configuration class. Megatron-Core's layers support no other values.
 _FIXED = {
     "conv_kernel": MambaLayers.conv_size,
-    "rms_norm_eps": 1e-5,  # of the norm in a Mamba layer
+    "rms_norm_eps": 1e-5,  # for the norm in a Mamba layer
     "mamba_hidden_act": "silu",
     "use_conv_bias": True,
     "num_nextn_predict_layers": 0,
@@ -52,7 +52,7 @@ class _NemotronH(Family):
 
 
 def _pattern(config: Mapping[str, Any]) -> str:
-    """Read what each layer is, from a pattern or, in transformers 5, a list of kinds; "" for neither."""
+    """Read the kind of each layer from a pattern or from transformers 5's list of kinds; "" if both are missing."""
     pattern, kinds = config.get("hybrid_override_pattern"), config.get("layers_block_type")
     if pattern is None and isinstance(kinds, list):
         return "".join(_KINDS.get(kind, "?") if isinstance(kind, str) else "?" for kind in kinds)

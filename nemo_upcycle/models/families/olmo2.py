@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and network in the place of those before, and of query and key over all heads."""
+"""OLMo 2: norms after attention and network instead of before, and norms of query and key over all heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2's norms, and windows in most layers; where positions are scaled, they are so in the other layers."""
+"""OLMo 3: OLMo 2's norms, and windows in most layers. Only layers without a window scale their positions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILY = _Olmo3(
     names=olmo2.NAMES,
     defaults=COMMON_DEFAULTS
     | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "qk_norm": True}
-    | {LOCAL_BASE: 0},  # the base of all layers
+    | {LOCAL_BASE: 0},  # 0: the same base as in all other layers
     pre_norm=False,
     post_norm=True,
     wide_qk_norm=True,

@@ -1,4 +1,4 @@
-"""OLMoE: norms before attention and network, those of query and key over all heads; experts in every layer."""
+"""OLMoE: norms before attention and network, norms of query and key over all heads, experts in every layer."""
 
 from __future__ import annotations
 

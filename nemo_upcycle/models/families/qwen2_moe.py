@@ -1,4 +1,4 @@
-"""Qwen2-MoE: shared experts, dense layers, biases of query, key and value, expert weights of any sum."""
+"""Qwen2-MoE: shared experts, dense layers, biases of query, key and value, combine weights with any sum."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
-#: Neurons of the shared expert of zeros: tensor parallelism and kernels of servers can cut it.
+#: Neurons of a shared expert of zeros. Tensor parallelism and kernels of servers can divide this number.
 _SHARED_WIDTH = 64
-#: In the place of zero, by which llama.cpp divides: the sigmoid of a sum of such numbers is one half to the last bit.
+#: Used instead of zero, because llama.cpp divides by it. The sigmoid of a sum of such numbers is exactly one half.
 _NEARLY_ZERO = 2.0**-100
 
 
 class Qwen2Moe(RoutedFamily):
-    """The class, and others that share its experts."""
+    """Qwen2-MoE's class, and base of other classes with the same experts."""
 
     @property
     def _has_biases(self) -> bool:
@@ -61,11 +61,12 @@ class Qwen2Moe(RoutedFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the gate of the shared expert and all else that the class always has, where the model does not.
+        """Return the parts that the class always has and the model lacks, such as the gate of the shared expert.
 
-        The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero or nearly so
-        (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no
-        folder without biases of query, key and value, or with a shared expert of no neurons.
+        The class multiplies its shared expert by the sigmoid of the gate. A gate of nearly zero gives one half, and
+        `hf_factors` doubles the shared down projection to make up for it. The gate is not exactly zero, because
+        llama.cpp divides by it. vLLM and SGLang cannot read a folder without biases of query, key and value, or with a
+        shared expert without neurons.
         """
         gate = () if arch.shared_gate else self.names["shared_gate"]
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(gate, (1, arch.hidden_size))

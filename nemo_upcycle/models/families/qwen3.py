@@ -1,4 +1,4 @@
-"""Qwen3: a Llama whose queries and keys are normalised, head by head, before the rotary embedding."""
+"""Qwen3: a Llama that normalises queries and keys, head by head, before the rotary embedding."""
 
 from __future__ import annotations
 

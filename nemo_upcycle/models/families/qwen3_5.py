@@ -1,4 +1,4 @@
-"""Qwen3.5 and later: gated delta nets in most layers, attention with a gate in the others, norms around zero."""
+"""Qwen3.5 and later: gated delta nets in most layers, gated attention in the others, zero-centered norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, ConfigValues, Family
 
 
-#: What `layer_types` calls layers with a gated delta net.
+#: Name in `layer_types` of layers with a gated delta net.
 LINEAR = "linear_attention"
 _NET = llama.LAYER + "linear_attn."
 NAMES = qwen3.NAMES | {
@@ -35,16 +35,16 @@ DEFAULTS = COMMON_DEFAULTS | {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-#: The norm of a net's output alone is not around zero; in Megatron it is.
+#: The norm of a net's output is the only norm that is not zero-centered. In Megatron it is.
 OFFSETS = {"delta_norm": 1.0}
 
 
 def attention(config: ConfigValues, kinds: list[str] | None, num_layers: int) -> dict[str, Any]:
-    """Return the fields of an `Architecture` in which the layers of these classes are not Llama's.
+    """Return the `Architecture` fields in which the layers of these classes differ from Llama's.
 
     Args:
         config: values of the class's `config.json`.
-        kinds: how each layer mixes tokens; None where the file does not say it.
+        kinds: kind of each layer, as in `layer_types`; None if the file does not say.
         num_layers: L.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE: a Qwen3.5 with experts in every layer, beside a shared expert with a gate."""
+"""Qwen3.5-MoE: a Qwen3.5 with routed experts and a gated shared expert in every layer."""
 
 from __future__ import annotations
 

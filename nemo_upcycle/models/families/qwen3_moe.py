@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, dense layers, expert weights of any sum; no shared experts."""
+"""Qwen3-MoE: Qwen3's attention, dense layers, combine weights with any sum, no shared experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 
 class Qwen3Moe(RoutedFamily):
-    """Classes of Qwen3's MoE models."""
+    """Base of Qwen3's MoE classes."""
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         """See `MoeFamily.limits`."""
@@ -25,7 +25,7 @@ class Qwen3Moe(RoutedFamily):
         yield from super().caveats(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
-        if arch.attention_out_bias:  # by their sources: neither was run
+        if arch.attention_out_bias:  # from the servers' source code; neither was run
             yield "vLLM: it drops the bias of the attention's output without a word, so its tokens differ"
             yield "llama.cpp: it knows no bias of the attention's output in this class"
 
@@ -40,7 +40,7 @@ FAMILY = Qwen3Moe(
     model_type="qwen3_moe",
     nemo_module="qwen3",
     names=qwen3.NAMES | ROUTED_NAMES,
-    spelling={"num_local_experts": "num_experts"},  # as transformers 5 saves it
+    spelling={"num_local_experts": "num_experts"},  # name that transformers 5 saves
     has_attention_bias=True,
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "qk_norm": True},
 )

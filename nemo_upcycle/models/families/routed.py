@@ -1,4 +1,4 @@
-"""What Qwen's MoE classes, and in part others, have in common: routed experts under `mlp`, dense layers by number."""
+"""Common parts of Qwen's MoE classes and some others: routed experts under `mlp`, dense layers listed by number."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROUTED_NAMES = {
 
 
 def experts_everywhere(config: ConfigValues, count: str) -> dict[str, Any]:
-    """Return the fields of an `Architecture` of classes like Mixtral: experts in every layer, of dense width.
+    """Return the `Architecture` fields of classes like Mixtral: experts in every layer, as wide as a dense network.
 
     Args:
         config: values of the class's `config.json`.
-        count: what it calls the number of experts.
+        count: name of the setting for the number of experts.
     """
     experts = config.whole(count)
     return {
@@ -38,10 +38,10 @@ def experts_everywhere(config: ConfigValues, count: str) -> dict[str, Any]:
 
 
 class RoutedFamily(MoeFamily):
-    """Qwen's MoE classes: the same settings of routed experts, and the same servers that go wrong."""
+    """Base of Qwen's MoE classes: the same settings of routed experts, and the same problems with servers."""
 
     def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the fields of an `Architecture` that describe routed experts."""
+        """Return the `Architecture` fields that describe routed experts."""
         step, dense = config.whole("decoder_sparse_step", 1), config.values.get("mlp_only_layers", [])
         if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
             raise config.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")

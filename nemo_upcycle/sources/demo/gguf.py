@@ -1,9 +1,9 @@
-"""The demo's model: a Llama in GGUF with a byte-level BPE tokenizer, made into a Hugging Face folder.
+"""Convert the demo's model, a Llama in GGUF with a byte-level BPE tokenizer, to a Hugging Face folder.
 
-Only the `gguf` package reads the file, so the result does not depend on the GGUF support of any transformers release:
-those differ in what they accept, in whether the result may be saved and in the tokenizer they rebuild. Quantised
-weights are dequantised: the result is an ordinary float checkpoint. The file is that of an asset, known by its hash,
-so nothing is checked here.
+Only the `gguf` package reads the file, so the result does not depend on the GGUF support of a transformers release.
+Releases differ in the files that they accept, in whether the result may be saved, and in the tokenizer that they
+rebuild. Quantised weights are dequantised, so the result is an ordinary float checkpoint. The file is an asset with a
+known hash, so its contents are not checked here.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in bfloat16.
 
     Args:
-        gguf_path: the asset's dense `llama` model, whose embedding is tied, with the tokenizer of SmolLM.
-        output: the folder that shall exist afterwards, complete with its success marker.
-        base_model: name on the Hugging Face hub of the model in the file, for the card.
+        gguf_path: the asset's dense `llama` model with a tied embedding and SmolLM's tokenizer.
+        output: folder to create, complete with its success marker.
+        base_model: name of the file's model on the Hugging Face hub, for the model card.
 
     Returns:
         `output`.
 
     Raises:
-        UpcycleError: the `gguf` package is missing, the disk is full.
+        UpcycleError: the `gguf` package is missing, or the disk is full.
 
     Example:
         >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"), "org/name")  # doctest: +SKIP
@@ -77,7 +77,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
         tensors = track(reader.tensors, "dequantise", len(reader.tensors))
         weights = dict(_converted(tensor, config) for tensor in tensors)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # others may not read safetensors' files
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # other users cannot read it otherwise
         _write_tokenizer(fields, folder)
         _write_card(fields, folder, gguf_path.name, base_model)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -87,7 +87,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
 
 
 def _write_card(fields: dict[str, Any], folder: Path, name: str, base_model: str | None) -> None:
-    """Keep what the file says of licence and languages: it holds for whatever is made of the model."""
+    """Write a model card with the file's licence and languages, which hold for all models that are made from it."""
     known = {"base_model": base_model, "license": fields["general.license"], "language": fields["general.languages"]}
     text = f"---\n{yaml_text(known)}---\n\nThe weights of {plain(name)}, dequantised.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -107,7 +107,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": fields["llama.attention.head_count_kv"],
         "head_dim": hidden // heads,
         "max_position_embeddings": fields["llama.context_length"],
-        # stored in single precision: 9.999999747378752e-06 is meant to be 1e-05
+        # the file stores single precision, so 9.999999747378752e-06 means 1e-05
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         **both_ropes(float(fields["llama.rope.freq_base"]), None),
         "hidden_act": "silu",
@@ -122,7 +122,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
-    """Return a tensor's name and values, dequantised, with query and key rows in Hugging Face's order."""
+    """Return a tensor's name and dequantised values, with query and key rows in Hugging Face's order."""
     from gguf.quants import dequantize
 
     ((layer, name),) = _TENSOR_NAME.findall(tensor.name)
@@ -131,7 +131,7 @@ def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
     values = torch.from_numpy(np.require(array, requirements="W")).reshape(shape)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     if name in heads:
-        # GGUF rotates neighbouring pairs of rows, Hugging Face the two halves of a head
+        # GGUF rotates neighbouring rows as pairs, Hugging Face pairs the two halves of a head
         pairs = values.view(heads[name], config["head_dim"] // 2, 2, shape[1])
         values = pairs.transpose(1, 2).reshape(shape)
     prefix = f"model.layers.{layer}." if layer else ""
@@ -139,7 +139,7 @@ def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
 
 
 def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """Write the files of a byte-level BPE of the SmolLM family, chat template included.
+    """Write the files of a byte-level BPE tokenizer of the SmolLM family, including the chat template.
 
     No token is added at either end of a text, so that `decode(encode(text)) == text`.
     """
@@ -148,7 +148,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
-    # the tag `smollm` stands for this pair: without Digits, blanks before a number are split another way
+    # GGUF's tag `smollm` means these two. Without Digits, spaces before a number would be split differently.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -165,7 +165,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # Llama's forward refuses token_type_ids
         "model_max_length": fields["llama.context_length"],
-        "tokenizer_class": "PreTrainedTokenizerFast",  # every transformers release knows this one
+        "tokenizer_class": "PreTrainedTokenizerFast",  # every transformers release has it
         "chat_template": fields["tokenizer.chat_template"],
     }
     write_json(folder / "tokenizer_config.json", settings)

@@ -1,4 +1,4 @@
-"""Real text that a Debian or Ubuntu machine has at hand: documentation and dictionaries out of their packages."""
+"""Real text that a Debian or Ubuntu machine can get: documentation and dictionaries from their packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_upcycle.utils.files import scratch_folder, whole_file
 from nemo_upcycle.utils.locks import take_lock
 
 
-#: Articles of a dictionary are joined to documents of this length.
+#: Articles of a dictionary are joined into documents of this length (characters).
 _DOCUMENT_CHARACTERS = 4000
 _ARTICLE = re.compile(r"\n(?=\S)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
@@ -25,14 +25,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 def package_texts(name: str) -> Path:
     """Return the texts of a package as JSON lines (`id`, `text`), fetched with apt-get on first use.
 
-    Its `.txt` files are a document each, those of sphinx included; so are the articles of its dictionaries, joined to
-    about 4,000 characters. Nothing is installed, and no script of the package is run.
+    Each `.txt` file is one document, including the files of sphinx. The articles of a dictionary are joined into
+    documents of about 4,000 characters. Nothing is installed, and no script of the package is run.
 
     Args:
-        name: name of the package, as apt knows it.
+        name: name of the package in apt.
 
     Raises:
-        UpcycleError: apt-get or dpkg-deb is missing, the package is unknown, or no text is in it.
+        UpcycleError: apt-get or dpkg-deb is missing, the package is unknown, or it contains no text.
 
     Example:
         >>> package_texts("dict-gcide").name  # doctest: +SKIP
@@ -60,7 +60,7 @@ def _write(name: str, path: Path) -> None:
     with scratch_folder(path) as folder:
         _run(name, ["apt-get", "-qq", "download", name], folder)
         packages = list(folder.glob(f"{name}_*.deb"))
-        if len(packages) != 1:  # apt takes a name with a dot for a pattern where no package has it
+        if len(packages) != 1:  # if no package has the name, apt reads its dots as a pattern
             raise UpcycleError(
                 f"Package {name}",
                 kind="state",

@@ -11,7 +11,7 @@ from nemo_upcycle.utils.requirements import installed_release, requirement
 
 #: The releases that this package was written for. The extra `bridge` of pyproject.toml does not name Megatron-Bridge.
 RELEASES = requirement("megatron-bridge>=0.6.0,<0.8")
-#: How a release fits, see `fit_of`.
+#: Results of `fit_of`: how a release fits.
 FITS, NEWER, TOO_OLD = "fits", "newer", "too old"
 
 
@@ -19,7 +19,7 @@ def fit_of(release: str) -> str:
     """Return how a release of Megatron-Bridge fits: `FITS`, `NEWER` (it is used, with a warning) or `TOO_OLD`.
 
     Args:
-        release: a version; a local part (+b558c98) does not count.
+        release: version; a local part (+b558c98) is ignored.
 
     Example:
         >>> fit_of("0.5.1"), fit_of("0.7.1"), fit_of("0.8.0")
@@ -31,15 +31,15 @@ def fit_of(release: str) -> str:
 
 
 def newer_release(release: str) -> str:
-    """Say that a release is newer than those that this package was written for."""
+    """Return the warning that a release is newer than the releases that this package was written for."""
     return f"Megatron-Bridge {release} is newer than this package knows ({RELEASES.bounds}). It may fail."
 
 
 def require_bridge() -> None:
-    """Check that Megatron-Bridge is installed, in a release that is not too old; warn once of one that is newer.
+    """Check that Megatron-Bridge is installed and not too old; warn once if the release is newer than known.
 
     Raises:
-        UpcycleError: it is not.
+        UpcycleError: Megatron-Bridge is missing or too old.
     """
     release = installed_release("megatron-bridge")
     if release is None or fit_of(release) == TOO_OLD:
@@ -58,6 +58,6 @@ def require_bridge() -> None:
 
 @cache
 def _warn(text: str) -> None:
-    from nemo_upcycle.utils.progress import show_messages  # imports rich, and `doctor` runs without any library
+    from nemo_upcycle.utils.progress import show_messages  # imports rich, which `doctor` must not need
 
     show_messages().warning("%s", text)

@@ -20,17 +20,17 @@ from nemo_upcycle.data.finished import MANIFEST, open_blend
 
 @dataclass(kw_only=True)
 class BlendDataset(DatasetProvider):
-    """The data of a run: Bridge's `config.dataset`.
+    """The data of a run, for Bridge's `config.dataset`.
 
-    The order of the samples depends on the folder, `seq_length` and `seed`, and on neither batch sizes nor the number
-    of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo. A source is read epoch by
-    epoch; see `EpochDataset`. Every validation reads the same sequences.
+    The order of the samples depends on the folder, `seq_length` and `seed`, but not on batch sizes or the number of
+    steps. Therefore a longer run and the dense baseline see the same first samples, as in NeMo. Each source is read
+    epoch by epoch; see `EpochDataset`. Every validation reads the same sequences.
 
     Args:
-        folder: the folder; all nodes must share it.
-        seq_length: tokens of a sequence.
-        seed: seed of the order of the sequences; None takes the manifest's.
-        indices: where the first rank writes the order of the samples, a folder that all nodes share; None: `indices`
+        folder: a finished folder of `nemo-upcycle data`; all nodes must share it.
+        seq_length: sequence length (tokens).
+        seed: seed of the order of the sequences; None: the manifest's.
+        indices: folder in which the first rank writes the order of the samples, shared by all nodes; None: `indices`
             in the data folder.
 
     Example:
@@ -44,7 +44,7 @@ class BlendDataset(DatasetProvider):
     dataloader_type: Any = "single"
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """Return the sequences to train and, if any are wanted, to validate on; the first rank says what is read.
+        """Return the training sequences and, if wanted, validation sequences; the first rank logs the tokens to read.
 
         Raises:
             UpcycleError: the folder is not finished or damaged, or a split is shorter than one sequence.
@@ -52,7 +52,7 @@ class BlendDataset(DatasetProvider):
         blend = open_blend(self.folder)
         paths = blend.paths(self.seq_length)
         batch = get_current_global_batch_size()
-        once = context.test_samples  # of one validation, as of one test
+        once = context.test_samples  # samples of one validation: as many as for one test
         cache = index_folder(blend, self.indices)
         config = GPTDatasetConfig(
             random_seed=blend.manifest["seed"] if self.seed is None else self.seed,
@@ -69,7 +69,7 @@ class BlendDataset(DatasetProvider):
             eod_mask_loss=False,
             create_attention_mask=False,  # attention is causal
         )
-        # A step more than the run has: one that is finished may start again, and finds samples.
+        # One step more than the run has: a finished run may be started again, and must find samples.
         wanted = [context.train_samples + batch, once or None, None]
         builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
@@ -82,12 +82,12 @@ class BlendDataset(DatasetProvider):
 
 
 class Repeated(torch.utils.data.Dataset[Any]):
-    """The first sequences of a dataset over and over: Bridge reads on where the last validation ended.
+    """The first sequences of a dataset, over and over, because Bridge reads on where the last validation ended.
 
     Args:
-        dataset: what is repeated.
-        once: how many of its sequences.
-        total: sequences of all repetitions.
+        dataset: dataset to repeat.
+        once: number of sequences in one repetition.
+        total: number of sequences in all repetitions.
     """
 
     def __init__(self, dataset: Any, once: int, total: int) -> None:

@@ -23,15 +23,15 @@ from nemo_upcycle.trainers.monitoring.fp8_statistics import features, require_in
 
 
 def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evaluations | None = None) -> list[Callback]:
-    """Return the callbacks of a run, and complete its configuration for them; on every rank, before `pretrain`.
+    """Return the callbacks of a run and complete its configuration for them, on every rank, before `pretrain`.
 
     Args:
-        config: the run; changed in place where statistics about FP8 are asked for.
-        folder: for `metrics.jsonl`, `training.json` and what is evaluated.
-        evaluations: what is scored on the way; None: what `config.upcycle` says.
+        config: configuration of the run; changed in place if FP8 statistics are wanted.
+        folder: folder for `metrics.jsonl`, `training.json` and evaluations.
+        evaluations: evaluations during training; None: those of `config.upcycle`.
 
     Raises:
-        SpecError: a setting is out of range, or contradicts another one.
+        SpecError: a setting is out of range, or contradicts another setting.
 
     Example:
         >>> pretrain(config, forward_step, callbacks=upcycle_callbacks(config, folder))  # doctest: +SKIP
@@ -40,7 +40,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     settings.check()
     _take_statistics(config, settings.fp8_statistics_every, folder)
     metrics = BridgeMetrics(folder)
-    callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # a broken step is not written
+    callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # first, so that a bad step is not logged
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
@@ -50,7 +50,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
 
 
 def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
-    """Let Bridge turn on Transformer Engine's statistics about FP8, on a GPU; a run's own `tensor_inspect` stays."""
+    """Make Bridge turn on Transformer Engine's FP8 statistics, on a GPU, unless the run has a `tensor_inspect`."""
     require_inspect(every, "config.upcycle.fp8_statistics_every")
     if every and torch.cuda.is_available() and not config.tensor_inspect:
         asked = features(every, mixed_precision_of(config))
@@ -58,9 +58,9 @@ def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
 
 
 class BridgeLossGuard(Callback):
-    """Reports spikes of the loss, and ends the run at one if the settings say so, on all ranks.
+    """Reports spikes of the loss, and ends the run on all ranks at a spike if the settings say so.
 
-    A loss that is not a number ends a run by Bridge's own check.
+    Bridge's own check ends a run whose loss is not a number.
 
     Args:
         settings: settings of the run.
@@ -72,23 +72,23 @@ class BridgeLossGuard(Callback):
         self._spikes = LossSpikes(settings.spike_window, settings.spike_threshold)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Look at the step's loss.
+        """Check the step's loss for a spike.
 
         Raises:
-            UpcycleError: it is a spike, and the run shall end.
+            UpcycleError: the loss is a spike, and the settings end the run.
         """
         last = torch.distributed.get_world_size() - 1
         logged = loss_on_last_rank(context.loss_dict)
         loss = torch.tensor(math.nan if logged is None else float(logged), device=torch.cuda.current_device())
         torch.distributed.broadcast(loss, last)
-        value, step = loss.item(), context.state.train_state.step + 1  # it counts the step after this
+        value, step = loss.item(), context.state.train_state.step + 1  # Bridge counts the step after this call
         if not math.isfinite(value):
             return
         limit = self._spikes.add(step, value, self._folder if torch.distributed.get_rank() == 0 else None)
         if limit is None or not self._stops:
             return
         checkpoint = context.state.cfg.checkpoint
-        maybe_finalize_async_save(context.state, checkpoint, blocking=True)  # one in writing is a good one
+        maybe_finalize_async_save(context.state, checkpoint, blocking=True)  # a checkpoint being written is good
         kept = newest_checkpoint(Path(checkpoint.save))
         raise UpcycleError(
             f"loss of step {step}",
@@ -102,8 +102,8 @@ class BridgeLossGuard(Callback):
 class Heartbeat(Callback):
     """Tells `ft_launcher` after each step that this rank is alive; see `pipeline.executors.ft.ft_command`.
 
-    It goes on without its watcher, which ends at once when a scheduler sends SIGTERM to all processes of a job: the
-    ranks have to save first.
+    The callback continues without its watcher. If a scheduler sends SIGTERM to all processes of a job, the watcher
+    ends at once, but the ranks have to save first.
     """
 
     def __init__(self) -> None:
@@ -113,15 +113,15 @@ class Heartbeat(Callback):
         self._client.init_workload_monitoring()
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Say that the model is built."""
+        """Report that the model is built."""
         self._beat()
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Say that a step is done."""
+        """Report that a step is done."""
         self._beat()
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Ask for no more watching: what follows takes as long as it takes."""
+        """Ask for the end of the watching, because the work after the training may take any time."""
         with contextlib.suppress(*self._gone):
             self._client.shutdown_workload_monitoring()
 

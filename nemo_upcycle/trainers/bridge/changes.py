@@ -1,4 +1,4 @@
-"""List what differs between two configurations of Bridge, as overrides of its command line."""
+"""List the differences between two Bridge configurations, as overrides for Bridge's command line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron.bridge.utils.activation_map import callable_to_str
 
 
 def changed_settings(before: Any, after: Any) -> list[str]:
-    """List the settings that differ between two configurations, as `KEY=VALUE` of Bridge's command line.
+    """List the settings that differ between two configurations, as `KEY=VALUE` for Bridge's command line.
 
-    Functions and classes are left out, but for the activation: no command line can set them.
+    Functions and classes are left out, except the activation function, because no command line can set them.
 
     Args:
-        before: a configuration.
-        after: another one.
+        before: configuration to compare with.
+        after: configuration whose values are listed.
 
     Example:
         >>> changed_settings(config, upcycled(config, "/models/mine", UpcycleSpec()))[0]  # doctest: +SKIP
@@ -40,11 +40,11 @@ def _settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif field.name == "activation_func":
             yield name, callable_to_str(value)
         elif not callable(value):
-            yield name, list(value) if isinstance(value, tuple) else value  # which overrides do not tell apart
+            yield name, list(value) if isinstance(value, tuple) else value  # overrides do not distinguish the two
 
 
 def word(value: Any) -> str:
-    """Return a value as Hydra's grammar of overrides writes it."""
+    """Return a value in Hydra's grammar of overrides."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Enum):

@@ -1,4 +1,4 @@
-"""Tune in Megatron-Bridge on a finished folder of `nemo-upcycle chat`: Bridge's own packs, in the order of NeMo's."""
+"""Tune in Megatron-Bridge on a finished folder of `nemo-upcycle chat`, with Bridge's own packs in NeMo's order."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from nemo_upcycle.utils.progress import show_messages
 
 @dataclass(kw_only=True)
 class ChatDataset(DatasetProvider):
-    """The data of a tuning: Bridge's `config.dataset`.
+    """The data of a tuning, for Bridge's `config.dataset`.
 
-    A sample is a pack of conversations that do not see each other; the loss is on their answers. The packs are read
-    epoch by epoch, each in another order that depends on `seed` alone: a longer run, the dense baseline, and the
-    tuning in NeMo see the same first samples. Every validation reads the same packs, those that were held back for it.
+    A sample is a pack of conversations that do not see each other, with a loss on their answers. The packs are read
+    epoch by epoch. Each epoch has its own order, which depends on `seed` alone. Therefore a longer run, the dense
+    baseline, and a tuning in NeMo see the same first samples. Every validation reads the same packs, which were held
+    back for it.
 
     Args:
         folder: a finished folder of `nemo-upcycle chat`; all nodes must share it.
-        seq_length: places of a pack; must be the folder's.
-        seed: seed of the order of the packs; None takes the manifest's.
+        seq_length: length of a pack (tokens); must match the folder.
+        seed: seed of the order of the packs; None: the manifest's.
 
     Example:
         >>> config.dataset = ChatDataset(folder="data/mine", seq_length=4096)  # doctest: +SKIP
@@ -41,37 +42,37 @@ class ChatDataset(DatasetProvider):
     seq_length: int
     seed: int | None = None
     dataloader_type: Any = "single"
-    #: Bridge looks for both: stages in the middle of a pipeline get the borders of the conversations, too.
+    #: Bridge reads both fields: with them, middle pipeline stages get the borders of the conversations, too.
     enable_offline_packing: bool = True
     pad_to_max_length: bool = True
 
     @property
     def offline_packing_specs(self) -> PackedSequenceSpecs:
-        """The length of the packs, where Bridge looks for it."""
+        """The length of the packs, in the attribute that Bridge reads."""
         return PackedSequenceSpecs(packed_sequence_size=self.seq_length)
 
     @property
     def chat(self) -> FinishedChat:
-        """Read the folder again.
+        """The contents of the folder, which is read again at every access.
 
         Raises:
-            UpcycleError: it is not finished, or damaged.
+            UpcycleError: the folder is not finished, or damaged.
         """
         return open_chat(self.folder)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """Return the packs to train and, if any are wanted, to validate on; the first rank says what is read.
+        """Return the training packs and, if any are wanted, the validation packs; the first rank logs a description.
 
         Raises:
-            UpcycleError: the folder is not finished, damaged or of another length.
+            UpcycleError: the folder is not finished, damaged, or made for another length.
         """
         chat, batch = self.chat, get_current_global_batch_size()
         chat.require_length(self.seq_length)
         if torch.distributed.get_rank() == 0:
             show_messages().info("%s", chat.describe(context.train_samples // batch, batch))
-        # A step more than the run has: one that is finished may start again, and finds samples.
+        # One step more than the run has: a finished run may be started again, and must find samples.
         train = _packs(chat, "train", self.seed, context.train_samples + batch)
-        once = context.test_samples  # of one validation, as of one test
+        once = context.test_samples  # samples of one validation: as many as for one test
         if not once:
             return train, None, None
         packs = _packs(chat, "validation", self.seed)
@@ -82,7 +83,7 @@ class _Packs(GPTSFTPackedDataset):
     """Bridge's packs, with a loss on every token of an answer."""
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return packs as a batch; Bridge takes the loss from all that follows an end of text."""
+        """Return packs as a batch, with their whole loss mask: Bridge drops the loss after an end of text."""
         made: dict[str, Any] = super().collate_fn(batch)
         masks = [self._build_loss_mask(pack) for pack in batch]
         made["loss_mask"] = torch.tensor(self._collate_item(masks, max_length=self.max_seq_length, pad_id=0))
@@ -93,10 +94,10 @@ def _packs(chat: FinishedChat, split: str, seed: int | None, samples: int | None
     padding = open_tokenizer(chat.folder / TOKENIZER).eos_token_id
     return _Packs(
         str(chat.folder / PACKS[split]),
-        SimpleNamespace(eos_id=padding),  # all that packs ask of a tokenizer
+        SimpleNamespace(eos_id=padding),  # packs need nothing else from a tokenizer
         max_seq_length=chat.manifest["seq_length"],
         pad_to_max_length=True,
-        prompt_template="{answer}",  # not used, and looked for
+        prompt_template="{answer}",  # unused, but Bridge looks for it
         truncation_field=None,
         seed=chat.manifest["seed"] if seed is None else seed,
         max_num_samples=samples,
@@ -104,7 +105,7 @@ def _packs(chat: FinishedChat, split: str, seed: int | None, samples: int | None
 
 
 class _RepeatedPacks(Repeated):
-    """Packs, and behind them packs without a loss, up to a whole number of batches; over and over."""
+    """Packs that repeat over and over; packs without a loss fill the last batch of each repetition."""
 
     def __init__(self, packs: _Packs, once: int, total: int) -> None:
         super().__init__(packs, once, total)
@@ -112,14 +113,14 @@ class _RepeatedPacks(Repeated):
 
     def __getitem__(self, index: int) -> Any:
         number = index % self._once
-        return self._dataset[number if number < len(self._dataset) else -1]  # Bridge's packs have no loss below zero
+        return self._dataset[number if number < len(self._dataset) else -1]  # Bridge gives negative indices no loss
 
 
 def check_balancing(model: Any) -> None:
-    """Check that no loss of routers counts the tokens that pad a sequence or a pack.
+    """Check that no router loss counts the tokens that pad a sequence or a pack.
 
     Raises:
-        SpecError: one does.
+        SpecError: `seq_aux_loss` is set, which counts them.
     """
     if "seq_aux_loss" in (kinds := model.moe_router_load_balancing_type):  # a name, or a list of them
         raise SpecError(

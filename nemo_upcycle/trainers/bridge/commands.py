@@ -1,4 +1,4 @@
-"""The command that runs a plan in Megatron-Bridge. Bridge is not imported."""
+"""The command that runs a plan in Megatron-Bridge. This module does not import Bridge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.commands import Commands, parallelism, recomputation, steps_of
 
 
-#: Whether parameters stay in FP8 or FP4 -> planner's precision -> Bridge's mixed precision.
+#: Whether parameters stay in FP8 or FP4 -> the planner's precision -> Bridge's mixed precision.
 BRIDGE_PRECISIONS = {
     False: {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"},
     True: {
@@ -25,7 +25,7 @@ BRIDGE_PRECISIONS = {
 
 
 class BridgeCommands(Commands):
-    """Megatron-Bridge's own `run_recipe.py`, on every rank."""
+    """The command that runs Megatron-Bridge's own `run_recipe.py` on every rank."""
 
     title = "Bridge"
     software = BRIDGE_SOFTWARE
@@ -36,7 +36,7 @@ class BridgeCommands(Commands):
         return tuple(BRIDGE_PRECISIONS[work.low_params])
 
     def word(self, value: Any) -> str:
-        """Write a value as the command line takes it."""
+        """Write a value in the form of Bridge's command line."""
         return "null" if value is None else str(value).replace("'", "").replace(" ", "")
 
     def why_no_recipe(self, recipe: KnownRecipe) -> str:
@@ -44,7 +44,7 @@ class BridgeCommands(Commands):
         return "" if recipe.bridge else f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
 
     def why_not(self, work: Workload) -> str:
-        """See `Commands.why_not`: its precisions decide what gradients are summed in."""
+        """See `Commands.why_not`; the precision decides in which type Bridge's recipes sum gradients."""
         is_fp32 = work.gradients == "fp32"
         return "" if is_fp32 else f"No recipe for Bridge sums gradients in {work.gradients}, only in fp32"
 
@@ -71,7 +71,7 @@ class BridgeCommands(Commands):
         launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
         parts = [
             f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {recipe.bridge}",
-            *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # it upcycles as it starts
+            *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # a tuning upcycles first
             *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
             *([shlex.quote(f"{'upcycling.' if recipe.spec else ''}hf_model_path={dense}")] if dense else []),
             "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",

@@ -1,4 +1,4 @@
-"""A training of a recipe by Bridge's naming: found, completed, pointed to a run's folders, and run."""
+"""The training of a Bridge recipe: find the recipe, complete it, point it to a run's folders, and run it."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.children import shield_children
 
 
-#: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
+#: Names in the stage's folder: the folder of a run's checkpoints, and the file with Bridge's output.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
-#: Where a name without a module is looked for; a plan holds names.
+#: Module in which a name without a module is looked up. A plan holds names.
 _RECIPES = "nemo_upcycle.recipes"
-#: Settings that follow from the folder of the stage, and of the data.
+#: Settings that follow from the folders of the stage and of the data.
 _PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder", "logger.tensorboard_dir")
 
 
 def find_recipe(name: str) -> Callable[..., ConfigContainer]:
-    """Return a recipe of this package's, or of a user's.
+    """Return one of this package's recipes, or a user's recipe.
 
     Args:
-        name: name of the function, a value of `run_recipe.py --recipe`; or `package.module:function`, which is looked
-            for in the present folder, too.
+        name: name of the function (a value of `run_recipe.py --recipe`), or `package.module:function`, which is also
+            looked up in the current folder.
 
     Raises:
-        UpcycleError: there is none, and the text has this package's closest match; or it takes arguments.
+        UpcycleError: the recipe does not exist (the text names this package's closest match), or it requires arguments
+            other than `dense`.
     """
     if ":" not in name:
         recipes = importlib.import_module(_RECIPES).bridge_functions()
@@ -79,13 +80,13 @@ def load_config(
 
     Args:
         recipe: see `find_recipe`.
-        settings: `KEY=VALUE`, as Bridge's command line takes them.
-        dense: the dense checkpoint, in the place of the recipe's own.
-        changes: fields of the node `upcycling` that are to differ; None: train the parent in the recipe's way.
+        settings: overrides `KEY=VALUE`, as Bridge's command line takes them.
+        dense: dense checkpoint that replaces the recipe's own.
+        changes: fields of the node `upcycling` that are to differ; None: train the parent itself in the recipe's way.
 
     Raises:
-        UpcycleError: there is no such recipe, it starts from no dense checkpoint or from several, or a setting does
-            not exist or takes no such value.
+        UpcycleError: the recipe does not exist, it starts from no dense checkpoint or from several, or a setting does
+            not exist or does not take its value.
     """
     config = _made(recipe, dense)
     parents = getattr(config, "parents", ())
@@ -121,7 +122,7 @@ def load_config(
             fix="make both agree",
         )
     data_class: Any = ChatDataset if is_chat else BlendDataset
-    config.dataset = data_class(  # before the settings, which may be the data's
+    config.dataset = data_class(  # before the settings, because they may change the data
         folder="", seq_length=data.seq_length, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
     )
     for typed in settings:
@@ -130,7 +131,7 @@ def load_config(
 
 
 def _made(recipe: str, dense: Path) -> Any:
-    """Call a recipe, with the dense checkpoint where it has such an argument."""
+    """Call a recipe, with the dense checkpoint if the recipe has the argument `dense`."""
     make = find_recipe(recipe)
     try:
         return make(dense=str(dense)) if takes_dense(make) else make()
@@ -141,7 +142,7 @@ def _made(recipe: str, dense: Path) -> Any:
 
 
 def tunes(recipe: str) -> bool:
-    """Return whether a recipe trains on conversations: `on_gpus` says it, else the data of its configuration."""
+    """Return whether a recipe trains on conversations, from `on_gpus` or else from the data of its configuration."""
     make = find_recipe(recipe)
     if (said := job_of(make).tunes) is not None:
         return said
@@ -154,7 +155,7 @@ def takes_dense(recipe: Callable[..., Any]) -> bool:
 
 
 def _change(config: ConfigContainer, typed: str) -> None:
-    """Change a configuration by one setting, in place."""
+    """Apply one override to a configuration, in place."""
     from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
     key = typed.partition("=")[0].lstrip("+~")
@@ -165,7 +166,7 @@ def _change(config: ConfigContainer, typed: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise UpcycleError(f"{typed}: {reason}.") from None
     after = setting(config, key)
-    if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
+    if isinstance(before, int | float) and isinstance(after, str):  # Bridge checks no types
         raise UpcycleError(key, got=f"'{after}'", expected="a number, true or false", fix="give one")
     for name, value in zip(_PLACED, placed, strict=True):
         now = setting(config, name)
@@ -184,7 +185,7 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
         data_folder: a finished folder of `nemo-upcycle data`, or of `nemo-upcycle chat`.
 
     Raises:
-        UpcycleError: the folder is not finished.
+        UpcycleError: the data folder is not finished.
     """
     if isinstance(config.dataset, ChatDataset):
         chat = open_chat(data_folder)
@@ -194,25 +195,25 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
     else:
         config.dataset.folder = str(open_blend(data_folder).folder)
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
-    if config.logger.tensorboard_dir:  # null: nowhere
+    if config.logger.tensorboard_dir:  # null turns it off
         config.logger.tensorboard_dir = str(folder / "tb_logs")
-    if torch.cuda.is_available():  # without, a step takes longer than anyone waits: it ends at once
+    if torch.cuda.is_available():  # a step on a CPU is too long to wait for: there a signal ends the run at once
         config.train.exit_signal_handler = True
 
 
 def run_config(
     config: ConfigContainer, folder: Path, *, evaluations: Evaluations | None = None, verbose: bool = False
 ) -> bool:
-    """Train as a configuration says, on this rank, with this package's callbacks.
+    """Run the training of a configuration on this rank, with this package's callbacks.
 
     Args:
         config: configuration that `place_config` has changed.
         folder: folder of the stage.
-        evaluations: evaluations during training; None takes the configuration's.
-        verbose: whether Bridge prints to the console rather than to `bridge.log`.
+        evaluations: evaluations during training; None: the configuration's.
+        verbose: whether Bridge prints to the console instead of to `bridge.log`.
 
     Returns:
-        Whether it ended by itself; False if a signal stopped it and it has saved.
+        Whether the training ended by itself; False if a signal stopped it and it has saved.
     """
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
@@ -222,7 +223,7 @@ def run_config(
     folder.mkdir(parents=True, exist_ok=True)
     if config.train.exit_signal_handler:
         shield_children()
-    if not verbose:  # it prints the traceback of whatever it raises, SystemExit too
+    if not verbose:  # `pretrain` prints the traceback of every exception, even of SystemExit
         logging.getLogger(pretrain.__module__).disabled = True
     try:
         with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
@@ -234,6 +235,6 @@ def run_config(
 
 @contextlib.contextmanager
 def _printed_to(log: Path) -> Iterator[None]:
-    """Append what Bridge prints to a file; ranks print one at a time, or the first and the last alone."""
+    """Append Bridge's output to a file; ranks print one at a time, or only the first and the last rank print."""
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield

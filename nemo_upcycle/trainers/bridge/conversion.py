@@ -1,8 +1,8 @@
-"""Bridges of the families whose classes Megatron-Bridge lacks, generated from them and from the mapping table.
+"""Bridges for the families whose classes Megatron-Bridge lacks, generated from the families and the mapping table.
 
-Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM` and the class of
-every other family that was registered before and that Bridge does not know itself. Bridge's own bridges of MoE classes
-then export upcycled models, too: with the tensors that the class has and such a model has not.
+Once this module is imported, `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM`, and the
+class of every other family that was registered before and that Bridge does not know. Bridge's own bridges of MoE
+classes then export upcycled models, too, and add the tensors that the class has but such a model lacks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nemo_upcycle.trainers.bridge.models import provider_fields
 
 
 class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
-    """Gate and up projection that the folder has in one tensor, gate rows above up rows; see `GatedMLPMapping`."""
+    """Gate and up projection that the folder has as one tensor, gate rows above up rows; see `GatedMLPMapping`."""
 
     def __init__(self, megatron_param: str, hf_param: str) -> None:
         super().__init__(megatron_param, hf_param)
@@ -51,28 +51,28 @@ class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
         return self._apart.hf_to_megatron(dict(zip(("gate", "up"), hf_weights.chunk(2), strict=True)), megatron_module)
 
     def megatron_to_hf(self, megatron_weights: torch.Tensor | None, megatron_module: Any) -> dict[str, torch.Tensor]:
-        """Return the tensor by its name; of experts, those of all ranks."""
+        """Return the tensor under its name; for experts, return the tensors of all ranks."""
         parts = self._apart.megatron_to_hf(megatron_weights, megatron_module)
         names = [name.removesuffix(".gate") for name in parts if name.endswith(".gate")]
         return {name: torch.cat((parts[f"{name}.gate"], parts[f"{name}.up"])) for name in names}
 
 
-#: Bridge's mapping of each kind of parameter; `AutoMapping` asks the module how it is cut.
+#: Bridge's mapping for each kind of parameter; `AutoMapping` asks the module how it is sharded.
 _KINDS = {Sharding.QKV: QKVMapping, Sharding.GATED: GatedMLPMapping, Sharding.REPLICATED: ReplicatedMapping}
 _FUSED = {Sharding.QKV: ConcatenatedQKVMapping, Sharding.GATED: FusedGatedMapping}
 
 
-#: Up to the number of the layer, of a tensor in one.
+#: Matches the name of a tensor in a layer, up to and including the layer's number.
 _LAYER = re.compile(r".*?layers\.\d+\.")
 
 
 class UpcycledExport(MegatronModelBridge):
-    """Exports upcycled models of a family with what its class has and they do not; see `MoeFamily.constants`."""
+    """Exports upcycled models of a family, and adds tensors that only the class has; see `MoeFamily.constants`."""
 
     family: Family
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Return Bridge's mappings of the class, and the table's for modules that those leave out."""
+        """Return Bridge's mappings of the class, and the table's mappings for modules that Bridge leaves out."""
         return MegatronMappingRegistry(*super().mapping_registry(), *_mappings(self.family))
 
     def stream_weights_megatron_to_hf(
@@ -85,11 +85,11 @@ class UpcycledExport(MegatronModelBridge):
         merge_adapter_weights: bool = True,
         weight_dtype: torch.dtype | None = None,
     ) -> Iterator[HFWeightTuple]:
-        """Yield the tensors of a Hugging Face folder, the class's constants among those of their layers."""
+        """Yield the tensors of a Hugging Face folder, with the class's constants among the tensors of their layers."""
         models = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         if conversion_tasks is None:
             conversion_tasks = self.build_conversion_tasks(hf_pretrained, unwrap_model(models), weight_dtype)
-            weight_dtype = None  # the tasks have it
+            weight_dtype = None  # the tasks have it already
         weights = super().stream_weights_megatron_to_hf(
             models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights, weight_dtype
         )
@@ -98,7 +98,7 @@ class UpcycledExport(MegatronModelBridge):
         require_unfolded(self.family.hf_class, config.get(FOLDED_SCALE, scale))
         try:
             arch = architecture_from_config(config)
-        except CheckpointError:  # of Bridge's own class, with what no upcycled model has
+        except CheckpointError:  # a model of Bridge's own class, with features that no upcycled model has
             yield from weights
             return
         made = {name for task in conversion_tasks if task for name in _hf_names(task.mapping)}
@@ -118,28 +118,28 @@ class UpcycledExport(MegatronModelBridge):
                 yield HFWeightTuple(other, constants[other].to(weight.device).contiguous())
         (output,) = self.family.names["output"]
         if output not in made and embedding is not None and not arch.tied_embeddings:
-            yield HFWeightTuple(output, embedding.clone())  # tied in Megatron, in a builder's model
+            yield HFWeightTuple(output, embedding.clone())  # tied in Megatron if a builder made the model
 
     def _lacks_gate(self, absent: list[str]) -> bool:
-        """Return whether a factor makes up for a gate: always, where the class has none."""
+        """Return whether a factor makes up for a missing gate; always true if the class has no gate."""
         gates = self.family.names.get("shared_gate", ())
         return not gates or any(name.endswith(gate.rpartition("}")[2]) for name in absent for gate in gates)
 
 
 def _hf_names(mapping: Any) -> list[str]:
-    """Return the Hugging Face tensors of one of Bridge's mappings."""
+    """Return the names of the Hugging Face tensors in one of Bridge's mappings."""
     return [mapping.hf_param] if isinstance(mapping.hf_param, str) else list(mapping.hf_param.values())
 
 
 def require_unfolded(hf_class: str, scale: float) -> None:
-    """Check that a class has a place for a model's `routed_scaling_factor`, for Bridge multiplies no weights by it.
+    """Check that a class can store a model's `routed_scaling_factor`, because Bridge multiplies no weights by it.
 
     Args:
-        hf_class: the class.
+        hf_class: name of the class.
         scale: the model's factor.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: the class has no setting for the factor.
     """
     family = find_family(hf_class)
     if isinstance(family, MoeFamily) and scale != 1 and "routed_scaling_factor" not in family.defaults:
@@ -155,7 +155,7 @@ def require_unfolded(hf_class: str, scale: float) -> None:
 
 
 def _factors(family: Family, arch: Architecture) -> dict[str, float]:
-    """Return the factor on the Megatron parameter in each Hugging Face tensor where it is not 1."""
+    """Return the factors that are not 1: Hugging Face tensor -> factor on its Megatron parameter."""
     return {
         name.format(layer=layer): factor
         for role, factor in family.hf_factors.items()
@@ -165,9 +165,10 @@ def _factors(family: Family, arch: Architecture) -> dict[str, float]:
 
 
 class FamilyBridge(UpcycledExport):
-    """Bridge of a family, as `AutoBridge` finds it.
+    """Bridge of a family, in the form that `AutoBridge` finds.
 
-    What the class always has, the Megatron model has, too: the folder's zeros where the upcycled model has none.
+    The Megatron model has every tensor that the class always has. If the upcycled model lacks such a tensor, it holds
+    the folder's zeros.
 
     Example:
         >>> AutoBridge.from_hf_pretrained("runs/demo/hf").to_megatron_provider()  # doctest: +SKIP
@@ -185,13 +186,13 @@ class FamilyBridge(UpcycledExport):
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Return which tensor is made of which, with Transformer Engine's modules and with the local ones."""
+        """Return the mappings of all tensors, for Transformer Engine's modules and for the local modules."""
         return MegatronMappingRegistry(*_mappings(self.family))
 
 
 def _mappings(family: Family) -> Iterator[Any]:
     for mapping in MAPPINGS:
-        if mapping in DELTA_MAPPINGS:  # which Bridge has itself, in its own classes
+        if mapping in DELTA_MAPPINGS:  # Bridge has these itself, in its own classes
             continue
         names = family.names.get(mapping.role, ())
         theirs = [name.format(layer="*", expert="*") for name in dict.fromkeys(names)]
@@ -209,10 +210,11 @@ def _register(family: Family) -> None:
 
 
 for _family in (*parents(), *targets()):
-    # Bridge's mappings know no factor. Qwen2-MoE's makes up for the gate, which Bridge's model has itself.
+    # Bridge's mappings support no factor. Qwen2-MoE's factor replaces the gate, and Bridge's model has the gate
+    # itself.
     _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
     _is_known = _family.hf_class in AutoBridge.list_supported_models()
     if any(is_stacked(_name) for _names in _family.names.values() for _name in _names):
-        continue  # nor a tensor of all experts
+        continue  # nor do they support one tensor for all experts
     if isinstance(_family, MoeFamily) if _is_known else not _loses_factor:
         _register(_family)

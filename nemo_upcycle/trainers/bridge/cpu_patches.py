@@ -1,4 +1,4 @@
-"""Supply on a CPU what Megatron-Bridge takes for granted of CUDA, as `cpu.patches` does for Megatron-Core."""
+"""Supply on a CPU whatever Megatron-Bridge takes for granted of CUDA, as `cpu.patches` does for Megatron-Core."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nemo_upcycle.cpu.configuration import configure_for_cpu
 
 
 def start_without_cuda() -> None:
-    """Let Bridge's set-up begin, over gloo, and seed Megatron's named random states.
+    """Let Bridge's set-up start over gloo, and seed Megatron's named random states.
 
-    Without it: AssertionError, "Megatron requires CUDA"; ValueError, "ProcessGroupNCCL is only supported with GPUs";
-    and dropout finds no random state: Bridge seeds them only when it counts a CUDA device.
+    Without this patch: AssertionError, "Megatron requires CUDA"; ValueError, "ProcessGroupNCCL is only supported with
+    GPUs"; and dropout finds no random state, because Bridge seeds the states only if it counts a CUDA device.
     """
     from megatron.bridge.training import initialize, setup
     from megatron.core.tensor_parallel import random
@@ -36,10 +36,10 @@ def start_without_cuda() -> None:
 
 
 def use_compiled_helpers() -> None:
-    """Use the dataset helpers that are there.
+    """Use the compiled dataset helpers that are installed.
 
-    Without it the process ends, "Failed to compile the C++ dataset helper functions": the package from the index has
-    them compiled, and no Makefile.
+    Without this patch the process ends, "Failed to compile the C++ dataset helper functions": the package from the
+    index has the helpers compiled, but no Makefile.
     """
     from megatron.bridge.training import initialize
 
@@ -48,9 +48,9 @@ def use_compiled_helpers() -> None:
 
 
 def keep_random_states() -> None:
-    """Give a checkpoint the CPU generator's state in the place of a device's.
+    """Save the CPU generator's state in a checkpoint, in place of a device's state.
 
-    Without it the first save ends with a RuntimeError, "Found no NVIDIA driver".
+    Without this patch the first save ends with a RuntimeError, "Found no NVIDIA driver".
     """
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
@@ -59,7 +59,7 @@ def keep_random_states() -> None:
 def build_without_transformer_engine() -> None:
     """Configure a builder's model for the CPU before it is built.
 
-    Without it the layers are Transformer Engine's, whose modules need a GPU.
+    Without this patch the layers are Transformer Engine's, whose modules need a GPU.
     """
     from megatron.training.models.base import ModelBuilder
 

@@ -1,4 +1,4 @@
-"""Fine-tune upcycled models by Bridge's own `finetune`, with all weights or with LoRA."""
+"""Fine-tune upcycled models with Bridge's own `finetune`, with all weights or with LoRA."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
 def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> None:
     """Let a fine-tuning start from the newest checkpoint of an upcycled run, or of its dense baseline.
 
-    Sets the model of the run's spec, with the parent's vocabulary: Bridge's recipes take the tokenizer's, padded, and
-    the run's checkpoint has no such rows. Biases that balance its experts stay, and go on moving. The parent's
-    `config.json` must still be where it was.
+    Sets the model of the run's spec, with the parent's vocabulary. Bridge's recipes would take the tokenizer's
+    vocabulary, padded, and the run's checkpoint has no such rows. Biases that balance the experts stay, and keep
+    changing. The parent's `config.json` must still be at its original place.
 
     Args:
-        config: the fine-tuning; changed in place. Its data set says how long sequences are.
-        run: the folder of the run's checkpoints, with its `receipt.json`.
+        config: configuration of the fine-tuning; changed in place. Its data set defines the sequence length.
+        run: folder of the run's checkpoints, with its `receipt.json`.
         changes: fields of the model's provider that are to differ: layout, precision, kernels.
 
     Raises:
         UpcycleError: the run was not upcycled, or has no checkpoint.
-        SpecError: `seq_aux_loss`, in which tokens that pad a sequence would count.
+        SpecError: `seq_aux_loss` is set, which would count tokens that pad a sequence.
 
     Example:
         >>> finetune_from(config, "/runs/mine", expert_model_parallel_size=8)  # doctest: +SKIP
@@ -56,6 +56,6 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
 
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:
-    """Let auxiliary losses act with their coefficients, as in the run before."""
+    """Make auxiliary losses act with their coefficients, as in the upcycled run."""
     correct_losses(chunks[0].config)
     return chunks

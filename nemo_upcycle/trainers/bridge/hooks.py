@@ -15,11 +15,11 @@ from nemo_upcycle.errors import SpecError
 
 
 def refuse_first_step(model: Any, dense: str) -> None:
-    """Let a model refuse its first step if nothing has given it weights by then, see `refuse_unfilled`.
+    """Make a model refuse its first step if nothing has given it weights by then; see `refuse_unfilled`.
 
     Args:
-        model: Bridge's provider, or the configuration of one of its builders; changed in place.
-        dense: address of the checkpoint that should fill it; the refusal names it.
+        model: Bridge's provider, or the configuration of one of Bridge's builders; changed in place.
+        dense: address of the checkpoint that should fill the model, for the text of the refusal.
     """
     add_pre_wrap_hook(model, partial(refuse_unfilled, dense))
 
@@ -30,22 +30,23 @@ def pre_wrap_hooks(model: Any) -> list[Any]:
 
 
 def add_pre_wrap_hook(model: Any, hook: Callable[[list[Any]], list[Any]]) -> None:
-    """Let Bridge call a function with a rank's chunks, after those that it calls already."""
+    """Make Bridge call a function with a rank's chunks, after the functions that it already calls."""
     if isinstance(model, ModelConfig):
-        # No list: Bridge empties lists of functions when a command line changes settings, and leaves other sequences.
+        # Not a list: when a command line changes settings, Bridge empties lists of functions but keeps other
+        # sequences.
         model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
     else:
         model.register_pre_wrap_hook(hook)
 
 
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
-    """Let newly built chunks refuse their first pass if nothing has given them weights by then.
+    """Make newly built chunks refuse their first pass if nothing has given them weights by then.
 
-    Until then their norms and biases are NaN. Whatever fills or loads a model replaces them; a computation that does
-    not call the chunk, such as a schedule that takes its layers apart, ends with a loss of NaN.
+    Until then their norms and biases are NaN. Any code that fills or loads a model replaces the NaNs. A computation
+    that does not call the chunk itself, such as a schedule that runs its layers one by one, ends with a loss of NaN.
 
     Args:
-        dense: the checkpoint to fill them from.
+        dense: checkpoint that should fill the chunks.
         chunks: chunks of the model on this rank.
 
     Returns:
@@ -74,5 +75,5 @@ def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
 
 
 def _vectors(chunk: Any) -> Iterator[torch.Tensor]:
-    """Yield a chunk's norms and biases: no precision of weights changes them."""
+    """Yield a chunk's norms and biases, which are the same in every precision of weights."""
     return (parameter for parameter in chunk.parameters() if parameter.ndim == 1)

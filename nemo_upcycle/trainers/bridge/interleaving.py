@@ -8,11 +8,11 @@ from typing import Any
 
 
 def store_contiguous() -> None:
-    """Let Bridge store gate above up, as it says that it does, in this process.
+    """Make Bridge store gate rows above up rows, as it claims to, in this process.
 
-    Bridge 0.6.2 interleaves what it loads and undoes that in what it saves, but for a `ShardedTensorFactory`, and that
-    is what fc1 of every model is in a `torch_dist` checkpoint: it saves the rows as they lie, and a resumed run reads
-    them interleaved twice. A Bridge that does it itself is left as it is.
+    Bridge 0.6.2 interleaves the rows that it loads, and undoes this in the rows that it saves, except in a
+    `ShardedTensorFactory`. In a `torch_dist` checkpoint, fc1 of every model is such a factory: its rows are saved
+    interleaved, and a resumed run interleaves them twice. A function that is already wrapped is left unchanged.
     """
     from megatron.bridge.training import checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

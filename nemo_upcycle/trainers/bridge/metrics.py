@@ -1,4 +1,4 @@
-"""The metrics of a run in Megatron-Bridge: the lines and files that a run in NeMo writes, for the same report."""
+"""The metrics of a Megatron-Bridge run, in the same lines and files as for a NeMo run, for the same report."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from nemo_upcycle.utils.progress import show_messages
 
 
 class BridgeMetrics(Callback):
-    """Writes `metrics.jsonl` and `training.json`, and a line with an ETA on the console; see `StepMetrics`.
+    """Writes `metrics.jsonl` and `training.json`, and prints a line with an ETA on the console; see `StepMetrics`.
 
     Bridge's own loggers stay as they are.
 
     Args:
-        folder: where the two files go.
+        folder: folder for the two files.
 
     Example:
         >>> pretrain(config, forward_step, callbacks=[BridgeMetrics(Path("runs/mine"))])  # doctest: +SKIP
@@ -49,7 +49,7 @@ class BridgeMetrics(Callback):
         model = config.model
         transformer = getattr(model, "transformer", model)
         health = None
-        if transformer.num_moe_experts:  # Bridge logs Megatron's auxiliary losses after us, and clears them then
+        if transformer.num_moe_experts:  # Bridge logs Megatron's auxiliary losses later, and clears them then
             logs = not config.logger.skip_train_metrics_log
             hybrid = hybrid_of(model)
             layers = hybrid.networks if hybrid else None
@@ -65,18 +65,18 @@ class BridgeMetrics(Callback):
         self._metrics = StepMetrics(facts, health, step, _settings(config), watch_fp8(transformer))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        """Note the learning rate of the step: after it, the next one's is set."""
+        """Note the step's learning rate, because after the step the optimizer has the next step's rate."""
         assert context.optimizer is not None
         self._lr = context.optimizer.param_groups[0]["lr"]
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Write the step's line."""
         assert self._metrics is not None
-        step = context.state.train_state.step + 1  # it counts the step after this
+        step = context.state.train_state.step + 1  # Bridge counts the step after this call
         self._metrics.step(step, loss_on_last_rank(context.loss_dict), context.grad_norm, self._lr)
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what another callback has done since the last one."""
+        """Exclude the time that another callback took since the last step from the next step's time."""
         if self._metrics is not None:
             self._metrics.restart_clock()
 
@@ -92,7 +92,7 @@ class BridgeEvaluations(Callback):
     Args:
         evaluations: settings of the evaluations.
         folder: folder of the training.
-        metrics: callback whose clock leaves the evaluations out; it stands before this one in the list.
+        metrics: callback whose clock excludes the evaluations; it comes before this callback in the list.
     """
 
     def __init__(self, evaluations: Evaluations, folder: Path, metrics: BridgeMetrics) -> None:
@@ -100,7 +100,7 @@ class BridgeEvaluations(Callback):
         self._live: LiveEvaluation | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Build the suite, and evaluate what the training starts from."""
+        """Build the suite, and evaluate the model that the training starts from."""
         config = context.state.cfg
         data = config.dataset
         if not isinstance(data, BlendDataset):
@@ -117,25 +117,25 @@ class BridgeEvaluations(Callback):
         self._live.start(context.model, config.model.vocab_size, data.seq_length, step)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Evaluate after every few steps, and after the last."""
+        """Evaluate after every few steps and after the last step."""
         if self._live is not None:
-            self._live.after(context.state.train_state.step + 1)  # it counts the step after this
+            self._live.after(context.state.train_state.step + 1)  # Bridge counts the step after this call
 
 
 def _flat(model: Any) -> Any:
-    """Return the fields of a model's configuration; a builder's has two parts."""
+    """Return all fields of a model's configuration in one object; a builder's configuration has two parts."""
     transformer = getattr(model, "transformer", None)
     return SimpleNamespace(**(vars(model) | vars(transformer))) if transformer else model
 
 
 def loss_on_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
-    """Return a step's loss on one rank: those of the last pipeline stage have it, and the last rank is one of them."""
+    """Return a step's loss on the last rank, which is in the last pipeline stage; None on all other ranks."""
     is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     return losses.get("lm loss") if losses and is_last else None
 
 
 def _data_of(config: ConfigContainer) -> str:
-    """Return in a few words what a run is trained on, for its report."""
+    """Describe the data of a run in a few words, for its report."""
     data = config.dataset
     if isinstance(data, BlendDataset):
         return describe_blend(open_blend(data.folder))

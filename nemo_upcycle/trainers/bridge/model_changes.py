@@ -1,4 +1,4 @@
-"""Give a model of Bridge's another parent or spec, and keep all other settings."""
+"""Give a Bridge model another parent or spec, and keep all other settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
 from nemo_upcycle.trainers.bridge.models import Origin, builder_of, made_of, provider_of, set_origin
 
 
-#: Kinds of settings that change nothing of a filled model, and where layouts are handled: `config_fields.yaml`.
+#: Entries of `config_fields.yaml`: kinds of settings that change nothing in a filled model (_STAYING), and code that
+#: handles layouts (_LAYOUT).
 _STAYING = (
     "who computes what, and when",
     "memory and recomputation",
@@ -27,21 +28,21 @@ _STAYING = (
     "kernels",
     "how tokens reach their experts, and what the router learns",
 )
-#: Fields that a change of the parent leaves as they are: length of the sequences, hooks, and what they belong to.
+#: Fields that a change of the parent does not touch: sequence length, hooks, and the parts of a configuration.
 _OWN = ("seq_length", "transformer", "pre_wrap_hooks", "post_wrap_hooks", "builder")
 _LAYOUT = ("online.plan.split_name", "online.plan.RankCoords", "online.quantized.quantize")
 
 
 def model_like(given: Any, origin: Origin, **changes: Any) -> Any:
-    """Return the model of a parent and a spec in the form of another one, with its layout, precision and kernels.
+    """Return the model of a parent and a spec in the form of another model, with its layout, precision and kernels.
 
     Args:
-        given: Bridge's provider or builder's configuration; it stays as it is. None: a provider by default.
-        origin: what the model is made of.
-        changes: fields that are to differ, which go before the other model's.
+        given: Bridge's provider or builder's configuration; it stays unchanged. None: a default provider.
+        origin: parent and spec of the model.
+        changes: fields that are to differ, which take precedence over the other model's.
 
     Raises:
-        SpecError: Bridge's model class cannot be it.
+        SpecError: Bridge's model class cannot represent the model.
     """
     if given is None:
         return provider_of(origin, **changes)
@@ -55,7 +56,7 @@ def model_like(given: Any, origin: Origin, **changes: Any) -> Any:
 
 
 def copied(model: Any) -> Any:
-    """Return a copy of a model's settings that can be changed alone; what Bridge calls with its chunks stays."""
+    """Return a copy of a model's settings that can be changed alone, with the same hooks for Bridge to call."""
     model = copy.copy(model)
     if isinstance(model, ModelConfig):
         model.transformer, model.pre_wrap_hooks = copy.copy(model.transformer), copy.copy(model.pre_wrap_hooks)
@@ -65,7 +66,7 @@ def copied(model: Any) -> Any:
 
 
 def forget_experts(model: Any) -> None:
-    """Set back what only a model with experts needs, in place."""
+    """Reset the settings that only a model with experts needs, in place."""
     model = getattr(model, "transformer", model)
     for field in fields(model):
         if field.name.startswith(("moe_", "expert_")) and field.default is not MISSING:
@@ -76,11 +77,11 @@ def forget_experts(model: Any) -> None:
 
 
 def follow(model: Any, now: Origin) -> None:
-    """Let the settings of a model follow a change of what it is made of, in place; all others stay.
+    """Let a model's settings follow a change of its parent or spec, in place; all other settings stay.
 
     Args:
         model: a model of this package.
-        now: what it is to be made of.
+        now: new parent and spec of the model.
     """
     before = made_of(model)
     if before is None or before == now:
@@ -95,7 +96,7 @@ def follow(model: Any, now: Origin) -> None:
 
 
 def _plain(model: Any, origin: Origin) -> Any:
-    """Return a model in the form of another one, with no settings but what it is made of."""
+    """Return a model in the form of another model, with only the settings that follow from its parent and spec."""
     changes = {}
     if (pattern := getattr(model, "hybrid_layer_pattern", None)) and not origin.arch.mamba:
         moe = iter([origin.arch.is_moe_layer(layer) for layer in range(origin.arch.num_layers)])
@@ -113,12 +114,12 @@ def _same(one: Any, other: Any) -> bool:
 def kept_settings(model: Any, origin: Origin) -> dict[str, Any]:
     """Return the settings of a model's configuration that stay with another parent: layout, precision, kernels.
 
-    Kernels stay as they are, other settings where they are not at Bridge's default. A dense model says nothing about
-    experts.
+    Kernel settings always stay. Other settings stay if they differ from Bridge's default. A dense model says nothing
+    about experts.
 
     Args:
-        model: Bridge's provider, or the configuration of one of its builders.
-        origin: what the model with these settings is made of.
+        model: Bridge's provider, or the configuration of one of Bridge's builders.
+        origin: parent and spec of the model that gets these settings.
     """
     model, arch = getattr(model, "transformer", model), origin.arch
     kinds = table()["free"]
@@ -137,6 +138,6 @@ def kept_settings(model: Any, origin: Origin) -> dict[str, Any]:
         kept["bias_activation_fusion"] = False
     if not arch.num_experts:
         kept = {name: value for name, value in kept.items() if not name.startswith(("moe_", "expert_"))}
-    elif arch.router_score != "sigmoid":  # Megatron's biases of experts are for no other score
+    elif arch.router_score != "sigmoid":  # Megatron's expert biases work only with sigmoid scores
         kept.pop("moe_router_enable_expert_bias", None)
     return kept

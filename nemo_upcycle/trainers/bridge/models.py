@@ -1,4 +1,4 @@
-"""Bridge's configurations of upcycled and dense models, from a dense checkpoint's architecture and a spec."""
+"""Bridge's configurations of upcycled and dense models, made from a dense checkpoint's architecture and a spec."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.hooks import refuse_first_step
 
 
-#: The frequencies that Megatron's own scaling has: Llama 3.1's. Its factor alone can be set.
+#: The frequencies of Megatron's own rotary scaling, which are Llama 3.1's. Only its factor can be set.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-#: What a GPU wants, with and without experts. The coefficient is that of the package's recipes.
+#: Settings for GPUs, with and without experts. The loss coefficient is the same as in this package's recipes.
 _KERNELS: dict[str, Any] = {
     "bf16": True,
     "params_dtype": torch.bfloat16,
@@ -57,19 +57,21 @@ _MOE_KERNELS: dict[str, Any] = {
 def upcycled_provider(
     dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
 ) -> GPTModelProvider | HybridModelProvider:
-    """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
+    """Return Bridge's provider of the model that a spec makes from a dense checkpoint.
 
-    With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's; of a parent with Mamba
-    layers it always is, by default with the parent's pattern, without borders. A model of a folder trains when its run
-    has filled it (`with_upcycling`) or a checkpoint was loaded, and refuses its first step else.
+    With a `hybrid_layer_pattern` among the changes, the provider is a HybridModel's, otherwise a GPTModel's. For a
+    parent with Mamba layers it is always a HybridModel's, by default with the parent's pattern, without borders
+    between stages. A model made from a folder trains only if its run has filled it (`with_upcycling`) or a checkpoint
+    was loaded; otherwise it refuses its first step.
 
     Args:
-        dense: the dense checkpoint's folder; or its architecture, of which a model may start from random weights.
+        dense: folder of the dense checkpoint, or its architecture; a model made from an architecture may start from
+            random weights.
         spec: how to upcycle it; None for the dense model itself.
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
     Raises:
-        SpecError: Bridge's model class cannot be it.
+        SpecError: Bridge's model class cannot represent the model.
 
     Example:
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
@@ -86,7 +88,7 @@ def upcycled_provider(
 def upcycled_config(
     dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
 ) -> GPTModelConfig | HybridModelConfig:
-    """Return the same as a configuration of Bridge's builders, which are to replace its providers.
+    """Return the same model as a configuration of Bridge's builders, which are to replace Bridge's providers.
 
     Args:
         dense: see `upcycled_provider`.
@@ -94,7 +96,7 @@ def upcycled_config(
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
     Raises:
-        SpecError: Bridge's model class cannot be it.
+        SpecError: Bridge's model class cannot represent the model.
     """
     model = builder_of(Origin(_architecture(dense), spec), **changes)
     if not isinstance(dense, Architecture):
@@ -104,7 +106,7 @@ def upcycled_config(
 
 @dataclass(frozen=True)
 class Origin:
-    """The parent and the spec that a model was made of. The model keeps it as `_made_of`, which Bridge does not save.
+    """The parent and the spec that a model was made from. The model keeps them as `_made_of`; Bridge does not save it.
 
     Args:
         parent: architecture of the dense checkpoint.
@@ -121,16 +123,16 @@ class Origin:
 
 
 def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridModelProvider:
-    """Return a provider, which fills nothing and refuses nothing; see `upcycled_provider`."""
+    """Return a provider that fills nothing and refuses nothing; see `upcycled_provider`."""
     model: GPTModelProvider | HybridModelProvider
     arch = origin.arch
     if not (arch.mamba or "hybrid_layer_pattern" in changes):
-        kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # which multiplies the embedding
+        kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # Gemma multiplies the embedding
         model = kind(**(provider_fields(arch) | _routing(origin.spec) | changes))
     else:
         _refuse_scaled_embedding(arch)
         fields = _transformer(arch, hybrid=True) | _hybrid_model(arch) | _routing(origin.spec)
-        fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
+        fields["attention_backend"] = AttnBackend.auto  # as a GPTModel has it: a process keeps to one backend
         if arch.qk_norm:
             fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
         model = HybridModelProvider(**(fields | changes))
@@ -139,7 +141,7 @@ def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridMode
 
 
 def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelConfig:
-    """Return a builder's configuration, which fills nothing and refuses nothing; see `upcycled_config`."""
+    """Return a builder's configuration that fills nothing and refuses nothing; see `upcycled_config`."""
     arch = origin.arch
     _refuse_scaled_embedding(arch)
     hybrid = bool(arch.mamba or "hybrid_layer_pattern" in changes)
@@ -158,7 +160,7 @@ def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelCo
 
 
 def set_origin(model: Any, origin: Origin) -> None:
-    """Keep the origin in the model, as a function: when Bridge exports a live model it rewrites all other values."""
+    """Keep the origin in the model, as a function: Bridge rewrites all other values when it exports a live model."""
     model.__dict__["_made_of"] = partial(Origin, origin.parent, origin.spec)
 
 
@@ -171,8 +173,8 @@ def made_of(model: Any) -> Origin | None:
 class _SavedWithSizes:
     """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint.
 
-    A deep copy is one of all its parts: Bridge 0.6.2's own is a copy of its `TransformerConfig` alone. The length of
-    sequences stands in both of its parts: the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
+    A deep copy copies all parts. In Bridge 0.6.2 it would copy only the `TransformerConfig`. The sequence length is
+    stored in both parts, because the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -189,7 +191,7 @@ class _SavedWithSizes:
         return made
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the model's entry in a checkpoint's `run_config.yaml`, as one of Bridge's own class."""
+        """Return the model's entry in a checkpoint's `run_config.yaml`, as if it were of Bridge's own class."""
         bridges: Any = type(self).__bases__[1]
         saved = bridges.as_dict(self) | {"_target_": f"{bridges.__module__}.{bridges.__qualname__}"}
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -205,13 +207,13 @@ class UpcycledHybridConfig(_SavedWithSizes, HybridModelConfig):
 
 
 def provider_fields(arch: Architecture) -> dict[str, Any]:
-    """Return the fields of Bridge's provider of a model as its architecture stands, with experts or without.
+    """Return the fields of Bridge's provider for a model of an architecture, with or without experts.
 
     Args:
-        arch: the architecture.
+        arch: architecture of the model.
 
     Raises:
-        SpecError: Bridge's model class cannot be it.
+        SpecError: Bridge's model class cannot represent the model.
     """
     fields = _transformer(arch) | _model(arch)
     layers = layers_of(arch)
@@ -221,7 +223,7 @@ def provider_fields(arch: Architecture) -> dict[str, Any]:
 
 
 def hybrid_stack_with_qk_norm() -> ModuleSpec:
-    """Return Megatron's layers of a HybridModel with norms of query and key, which its own have not."""
+    """Return Megatron's HybridModel layers with query and key norms, which Megatron's own layers lack."""
     spec = copy.deepcopy(hybrid_stack_spec)
     attention = spec.submodules.attention_layer.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = TENorm
@@ -233,7 +235,7 @@ def _architecture(dense: str | Path | Architecture) -> Architecture:
 
 
 def _refuse_scaled_embedding(arch: Architecture) -> None:
-    """Refuse a Gemma where Bridge has no model class that multiplies the embedding."""
+    """Refuse a Gemma for those Bridge classes that do not multiply the embedding."""
     if arch.scaled_embedding:
         raise SpecError(
             f"{arch.hf_class}",
@@ -256,15 +258,15 @@ def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
         **window_fields(arch),
-        # Megatron's own has a name to be saved by.
+        # Megatron's own function can be saved by name.
         "activation_func": squared_relu if arch.activation == "squared_relu" else activation_function(arch.activation),
-        # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.
+        # If experts weigh their tokens, Megatron's fused activation supports only SwiGLU.
         "bias_activation_fusion": arch.gated and arch.activation == "silu",
     }
 
 
 def _model(arch: Architecture) -> dict[str, Any]:
-    """Return the arguments of Bridge's model beside its `TransformerConfig`."""
+    """Return the arguments of Bridge's model besides its `TransformerConfig`."""
     scaling = None if arch.scales_in_layers else arch.rope_scaling
     if scaling and any(scaling.get(name) != value for name, value in _LLAMA3_SCALING.items()):
         raise SpecError(
@@ -286,7 +288,7 @@ def _model(arch: Architecture) -> dict[str, Any]:
 
 
 def _hybrid_model(arch: Architecture) -> dict[str, Any]:
-    """Return the same for a HybridModel."""
+    """Return the same arguments for a HybridModel."""
     settings = _model(arch)
     if settings.pop("rope_scaling"):
         raise SpecError(

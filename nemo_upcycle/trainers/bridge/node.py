@@ -1,4 +1,4 @@
-"""The configuration of a run in Bridge, with its node `upcycling`: the dense parent, and how the run upcycles it."""
+"""The configuration of a Bridge run with its node `upcycling`: the dense parent, and how the run upcycles it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings
 
 
-#: The fields of `UpcycleSpec`, which Bridge's overrides can set here: the spec itself is frozen.
+#: The fields of `UpcycleSpec` in a class that Bridge's overrides can change; the spec itself is frozen.
 _SpecFields = make_dataclass(
     "_SpecFields", [(one.name, one.type, one.default) for one in fields(UpcycleSpec)], kw_only=True
 )
@@ -24,12 +24,13 @@ _SpecFields = make_dataclass(
 
 @dataclass(kw_only=True)
 class Upcycling(_SpecFields):  # type: ignore[valid-type, misc]
-    """The node `config.upcycling`. It has all fields of `UpcycleSpec` beside those below.
+    """The node `config.upcycling`. It has all fields of `UpcycleSpec`, and the fields below.
 
     Args:
-        hf_model_path: the dense checkpoint: a folder that every rank sees, ORG/NAME or hf://ORG/NAME, or an asset.
+        hf_model_path: dense checkpoint: a folder that every rank sees, ORG/NAME or hf://ORG/NAME, or an asset.
         branches: further dense checkpoints of the same architecture (Branch-Train-MiX).
-        non_expert_weights: with branches, where all other weights come from: the `first` checkpoint or the `mean`.
+        non_expert_weights: source of all non-expert weights if there are branches: the `first` checkpoint or the
+            `mean`.
 
     Example:
         >>> Upcycling(hf_model_path="/models/Llama-3-8B", num_experts=4).spec.num_experts  # doctest: +SKIP
@@ -42,7 +43,7 @@ class Upcycling(_SpecFields):  # type: ignore[valid-type, misc]
 
     @property
     def spec(self) -> UpcycleSpec:
-        """How to upcycle the parent.
+        """The spec that upcycles the parent.
 
         Raises:
             SpecError: a value is out of range or unknown, or values contradict each other.
@@ -50,7 +51,7 @@ class Upcycling(_SpecFields):  # type: ignore[valid-type, misc]
         return UpcycleSpec(**{one.name: getattr(self, one.name) for one in fields(UpcycleSpec)})
 
     def change(self, spec: UpcycleSpec) -> None:
-        """Set all fields of a spec."""
+        """Set all fields to those of a spec."""
         for name, value in asdict(spec).items():
             setattr(self, name, value)
 
@@ -61,9 +62,9 @@ class UpcyclingConfig(ConfigContainer):
 
     Args:
         upcycle: see `UpcycleSettings`.
-        upcycling: the parent and how to upcycle it; None: nothing is upcycled.
-        hf_model_path: without `upcycling`, the dense checkpoint that the run trains on as it is; None: the run starts
-            as Bridge's own do.
+        upcycling: the parent, and how to upcycle it; None: nothing is upcycled.
+        hf_model_path: dense checkpoint that the run trains as it is, if there is no `upcycling`; None: the run starts
+            as Bridge's own runs do.
     """
 
     upcycle: UpcycleSettings = field(default_factory=UpcycleSettings)
@@ -72,23 +73,23 @@ class UpcyclingConfig(ConfigContainer):
 
     @classmethod
     def of(cls, config: ConfigContainer) -> UpcyclingConfig:
-        """Return a configuration of this class, which shares all parts with another one."""
+        """Return a configuration of this class that shares all parts with another configuration."""
         return cls(**{one.name: getattr(config, one.name) for one in fields(config) if one.init})
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Addresses of the dense checkpoints that the run starts from; empty: none."""
+        """Addresses of the dense checkpoints that the run starts from; empty if there are none."""
         if self.upcycling:
             return (self.upcycling.hf_model_path, *self.upcycling.branches)
         return (self.hf_model_path,) if self.hf_model_path else ()
 
     @property
     def spec(self) -> UpcycleSpec | None:
-        """How the run upcycles its parent; None: it does not."""
+        """The spec that upcycles the run's parent; None: nothing is upcycled."""
         return self.upcycling.spec if self.upcycling else None
 
     def validate(self) -> None:
-        """Complete and check the run, as Bridge does at the start of each rank; let it fill its model."""
+        """Complete and check the run, and register the hook that fills it. Bridge calls this as each rank starts."""
         from nemo_upcycle.trainers.bridge.upcycling import prepare
 
         if self.parents:
@@ -97,18 +98,18 @@ class UpcyclingConfig(ConfigContainer):
 
 
 def folder_of(address: str) -> Path:
-    """Return the folder of a dense checkpoint, fetched or made if it is not on this machine."""
+    """Return the folder of a dense checkpoint; fetch or make the folder if it is not on this machine."""
     return Path(address).absolute() if Path(address).is_dir() else ensure_dense(address)
 
 
 def architecture_at(address: str) -> Architecture:
-    """Return the architecture of a dense checkpoint. Download its configuration, unless the parent is known.
+    """Return the architecture of a dense checkpoint; download its configuration unless the parent is known.
 
     Args:
         address: see `Upcycling`.
 
     Raises:
-        UpcycleError: there is no such checkpoint, or it cannot be reached.
+        UpcycleError: the checkpoint does not exist, or cannot be reached.
     """
     kind, name = find_parent(address)
     if kind == "folder":

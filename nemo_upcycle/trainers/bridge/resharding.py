@@ -1,4 +1,4 @@
-"""A run of Bridge's that goes on under another layout than its last checkpoint was saved under."""
+"""Resume a Bridge run under another layout than the layout of its last checkpoint."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ _SIZES = {
 
 
 def fit_layout(config: ConfigContainer) -> None:
-    """Let a run load its last checkpoint, of whatever layout.
+    """Let a run load its last checkpoint, whatever the checkpoint's layout.
 
-    Random numbers are kept for each rank: of another layout they are not loaded, which is said.
+    Random states are saved for each rank. If the checkpoint has another layout, they are not loaded, and a message
+    says so.
 
     Args:
-        config: the run, which has a checkpoint; changed in place.
+        config: configuration of a run that has a checkpoint; changed in place.
 
     Raises:
-        SpecError: the optimizer's states were not saved for another layout.
+        SpecError: the optimizer's states were saved in a form that does not fit another layout.
     """
     load_other_chains()
     checkpoint = config.checkpoint
     if not checkpoint_exists(checkpoint.load) or "://" in checkpoint.load:
-        return  # it goes on from one that only this job can read, or its files cannot be looked at from here
+        return  # only this job can read the checkpoint, or its files cannot be inspected from here
     step = (
         checkpoint.ckpt_step or read_train_state(get_checkpoint_train_state_filename(checkpoint.load, "latest")).step
     )
@@ -71,7 +72,7 @@ def fit_layout(config: ConfigContainer) -> None:
 
 
 def _layout(model: dict[str, Any]) -> dict[str, int]:
-    """Read a layout from the fields of a model; one that a builder makes has some in its `transformer`."""
+    """Read a layout from the fields of a model; a builder's model has some of them in its `transformer`."""
     transformer = model.get("transformer") or {}
     inner = transformer if isinstance(transformer, dict) else vars(transformer)
     sizes = {name: model.get(field, inner.get(field)) or 1 for name, field in _SIZES.items()}
@@ -81,7 +82,7 @@ def _layout(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _has_random_numbers(folder: str) -> bool:
-    """Return whether the checkpoint has random numbers of as many ranks, cut alike; the first rank looks for all."""
+    """Return whether the checkpoint has random states for the same ranks; the first rank looks for all ranks."""
     found = [False]
     if torch.distributed.get_rank() == 0:
         sizes = [

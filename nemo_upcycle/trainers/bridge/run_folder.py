@@ -18,10 +18,10 @@ RECEIPT = "receipt.json"
 
 
 def check_folder(folder: str) -> None:
-    """Check that Bridge can write to a folder: to one of an object store by its MultiStorageClient alone.
+    """Check that Bridge can write to a folder; an object store works only through Megatron's MultiStorageClient.
 
     Raises:
-        SpecError: it cannot.
+        SpecError: Bridge cannot write to the folder.
     """
     if _is_in_store(folder) and not (folder.startswith("msc://") and MultiStorageClientFeature.is_enabled()):
         raise SpecError(
@@ -33,14 +33,14 @@ def check_folder(folder: str) -> None:
 
 
 def same_folder(one: str, other: str) -> bool:
-    """Return whether two names are those of one folder."""
+    """Return whether two names refer to the same folder."""
     if _is_in_store(one) or _is_in_store(other):
         return one.rstrip("/") == other.rstrip("/")
     return Path(one).resolve() == Path(other).resolve()
 
 
 def save_receipt(receipt: UpcycleReceipt, folder: str) -> None:
-    """Write the receipt beside the checkpoints, before the first of them."""
+    """Write the receipt beside the checkpoints, before the first checkpoint."""
     if not _is_in_store(folder):
         receipt.write(Path(folder) / RECEIPT)
         return
@@ -52,7 +52,7 @@ def load_receipt(folder: str) -> dict[str, Any] | None:
     """Return the receipt beside a run's checkpoints; None if there is none.
 
     Raises:
-        UpcycleError: the file is no receipt.
+        UpcycleError: the file is not a receipt.
     """
     path = join_paths(folder, RECEIPT)
     if not file_exists(path):

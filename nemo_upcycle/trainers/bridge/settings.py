@@ -1,4 +1,4 @@
-"""The settings that this package adds to a training in Bridge, as `config.upcycle`: neutral by default."""
+"""The settings that this package adds to a Bridge training, as `config.upcycle`. Their defaults change nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class UpcycleSettings:
     """Settings of a training of an upcycled model that act through `upcycle_callbacks`.
 
     Args:
-        spike_window: losses that are looked back at; see `LossSpikes`.
-        spike_threshold: spreads above their median that make a spike.
-        stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
-        evaluate_every: steps between two evaluations of the live model; 0 for none.
-        evaluate_suite: suite that they score: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
-        evaluate_limit: take only the first items of each task.
-        fp8_statistics_every: steps between two statistics of Transformer Engine about FP8, on a GPU; 0 for none.
+        spike_window: number of last losses to compare with; see `LossSpikes`.
+        spike_threshold: number of spreads above the median that make a spike.
+        stop_on_spike: whether a spike ends the run; otherwise it is a warning and a line in `metrics.jsonl`.
+        evaluate_every: steps between two evaluations of the live model; 0: none.
+        evaluate_suite: suite of these evaluations: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
+        evaluate_limit: number of items to take from the start of each task; None: all.
+        fp8_statistics_every: steps between two of Transformer Engine's FP8 statistics, on a GPU; 0: none.
 
     Example:
         >>> config.upcycle.stop_on_spike = True  # doctest: +SKIP
@@ -40,7 +40,7 @@ class UpcycleSettings:
     fp8_statistics_every: int = 0
 
     def evaluations(self) -> Evaluations | None:
-        """Return the settings of evaluations during training."""
+        """Return the settings of the evaluations during training; None if there are none."""
         if not self.evaluate_every:
             return None
         return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)
@@ -49,7 +49,7 @@ class UpcycleSettings:
         """Check the values.
 
         Raises:
-            SpecError: one is out of range or unknown.
+            SpecError: a value is out of range or unknown.
         """
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
@@ -60,7 +60,7 @@ class UpcycleSettings:
 
 
 def __getattr__(name: str) -> Any:
-    """Find the class that checkpoints of 0.3 name here, in `run_config.yaml`."""
+    """Return the class that `run_config.yaml` in a checkpoint of 0.3 names in this module."""
     if name != "UpcyclingConfig":
         raise AttributeError(name)
     from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
@@ -69,20 +69,20 @@ def __getattr__(name: str) -> Any:
 
 
 def settings_of(config: Any) -> UpcycleSettings:
-    """Return the settings of a configuration, neutral ones of Bridge's own class."""
+    """Return the settings of a configuration; for a configuration of Bridge's own class, return the defaults."""
     return getattr(config, "upcycle", None) or UpcycleSettings()
 
 
 def mixed_precision_of(config: Any) -> Any:
-    """Return Bridge's settings of a configuration's precision; None without any."""
+    """Return Bridge's precision settings of a configuration; None if there are none."""
     return get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
 
 
 def require_callbacks(config: Any) -> None:
-    """Check that a run is not given settings which nothing would carry out.
+    """Check that a run with settings has the callbacks that carry them out.
 
     Raises:
-        SpecError: it is: it has settings and no `upcycle_callbacks`.
+        SpecError: the run has settings but no `upcycle_callbacks`.
     """
     settings = settings_of(config)
     if settings != UpcycleSettings() and not hasattr(settings, "callbacks"):
@@ -98,7 +98,7 @@ def describe(config: Any) -> list[str]:
     """Describe a run at its start: its schedule, and likely mistakes such as mock data or a high learning rate.
 
     Args:
-        config: the run, completed by Bridge.
+        config: configuration of the run, completed by Bridge.
     """
     train, rate, lowest = config.train, config.optimizer.lr, config.optimizer.min_lr
     said = [

@@ -1,4 +1,4 @@
-"""Construct of a configuration what Bridge constructs in a job before its first step, and tell why that fails."""
+"""Construct the objects that Bridge constructs in a job before its first step, and explain why that fails."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from nemo_upcycle.trainers.paged_models import build_bridges
 from nemo_upcycle.trainers.trial import construct_ranks, construction_errors, wrong_choices
 
 
-#: Optimizers of Megatron: its own, and those that register themselves.
+#: Megatron's built-in optimizers, and the optimizers that register themselves.
 _OPTIMIZERS = {"adam", "sgd", "lion", *_EMERGING_OPTIMIZERS}
 
 
 def wrong_in(config: UpcyclingConfig, layout: Layout, unit: str) -> list[UpcycleError]:
-    """Return why a job of a configuration would end before its first step, as far as construction shows it.
+    """Return the reasons why a job would end before its first step, as far as construction shows them.
 
     Args:
-        config: a result of `load_config`.
-        layout: the job's.
-        unit: name of the training, for the text of errors.
+        config: result of `load_config`.
+        layout: layout of the job.
+        unit: name of the training in error texts.
     """
     parent, spec = architecture_at(config.parents[0]), config.spec
     arch = parent.upcycled(spec) if spec else parent
@@ -56,7 +56,7 @@ def wrong_in(config: UpcyclingConfig, layout: Layout, unit: str) -> list[Upcycle
 
 
 def _construct(config: UpcyclingConfig, layout: Layout, arch: Architecture) -> list[UpcycleError]:
-    """Construct what the job does; return where the model is not what is made of the parent."""
+    """Construct the job's objects; return the differences between the model and its expected architecture."""
 
     def configure() -> Any:
         started = copy.deepcopy(config)

@@ -41,11 +41,11 @@ class BridgeTraining(Training):
     """See `Training`.
 
     Args:
-        recipe: a function's name in `nemo_upcycle.trainers.bridge.recipes`, or `package.module:function`.
+        recipe: name of a function in `nemo_upcycle.recipes`, or `package.module:function`.
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
-        nodes: machines that it runs on.
-        ranks_per_node: GPUs of each.
-        evaluations: what is scored on the way; None: what the recipe says.
+        nodes: number of machines.
+        ranks_per_node: number of GPUs on each machine.
+        evaluations: evaluations during training; None: the recipe's.
         changes: fields of the recipe's spec that differ, as JSON; `null`: the recipe's dense baseline, without a spec.
     """
 
@@ -60,14 +60,14 @@ class BridgeTraining(Training):
 
     @classmethod
     def from_text(cls, text: str) -> BridgeTraining:
-        """Return the training of a text from `to_text`."""
+        """Return the training that a text from `to_text` describes."""
         fields = json.loads(text)
         evaluations = fields.pop("evaluations", None)
         fields["overrides"] = tuple(fields["overrides"])
         return cls(**fields, evaluations=Evaluations(**evaluations) if evaluations else None)
 
     def to_text(self) -> str:
-        """Return the training as text. The same training gives the same text."""
+        """Return the training as text. Equal trainings give equal texts."""
         return json.dumps(asdict(self))
 
     @property
@@ -81,13 +81,13 @@ class BridgeTraining(Training):
         return self.nodes, self.ranks_per_node
 
     def named_settings(self) -> dict[str, str]:
-        """See `Training.named_settings`: those that were given; the recipe alone knows the others."""
+        """See `Training.named_settings`; only the given settings, because the recipe alone knows the others."""
         given = dict(word.partition("=")[::2] for word in self.overrides)
         given |= {f"spec.{name}": str(value) for name, value in (json.loads(self.changes) or {}).items()}
         return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
 
     def facts(self, parent: Parent) -> TrainingFacts | None:
-        """See `Training.facts`: Bridge's recipes are complete with their parent's configuration alone."""
+        """See `Training.facts`; a Bridge recipe is complete once its parent's configuration is known."""
         folder = parent_configuration(parent)
         if folder is None:
             return None
@@ -102,7 +102,7 @@ class BridgeTraining(Training):
             model,
             model,
             config.ddp,
-            accelerator="auto",  # of one GPU, or this package's backend without any
+            accelerator="auto",  # one GPU, or this package's CPU backend
             precision=precision,
         )
         overlaps_experts = profile.overlaps_experts or bool(getattr(overlap, "overlap_moe_expert_parallel_comm", None))
@@ -147,7 +147,7 @@ class BridgeTraining(Training):
         )
 
     def shown_settings(self, parent: Parent) -> dict[str, Any]:
-        """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
+        """See `Training.shown_settings`; only the given settings if the parent is out of reach."""
         folder = parent_configuration(parent)
         if folder is None:
             return dict(self.named_settings())
@@ -155,7 +155,7 @@ class BridgeTraining(Training):
         return shown_settings(config, self.name) | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
-        """See `Training.check`: a recipe that exists, a number of steps; all else of it is known with the parent."""
+        """See `Training.check`; the recipe must exist and steps must be a number. The rest needs the parent."""
         require_bridge()
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
@@ -165,13 +165,13 @@ class BridgeTraining(Training):
             raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give one")
 
     def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
-        """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""
+        """See `Training.check_parent`; with the parent's configuration, the recipe is complete and can be checked."""
         folder = tokenizer_folder(parent.address) if remote else parent_configuration(parent)
         if folder is not None:
             _check_config(self, stage, folder)
 
     def check_here(self, stage: str) -> None:
-        """See `Training.check_here`: nodes, and what takes statistics."""
+        """See `Training.check_here`; checks nodes, and the package that takes statistics."""
         from nemo_upcycle.trainers.monitoring.fp8_statistics import require_inspect
 
         name = "upcycle.fp8_statistics_every"
@@ -186,11 +186,11 @@ class BridgeTraining(Training):
             )
 
     def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
-        """See `Training.problems`: none where the parent's configuration is not within reach."""
+        """See `Training.problems`; none if the parent's configuration is out of reach."""
         return _problems(self, stage, parent)
 
     def config(self, dense_folder: Path) -> Any:
-        """Return the configuration of the recipe, with the overrides; the same object every time."""
+        """Return the recipe's configuration with the overrides; the same object every time."""
         return _config(self, dense_folder)
 
     def seq_length(self, dense_folder: Path) -> int:
@@ -204,7 +204,7 @@ class BridgeTraining(Training):
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
-        """See `Training.model_config`: Bridge's provider."""
+        """See `Training.model_config`; returns Bridge's provider."""
         model = self.config(dense_folder).model
         from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
@@ -219,7 +219,7 @@ class BridgeTraining(Training):
         from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
 
-        use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
+        use_cpu_backend()  # before the model's configuration is made, because Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
         if node := config.upcycling:
@@ -229,11 +229,11 @@ class BridgeTraining(Training):
             evaluations = replace(evaluations, suite=str(suite))
         try:
             ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
-        except BaseException as error:  # as torch's CheckpointException is
+        except BaseException as error:  # torch's CheckpointException is not an Exception
             if full := full_disk(error, folder / CHECKPOINTS):
                 raise full from None
             raise
-        if ended_itself and not is_first_rank():  # the first tells whether all is there
+        if ended_itself and not is_first_rank():  # the first rank reports whether everything is there
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
         kept = steps_in(checkpoint) if checkpoint else 0
@@ -264,7 +264,7 @@ def _problems(training: BridgeTraining, stage: str, parent: Parent) -> tuple[Upc
 
 @lru_cache
 def parent_configuration(parent: Parent) -> Path | None:
-    """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
+    """Return a folder with a parent's configuration; None if it is out of reach. A hub is asked only once.
 
     Args:
         parent: the dense parent.
@@ -274,13 +274,13 @@ def parent_configuration(parent: Parent) -> Path | None:
         return None
     try:
         return tokenizer_folder(parent.address)
-    except UpcycleError as error:  # a name on the hub: `Parent` opened any folder
+    except UpcycleError as error:  # a name on the hub: `Parent` has already opened any folder
         sys.stderr.write(f"Not checked against the dense parent: {error}\n")
         return None
 
 
 def required_parent(parent: Parent) -> Path:
-    """Return a folder with a parent's configuration, fetched where it has to be."""
+    """Return a folder with a parent's configuration; fetch the configuration if necessary."""
     return parent_configuration(parent) or tokenizer_folder(parent.address)
 
 
@@ -313,7 +313,7 @@ def _precision(config: Any) -> str:
 
 
 def _optimizer(optimizer: Any) -> str:
-    """Return the planner's name of an optimizer, Adam for one that it does not know."""
+    """Return the planner's name of an optimizer; Adam for an optimizer that the planner does not know."""
     name = optimizer.optimizer
     if name == "muon" and getattr(optimizer, "use_layer_wise_distributed_optimizer", False):
         return "dist_muon"

@@ -1,7 +1,8 @@
 """Upcycling inside Megatron-Bridge: a hook that fills the chunks of a run that has no checkpoint of its own.
 
-Bridge calls it on every start, after the chunks are built and before they get a `Float16Module`, a DDP and an
-optimizer: master weights are made of what it filled in. Bridge loads Hugging Face weights at the same place.
+Bridge calls the hook on every start, after the chunks are built and before they are wrapped in a `Float16Module` and a
+DDP and get an optimizer. Master weights are therefore made from the filled weights. Bridge loads Hugging Face weights
+at the same place.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
 
-#: The hook of a provider of `AutoBridge` that loads weights.
+#: Name of the hook with which a provider of `AutoBridge` loads weights.
 _BRIDGES_LOADING = "load_weights_hf_to_megatron"
 
 
 def __getattr__(name: str) -> Any:
-    """Name the new form of a function that 0.3 had here."""
+    """Raise an error for a function that 0.3 had here, and name its replacement."""
     if name == "upcycle_on_start":
         raise ImportError(
             "upcycle_on_start was removed. Write config = with_upcycling(config, dense, num_experts=8, top_k=2) from"
@@ -61,18 +62,19 @@ def __getattr__(name: str) -> Any:
 
 
 def prepare(config: UpcyclingConfig) -> None:
-    """Complete and check a run that starts from a dense checkpoint, and let Bridge call what fills its model.
+    """Complete and check a run that starts from a dense checkpoint, and let Bridge call the hook that fills its model.
 
-    Bridge calls it at the start of every rank, through `UpcyclingConfig.validate`, when all settings are known. A run
-    that has a checkpoint of its own goes on from it and reads nothing of the dense one. The receipt is written beside
-    the checkpoints, as `receipt.json`, before the first of them. A run without a tokenizer gets the parent's.
+    Bridge calls this function at the start of every rank, through `UpcyclingConfig.validate`, when all settings are
+    known. A run that has a checkpoint of its own resumes from it and reads nothing from the dense checkpoint. The
+    receipt is written as `receipt.json` beside the checkpoints, before the first of them. A run without a tokenizer
+    gets the parent's.
 
     Args:
-        config: the run; changed in place.
+        config: configuration of the run; changed in place.
 
     Raises:
-        SpecError: the configuration contradicts its node, or would overwrite or lose what is filled in.
-        UpcycleError: the parent does not exist, or neither it nor the run has a tokenizer.
+        SpecError: the configuration contradicts its node, or would overwrite or lose the filled weights.
+        UpcycleError: the parent does not exist, or neither the parent nor the run has a tokenizer.
     """
     require_bridge()
     follow_node(config)
@@ -81,27 +83,27 @@ def prepare(config: UpcyclingConfig) -> None:
         tokenizer.tokenizer_model = str(tokenizer_folder(config.parents[0]).absolute())
     check(config)
     transformer: Any = getattr(config.model, "transformer", config.model)
-    transformer.perform_initialization = False  # it would be overwritten
+    transformer.perform_initialization = False  # the filled weights would overwrite it
     hooks = (getattr(hook, "__self__", None) for hook in pre_wrap_hooks(config.model))
     for hook in hooks:
-        if isinstance(hook, UpcycleHook):  # of the run that this one is a copy of, or of an earlier start
+        if isinstance(hook, UpcycleHook):  # from the run that this run is a copy of, or from an earlier start
             hook.config = config
             return
     add_pre_wrap_hook(config.model, UpcycleHook(config).fill)
 
 
 def follow_node(config: UpcyclingConfig) -> None:
-    """Let a run's model follow its node: what the node says now decides what the model is."""
+    """Let a run's model follow its node: the present parent and spec of the node define the model."""
     follow(config.model, Origin(architecture_at(config.parents[0]), config.spec))
 
 
 class UpcycleHook:
-    """Fills the chunks of a run that has no checkpoint of its own: its method `fill` is what Bridge calls.
+    """Fills the chunks of a run that has no checkpoint of its own. Bridge calls the method `fill`.
 
-    Bridge may copy a model's settings, and pickle them: a copy shares the hook, and what is pickled has no run.
+    Bridge may copy a model's settings, and pickle them. A copy's hook has the same run. A pickled hook has no run.
 
     Args:
-        config: the run.
+        config: configuration of the run.
     """
 
     def __init__(self, config: UpcyclingConfig) -> None:
@@ -152,17 +154,17 @@ class UpcycleHook:
                 said.append(why)
             if merged.inexact_because:
                 said.append(f"not the parent's function: {'; '.join(merged.inexact_because)}")
-            for line in said:  # no warnings: Bridge drops those
+            for line in said:  # not as warnings: Bridge drops warnings
                 show_messages().info("%s", line)
         torch.distributed.barrier()
         return chunks
 
 
 def check(config: UpcyclingConfig) -> None:
-    """Check that a run can be filled, and keeps what it is filled with.
+    """Check that a run can be filled, and that its settings keep the filled weights.
 
     Raises:
-        SpecError: it cannot, or does not.
+        SpecError: the run cannot be filled, or would lose the filled weights.
     """
     model, checkpoint, spec = config.model, config.checkpoint, config.spec
     parent = architecture_at(config.parents[0])
@@ -257,7 +259,7 @@ def check(config: UpcyclingConfig) -> None:
 
 
 def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
-    """Check that the quantiles of a micro-batch's tokens exist: all experts get as many tokens."""
+    """Check that the quantiles of a micro-batch exist: all experts must be able to get equally many tokens."""
     if rest := tokens * spec.top_k % spec.num_experts:
         raise SpecError(
             field="config.train.micro_batch_size",
@@ -271,7 +273,7 @@ def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
 
 
 def _check_template(source: str | None, spec: UpcycleSpec) -> None:
-    """Check that Bridge's own exports have a folder of the upcycled model's class, and register what they need."""
+    """Check that Bridge's own exports have a folder of the upcycled model's class, and register their conversions."""
     from nemo_upcycle.trainers.bridge.conversion import require_unfolded
 
     experts = read_architecture(Path(source)).num_experts if source and Path(source).is_dir() else spec.num_experts
@@ -286,15 +288,15 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
 
 
 def _name_of(hook: Any) -> str:
-    """Return the name of a function, a method, or one with some of its arguments."""
+    """Return the name of a function or method, also inside a `functools.partial`."""
     return getattr(getattr(hook, "func", hook), "__name__", "")
 
 
 def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
-    """Return whether the run has a checkpoint that Bridge is going to load; the first rank looks for all.
+    """Return whether the run has a checkpoint that Bridge will load; the first rank looks for all ranks.
 
     Raises:
-        UpcycleError: it has, and was not made as this one would be.
+        UpcycleError: the checkpoint was not made from this parent and this spec.
     """
     verdict: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
@@ -313,7 +315,7 @@ def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
 
 
 def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None) -> None:
-    """Check that the run that goes on was made of this checkpoint, by this spec."""
+    """Check that the run to resume was made from this dense checkpoint with this spec."""
     made = load_receipt(folder)
     if made is None:
         raise UpcycleError(
@@ -330,7 +332,7 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
             fix=f"start in a new folder. {FINISH_WITH_0_2}",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
-    if made_by and spec:  # the fields that differ say more than all of them
+    if made_by and spec:  # the fields that differ say more than all fields
         before, now = asdict(UpcycleSpec(**made_by)), asdict(spec)
         changed = [field for field in now if before[field] != now[field]]
         made_by, wanted = ({field: one[field] for field in changed} for one in (before, now))
@@ -353,7 +355,7 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
 
 
 def _source_files(dense: Path) -> dict[str, str] | None:
-    """Return stamps that identify the files of the dense checkpoint; None if it is no longer there."""
+    """Return stamps that identify the files of the dense checkpoint; None if the checkpoint is no longer there."""
     try:
         with open_dense(dense) as source:
             return source.fingerprint()

@@ -1,4 +1,4 @@
-"""Router health, FLOPs and throughput; knows no trainer."""
+"""Router health, FLOPs and throughput, independent of the trainer."""
 
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 

@@ -1,6 +1,6 @@
-"""What FP8 loses on a GPU: Transformer Engine's own statistics, taken with nvdlfw-inspect, for `metrics.jsonl`.
+"""FP8 losses on a GPU: Transformer Engine's own statistics, collected with nvdlfw-inspect, for `metrics.jsonl`.
 
-Not verified on a GPU: names, configuration and sums are tested without one.
+Not verified on a GPU. Names, configuration and sums are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from nemo_upcycle.errors import SpecError
 
 
-#: Transformer Engine's kinds of tensors -> those of `cpu.fp8_losses`.
+#: Transformer Engine's kind of tensor -> the name of the kind in `cpu.fp8_losses`.
 _KINDS = {"activation": "input", "weight": "weight", "gradient": "gradient"}
-#: The extremes that are kept of each kind, by Transformer Engine's names.
+#: Extremes that are kept for each kind of tensor, by Transformer Engine's names.
 _EXTREMES = {"cur_amax": max, "scale_inv_min": min, "scale_inv_max": max}
 _UNDERFLOW = "underflows%"
 
 
 class Fp8Statistics:
-    """Collects what Transformer Engine logs of this rank's layers; a `step_metrics.Probe`.
+    """Collects the statistics that Transformer Engine logs for this rank's layers; a `step_metrics.Probe`.
 
-    An underflow is the mean of the layers' shares; amax and scales are the extremes of all layers.
+    `underflow` is the mean of the layers' shares. `amax` and the scales are extremes over all layers.
 
     Example:
         >>> statistics.describe(sum_over_ranks(statistics.local()))["fp8"]["gradient"]  # doctest: +SKIP
@@ -37,12 +37,12 @@ class Fp8Statistics:
         self._logged: dict[tuple[str, str], list[float]] = {}
 
     def log_scalar(self, name: str, value: Any, iteration: int, **_: Any) -> None:
-        """Take up a number, as nvdlfw-inspect's loggers do.
+        """Collect a number, as a logger of nvdlfw-inspect.
 
         Args:
-            name: layer, kind of tensor and statistic, with underscores between them.
-            value: a number, or a tensor with one.
-            iteration: the step it belongs to.
+            name: layer, kind of tensor and statistic, joined by underscores.
+            value: a number, or a tensor with one element.
+            iteration: step of the number.
         """
         for kind in _KINDS:
             for statistic in (_UNDERFLOW, *_EXTREMES):
@@ -50,10 +50,10 @@ class Fp8Statistics:
                     self._logged.setdefault((kind, statistic), []).append(float(value))
 
     def local(self) -> dict[str, torch.Tensor]:
-        """Return this rank's part since the last call, to be summed over all ranks; every rank calls it."""
+        """Return this rank's numbers since the last call, to be summed over all ranks; every rank must call it."""
         import nvdlfw_inspect.api as inspect
 
-        inspect.transformer_engine.step()  # logs what this step has gathered; `inspect.step` counts steps, too
+        inspect.transformer_engine.step()  # logs this step's statistics; `inspect.step` would also count a step
         shares = torch.zeros(len(_KINDS), 2, dtype=torch.float64)
         extremes = torch.zeros(torch.distributed.get_world_size(), len(_KINDS), len(_EXTREMES), dtype=torch.float64)
         own = extremes[torch.distributed.get_rank()].fill_(math.nan)
@@ -66,7 +66,7 @@ class Fp8Statistics:
         return {"fp8_shares": shares, "fp8_extremes": extremes}
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Summarise the logged numbers by kind of tensor; a step without statistics has none."""
+        """Summarise the logged numbers by kind of tensor; empty for a step without statistics."""
         found: dict[str, dict[str, float]] = {}
         for row, name in enumerate(_KINDS.values()):
             share, layers = summed["fp8_shares"][row].tolist()
@@ -79,11 +79,11 @@ class Fp8Statistics:
 
 
 def require_inspect(every: int, field: str) -> None:
-    """Check that statistics which are asked for can be taken on this machine; without a GPU nothing takes any.
+    """Check that this machine can take the requested statistics; without a GPU none are taken, so nothing is checked.
 
     Args:
-        every: steps between two statistics; 0: none are asked for.
-        field: path of that setting, for the text of the error.
+        every: steps between two statistics; 0: none.
+        field: path of the setting, for error messages.
 
     Raises:
         SpecError: nvdlfw-inspect is not installed.
@@ -98,12 +98,11 @@ def require_inspect(every: int, field: str) -> None:
 
 
 def features(every: int, precision: Any) -> dict[str, Any]:
-    """Return nvdlfw-inspect's configuration of the statistics, of every layer.
+    """Return nvdlfw-inspect's configuration for statistics of every layer.
 
     Args:
-        every: steps between two statistics; the first step has some.
-        precision: NeMo's or Bridge's settings of it: of weights that are kept in FP8, Transformer Engine knows only
-            the scales.
+        every: steps between two statistics; the first step has statistics.
+        precision: NeMo's or Bridge's precision settings; for weights kept in FP8, Transformer Engine has only scales.
     """
     keeps_fp8 = any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp8_params"))
     kinds = [kind for kind in _KINDS if not (kind == "weight" and keeps_fp8)]
@@ -126,12 +125,12 @@ def start_inspect(every: int, precision: Any, folder: Path) -> None:
 
     Args:
         every: steps between two statistics, see `features`.
-        precision: the trainer's settings of it, see `features`.
-        folder: for its logs.
+        precision: the trainer's precision settings, see `features`.
+        folder: folder for nvdlfw-inspect's logs.
     """
     import nvdlfw_inspect.api as inspect
 
-    inspect.end_debug()  # of an earlier training in this process
+    inspect.end_debug()  # an earlier training in this process may have started it
     where = import_module("transformer_engine.debug.features").__path__[0]
     inspect.initialize(
         features(every, precision), feature_dirs=[where], log_dir=str(folder), default_logging_enabled=True
@@ -139,11 +138,11 @@ def start_inspect(every: int, precision: Any, folder: Path) -> None:
 
 
 def name_layers(chunks: list[torch.nn.Module], step: int) -> None:
-    """Tell nvdlfw-inspect the layers of this rank and the steps done, once the model is built.
+    """Tell nvdlfw-inspect this rank's layers and the number of steps done, once the model is built.
 
     Args:
         chunks: model chunks on this rank.
-        step: number of steps that are done.
+        step: number of steps done.
     """
     import nvdlfw_inspect.api as inspect
     from megatron.core.parallel_state import get_tensor_and_data_parallel_group
@@ -161,12 +160,12 @@ def count_step() -> None:
 
 
 def watch_fp8(config: Any) -> Any:
-    """Begin to count what FP8 loses in training: emulated, see `Fp8Losses`, or on a GPU, see `Fp8Statistics`.
+    """Start counting FP8 losses: emulated on a CPU (see `Fp8Losses`), measured on a GPU (see `Fp8Statistics`).
 
-    None where nothing is emulated, or no statistics were asked for.
+    Returns None if no FP8 is emulated, or if no statistics were requested.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
     """
     if torch.cuda.is_available():
         return watch_inspect()
@@ -178,7 +177,7 @@ def watch_fp8(config: Any) -> Any:
 
 
 def watch_inspect() -> Fp8Statistics | None:
-    """Begin to collect, in this process; None where nvdlfw-inspect has not been initialised."""
+    """Start collecting statistics in this process; return None if nvdlfw-inspect has not been initialised."""
     if not find_spec("nvdlfw_inspect"):
         return None
     import nvdlfw_inspect.api as inspect

@@ -1,9 +1,9 @@
-"""Measure the routers and experts of a Mixture-of-Experts model: load, dropped tokens, loss, distance.
+"""Measurements of a Mixture-of-Experts model's routers and experts: load, dropped tokens, loss, distance.
 
-Every rank counts what its own layers see, in tensors whose sizes follow from the model's configuration alone. One sum
-over all ranks at every step is the only communication. It does not depend on which layers or experts a rank holds, or
-on whether a router has run yet. Megatron's `track_moe_metrics` leaves ranks waiting for each other: it makes one
-reduction for each name that a rank happens to know.
+Every rank counts for its own layers, in tensors whose sizes depend only on the model's configuration. The only
+communication is one sum over all ranks at every step. The sum does not depend on which layers or experts a rank holds,
+or on whether a router has run yet. Megatron's `track_moe_metrics` can leave ranks waiting for each other, because it
+makes one reduction for each name that a rank happens to know.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from nemo_upcycle.models.mapping import find_mapping
 from nemo_upcycle.models.mapping_table import BY_ROLE
 
 
-#: An expert that is given less than this part of a balanced share counts as dead.
+#: An expert that gets less than this fraction of a balanced share counts as dead.
 DEAD_BELOW = 0.01
-#: Megatron's names of the losses in its tracker, by the kind of balancing; the z-loss stands beside any of them.
+#: Kind of balancing -> name of the loss in Megatron's tracker; the z-loss can be combined with each of the others.
 _LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
     "z_loss": "z_loss",
 }
-#: Buffers of a router in which a training keeps the biases that balance its experts.
+#: Names of a router's buffers that hold the biases that balance its experts.
 _BIASES = tuple(BY_ROLE[role].megatron[0].rpartition(".")[2] for role in BALANCING_BIASES)
-#: Neurons and model dimensions of an expert that are looked at: 3 x 32 x 32 weights, so that a distance is known to a
-#: few percent of itself, and all experts of Llama 3 8B E8T2 fit into 6 MiB.
+#: Number of neurons and of model dimensions that are sampled from an expert. With 3 x 32 x 32 weights a distance is
+#: known to a few percent, and the samples of all experts of Llama 3 8B E8T2 fit into 6 MiB.
 _SAMPLED = 32
 
 
 class RouterHealth:
-    """Watches the routers of this rank's chunks, and sums up over all ranks on demand.
+    """Watches the routers of this rank's chunks, and prepares the sums over all ranks on demand.
 
     Args:
         chunks: this rank's Megatron chunks, wrapped or not.
         config: the model's configuration.
-        clears_losses: whether to clear the auxiliary losses that Megatron collects; else the trainer clears them at
-            the end of every step.
-        layers: layers to describe, in order; by default all. In a HybridModel experts have layers of their own.
+        clears_losses: whether to clear the auxiliary losses that Megatron collects; if not, the trainer must clear
+            them at the end of every step.
+        layers: layers to describe, in order; None: all. In a HybridModel experts are layers of their own.
 
     Example:
         >>> health = RouterHealth(chunks, config)  # doctest: +SKIP
@@ -79,24 +79,24 @@ class RouterHealth:
 
     def _counter(self, layer: int) -> Any:
         def count(router: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            # With gradients: once for every micro batch, whether the layer is recomputed or not.
+            # Only with gradients enabled, so that each micro-batch counts once, recomputed or not.
             if router.training and torch.is_grad_enabled():
-                probs_TE = outputs[0]  # of what is left after dropping; padding to capacity has a weight of zero
+                probs_TE = outputs[0]  # after dropping; slots that pad to the capacity have a weight of zero
                 self._counts_LE[layer] += (probs_TE.detach() > 0).sum(dim=0)
                 self._slots_L[layer] += probs_TE.shape[0] * self.config.moe_router_topk
 
         return count
 
     def local(self, *, with_experts: bool) -> dict[str, torch.Tensor]:
-        """Return this rank's part of what has been counted since the last call, to be summed over all ranks.
+        """Return this rank's counts since the last call, to be summed over all ranks.
 
         Args:
-            with_experts: sample the experts' weights, too. All ranks must agree on it.
+            with_experts: whether to sample the experts' weights as well; must be the same on all ranks.
 
         Returns:
-            `counts` [L, E] token slots processed, `slots` [L] token slots wanted (tokens times top-k), one entry [L]
-            for each auxiliary loss, `balancing_bias_range` [L] where there are such biases and, if asked for,
-            `experts` [L, E, sampled weights].
+            `counts` [L, E]: token slots processed; `slots` [L]: token slots requested (tokens times top-k); one entry
+            [L] for each auxiliary loss; `balancing_bias_range` [L], if the model has such biases; `experts` [L, E,
+            sampled weights], if requested.
         """
         parts = {"counts": self._counts_LE.clone(), "slots": self._slots_L.clone()}
         self._counts_LE.zero_()
@@ -110,12 +110,13 @@ class RouterHealth:
         return parts
 
     def _take_loss(self, kind: str) -> torch.Tensor:
-        """Return the loss of each layer without its coefficient, as Megatron collected it; the sum is the mean."""
+        """Return this rank's part of each layer's loss without its coefficient; the parts sum up to the mean."""
         collected = get_moe_layer_wise_logging_tracker().get(_LOSSES[kind])
         if collected is None:
             return torch.zeros(self.config.num_layers, dtype=torch.float64)
-        # The ranks of a tensor- and context-parallel group (for the global loss: of the data-parallel one as well)
-        # hold a part of it each, replicas the whole. Of the z-loss every rank has its own tokens' mean.
+        # Each rank of a tensor- and context-parallel group holds a part of the loss, and each replica of the group
+        # holds the whole. For the global loss, the data-parallel ranks hold parts, too. For the z-loss, every rank
+        # holds the mean over its own tokens.
         replicas = 1 if kind == "global_aux_loss" else parallel_state.get_data_parallel_world_size()
         replicas = _ranks_of_a_layer() if kind == "z_loss" else replicas
         values: torch.Tensor = collected["values"]
@@ -125,7 +126,7 @@ class RouterHealth:
         return values_L
 
     def _bias_range(self) -> torch.Tensor:
-        """Return how far apart the biases of each layer are, [L]; every rank that holds a layer has all of them."""
+        """Return the range of each layer's biases, [L]; every rank that holds a layer has all of its biases."""
         range_L = self._counts_LE.new_zeros(self.config.num_layers)
         for module in self._layers:
             (bias_E,) = (bias for name in _BIASES if (bias := getattr(module.router, name, None)) is not None)
@@ -133,9 +134,10 @@ class RouterHealth:
         return range_L
 
     def _sample_experts(self) -> torch.Tensor:
-        """Return the same few weights of every expert, [L, E, samples]; only the first of several replicas gives any.
+        """Return the same few weights of every expert, [L, E, samples]; only the first of several replicas fills them.
 
-        With `overlap_param_gather` other ranks' shards arrive during the next forward pass, so some are a step old.
+        With `overlap_param_gather` the shards of other ranks arrive during the next forward pass, so some weights are
+        one step old.
         """
         config = self.config
         matrices = 3 if config.gated_linear_unit else 2
@@ -153,25 +155,26 @@ class RouterHealth:
                     sample = samples[module.layer_number - 1, expert]
                     if role == "expert_fc2":
                         sample[-1, own] = weight[columns][:, local_rows].T.double()
-                    elif role == "expert_fc1":  # gate and up projection, one below the other
+                    elif role == "expert_fc1":  # the rows of the gate, then the rows of the up projection
                         for matrix in range(matrices - 1):
                             rows = [matrix * width + row for row in local_rows]
                             sample[matrix, own] = weight[rows][:, columns].double()
         return samples.flatten(2)
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, list[float | None]]:
-        """Return the state of every layer; None for layers without experts.
+        """Return the router health of every layer; None for layers without experts.
 
         Args:
-            summed: what `local` gave, summed over all ranks.
+            summed: result of `local`, summed over all ranks.
 
         Returns:
-            `load_min`, `load_max`: shares of the processed token slots; `load_cv`: their deviation over their mean;
-            `load_entropy`: over that of perfect balance, which is 1; `dead_experts`: how many are given less than 1 %
-            of a balanced share; `dropped`: share of the wanted slots that the capacity did not hold; the auxiliary
-            losses without their coefficient (balancing: 1 in perfect balance; `z_loss`: the mean squared logsumexp of
-            the logits); `balancing_bias_range`: the highest of the biases that balance the experts, less the lowest;
-            `expert_distance`, where sampled: see there.
+            `load_min`, `load_max`: smallest and largest share of the processed token slots; `load_cv`: standard
+            deviation of the shares over their mean; `load_entropy`: entropy of the shares over the entropy of perfect
+            balance (1 is balanced); `dead_experts`: number of experts that get less than 1 % of a balanced share;
+            `dropped`: share of the requested slots that exceeded the capacity; the auxiliary losses without their
+            coefficients (balancing losses: 1 in perfect balance; `z_loss`: mean squared logsumexp of the logits);
+            `balancing_bias_range`: highest minus lowest of the biases that balance the experts; `expert_distance`, if
+            the experts were sampled: see `_distance`.
         """
         shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
         is_moe_L = summed["slots"] > 0
@@ -192,12 +195,12 @@ class RouterHealth:
         return {name: [round(value, 6) if is_moe else None for value, is_moe in row] for name, row in pairs.items()}
 
     def _distance(self, experts_LEW: torch.Tensor) -> torch.Tensor:
-        """Return how far the experts of each layer are from their common origin: norm of the difference over its norm.
+        """Return the mean distance of each layer's experts from their origin: norm of the difference over its norm.
 
-        The mean of the experts stands for the origin. It is what copies of one network have in common, needs no dense
-        checkpoint in memory, and is there after a restart and in models that were never dense. Where all experts
-        drift together it goes with them: the number says how much they differ, 0 for copies. With granularity G the
-        experts of a layer hold G different shards, and each shard has its own mean.
+        The mean of the experts stands for the origin. The mean is the common part of copies of one network, needs no
+        dense checkpoint in memory, and exists after a restart and in models that were never dense. If all experts
+        drift together, the mean drifts with them. So the number says how much the experts differ: 0 for copies. With
+        granularity G the experts of a layer hold G different shards, and each shard has its own mean.
         """
         config, experts = self.config, experts_LEW.shape[1]
         parts, rest = divmod(config.ffn_hidden_size, config.moe_ffn_hidden_size)
@@ -211,14 +214,14 @@ class RouterHealth:
 
 
 def shares(counts_LE: torch.Tensor) -> torch.Tensor:
-    """Return every expert's share of its layer's token slots, [L, E]; rows of zeros stay so."""
+    """Return every expert's share of its layer's token slots, [L, E]; rows of zeros stay zero."""
     return counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return every tensor summed over all ranks, on the CPU, by a single reduction; None on all ranks but the first.
+    """Sum every tensor over all ranks with a single reduction; return CPU tensors on the first rank, else None.
 
-    All ranks must call it with the same names and shapes. Only the first one waits for the result.
+    All ranks must call it with the same names and shapes. Only the first rank waits for the result.
     """
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     flat = torch.cat([part.flatten().to(device, torch.float64) for part in parts.values()])
@@ -230,13 +233,13 @@ def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | 
 
 
 def _ranks_of_a_layer() -> int:
-    """Return how many ranks hold the same router."""
+    """Return the number of ranks that hold the same router."""
     stages: int = parallel_state.get_pipeline_model_parallel_world_size()
     return torch.distributed.get_world_size() // stages
 
 
 def _spread(size: int) -> list[int]:
-    """Return up to 32 indices, evenly spread over `size`, that do not depend on the layout."""
+    """Return up to 32 indices that are evenly spread over `size` and independent of the layout."""
     number = min(_SAMPLED, size)
     return [index * size // number for index in range(number)]
 
@@ -244,7 +247,7 @@ def _spread(size: int) -> list[int]:
 def _expert_weights(module: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield role, expert number and weight for every parameter of a layer's routed experts on this rank."""
     for name, parameter in module.experts.named_parameters():
-        name = name.replace(".to_wrap.", ".")  # beside LoRA's adapters
+        name = name.replace(".to_wrap.", ".")  # LoRA wraps the layer and puts its adapters beside it
         mapping, number = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
         if mapping is not None and number is not None:
             yield mapping.role, module.local_expert_indices[number], parameter.detach()

@@ -1,13 +1,13 @@
 """One line of metrics per training step, for NeMo and Megatron-Bridge: `metrics.jsonl`, `training.json`, the console.
 
-Works the same on every layout: each step ends with one small reduction in which all ranks take part (`router_health`),
-and only the first rank waits for it.
+It works the same on every layout: each step ends with one small reduction over all ranks (`router_health`), and only
+the first rank waits for the result.
 
-The FLOPs are those of `models.flops.flops_per_token`, in both conventions, always labelled: `full` counts the whole
-square of attention scores, as arXiv 2412.09952 does (its 46.8 % MFU at 462.8 TFLOP/s), `causal` its lower half, as
-newer NVIDIA pages do. Model FLOPs only: recomputation, padding and dropped tokens do not count.
+The FLOPs come from `models.flops.flops_per_token` in two conventions, which are always labelled. `full` counts the
+whole square of attention scores, as arXiv 2412.09952 does (its 46.8 % MFU at 462.8 TFLOP/s). `causal` counts only the
+lower half, as newer NVIDIA pages do. Only model FLOPs count: recomputation, padding and dropped tokens are excluded.
 
-The true numbers and those that the paper prints, Table 1, of Llama 3 8B with eight experts, top-2:
+The true numbers for Llama 3 8B with eight experts, top-2, and the numbers that the paper prints in its Table 1:
 
     parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; two of the three matrices of each extra expert
     FLOPs a sequence   7.515e14                 printed: 7.5e14; forward and backward of 8192 tokens, full attention
@@ -39,16 +39,17 @@ CONVENTIONS = ("full", "causal")
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What the metrics of a training need to know of it.
+    """The facts about a training that its metrics need.
 
     Args:
-        path: where `metrics.jsonl` is written; `training.json` is beside it.
+        path: path of `metrics.jsonl`; `training.json` is written beside it.
         architecture: the whole model's architecture.
         seq_length: tokens of a sequence.
         global_batch_size: sequences of a step.
         max_steps: steps of the training.
-        gpu: the GPU that MFU is stated for, as in `peaks_of`; None asks the driver, and states none without it.
-        expert_distance_every: steps between two looks at the experts' weights; the first and the last step have one.
+        gpu: GPU that MFU is computed for, named as in `peaks_of`; None: the driver's GPU, and no MFU without a driver.
+        expert_distance_every: steps between two measurements of the distance between the experts' weights; the first
+            and the last step are always measured.
     """
 
     path: Path
@@ -61,29 +62,29 @@ class StepFacts:
 
 
 class Probe(Protocol):
-    """What a trainer measures of every step beside what `StepMetrics` does."""
+    """Measurements of every step that a trainer adds to the values of `StepMetrics`."""
 
     def local(self) -> dict[str, torch.Tensor]:
-        """Return this rank's part since the last call, to be summed over all ranks."""
+        """Return this rank's measurements since the last call, to be summed over all ranks."""
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Make the values of the step's line from the sums."""
+        """Return the values for the step's line, computed from the sums."""
 
 
 class StepMetrics:
-    """Writes a line for every step, on the first rank; every rank of the job has one and calls it.
+    """Writes a line for every step on the first rank; every rank of the job needs an instance and calls it.
 
-    A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens`, `seconds`; the rates of `Throughput.of`;
-    `memory_gib` (the most that any rank has held) and `memory_share` of its GPU; and, of an MoE model,
+    A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens` and `seconds`; the rates of `Throughput.of`;
+    `memory_gib` (the most that any rank has held) and `memory_share` (its share of that rank's GPU); for an MoE model
     `expert_load` ([L][E], each expert's share of its layer's token slots) and `router` (`RouterHealth.describe`, one
-    number a layer), and what the probe describes. A validation has a line with `step` and `validation_loss`.
+    number per layer); and the values of the probe. A validation's line holds `step` and `validation_loss`.
 
     Args:
-        training: what is trained.
-        health: what watches the routers of this rank; None for a dense model.
-        first_step: after which the training starts, 0 for a new one; lines of later steps are deleted.
-        settings: for `training.json`.
-        probe: what the trainer measures besides, on all ranks or on none.
+        training: facts about the training.
+        health: health of this rank's routers; None for a dense model.
+        first_step: number of steps done before this start, 0 for a new training; lines of later steps are deleted.
+        settings: settings to write to `training.json`.
+        probe: the trainer's further measurements, on all ranks or on none.
     """
 
     def __init__(
@@ -107,16 +108,16 @@ class StepMetrics:
         self._start_s = self._last_s = time.monotonic()
 
     def step(self, step: int, loss: Any, grad_norm: Any, lr: Any) -> dict[str, Any] | None:
-        """Write a step's line and log it. No other rank than the first, and that with the loss, waits for a device.
+        """Write a step's line and log it; only the first rank and the rank with the loss wait for a device.
 
         Args:
-            step: its number, from 1 on.
-            loss: the step's, a number or a tensor of one, on the one rank that gives it; None on all others.
-            grad_norm: norm of the gradient; that of the first rank counts.
-            lr: learning rate, likewise.
+            step: number of the step, from 1 on.
+            loss: loss of the step, a number or a tensor with one element, on one rank; None on the others.
+            grad_norm: norm of the gradient; only the first rank's value counts.
+            lr: learning rate; only the first rank's value counts.
 
         Returns:
-            The line, on the first rank.
+            The line on the first rank, None on the others.
         """
         training = self._training
         due = step in (1, training.max_steps) or step % training.expert_distance_every == 0
@@ -126,7 +127,7 @@ class StepMetrics:
         if summed is None:
             return None
         now_s = time.monotonic()
-        held, total = max(summed["memory"].tolist())  # of the rank that has held the most
+        held, total = max(summed["memory"].tolist())  # the row of the rank that has held the most memory
         step_tokens = training.global_batch_size * training.seq_length
         line: dict[str, Any] = {
             "step": step,
@@ -149,7 +150,7 @@ class StepMetrics:
         return line
 
     def validation(self, step: int, loss: Any) -> None:
-        """Write a validation's loss, and leave its time out of the next step's; every rank calls it, as `step`."""
+        """Write a validation's loss, and exclude its time from the next step's; every rank must call it."""
         summed = sum_over_ranks({"loss": _given(loss)})
         mean = _mean(summed["loss"]) if summed else None
         if mean is not None:
@@ -158,7 +159,7 @@ class StepMetrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what was done since the last one."""
+        """Exclude the time since the last step from the next step's time."""
         self._last_s = time.monotonic()
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -184,7 +185,7 @@ class StepMetrics:
 
 
 def _given(loss: Any) -> torch.Tensor:
-    """Return a loss and how many ranks give it, 1; two zeros on a rank that gives none."""
+    """Return [loss, 1] on a rank that has a loss, else [0, 0]; the sum over ranks gives the mean."""
     return torch.tensor([0.0 if loss is None else float(loss), loss is not None], dtype=torch.float64)
 
 
@@ -194,7 +195,7 @@ def _mean(given: torch.Tensor) -> float | None:
 
 
 def _own_memory() -> torch.Tensor:
-    """Return GiB held and GiB of the GPU in this rank's row of [ranks, 2]; in a sum each rank has its own."""
+    """Return memory held and memory of the GPU (GiB) in this rank's row of [ranks, 2]; a sum collects all rows."""
     memory = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
     held, total = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, total or 0.0])
@@ -226,12 +227,13 @@ def _short(value: float | None, form: str) -> str:
 
 
 def peaks_of(gpu: str) -> dict[str, float]:
-    """Return the dense peaks of a GPU in TFLOP/s, `bf16` and, if it has it, `fp8`; nothing for an unknown GPU.
+    """Return the dense peaks of a GPU (TFLOP/s): `bf16` and, if it has FP8, `fp8`; empty for an unknown GPU.
 
-    The planner's GPUs are known (`conf/planning/gpus.yaml`), in SXM form: PCIe and NVL ones have lower peaks.
+    The planner's GPUs are known (`conf/planning/gpus.yaml`), in SXM form only, because PCIe and NVL cards have lower
+    peaks.
 
     Args:
-        gpu: a name there, or the driver's name of a GPU.
+        gpu: name in `conf/planning/gpus.yaml`, or the driver's name of a GPU.
 
     Example:
         >>> peaks_of("NVIDIA H100 80GB HBM3")
@@ -245,13 +247,13 @@ def peaks_of(gpu: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns tokens and seconds into rates.
+    """Converts tokens and seconds into rates.
 
     Args:
         architecture: the whole model's architecture.
         seq_length: s, tokens of a sequence.
         gpus: ranks that share the work.
-        peak_tflops: one GPU's, by precision; empty where there is no MFU to be stated.
+        peak_tflops: peak of one GPU by precision; empty: no MFU.
 
     Example:
         >>> rates = Throughput(llama3_8b_e8t2, 8192, gpus=128, peak_tflops=peaks_of("H100")).of(645_760, 1.0)
@@ -265,7 +267,7 @@ class Throughput:
     peak_tflops: dict[str, float]
 
     def flops_per_token(self) -> dict[str, float]:
-        """Return the FLOPs of training on one token, by convention."""
+        """Return the FLOPs of training on one token, for each convention."""
         return {
             name: flops_per_token(self.architecture, self.seq_length, causal=name == "causal") for name in CONVENTIONS
         }
@@ -274,12 +276,12 @@ class Throughput:
         """Return the rates of a step.
 
         Args:
-            tokens: the step's, over all ranks.
-            seconds: it took.
+            tokens: tokens of the step, over all ranks.
+            seconds: duration of the step.
 
         Returns:
-            `tokens_per_s`, `tokens_per_s_per_gpu`, `tflops_per_gpu` by convention and, where the peak is known, `mfu`
-            by precision of the peak and convention, as a share of 1.
+            `tokens_per_s`, `tokens_per_s_per_gpu`, `tflops_per_gpu` by convention and, if the peak is known, `mfu` by
+            the peak's precision and by convention (0 to 1).
         """
         rate = tokens / max(seconds, 1e-9)
         tflops = {name: rate / self.gpus * flops / 1e12 for name, flops in self.flops_per_token().items()}
@@ -296,7 +298,7 @@ class Throughput:
         return rates
 
     def describe(self) -> str:
-        """Return one line that says what the rates are counted with."""
+        """Return one line with the numbers behind the rates: parameters, FLOPs of a token, peak of a GPU."""
         arch, flops = self.architecture, self.flops_per_token()
         unit, letter = (1e9, "B") if arch.total_params >= 1e9 else (1e6, "M")
         peaks = ", ".join(f"{peak:g} TFLOP/s {name.upper()}" for name, peak in self.peak_tflops.items())
@@ -308,10 +310,11 @@ class Throughput:
 
 
 def memory_gib() -> tuple[float, float | None]:
-    """Return the most memory that this rank has held, and that of its GPU, in GiB.
+    """Return the most memory that this rank has held, and the memory of its GPU, in GiB.
 
-    On a GPU it is what PyTorch's allocator reserved, the number that an out-of-memory error is about; NCCL's and
-    cuBLAS's own buffers are not in it. Without one it is the process's resident memory, and None.
+    On a GPU the first number is the memory that PyTorch's allocator reserved, which is the number in an out-of-memory
+    error. It excludes the buffers of NCCL and cuBLAS. Without a GPU the first number is the process's peak resident
+    memory, and the second is None.
     """
     if not torch.cuda.is_available():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None

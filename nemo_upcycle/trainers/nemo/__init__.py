@@ -1,1 +1,1 @@
-"""Training in NeMo: recipes, and what a training of an upcycled model adds to NeMo's own."""
+"""Training in NeMo: the recipes, and the strategy and callbacks that an upcycled model needs in addition."""

@@ -1,4 +1,4 @@
-"""Check a recipe of NeMo's before anything is written, fetched or launched."""
+"""Check a NeMo recipe before anything is written, fetched or launched."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from nemo_upcycle.trainers.settings import check_masters, check_packs, check_val
 from nemo_upcycle.utils.validation import is_whole
 
 
-#: Sizes of the experts, where there are some.
+#: Sizes of the experts, compared only if the model has experts.
 _EXPERTS = ("num_experts", "top_k", "expert_ffn_size", "shared_ffn_size", "shared_gate", "moe_pattern")
 
 
 def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
-    """Return the nodes and the ranks per node that a recipe's trainer asks for.
+    """Return the number of nodes and of ranks per node that a recipe's trainer asks for.
 
     Args:
         recipe: recipe of a training job.
-        where: prefix of its overrides, for the text of errors.
+        where: prefix of the recipe's overrides, for error messages.
 
     Raises:
-        SpecError: a number is missing or not valid.
+        SpecError: a number is missing or invalid.
     """
     return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
 
 
 def is_for_gpus(recipe: run.Partial) -> bool:
-    """Return whether a recipe asks for GPUs: by its accelerator, or by more ranks than a CPU has."""
+    """Return whether a recipe needs GPUs: it names them as accelerator, or has more ranks than a CPU run can have."""
     nodes, per_node = ranks_of(recipe)
     return getattr(recipe.trainer, "accelerator", None) in ("gpu", "cuda") or nodes * per_node > CPU_RANKS
 
 
 def check_own_data(recipe: run.Partial) -> None:
-    """Refuse the demo's texts for a recipe that trains by itself on GPUs; a chain gives it other data.
+    """Refuse to train on the demo texts if a recipe runs on GPUs without a chain, which would set other data.
 
     Raises:
-        UpcycleError: the recipe names no data, and would train on the demo's speeches.
+        UpcycleError: the recipe names no data and would train on the demo texts.
     """
     from nemo_upcycle.data.blend_module import blend_data
 
@@ -77,11 +77,11 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
 
 
 def precision_name(recipe: Any, precision: str) -> str:
-    """Return the planner's name of a recipe's precision, or NeMo's name if the planner has none.
+    """Return the planner's name for a recipe's precision, or NeMo's name if the planner does not know the precision.
 
     Args:
         recipe: recipe of a training job.
-        precision: precision of its plugin, in Lightning's words; FP8 and NVFP4 follow from the recipe's settings.
+        precision: precision of the recipe's plugin, by Lightning's name; the recipe's settings add FP8 or NVFP4.
     """
     places = getattr(recipe.trainer, "plugins", None), recipe.model.config
 
@@ -100,10 +100,11 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
     Args:
         recipe: recipe of a training job.
-        where: prefix of its overrides, for the text of errors.
+        where: prefix of the recipe's overrides, for error messages.
 
     Raises:
-        SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
+        SpecError: layout, model, data and ranks do not fit together, or the upcycling spec is invalid or does not
+            match the model.
     """
     nodes, per_node = ranks_of(recipe, where)
     check_settings(recipe, where)
@@ -115,14 +116,14 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
 
 def check_settings(recipe: run.Partial, where: str = "") -> None:
-    """Check a recipe as far as it does not depend on its ranks: names, values, and that spec and model agree.
+    """Check everything in a recipe that does not depend on its ranks: names, values, and that spec and model agree.
 
     Args:
         recipe: recipe of a training job.
-        where: prefix of its overrides, for the text of errors.
+        where: prefix of the recipe's overrides, for error messages.
 
     Raises:
-        SpecError: a setting is not valid, or not the spec's.
+        SpecError: a setting is invalid, or contradicts the spec.
     """
     _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
     check_values(recipe, "nemo", where)
@@ -137,13 +138,13 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
             check_spec(recipe.model.config, recipe_spec(recipe))
         elif hasattr(restore, "spec"):
             check_fields(recipe.model.config)
-    except SpecError as error:  # of a setting, by its path, or of a field of the spec
+    except SpecError as error:  # names a setting by its path (with dots), or a field of the spec (without dots)
         spec = "resume.restore_config.spec."
         raise error.renamed(lambda name: f"{where}{name}" if "." in name else f"{where}{spec}{name}") from None
 
 
 def _check_names(strategy: Any, where: str) -> None:
-    """Check the names of a strategy's settings: NeMo's class takes any keyword and ignores unknown ones."""
+    """Check the names of a strategy's settings, because NeMo's class accepts unknown keywords and ignores them."""
     classes = (*strategy.__fn_or_cls__.__mro__, DistributedDataParallel)
     known = {name for cls in classes if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters}
     for name in strategy.__arguments__:
@@ -152,17 +153,17 @@ def _check_names(strategy: Any, where: str) -> None:
 
 
 def reads_chat(recipe: run.Partial) -> bool:
-    """Return whether a recipe tunes on conversations."""
+    """Return whether a recipe fine-tunes on conversations."""
     from nemo_upcycle.data.chat_module import chat_data
 
     return getattr(recipe.data, "__fn_or_cls__", None) is chat_data
 
 
 def _check_tuning(recipe: run.Partial, where: str) -> None:
-    """Check what packs of conversations ask of a training.
+    """Check the settings that a training on packed conversations depends on.
 
     Raises:
-        SpecError: a setting does not fit.
+        SpecError: a setting does not work with packs.
     """
     check_packs(recipe, "nemo", where)
     _check_lora(recipe, where)
@@ -176,10 +177,10 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
 
 
 def _check_lora(recipe: run.Partial, where: str) -> None:
-    """Check that a tuning of few weights is one that this package resumes, exports and gets the same on every layout.
+    """Check that a LoRA run can be resumed, exported and reproduced under every layout.
 
     Raises:
-        SpecError: it is not.
+        SpecError: a setting prevents that.
     """
     from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
@@ -216,17 +217,17 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
 
 
 def parents_of(recipe: run.Partial) -> list[Parent]:
-    """Return the dense models that a recipe starts from, the parent first."""
+    """Return the dense models that a recipe starts from: the parent, then the branches."""
     restore = setting(recipe, "resume.restore_config")
     return [Parent(source) for source in (setting(restore, "path") or "", *(setting(restore, "branches") or []))]
 
 
 def parent_of(parent: Parent, *, remote: bool = False) -> Architecture | None:
-    """Return the architecture of a parent; None if it is not known.
+    """Return the architecture of a parent, or None if the architecture is not known.
 
     Args:
         parent: the dense parent.
-        remote: whether to ask for a model on the hub.
+        remote: whether to ask the hub if the parent is there.
     """
     if not parent.address:
         return None
@@ -234,7 +235,7 @@ def parent_of(parent: Parent, *, remote: bool = False) -> Architecture | None:
 
 
 def parent_within_reach(parent: Parent) -> Architecture | None:
-    """Return a parent's architecture; None where it is not known, or lies where the job runs."""
+    """Return a parent's architecture, or None if this machine does not know it or cannot open the parent."""
     try:
         return parent_of(parent)
     except UpcycleError:
@@ -242,18 +243,18 @@ def parent_within_reach(parent: Parent) -> Architecture | None:
 
 
 def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote: bool) -> None:
-    """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
+    """Check that a recipe's model has the parent's sizes and the spec's experts; skip a parent that is not known here.
 
     Args:
         recipe: recipe of a training job.
         dense: the dense parent.
-        where: prefix of the recipe's overrides, for the text of errors.
-        remote: whether to ask for a model on the hub, which needs the network.
+        where: prefix of the recipe's overrides, for error messages.
+        remote: whether to ask the hub if the parent is there; needs the network.
 
     Raises:
-        UpcycleError: sizes differ, the parent is missing, or it cannot become such a model.
+        UpcycleError: sizes differ, the parent is missing, or the parent cannot become such a model.
     """
-    asks = remote and not dense.address.startswith("asset://")  # an asset would be fetched and made
+    asks = remote and not dense.address.startswith("asset://")  # asking for an asset would fetch and convert it
     parent = parent_of(dense, remote=asks)
     if parent is None:
         return
@@ -277,14 +278,14 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
 
 
 def check_calibration(recipe: run.Partial, *, here: bool) -> None:
-    """Check that a recipe which is trained by itself names the calibration file that its spec needs.
+    """Check that a recipe trained without a chain names the calibration file that its spec needs.
 
     Args:
         recipe: recipe of a training job.
-        here: whether it starts on this machine, which then has to have the file.
+        here: whether the training starts on this machine, which must then have the file.
 
     Raises:
-        UpcycleError: it names none, or the file is missing, damaged, or something else.
+        UpcycleError: no file is named, or the file is missing, damaged, or not a calibration file.
     """
     spec = recipe_spec(recipe) if setting(recipe, "resume.restore_config.spec") else None
     if spec and (here or not spec.calibration):
@@ -295,12 +296,13 @@ def check_calibration(recipe: run.Partial, *, here: bool) -> None:
 
 
 def check_data(recipe: run.Partial) -> None:
-    """Check the data folder of a recipe, where it trains on one: its files, its tokenizer, the length of its sources.
+    """Check the data folder of a recipe if it has one: its files, its tokenizer and the length of its sources.
 
-    The tokenizer of a dense model that is still to be fetched is compared when the run starts.
+    If the dense model is still to be fetched, its tokenizer is compared when the run starts.
 
     Raises:
-        UpcycleError: the folder is not finished, damaged or of another tokenizer, or a source has no sequence.
+        UpcycleError: the folder is unfinished, damaged or made with another tokenizer, or a source is shorter than a
+            sequence.
     """
     from nemo_upcycle.data.blend_module import blend_data
 

@@ -1,4 +1,4 @@
-"""The command that runs a plan in NeMo. NeMo is not imported."""
+"""The command that trains a planned layout in NeMo; this file does not import NeMo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.trainers.commands import FP8_RECIPES, Commands, parallelism, r
 
 
 class NeMoCommands(Commands):
-    """The recipe's own arguments where it has them, NeMo's settings for the rest."""
+    """Writes NeMo's command: the arguments that the recipe has, and NeMo's settings for everything else."""
 
     title = "NeMo"
     software = DEFAULT_SOFTWARE
@@ -27,7 +27,7 @@ class NeMoCommands(Commands):
         return f"NeMo 2.7 has no {title} (--backend bridge has it)" if title else ""
 
     def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:
-        """See `Commands.command`; what a step works on needs no setting where it is the recipe's own."""
+        """See `Commands.command`; values that equal the recipe's defaults are omitted."""
         layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
         per_node, steps = layout.node_gpus(plan.request.gpu.per_node), steps_of(plan)
         settings = {f"trainer.strategy.{name}": value for name, value in parallelism(layout, upcycled).items()}
@@ -67,7 +67,7 @@ class NeMoCommands(Commands):
 
 
 def _fp8_settings(work: Workload) -> dict[str, Any]:
-    """Name everything that NeMo's precision sets, for recipes without an own argument for it."""
+    """Return every FP8 setting of NeMo's precision plugin, for recipes that have no argument for FP8."""
     recipe = FP8_RECIPES.get(work.precision)
     settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": work.low_params}
     if work.precision == "fp8-delayed":

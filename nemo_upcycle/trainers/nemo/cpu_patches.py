@@ -1,4 +1,4 @@
-"""Supply on a CPU what NeMo 2.7 takes for granted of CUDA, as `cpu.patches` does for Megatron-Core."""
+"""Patches that let NeMo 2.7 run on a CPU, where its code assumes CUDA; `cpu.patches` has Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 
 def seed_random_states() -> None:
-    """Seed Megatron's named random states, too.
+    """Seed Megatron's named random states as well.
 
-    Without it they are never seeded: NeMo does so only when it counts a CUDA device.
+    Without this patch they are never seeded: NeMo seeds them only if it finds a CUDA device.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
@@ -27,7 +27,7 @@ def seed_random_states() -> None:
 def leave_loaded_tensors() -> None:
     """Skip the check that a loaded checkpoint lies on the right GPU.
 
-    Without it loading any NeMo checkpoint ends with an AssertionError on `torch.cuda.is_initialized()`.
+    Without this patch, loading any NeMo checkpoint fails with an AssertionError on `torch.cuda.is_initialized()`.
     """
     from nemo.lightning.io import pl
 
@@ -37,8 +37,8 @@ def leave_loaded_tensors() -> None:
 def print_progress_alone() -> None:
     """Keep NeMo's `ProgressPrinter` from asking Megatron's timers for a report.
 
-    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the
-    first rank prints.
+    Without this patch, a run of several ranks hangs at the next collective call, because the report is an all-gather
+    and only the first rank prints it.
     """
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
@@ -46,10 +46,10 @@ def print_progress_alone() -> None:
 
 
 def adapt_layers_of_megatron() -> None:
-    """Let NeMo's LoRA compare a layer's class with Transformer Engine's where that is not installed.
+    """Let NeMo's LoRA compare a layer's class with Transformer Engine's even if that is not installed.
 
-    Without it: UnavailableError, "transformer_engine.pytorch could not be imported", and then a TypeError of
-    `isinstance`, for Megatron has None in the place of its classes for grouped experts.
+    Without this patch, LoRA raises an UnavailableError, "transformer_engine.pytorch could not be imported". After that
+    `isinstance` raises a TypeError, because Megatron sets its classes for grouped experts to None.
     """
     from nemo.collections.llm.peft import lora, utils
 

@@ -1,6 +1,7 @@
 """Score the live model while NeMo trains it."""
 
-# No postponed annotations, and Optional: NeMo-Run parses `trainer.callbacks[5].every_n_steps=100` by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses overrides like
+# `trainer.callbacks[5].every_n_steps=100` with them.
 
 from pathlib import Path
 from typing import Any, Optional
@@ -20,10 +21,11 @@ class EvaluateWhileTraining(Callback):
     """Evaluates the model every few steps with a small suite; see `LiveEvaluation`.
 
     Args:
-        suite: a name in `conf/evaluation`, a YAML file, or the folder of a suite that was built; of local tasks alone.
-        every_n_steps: steps between two evaluations; there is one before the first step, and one after the last.
-        limit: take only the first items of each task.
-        batch_size: sequences in one pass of a replica; None takes the suite's.
+        suite: name in `conf/evaluation`, YAML file, or folder of a suite that was built; all its tasks must be local.
+        every_n_steps: steps between two evaluations; the model is also evaluated before the first and after the last
+            step.
+        limit: number of items taken from each task, the first ones; None: all.
+        batch_size: sequences in one forward pass of a replica; None: the suite's batch size.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(EvaluateWhileTraining, every_n_steps=100))  # doctest: +SKIP
@@ -40,7 +42,7 @@ class EvaluateWhileTraining(Callback):
         self._live: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Build the suite, and evaluate what the training starts from."""
+        """Build the suite, and evaluate the model that the training starts from."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, BlendDataModule):
             show_messages().info("no evaluation while training: %s holds out no texts", type(data).__name__)
@@ -64,6 +66,6 @@ class EvaluateWhileTraining(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Evaluate after every few steps, and after the last."""
+        """Evaluate the model every `every_n_steps` steps, and after the last step."""
         if self._live is not None:
             self._live.after(trainer.global_step)

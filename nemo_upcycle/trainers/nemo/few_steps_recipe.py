@@ -1,4 +1,4 @@
-"""Build NeMo's recipes that train for a few steps, on one GPU or on none, to show that a chain works."""
+"""NeMo recipes that train for a few steps, on one GPU or on a CPU, to show that a chain works."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from nemo_upcycle.trainers.nemo.upcycled import start_from
 
 
 def few_steps_trainer(schedule: Schedule, num_nodes: int, num_gpus_per_node: int) -> run.Config[nl.Trainer]:
-    """Configure NeMo's trainer for Llama 3, without model parallelism, on whatever is there.
+    """Configure NeMo's Llama 3 trainer without model parallelism, on GPUs if there are any, else on the CPU.
 
     Args:
-        schedule: steps of the training.
+        schedule: schedule that sets the number of steps.
         num_nodes: compute nodes.
         num_gpus_per_node: GPUs of a node; without CUDA, processes.
     """
@@ -42,7 +42,7 @@ def few_steps_trainer(schedule: Schedule, num_nodes: int, num_gpus_per_node: int
     config.accelerator = "auto"
     config.log_every_n_steps = 1
     validate(config, times=2)
-    # Without a GPU an asynchronous save forks this process while it goes on changing its memory, which doubles it.
+    # On a CPU an asynchronous save forks this process, which keeps changing its memory: that takes twice the memory.
     config.strategy.ckpt_async_save = False
     if not torch.cuda.is_available():
         in_float32_if_faster(config)
@@ -68,15 +68,15 @@ def few_steps_recipe(
     Args:
         model: the model, dense or upcycled.
         schedule: steps, batches and learning rates.
-        dense: the dense checkpoint to start from.
-        data: a finished folder of `nemo-upcycle data`; None: the demo's blend, built on first use.
+        dense: dense checkpoint to start from.
+        data: finished folder of `nemo-upcycle data`; None: the demo's blend, built on first use.
         spec: how to upcycle; None: the dense baseline.
         expert_parallelism: ranks that the experts are spread over.
         dir: folder for logs and checkpoints.
         name: name of the run.
         num_nodes: compute nodes.
         num_gpus_per_node: GPUs of a node; without CUDA, processes.
-        fn: the function that trains; None: NeMo's `pretrain`.
+        fn: function that trains; None: NeMo's `pretrain`.
     """
     recipe = run.Partial(
         fn or pretrain,
@@ -104,14 +104,14 @@ def few_steps_recipe(
 
 
 def laptop_ranks() -> int:
-    """Return the ranks of a chain's trainings on this machine: two, or one where it has one GPU."""
+    """Return the number of ranks for a chain's trainings on this machine: one if it has a single GPU, else two."""
     return 1 if torch.cuda.device_count() == 1 else 2
 
 
 def fit_laptop(recipe: run.Partial) -> run.Partial:
-    """Let an upcycled model's recipe recompute its layers where there is no GPU, in place, and return it.
+    """Let an upcycled model's recipe recompute its layers if there is no GPU; change it in place and return it.
 
-    A laptop has memory for 692M parameters and their Adam states; of activations it keeps the layers' inputs.
+    A laptop has memory for 692M parameters and their Adam states, but can keep only the layers' inputs as activations.
     """
     if not torch.cuda.is_available():
         recompute_layers(recipe.model.config)

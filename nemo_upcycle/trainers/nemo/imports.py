@@ -1,4 +1,4 @@
-"""Keep false messages of NeMo and Lightning off the console: about optional parts, one rank, accelerators."""
+"""Hide misleading console messages of NeMo and Lightning: missing optional parts, one rank's size, accelerators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from nemo_upcycle.utils.console import LIBRARIES, is_verbose, quiet_libraries
 
 
-#: Under whose name a trainer of Lightning speaks: that of the one which was imported last.
+#: Lightning packages whose loggers a trainer may use; the trainer uses the loggers of the package imported last.
 _TRAINER = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 _SUMMARY = "lightning.pytorch.callbacks.model_summary"
 _DEVICES = re.compile(r"(GPU|TPU|HPU) available: ")
@@ -19,7 +19,7 @@ _DEVICES = re.compile(r"(GPU|TPU|HPU) available: ")
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import NeMo without warnings of optional parts (zarr, OneLogger, `deploy`); show errors."""
+    """Hide warnings about optional parts (zarr, OneLogger, `deploy`) while NeMo is imported; still show errors."""
     if is_verbose():
         yield
         return
@@ -40,9 +40,9 @@ def quiet_imports() -> Iterator[None]:
 
 
 def quiet_lightning() -> None:
-    """Let Lightning leave out its table of parameters and its list of accelerators.
+    """Hide Lightning's table of parameters and its list of accelerators.
 
-    The table counts one rank's shard and calls it the total; `MetricsLogger` states the size of the whole model.
+    The table counts one rank's shard and calls it the total. `MetricsLogger` prints the size of the whole model.
     """
     logging.getLogger(_SUMMARY).addFilter(_drop)
     for name in _TRAINER:

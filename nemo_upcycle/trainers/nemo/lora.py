@@ -1,8 +1,8 @@
-"""NeMo's LoRA for upcycled models: low-rank adapters on attention and experts, the routers trained in full.
+"""NeMo's LoRA for upcycled models: low-rank adapters on attention and experts, while the routers are trained in full.
 
-NeMo saves the adapters alone and finds the rest in the checkpoint that a run started from. An upcycled model has no
-checkpoint before it is trained, so checkpoints are whole here: adapters stand beside their weights, and an export adds
-them up.
+NeMo saves only the adapters and finds the other weights in the checkpoint that the run started from. An upcycled model
+has no checkpoint before it is trained. So this package's LoRA checkpoints are complete: they hold the weights and the
+adapters side by side, and an export adds them up.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncCompatibleCheckpointIO
 
 @dataclass
 class UpcycleLoRA(LoRA):
-    """`llm.peft.LoRA` on a model that is upcycled as its training begins: `peft` of `llm.finetune`.
+    """`llm.peft.LoRA` for a model that is upcycled when its training starts; pass it as `peft` to `llm.finetune`.
 
-    Every expert has adapters of its own where each is a module of its own (`moe_grouped_gemm=False`); NeMo gives
-    grouped experts one adapter together. Routers, which start alike for all tokens or at random, are trained in full.
+    Every expert gets its own adapters if every expert is a separate module (`moe_grouped_gemm=False`). NeMo gives
+    grouped experts one shared adapter. Routers start at zero or at random, so they are trained in full.
 
     Takes the arguments of `llm.peft.LoRA`.
 
@@ -33,7 +33,10 @@ class UpcycleLoRA(LoRA):
     """
 
     def freeze_model(self, model: torch.nn.Module) -> None:
-        """Freeze all but the routers; what is recomputed passes gradients on only where its input has one."""
+        """Freeze all weights except the routers, and let gradients pass through recomputed layers.
+
+        A recomputed layer passes gradients on only if its input requires one, so the frozen embedding's output must.
+        """
         super().freeze_model(model)
         for name, parameter in model.named_parameters():
             if ".mlp.router." in name:
@@ -43,32 +46,35 @@ class UpcycleLoRA(LoRA):
                 module.register_forward_hook(_with_gradient)
 
     def get_wrappped_io(self) -> Any:
-        """Return the class of the reader and writer of checkpoints, which writes whole ones."""
+        """Return the class that reads and writes complete checkpoints."""
         return partial(_WholeCheckpoints, peft=self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set up as NeMo does; a resumed run reads weights before it has adapters, and these with them."""
+        """Set up as NeMo does, and note the checkpoint from which a resumed run reads its adapters.
+
+        A resumed run reads the weights first. Once the adapters exist, it reads them from the same checkpoint.
+        """
         super().setup(trainer, pl_module, stage)
         if recorded := getattr(getattr(pl_module, "__io__", None), "model_transform", None):
             fdl.update_callable(recorded, LoRA)  # so that plain NeMo opens the checkpoints
         self.wrapped_io.resumed = trainer.ckpt_path
 
 
-# NeMo's are postponed: NeMo-Run would not know that `peft.dim=16` is a number.
+# NeMo's annotations are postponed. Without this line NeMo-Run would not know that `peft.dim=16` is a number.
 UpcycleLoRA.__init__.__annotations__.update(get_type_hints(LoRA))
 
 
 def _with_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Return the output of a frozen embedding, as a forward hook, with a gradient that nobody reads."""
+    """Make the output of a frozen embedding require a gradient, which nobody reads; a forward hook."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 class _WholeCheckpoints(_WrappingCheckpointIO, AsyncCompatibleCheckpointIO):
-    """Writes weights and adapters, and tells NeMo's LoRA which checkpoint has its adapters.
+    """Writes weights and adapters, and tells NeMo's LoRA which checkpoint has the adapters.
 
     Args:
         checkpoint_io: reader and writer of checkpoints.
-        peft: not needed.
+        peft: unused; NeMo passes it.
     """
 
     resumed: Any = None
@@ -79,16 +85,16 @@ class _WholeCheckpoints(_WrappingCheckpointIO, AsyncCompatibleCheckpointIO):
 
     @property
     def adapter_ckpt_path(self) -> Path | None:
-        """The checkpoint that the run goes on from; None for one that begins."""
+        """The checkpoint that the run resumes from; None for a new run."""
         return Path(self.resumed) if self.resumed else None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:
-        """Write a checkpoint, whole."""
+        """Write a complete checkpoint."""
         inner: Any = self.checkpoint_io
         return inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read what is asked for."""
+        """Read the requested tensors of a checkpoint."""
         inner: Any = self.checkpoint_io
         read: dict[str, Any] = inner.load_checkpoint(path, *args, **kwargs)
         return read

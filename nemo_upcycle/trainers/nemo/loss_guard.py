@@ -1,6 +1,6 @@
-"""End a training whose loss or gradients are not numbers any more, and report spikes of its loss."""
+"""Stop a training when its loss or gradient norm is not finite, and report loss spikes."""
 
-# No postponed annotations: NeMo-Run parses `trainer.callbacks[0].stop_on_spike=true` by them.
+# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[0].stop_on_spike=true` with them.
 
 import math
 from pathlib import Path
@@ -19,17 +19,18 @@ from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
 class LossGuard(Callback):
     """Ends the run at the first step whose loss or gradient norm is not finite, before a checkpoint can be written.
 
-    Megatron's own check (`ddp.check_for_nan_in_grad`) looks at every bucket of gradients on every rank, and the rank
-    that finds something ends alone while the others wait for it. Here the first rank looks at two numbers that are
-    sums over all ranks, and all end together. Megatron's tells which rank computes the value first, in a new run.
+    Megatron's own check (`ddp.check_for_nan_in_grad`) looks at every gradient bucket on every rank. The rank that
+    finds a bad value ends alone while the others wait for it. Here the first rank checks the loss and the gradient
+    norm, which are already sums over all ranks, and all ranks end together. To learn which rank first computes the bad
+    value, start a new run with Megatron's check.
 
-    A spike, see `LossSpikes`, is a warning and a line in `metrics.jsonl`.
+    A loss spike (see `LossSpikes`) gives a warning and a line in `metrics.jsonl`.
 
     Args:
-        window: how many losses are looked back at.
-        threshold: spreads above their median that make a spike.
-        stop_on_spike: end the run as after a loss that is not finite. To go on by itself is the default, because most
-            spikes pass.
+        window: number of recent losses that a loss is compared with.
+        threshold: distance above their median that makes a spike (in spreads).
+        stop_on_spike: whether a spike ends the run as a non-finite loss does. By default the run continues, because
+            most spikes pass.
 
     Example:
         >>> recipe.trainer.callbacks.insert(0, run.Config(LossGuard, stop_on_spike=True))  # doctest: +SKIP
@@ -42,10 +43,10 @@ class LossGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the step's numbers on the first rank, and act alike on all.
+        """Check the step's loss and gradient norm on the first rank, and end all ranks together.
 
         Raises:
-            UpcycleError: a number is not finite, or the loss is a spike and the run shall end.
+            UpcycleError: a number is not finite, or the loss is a spike and `stop_on_spike` is set.
         """
         found = self._judge(trainer) if trainer.is_global_zero else None
         broken = torch.tensor(int(found is not None), device=torch.cuda.current_device())
@@ -54,7 +55,7 @@ class LossGuard(Callback):
             return
         what, got, expected = trainer.strategy.broadcast(found or ("", 0.0, ""))
         checkpoints: Any = getattr(trainer.strategy, "checkpoint_io", None)
-        if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # one that is still being written is a good one
+        if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # a checkpoint that is still being written is good
             checkpoints.maybe_finalize_save_checkpoint(blocking=True)
         kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
         optim: Any = pl_module.optim
@@ -67,7 +68,7 @@ class LossGuard(Callback):
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:
-        """Return the number for which a step must end the run, or None: its name, value, and what was expected."""
+        """Return the number that must end the run (its name, its value, the expectation); None to continue."""
         names = {"loss": "reduced_train_loss", "gradient norm": "grad_norm"}
         for what, name in names.items():
             value = trainer.callback_metrics.get(name)

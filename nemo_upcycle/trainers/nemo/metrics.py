@@ -1,6 +1,6 @@
-"""One line of metrics per training step: for people on the console, for the report as JSON lines, for TensorBoard."""
+"""One line of metrics per training step: on the console, as JSON lines for the report, and in TensorBoard."""
 
-# No postponed annotations, and Optional: NeMo-Run parses `trainer.callbacks[0].gpu=h100` by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses `trainer.callbacks[0].gpu=h100` with them.
 
 from pathlib import Path
 from typing import Any, Optional
@@ -27,18 +27,19 @@ from nemo_upcycle.utils.nested import flat
 
 
 class MetricsLogger(Callback):
-    """Logs every step, on the first rank: `metrics.jsonl` beside the run's logs, a line with an ETA on the console.
+    """Logs every step on the first rank: in `metrics.jsonl` beside the run's logs, and as a console line with an ETA.
 
-    `training.json` beside it says what the run is trained with. With `trainer.num_sanity_val_steps` there is a
-    validation of step 0, before training. The lines are those of `StepMetrics`. The same numbers go to the trainer's
-    own loggers, TensorBoard for one: of layers their mean at every step, and each of them every
-    `trainer.log_every_n_steps` steps.
+    `training.json` beside `metrics.jsonl` lists the settings of the training. If `trainer.num_sanity_val_steps` is
+    set, the model is validated at step 0, before training. `StepMetrics` describes the lines. The trainer's own
+    loggers, such as TensorBoard, get the same numbers: the mean over the layers at every step, and each layer's value
+    every `trainer.log_every_n_steps` steps.
 
     Args:
         filename: name of the file, inside the run's log folder.
-        gpu: the card that MFU is stated for, as in `peaks_of`; None asks the driver, and states none without it.
-        expert_distance_every: steps between two looks at the experts' weights; the first and the last step have one.
-        fp8_statistics_every: steps between two statistics of Transformer Engine about FP8, on a GPU; 0 for none.
+        gpu: GPU that MFU is computed for, named as in `peaks_of`; None: the driver's GPU, and no MFU without a driver.
+        expert_distance_every: steps between two measurements of the distance between the experts' weights; the first
+            and the last step are always measured.
+        fp8_statistics_every: steps between two FP8 statistics of Transformer Engine, only on GPUs; 0: none.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(MetricsLogger, gpu="h100"))  # doctest: +SKIP
@@ -63,7 +64,7 @@ class MetricsLogger(Callback):
         return bool(self.fp8_statistics_every) and torch.cuda.is_available()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Turn on Transformer Engine's statistics: the model is built after this."""
+        """Turn on Transformer Engine's statistics before the model is built."""
         require_inspect(self.fp8_statistics_every, "fp8_statistics_every")
         if self._inspects:
             precision = getattr(trainer.precision_plugin, "dtype_config", None)
@@ -109,7 +110,7 @@ class MetricsLogger(Callback):
             count_step()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the validation loss; Lightning's sanity check, which comes before `on_train_start`, gives step 0."""
+        """Write the validation loss; Lightning's sanity check, which runs before `on_train_start`, gives step 0's."""
         loss = _from_first_rank(trainer.callback_metrics.get("val_loss"))
         if trainer.sanity_checking:
             self._loss_before = loss
@@ -117,12 +118,12 @@ class MetricsLogger(Callback):
             self._metrics.validation(trainer.global_step, loss)
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what another callback has done since the last one."""
+        """Exclude the time that another callback took since the last step from the next step's time."""
         if self._metrics is not None:
             self._metrics.restart_clock()
 
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
-        """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
+        """Pass the line's numbers to TensorBoard and other loggers, except the numbers that NeMo logs there itself."""
         rates = {
             name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8"))
         }
@@ -138,12 +139,12 @@ class MetricsLogger(Callback):
 
 
 def _from_first_rank(loss: Any) -> Any:
-    """Return a loss that all ranks have on one of them."""
+    """Return a loss that all ranks have on the first rank only; None on the others."""
     return loss if torch.distributed.get_rank() == 0 else None
 
 
 def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """Describe the settings that act in a run: data, batch, sequence length, precision, learning rate."""
+    """Describe the settings that a run trains with: data, batch, sequence length, precision, learning rate."""
     sampler, optim = trainer.datamodule.data_sampler, pl_module.optim
     scheduler = optim.lr_scheduler
     schedule = {"name": type(scheduler).__name__.removesuffix("Scheduler") if scheduler else "constant"}
@@ -170,7 +171,7 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
 def _move_logs_only() -> None:
     """Let NeMo's checkpoint callback, which comes after this one, move only logs of earlier runs into `run_0`.
 
-    Otherwise it moves every file of the log folder: metrics, receipt and the files by which a stage is known.
+    Otherwise it moves every file of the log folder: the metrics, the receipt, and the files that identify a stage.
     """
     state = AppState()
     state.files_to_move = [file for file in state.files_to_move or [] if Path(file).suffix in (".log", ".txt")]

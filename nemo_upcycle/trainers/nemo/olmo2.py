@@ -1,6 +1,6 @@
-"""OLMo 2 in NeMo, which has no such model: a configuration whose layers have norms where OLMo 2 has them."""
+"""OLMo 2 for NeMo, which lacks this model: a configuration whose layers have their norms in OLMo 2's places."""
 
-# No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _LAYERS = partial(decoder_layers, use_transformer_engine=True, pre_norm=False, p
 
 @dataclass
 class Olmo2Config(GPTConfig):
-    """Configuration of an OLMo 2, dense or with experts; the defaults are those of all sizes.
+    """Configuration of an OLMo 2, dense or with experts; the defaults hold for all sizes.
 
     Example:
         >>> Olmo2Config7B(num_moe_experts=8, moe_router_topk=2)  # doctest: +SKIP
@@ -62,5 +62,5 @@ class Olmo2Model(GPTModel):
 
 
 def model() -> run.Config:
-    """Make the configuration of OLMo 2 7B, as a recipe of NeMo's makes its model's."""
+    """Make the configuration of OLMo 2 7B, as `model()` in NeMo's recipe modules does for other models."""
     return run.Config(Olmo2Model, config=run.Config(Olmo2Config7B))

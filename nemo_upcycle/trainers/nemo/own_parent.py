@@ -1,4 +1,4 @@
-"""The recipe of any parent that NeMo has a model for, made from its folder: no NeMo recipe of its size is needed."""
+"""A recipe for any parent that NeMo has a model for, made from the parent's folder; needs no NeMo recipe."""
 
 from __future__ import annotations
 
@@ -49,38 +49,38 @@ def upcycled_from(
     name: str = "upcycled",
     accelerator: str | None = None,
 ) -> run.Partial:
-    """Make the recipe that upcycles a parent and trains on, or its dense baseline, from the parent's folder.
+    """Make the recipe that upcycles a parent and trains the result, or its dense baseline, from the parent's folder.
 
-    Adam, clipping and precision are those of NeMo's Llama 3; experts have no capacity limit, and on GPUs their layers
-    are recomputed until the routers have found balance. It validates five times, without a GPU once, and keeps the
-    last checkpoint.
+    Adam, gradient clipping and precision are set as in NeMo's Llama 3 recipe. Experts have no capacity limit. On GPUs
+    the MoE layers are recomputed until the routers have had time to balance (`RECOMPUTE_MOE_STEPS`). The recipe
+    validates five times (once without a GPU) and keeps the last checkpoint.
 
     Args:
-        dense: the parent: a folder, of which `config.json` is enough until it trains, `hf://ORG/NAME`, `asset://NAME`
-            or `nemo:///absolute/path`.
-        spec: how to upcycle it; None continues it as it is: the dense baseline.
+        dense: parent: a folder, `hf://ORG/NAME`, `asset://NAME` or `nemo:///absolute/path`; a folder needs only
+            `config.json` until the training starts.
+        spec: how to upcycle the parent; None: train the parent as it is (the dense baseline).
         seq_length: tokens of a sequence.
         global_batch_size: sequences of a step, over all ranks.
         max_steps: steps of the training.
-        lr: peak of the learning rate: for a parent a tenth of its own peak is a start (3e-5 for Llama 3 8B).
+        lr: peak learning rate; a good start is a tenth of the parent's own peak (3e-5 for Llama 3 8B).
         micro_batch_size: sequences of a micro-batch.
-        min_lr: where the cosine ends; None: a tenth of the peak.
+        min_lr: learning rate at the end of the cosine; None: a tenth of the peak.
         warmup_steps: steps until the peak.
         num_nodes: compute nodes.
         num_gpus_per_node: GPUs of a node; without a GPU, processes.
         tensor_parallelism: parts that attention and dense networks are cut into, with sequence parallelism.
         pipeline_parallelism: stages that the layers are cut into.
         context_parallelism: ranks that share a sequence.
-        expert_parallelism: ranks that the experts are spread over; a model without experts has none.
-        data: a finished folder of `nemo-upcycle data`. A chain sets it. None: without a GPU the demo's speeches; a
-            training on GPUs is refused when it starts.
+        expert_parallelism: ranks that the experts are spread over; ignored for a model without experts.
+        data: finished folder of `nemo-upcycle data`; a chain sets it. None: the demo texts without a GPU; with GPUs,
+            the training is refused when it starts.
         dir: folder for logs and checkpoints; a chain sets it.
-        name: the name that the run gets.
-        accelerator: `gpu` for those of a cluster, of which the machine that makes the recipe may have none, or `cpu`;
-            None: GPUs where this machine has one, or the recipe asks for more than two ranks.
+        name: name of the run.
+        accelerator: `gpu` (even if this machine has none and the recipe is for a cluster) or `cpu`; None: `gpu` if
+            this machine has a GPU or the recipe asks for more than two ranks.
 
     Returns:
-        The recipe, of `llm.pretrain`.
+        The recipe, a `run.Partial` of `llm.pretrain`.
 
     Raises:
         UpcycleError: there is no such parent, or NeMo cannot train it.
@@ -148,10 +148,10 @@ def upcycled_from(
     if model.config.num_moe_experts:
         trainer.strategy.expert_model_parallel_size = expert_parallelism
         if expert_parallelism > 1:
-            trainer.strategy.expert_tensor_parallel_size = 1  # experts are spread, and not cut
+            trainer.strategy.expert_tensor_parallel_size = 1  # experts are spread over ranks, not cut
         for field, value in moe_kernels(capacity_factor=None).items():
             setattr(model.config, field, value)
-    if model.config.vocab_size % tensor_parallelism:  # Megatron cuts the embedding: padded, as by the tokenizer
+    if model.config.vocab_size % tensor_parallelism:  # the embedding is cut: let NeMo pad the tokenizer's size
         model.config.vocab_size = None
     trainer.accelerator = accelerator
     if accelerator == "cpu":
@@ -160,15 +160,15 @@ def upcycled_from(
 
 
 def fit_cpu(recipe: run.Partial) -> run.Partial:
-    """Let a recipe train on a machine without a GPU, in place, and return it."""
+    """Change a recipe in place so that it trains on a machine without a GPU, and return it."""
     config, trainer = recipe.model.config, recipe.trainer
-    config.apply_rope_fusion = False  # a kernel of Transformer Engine; without it the config refuses to be built
+    config.apply_rope_fusion = False  # a Transformer Engine kernel: if it is missing, the config cannot be built
     if config.num_moe_experts:
-        config.moe_permute_fusion = False  # the same
-        recompute_layers(config)  # beside weights and Adam's states a laptop has little room
+        config.moe_permute_fusion = False  # also a Transformer Engine kernel
+        recompute_layers(config)  # weights and Adam's states leave a laptop little memory
     recipe.data.num_workers = 0
     trainer.log_every_n_steps = 1
-    # An asynchronous save forks this process while it goes on changing its memory, which doubles it.
+    # An asynchronous save forks this process, which keeps changing its memory: that takes twice the memory.
     trainer.strategy.ckpt_async_save = False
     in_float32_if_faster(trainer)
     return recipe

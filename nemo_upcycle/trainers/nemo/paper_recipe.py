@@ -1,18 +1,20 @@
-"""Build the parts of NeMo's recipes for H100 clusters: the paper's training, the fast run and the dense baseline.
+"""Parts of the NeMo recipes for H100 clusters: the paper's training, the fast run and the dense baseline.
 
-How they differ from `performance_mode` of NeMo's own recipes, and why:
+The recipes differ from `performance_mode` of NeMo's own recipes:
 
-- NeMo's Mixtral sets EP1 TP8; experts cut by eight leave small matrices and an all-reduce in every layer. Here experts
-  are spread (EP8) and never cut (expert-tensor parallelism 1): the paper's fastest row, and NeMo's own tuned row for
-  Mixtral 8x7B on H100 in `scripts/performance`.
-- Gradients are reduced in bfloat16 under `performance_mode` alone, as in NeMo's and Megatron-Bridge's. Else they stay
-  in float32: a run that starts from a trained model makes small steps (3e-5), and a sum over 512 sequences in 8 bits
-  of mantissa may lose them (derived, not measured). The plain layouts have room for it.
-- Overlap of tensor-parallel communication stays off: experimental, and its tuned buffers are for other shapes.
-- What is the same: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in the model's
-  configuration, where an override finds them), manual garbage collection, overlap of pipeline and data-parallel
-  communication.
-- What is added so that a long run survives: `resilient`.
+- NeMo's Mixtral sets EP1 TP8. Cutting experts by eight leaves small matrices and an all-reduce in every layer. Here
+  experts are spread (EP8) and never cut (expert-tensor parallelism 1). This is the paper's fastest row, and NeMo's own
+  tuned row for Mixtral 8x7B on H100 in `scripts/performance`.
+- Gradients are reduced in bfloat16 only under `performance_mode`, as in NeMo's and Megatron-Bridge's recipes.
+  Otherwise they stay in float32. A run that starts from a trained model makes small steps (3e-5), and a sum over 512
+  sequences with 8 bits of mantissa may lose them (derived, not measured). The plain layouts have room for float32.
+- Overlap of tensor-parallel communication stays off, because it is experimental and its tuned buffers are for other
+  shapes.
+- `resilient` is added so that a long run survives.
+
+The recipes share with `performance_mode`: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in
+the model's configuration so that overrides find them), manual garbage collection, and overlap of pipeline and
+data-parallel communication.
 """
 
 from __future__ import annotations
@@ -36,23 +38,25 @@ from nemo_upcycle.trainers.nemo.watchers import hang_detection, straggler_report
 from nemo_upcycle.trainers.recipe_arguments import adjust
 
 
-#: Of Llama 3 and 3.1, whose configurations do not name it; the last id is the mock tokenizer's end of document.
+#: Vocabulary size of Llama 3 and 3.1, whose NeMo configurations do not set it; the mock tokenizer uses the last id as
+#: end of document.
 VOCABULARY = 128_256
-#: How long the fresh routers are given to find balance before activations of the MoE layers are kept.
+#: Steps that the fresh routers get to find balance before the activations of the MoE layers are kept.
 RECOMPUTE_MOE_STEPS = 500
-#: Checkpoints kept: the last one, and the one before it. A loss that went wrong is often seen only after the next
-#: save, and a file that storage lost must not cost the run. More are a matter of room: one of an upcycled 8B model
-#: takes 619 GiB, and while one is written there is one more. `log.ckpt.keep_every=5000` keeps some for good.
+#: Number of checkpoints kept: the last and the one before. A bad loss is often noticed only after the next save, and
+#: a file lost by the storage must not cost the run. Keeping more needs room: a checkpoint of an upcycled 8B model
+#: takes 619 GiB, and there is one more while a checkpoint is written. `log.ckpt.keep_every=5000` keeps every
+#: 5000-step checkpoint for good.
 KEEP_LAST = 2
 
 
 def paper_training(recipe: run.Partial, schedule: Schedule) -> run.Partial:
-    """Set schedule and data of a recipe of NeMo's for a dense model, in place.
+    """Set the schedule and the data of a NeMo recipe for a dense model, in place.
 
-    Stated by the paper: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them,
-    for the paper does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam
-    (0.9, 0.95), weight decay 0.1, clipping at 1. docs/schedules.md has what other upcyclings took. The mock data has
-    the model's vocabulary and needs no file.
+    The paper states 100B tokens, a cosine learning rate from 3e-5 to 3e-7, and 100 warm-up steps. It does not state
+    the batch size and the optimizer, so NeMo's values stay: batches of 512 x 8192 tokens (4.2M, which He et al., arXiv
+    2410.07524, found best), Adam (0.9, 0.95), weight decay 0.1, gradient clipping at 1. docs/schedules.md lists the
+    schedules of other upcyclings. The mock data has the model's vocabulary and needs no file.
 
     Args:
         recipe: the recipe.
@@ -74,28 +78,28 @@ def paper_training(recipe: run.Partial, schedule: Schedule) -> run.Partial:
 
 
 def resilient(recipe: run.Partial) -> run.Partial:
-    """Add what keeps a run on hundreds of GPUs going to a recipe, in place.
+    """Add the parts that keep a run on hundreds of GPUs going to a recipe, in place.
 
-    - `LossGuard`: a loss that is not a number ends the run before it is saved; on all ranks at once, with a message.
-    - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone; the others wait until NCCL gives up.
-    - `hang_detection`: under `ft_launcher`, a rank that is silent too long has all ranks restarted; else nothing.
-    - `straggler_report`: one slow GPU slows all; the run is not ended, because a person has to judge.
-    - `SaveOnSignal`: a job that is taken away saves after its present step, and loses none.
+    - `LossGuard`: if the loss is not finite, all ranks end at once with a message, before a checkpoint is saved.
+    - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone, and the others wait until NCCL gives up.
+    - `hang_detection`: under `ft_launcher`, restarts all ranks if one is silent for too long. Otherwise does nothing.
+    - `straggler_report`: reports a slow GPU, which slows all others. It does not end the run: a person has to judge.
+    - `SaveOnSignal`: a preempted job saves after its current step and loses no step.
     - `RetainedCheckpoints`: see `KEEP_LAST`.
 
-    Asynchronous checkpoints are on in NeMo's recipes already (`strategy.ckpt_async_save`): training waits only for the
+    NeMo's recipes already save checkpoints asynchronously (`strategy.ckpt_async_save`): training waits only for the
     copy to host memory.
 
     Args:
-        recipe: returned by `start_from`.
+        recipe: recipe returned by `start_from`.
 
     Returns:
         The recipe.
     """
     recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS, keep_last=KEEP_LAST)
     recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
-    # The guard comes before what writes a step's metrics or a checkpoint. Saving on a signal comes after the step's
-    # metrics; the callback that ends at once follows, because it restores the handlers that both replace.
+    # LossGuard comes first, before the callbacks that write a step's metrics or a checkpoint. SaveOnSignal comes after
+    # the step's metrics. StopOnSignal comes last, because it restores the handlers that both replace.
     added = [run.Config(hang_detection), run.Config(straggler_report), run.Config(SaveOnSignal)]
     others = [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is not StopOnSignal]
     recipe.trainer.callbacks = [run.Config(LossGuard), *others, *added, run.Config(StopOnSignal)]
@@ -114,19 +118,19 @@ def upcycled_recipe(
     trainer_of: ModuleType | None = None,
     **named: Any,
 ) -> run.Partial:
-    """Make the recipe that upcycles a dense model and trains on as the paper does, on H100s.
+    """Make the recipe that upcycles a dense model and trains it on H100s as the paper does.
 
-    Tensor parallelism does not cut the experts: they are spread over eight ranks.
+    Tensor parallelism does not cut the experts. They are spread over eight ranks.
 
     Args:
-        nemo_recipe: NeMo's recipe module of the dense model; its optimizer, log and callbacks are taken.
+        nemo_recipe: NeMo's recipe module of the dense model; supplies the optimizer, the log and the callbacks.
         model: the upcycled model.
         layout: the layout.
         schedule: steps, batches and learning rates.
         spec: how to upcycle.
-        dense: the dense checkpoint to start from.
-        data: a finished folder of `nemo-upcycle data`; None: NeMo's mock data.
-        trainer_of: NeMo's recipe module whose trainer is taken; None: `nemo_recipe`.
+        dense: dense checkpoint to start from.
+        data: finished folder of `nemo-upcycle data`; None: NeMo's mock data.
+        trainer_of: NeMo's recipe module that supplies the trainer; None: `nemo_recipe`.
         named: `dir`, `name`, `num_nodes`, `num_gpus_per_node` and `fn`, as NeMo's `pretrain_recipe` takes them.
     """
     recipe = _pretrain_recipe(nemo_recipe, **named)
@@ -158,12 +162,12 @@ def fast_run(recipe: run.Partial, layout: Run) -> run.Partial:
     """Turn a recipe into its fast run, in place: capacity factor 1 with padding, communication overlapped.
 
     Every expert computes exactly its capacity, so shapes are static, memory does not depend on the router, and
-    nothing needs recomputation. Tokens beyond the capacity are dropped, so the model of step 0 is not quite the dense
-    one. Gradients are reduced in bfloat16.
+    nothing needs recomputation. Tokens beyond the capacity are dropped, so at step 0 the model is not exactly the
+    dense model. Gradients are reduced in bfloat16.
 
     Args:
-        recipe: an upcycled model's.
-        layout: layout whose TP and CP the fast run takes.
+        recipe: recipe of an upcycled model.
+        layout: layout whose TP and CP the fast run uses.
     """
     recipe.trainer.callbacks = [
         *(recipe.trainer.callbacks or []),
@@ -192,22 +196,22 @@ def dense_recipe(
     performance_mode: bool = False,
     **named: Any,
 ) -> run.Partial:
-    """Make the recipe of a dense baseline: the dense model, trained as the upcycled one is.
+    """Make the recipe of a dense baseline: the dense model, trained as the upcycled model is.
 
     Args:
-        nemo_recipe: NeMo's recipe module; its trainer, optimizer, log and callbacks are taken.
+        nemo_recipe: NeMo's recipe module; supplies the trainer, the optimizer, the log and the callbacks.
         model: the dense model.
         layout: the layout.
         schedule: steps, batches and learning rates.
-        dense: the dense checkpoint to start from.
-        data: a finished folder of `nemo-upcycle data`; None: NeMo's mock data.
-        performance_mode: NeMo's own optimizations of the model.
+        dense: dense checkpoint to start from.
+        data: finished folder of `nemo-upcycle data`; None: NeMo's mock data.
+        performance_mode: whether to apply NeMo's own optimizations of the model.
         named: see `upcycled_recipe`.
     """
     recipe = _pretrain_recipe(nemo_recipe, **named)
     recipe.model = model
     recipe = paper_training(recipe, schedule)
-    if performance_mode:  # not an argument of all of NeMo's recipes
+    if performance_mode:  # called directly, because not every NeMo recipe has this argument
         recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
     strategy = recipe.trainer.strategy
     strategy.tensor_model_parallel_size = layout.tp

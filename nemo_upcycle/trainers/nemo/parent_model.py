@@ -1,9 +1,10 @@
-"""NeMo's model of a parent, of whatever size: the configuration class of its family with the parent's settings.
+"""NeMo's model of a parent of any size: the configuration class of the parent's family with the parent's settings.
 
-A family that NeMo has no configuration for gets its Llama's, or Mixtral's, with layers of this package.
+If NeMo has no configuration for a family, its configuration of Llama (dense) or Mixtral (with experts) is used, with
+layers of this package.
 """
 
-# No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
 
 from typing import Any
 
@@ -33,7 +34,7 @@ from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 
 
-#: A family's `nemo_module`, and whether it has experts -> configuration and model. Others: `_FURTHER`.
+#: Family's `nemo_module`, and whether the family has experts -> configuration and model. Other families: `_FURTHER`.
 _CLASSES: dict[tuple[str, bool], tuple[type, type]] = {
     ("llama", False): (LlamaConfig, LlamaModel),
     ("mistral", False): (MistralConfig7B, MistralModel),
@@ -45,22 +46,22 @@ _CLASSES: dict[tuple[str, bool], tuple[type, type]] = {
     ("phi3mini", False): (Phi3Config, Phi3Model),
     ("mixtral", True): (MixtralConfig, MixtralModel),
 }
-#: Whether there are experts -> the same of families that NeMo has no class for.
+#: Whether there are experts -> configuration and model for families that NeMo has no class for.
 _FURTHER = {False: (LlamaConfig, LlamaModel), True: (MixtralConfig, MixtralModel)}
-#: Configuration and kind of scaled rotary frequencies -> the one that scales them.
+#: Configuration and kind of scaled rotary frequencies -> the configuration that scales them.
 _SCALED = {(LlamaConfig, "llama3"): Llama31Config, (Phi3Config, LONGROPE): LongRopePhi3Config}
 
 
 def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
-    """Return NeMo's model of a parent, for a recipe of yours: `upcycled_from` makes the whole recipe.
+    """Return NeMo's model of a parent, for use in your own recipe; `upcycled_from` makes a whole recipe.
 
     Args:
-        dense: the parent: a folder, of which `config.json` is enough, `hf://ORG/NAME`, `asset://NAME` or
-            `nemo:///absolute/path`. Of one on the hub configuration and tokenizer are fetched.
+        dense: parent: a folder (only its `config.json` is needed), `hf://ORG/NAME`, `asset://NAME` or
+            `nemo:///absolute/path`. Configuration and tokenizer of a parent on the hub are fetched.
         seq_length: length of the sequences to train on.
 
     Raises:
-        UpcycleError: there is no such parent, or no model of NeMo's can be it (SpecError).
+        UpcycleError: there is no such parent, or no NeMo model can represent it (SpecError).
 
     Example:
         >>> recipe.model = parent_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
@@ -73,8 +74,8 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
         kind = _special(arch, kind)
         fields |= nemo_scaling(arch)
     if arch.sliding_window:
-        fields["cp_comm_type"] = "a2a"  # a window under context parallelism knows no other
-    elif kind is MistralConfig7B:  # which has one
+        fields["cp_comm_type"] = "a2a"  # the only kind that supports a window under context parallelism
+    elif kind is MistralConfig7B:  # its default is a window
         fields |= {"window_size": None, "cp_comm_type": None}
     if activation_of(kind.activation_func) != arch.activation:
         fields["activation_func"] = activation_function(arch.activation)
@@ -95,10 +96,10 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
 
 
 def _special(arch: Architecture, kind: type) -> Any:
-    """Return the configuration with a parent's rotary frequencies, or scaled embedding.
+    """Return NeMo's configuration class that has a parent's rotary frequencies or scaled embedding.
 
     Raises:
-        SpecError: NeMo has none.
+        SpecError: NeMo has no such class.
     """
     scaling = arch.rope_scaling and arch.rope_scaling["rope_type"]
     found = _SCALED.get((kind, scaling)) if scaling else kind

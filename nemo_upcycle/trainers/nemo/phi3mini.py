@@ -1,6 +1,6 @@
-"""Phi-3.5 and Phi-4-mini in NeMo: its Phi-3, with LongRoPE and heads that are rotated in part."""
+"""Phi-3.5 and Phi-4-mini for NeMo: NeMo's Phi-3 with LongRoPE and partially rotated heads."""
 
-# No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,20 +14,21 @@ from nemo_upcycle.models.rotary import LONGROPE, turn_as
 
 @dataclass
 class LongRopePhi3Config(Phi3Config):
-    """NeMo's configuration of a Phi-3 with LongRoPE; its sequences have the frequencies of their length.
+    """NeMo's configuration of a Phi-3 with LongRoPE; the frequencies depend on the sequence length.
 
     Args:
-        short_factor: factors on rotary frequencies, for sequences up to `original_max_position_embeddings`.
-        long_factor: factors for longer sequences.
-        original_max_position_embeddings: number of tokens.
-        max_position_embeddings: number of tokens; with the former it decides the factor on sine and cosine.
+        short_factor: factors on the rotary frequencies, for sequences up to `original_max_position_embeddings`.
+        long_factor: factors on the rotary frequencies, for longer sequences.
+        original_max_position_embeddings: longest sequence that uses `short_factor` (tokens).
+        max_position_embeddings: longest sequence of the model (tokens). Together with
+            `original_max_position_embeddings` it determines the factor on sine and cosine.
     """
 
     short_factor: list[float] = field(default_factory=list)
     long_factor: list[float] = field(default_factory=list)
     original_max_position_embeddings: int = 4096
     max_position_embeddings: int = 131072
-    apply_rope_fusion: bool = False  # whose kernel has no factor on sine and cosine
+    apply_rope_fusion: bool = False  # the fused kernel has no factor on sine and cosine
 
     def configure_model(
         self,

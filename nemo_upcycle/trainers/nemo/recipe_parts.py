@@ -1,4 +1,4 @@
-"""Change NeMo's recipes in the ways that several recipes share."""
+"""Changes to NeMo recipes that several recipes share."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ def with_experts(model: run.Config, spec: UpcycleSpec, *, capacity_factor: float
 
 
 def validate(trainer: run.Config[nl.Trainer], times: int) -> None:
-    """Let a trainer validate so many times in its steps, and before the first, on a step's worth of sequences."""
-    trainer.enable_progress_bar = False  # MetricsLogger says more
+    """Let a trainer validate `times` times, and also before the first step, each time on one global batch."""
+    trainer.enable_progress_bar = False  # MetricsLogger prints more
     trainer.limit_val_batches, trainer.limit_test_batches = 1, 0
     trainer.val_check_interval = max(1, trainer.max_steps // times)
     trainer.num_sanity_val_steps = 1  # validation starts with the parent's own loss
 
 
 def in_float32_if_faster(trainer: run.Config[nl.Trainer]) -> None:
-    """Let a trainer without a GPU compute in float32 where the processor has no bfloat16."""
+    """Let a trainer without a GPU compute in float32 if the processor has no fast bfloat16."""
     if not cpu_has_fast_bf16():
         trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
 
 
 def recompute_layers(config: run.Config) -> None:
-    """Let a model keep of activations the layers' inputs alone."""
+    """Let a model keep only the layers' inputs as activations, and recompute all others."""
     config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
 
 
 def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:
-    """Make a checkpoint callback that keeps the last state only, or few of them.
+    """Make a checkpoint callback that keeps only the newest checkpoint, or the few newest.
 
-    NeMo's default keeps the ten best, every 15 minutes: 6.6 TB for an upcycled 8B model.
+    NeMo's default saves every 15 minutes and keeps the ten best: 6.6 TB for an upcycled 8B model.
 
     Args:
         every_n_steps: steps between two checkpoints.
-        keep_last: how many of the newest to keep.
+        keep_last: number of newest checkpoints to keep.
     """
     return run.Config(
         RetainedCheckpoints,
         keep_last=keep_last,
         save_last=True,
         save_top_k=0,
-        save_optim_on_train_end=True,  # else a finished run cannot be trained further
+        save_optim_on_train_end=True,  # otherwise a finished run cannot be trained further
         monitor=None,
         every_n_train_steps=every_n_steps,
         filename="{model_name}--{step}",

@@ -1,4 +1,4 @@
-"""Recipes between the launcher and the stages: serialised by NeMo-Run, checked, and pointed to a run's folder."""
+"""Recipes on their way from the launcher to the stages: serialised, compared, and pointed to a run's folders."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from nemo_upcycle.models.megatron_config import router_fields
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
 
 
-#: Parts of a recipe with settings that follow from the run's folder, its parent and its data.
+#: Parts of a recipe whose settings a run derives from its folder, its parent and its data.
 PLACED_PARTS = ("log", "resume", "data")
-#: What decides in the place of such a setting, and what to do instead of giving it.
+#: Part of a recipe -> reason why its setting has no effect, and the fix.
 _DECIDES = {
     "log": ("the run's folder decides it", "omit it, or change dir"),
     "resume": ("the run's folder and its parent decide it", "omit it, or change dir or dense"),
     "data": ("the run's data and parent decide it", "omit it, or change data=... or dense=..."),
 }
-#: Settings that NeMo ignores where it is told the folder, or with which a stage would not find its own checkpoints.
+#: Settings that NeMo ignores if it is given the folder, or that would hide a stage's own checkpoints from the stage.
 _OF_THE_RUN = (
     *("log.version", "log.use_datetime_version", "log.ckpt.dirpath"),
     *("resume.resume_from_directory", "resume.resume_from_path", "resume.resume_if_exists"),
@@ -34,18 +34,18 @@ _OF_THE_RUN = (
 
 
 def dump_recipe(recipe: run.Partial) -> str:
-    """Return a recipe as text. The same recipe gives the same text."""
+    """Return a recipe as text; the same recipe always gives the same text."""
     return ZlibJSONSerializer().serialize(recipe)
 
 
 def load_recipe(text: str) -> run.Partial:
-    """Return the recipe of a text from `dump_recipe`."""
+    """Return the recipe that `dump_recipe` turned into text."""
     with quiet_imports():  # a stage's own process has not imported NeMo yet
         return ZlibJSONSerializer().deserialize(text)
 
 
 def every_setting(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting of a configuration as its path and its value in YAML, in the order of its arguments."""
+    """Yield the path and the YAML value of every setting of a configuration, in the order of its arguments."""
     if isinstance(value, fdl.Buildable):
         target = value.__fn_or_cls__
         yield f"{path}.is" if path else "is", f"{target.__module__}.{target.__qualname__}"
@@ -65,19 +65,19 @@ def _plain(value: Any) -> str:
 
 
 def recipe_spec(recipe: run.Partial) -> Any:
-    """Return the upcycling spec of a recipe, built (and so checked)."""
+    """Build the upcycling spec of a recipe, which also checks it, and return it."""
     try:
         return fdl.build(recipe.resume.restore_config.spec)
-    except SpecError as error:  # fiddle's stand-in for it adds the whole configuration
+    except SpecError as error:  # fiddle wraps the error and adds the whole configuration to its text
         raise getattr(error, "proxy_base_exception", error) from None
 
 
 def model_config(recipe: run.Partial, parent: Architecture | None = None) -> Any:
-    """Return the NeMo model config of an upcycling recipe, built.
+    """Build the NeMo model config of an upcycling recipe, or of its parent, and return it.
 
     Args:
         recipe: recipe of the upcycled model.
-        parent: architecture of its parent, to return the parent's config; None: the upcycled model's.
+        parent: architecture of the parent, to get the parent's config; None: the upcycled model's config.
     """
     config = copy.deepcopy(recipe.model.config)
     if parent:
@@ -93,7 +93,7 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
         recipe: recipe of a training stage.
         folder: folder for logs and checkpoints.
         dense_folder: the dense parent.
-        data_folder: a finished folder of `nemo-upcycle data`.
+        data_folder: finished folder of `nemo-upcycle data`.
     """
     recipe.log.explicit_log_dir = str(folder)
     recipe.log.log_dir = None
@@ -102,7 +102,7 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
 
 
 def placed_settings(recipe: run.Partial) -> list[str]:
-    """Name the settings of a recipe that a run replaces, or that would let a stage lose its own checkpoints."""
+    """List the settings of a recipe that a run replaces, or that would hide a stage's checkpoints from the stage."""
     placed = copy.deepcopy(recipe)
     place_recipe(placed, Path("STAGE"), Path("DENSE"), Path("DATA"))
     given, after = dict(every_setting(recipe)), dict(every_setting(placed))
@@ -110,12 +110,12 @@ def placed_settings(recipe: run.Partial) -> list[str]:
 
 
 def ignored_settings(recipe: run.Partial, usual: run.Partial, where: str = "") -> Iterator[UpcycleError]:
-    """Yield the settings that a user has changed and that a run would replace or ignore.
+    """Yield an error for every setting that a user has changed and that a run would replace or ignore.
 
     Args:
         recipe: recipe with the user's settings.
-        usual: the same recipe without settings of `PLACED_PARTS`.
-        where: prefix of its overrides, for the text of errors.
+        usual: the same recipe without the user's settings of `PLACED_PARTS`.
+        where: prefix of the recipe's overrides, for error messages.
     """
     given, before = dict(every_setting(recipe)), dict(every_setting(usual))
     for name in placed_settings(recipe):
@@ -126,12 +126,12 @@ def ignored_settings(recipe: run.Partial, usual: run.Partial, where: str = "") -
 
 
 def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
-    """Let a recipe train on a finished folder of `nemo-upcycle data`, in place; its batches stay.
+    """Let a recipe train on a finished folder of `nemo-upcycle data`, in place, and keep its batch sizes.
 
     Args:
-        recipe: recipe of a training; one that tunes takes a folder of `nemo-upcycle chat`.
-        data_folder: the folder.
-        dense: the dense model, whose tokenizer the data must have.
+        recipe: recipe of a training; a recipe that fine-tunes needs a folder of `nemo-upcycle chat` instead.
+        data_folder: the finished folder.
+        dense: the dense model, whose tokenizer must have made the data.
     """
     from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.data.chat_module import chat_data
@@ -141,6 +141,6 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
         return
     kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "indices", "skip_samples")
     given = {name: value for name in kept if (value := getattr(recipe.data, name, None)) is not None}
-    if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
+    if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data has no meaning here
         given.pop("seed", None)
     recipe.data = run.Config(blend_data, dense=dense, folder=str(data_folder), **given)

@@ -1,6 +1,6 @@
 """Recompute the MoE layers in the first steps only, while the routers are still unbalanced."""
 
-# No postponed annotations: NeMo-Run parses `trainer.callbacks[0].steps=500` by them.
+# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[0].steps=500` with them.
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 
 class RecomputeFirstSteps(Callback):
-    """Recompute MoE layers in the first steps only.
+    """Recomputes MoE layers in the first steps only.
 
     An expert keeps its tokens' activations for the backward pass, so an unbalanced router can take many times the
-    memory of a balanced one, and fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2).
-    Recomputing repeats the forward pass of the MoE layers and changes no number. A step's behaviour depends on its
-    number alone, so a resumed run continues as if it had not stopped.
+    memory of a balanced one. Fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2). Recomputation
+    repeats the forward pass of the MoE layers and changes no result. Whether a step recomputes depends only on its
+    number, so a resumed run continues as if it had not stopped.
 
     Args:
-        steps: how many steps recompute. The model's configuration must ask for it: `recompute_granularity="selective"`
-            with `moe` among the `recompute_modules`.
+        steps: number of first steps that recompute. The model's configuration must enable recomputation:
+            `recompute_granularity="selective"` with `moe` among the `recompute_modules`.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(RecomputeFirstSteps, steps=500))  # doctest: +SKIP
@@ -38,6 +38,6 @@ class RecomputeFirstSteps(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Switch recomputation according to the step."""
+        """Switch recomputation on or off, according to the number of the step."""
         for layer in self._layers:
             layer.moe_layer_recompute = trainer.global_step < self.steps

@@ -1,4 +1,4 @@
-"""Choose the checkpoint that a restarted run resumes from: NeMo's `AutoResume` for runs killed at any moment."""
+"""The choice of the checkpoint that a restarted run resumes from: NeMo's `AutoResume`, safe after any kill."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoi
 
 
 logger = logging.getLogger(__name__)
-#: A folder beside `checkpoints` whose content is never read again.
+#: Folder beside `checkpoints` whose content is never read again.
 ASIDE = "checkpoints_aside"
-#: Under what name the first rank tells the others its choice, and what an error begins with.
+#: Key under which the first rank tells the others its choice, and the prefix that marks the value as an error.
 _CHOSEN, _ERROR = "nemo_upcycle/checkpoint", "error: "
 
 
 @dataclass(kw_only=True)
 class UpcycleResume(nl.AutoResume):
-    """NeMo's `AutoResume` that resumes from the complete checkpoint of the highest step, whatever else a kill left.
+    """NeMo's `AutoResume`, but it resumes from the complete checkpoint of the highest step, whatever else a kill left.
 
-    NeMo's own takes the newest folder without an `-unfinished` marker, so it can take one that was half removed; and
-    it refuses to start again if the only checkpoint is unfinished because the run was killed in its first save. Such a
-    run starts from its `restore_config` here, as at first. NeMo deletes marked checkpoints when training starts;
-    other incomplete checkpoints, and complete `-last` ones of earlier steps, are moved aside.
+    NeMo's own takes the newest folder without an `-unfinished` marker, so it can take a half-removed checkpoint. It
+    also refuses to start again if the only checkpoint is unfinished because the run was killed in its first save. Here
+    such a run starts again from its `restore_config`. NeMo deletes marked checkpoints when training starts. Other
+    incomplete checkpoints, and complete `-last` checkpoints of earlier steps, are moved aside.
 
-    The first rank looks and tells the others: on a shared file system each may see another state of a folder.
+    Only the first rank looks at the folder, and tells the others its choice, because on a shared file system each rank
+    may see another state of the folder.
 
     Takes the arguments of `nl.AutoResume`.
 
@@ -44,7 +45,7 @@ class UpcycleResume(nl.AutoResume):
     _strategy = None
 
     def setup(self, trainer: Any, model: Any = None) -> None:
-        """Choose, and point the trainer to the choice."""
+        """Choose a checkpoint, and point the trainer to it."""
         self._strategy = trainer.strategy
         super().setup(trainer, model)
 
@@ -55,8 +56,8 @@ class UpcycleResume(nl.AutoResume):
         folder = Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
         found = by_step(folder)
         if not found or any(step_of(path) is None for path in found):  # NeMo handles msc:// too
-            # A checkpoint without a step in its name overwrites the one before it: if it is unfinished, the training
-            # is lost, and NeMo is right to refuse a new start.
+            # A checkpoint without a step in its name overwrites the checkpoint before. If it is unfinished, the
+            # training is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
         chosen = newest_checkpoint(folder)
         if chosen is None:
@@ -68,14 +69,14 @@ class UpcycleResume(nl.AutoResume):
 def _chosen_by_first(strategy: Any, choose: Callable[[], Path | None]) -> Path | None:
     """Let the first rank of a job choose a path, and return it on every rank.
 
-    There is no process group yet, so the ranks meet in the store that their process group will use.
+    There is no process group yet, so the ranks exchange the path through the store that their process group will use.
 
     Args:
-        strategy: strategy of the trainer; its process group takes the store.
-        choose: function that chooses, called on the first rank alone.
+        strategy: strategy of the trainer; its process group takes over the store.
+        choose: function that chooses the path, called only on the first rank.
 
     Raises:
-        CheckpointError: `choose` raised it; raised on every rank.
+        CheckpointError: `choose` raised it; then every rank raises it.
     """
     ranks = strategy.cluster_environment
     if not ranks.creates_processes_externally or ranks.world_size() == 1:
@@ -102,7 +103,7 @@ def _require_never_saved(found: list[Path]) -> None:
     """Check that starting from the dense checkpoint loses no training.
 
     Raises:
-        CheckpointError: a checkpoint was complete once, and there is no other one.
+        CheckpointError: a checkpoint that once was complete is damaged, and no other is complete.
     """
     damaged = [path for path in found if was_saved(path) and not is_marked(path)]
     if damaged:
@@ -115,7 +116,7 @@ def _require_never_saved(found: list[Path]) -> None:
 
 
 def _move_aside(found: list[Path], chosen: Path | None) -> None:
-    """Move what this run must not read again to `checkpoints_aside`; no other rank looks at it."""
+    """Move the checkpoints that this run must not read again to `checkpoints_aside`; only the first rank does so."""
     for path in found:
         superseded = chosen is not None and path.name.endswith("-last") and path != chosen
         if is_marked(path) or path == chosen or (was_saved(path) and not superseded):

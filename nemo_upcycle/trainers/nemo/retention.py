@@ -1,6 +1,6 @@
-"""Keep the end of a run, and more of its checkpoints: the one before it, and one each so many steps for good."""
+"""The checkpoints that a run keeps: the newest few, and every N-th step's for good."""
 
-# No postponed annotations, and Optional: NeMo-Run parses `log.ckpt.keep_every=5000` by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses `log.ckpt.keep_every=5000` with them.
 
 from pathlib import Path
 from typing import Any, Optional
@@ -17,20 +17,21 @@ LAST = "-last"
 
 
 class RetainedCheckpoints(nl.ModelCheckpoint):
-    """NeMo's checkpoint callback, able to keep earlier states.
+    """NeMo's checkpoint callback, able to keep earlier checkpoints as well.
 
-    The last checkpoint is named `...-last`, as NeMo does. One that a newer one replaces loses this ending, and is
-    removed when it is neither among the `keep_last` newest nor due by `keep_every`. A checkpoint is removed only after
-    the newer one is whole, so a run that keeps one needs room for two, and one that keeps two needs room for three.
+    The last checkpoint is named `...-last`, as in NeMo. When a newer checkpoint replaces it, it loses this suffix. It
+    is removed once it is neither among the `keep_last` newest nor due by `keep_every`. A checkpoint is removed only
+    after the newer one is complete, so a run that keeps one checkpoint needs room for two, and a run that keeps two
+    needs room for three.
 
     Args:
-        keep_last: how many of the newest checkpoints to keep, the last one included.
-        keep_every: keep for good those of every so many steps, for ablations from the middle of a run; a multiple of
-            `every_n_train_steps`. None keeps none.
-        settings: arguments of `nl.ModelCheckpoint`; of these, `save_last` must be true and `save_top_k` zero.
+        keep_last: number of newest checkpoints to keep, including the last one.
+        keep_every: steps between two checkpoints that are kept for good, for ablations from the middle of a run; a
+            multiple of `every_n_train_steps`. None: no checkpoint is kept for good.
+        settings: arguments of `nl.ModelCheckpoint`; `save_last` must be true and `save_top_k` zero.
 
     Raises:
-        SpecError: a number does not fit.
+        SpecError: `keep_every` is not a multiple of `every_n_train_steps`.
 
     Example:
         >>> recipe.log.ckpt = run.Config(RetainedCheckpoints, keep_last=2, keep_every=5000, ...)  # doctest: +SKIP
@@ -47,20 +48,20 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             )
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self._begun: set[str] = set()  # removals of this process, each by a thread that may still be at it
+        self._begun: set[str] = set()  # removals that this process began; a thread may still be deleting the files
         super().__init__(**settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of every training; NeMo leaves it to the last validation, which may be switched off."""
+        """Save the end of every training; NeMo saves it only at the last validation, which may be switched off."""
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_end(trainer, pl_module)
 
     def nemo_topk_check_previous_run(self) -> None:
-        """Do nothing: there is no best checkpoint, and NeMo's takes every name without `-last` for one."""
+        """Do nothing: no best checkpoints are kept, and NeMo would take every name without `-last` for a best one."""
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
-        """Rename a checkpoint that was the last one, and remove what need not be kept."""
+        """Rename the checkpoint that was the last, and remove the checkpoints that need not be kept."""
         replaced = Path(ckpt_to_dir(filepath))
         if (self.async_save and not override_async) or not replaced.name.endswith(LAST):
             super()._remove_checkpoint(trainer, filepath, override_async)
@@ -78,7 +79,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             super()._remove_checkpoint(trainer, path, override_async)
 
     def _removable(self, folder: Path) -> list[Path]:
-        """Return those older than what is kept; incomplete ones are what a kill left of a removal."""
+        """Return the checkpoints older than the kept ones; if incomplete, a kill interrupted their removal."""
         earlier = [path for path in by_step(folder) if not path.name.endswith(LAST)]
         whole = [path for path in earlier if is_complete_checkpoint(path)]
         beside = self.keep_last - 1

@@ -1,4 +1,4 @@
-"""Construct of a recipe what NeMo constructs in a job before its first step, and tell why that fails."""
+"""A trial construction of the objects that NeMo builds before a job's first step, to find errors before the start."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from nemo_upcycle.trainers.trial import construct_ranks, construction_errors, fa
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: Arguments of Lightning's trainer that are no numbers and names alone, or change the process.
+#: Arguments of Lightning's trainer that the trial leaves out: they select hardware or objects, or change the process.
 _NOT_TRIED = ("accelerator", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
 
 
 def wrong_in(recipe: Any, dense: Parent, unit: str) -> list[UpcycleError]:
-    """Return why a job of a recipe would end before its first step, as far as construction shows it.
+    """Return the errors that would end a recipe's job before its first step, as far as construction shows them.
 
     Args:
         recipe: recipe of a training job.
-        dense: the dense parent; where it is known, the model has to be what is made of it.
-        unit: name of the training, for the text of errors.
+        dense: the dense parent; if it is known, the model is compared with the one that the spec makes from it.
+        unit: name of the training, for error messages.
     """
     parent = parent_within_reach(dense)
     spec = recipe_spec(recipe) if setting(recipe, "resume.restore_config.spec") else None
@@ -46,7 +46,7 @@ def wrong_in(recipe: Any, dense: Parent, unit: str) -> list[UpcycleError]:
 
 
 def _construct(recipe: Any, arch: Architecture | None) -> list[UpcycleError]:
-    """Construct what the job does; return where the model is not what is made of the parent."""
+    """Construct the objects that the job constructs; return the model's differences from the expected architecture."""
     trainer = recipe.trainer.__arguments__
     plain = {name: value for name, value in trainer.items() if isinstance(value, int | float | str)}
     others: dict[str, Any] = {name: value for name, value in plain.items() if name not in _NOT_TRIED}
@@ -76,12 +76,12 @@ def _construct(recipe: Any, arch: Architecture | None) -> list[UpcycleError]:
 
 
 def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Iterator[UpcycleError]:
-    """Yield what this machine lacks of what a recipe asks for: GPUs, and the kernels of its model.
+    """Yield the GPUs and kernels that a recipe needs and this machine lacks.
 
     Args:
         recipe: recipe of a training job.
-        where: prefix of its overrides, for the text of errors.
-        in_stage: whether it trains in a stage of the chain, which does without kernels on the CPU.
+        where: prefix of the recipe's overrides, for error messages.
+        in_stage: whether the training runs in a stage of the chain, which needs no kernels on a CPU.
     """
     _, per_node = ranks_of(recipe, where)
     wants_gpu = setting(recipe, "trainer.accelerator") in ("gpu", "cuda")

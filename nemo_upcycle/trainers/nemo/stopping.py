@@ -1,4 +1,4 @@
-"""End a training job on SIGTERM, Ctrl-C and a full disk, and print what it keeps: at once, or with a checkpoint."""
+"""The end of a training job on SIGTERM, Ctrl-C or a full disk: at once or after a checkpoint; prints what is kept."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from nemo_upcycle.utils.children import shield_children
 
 
 class StopOnSignal(Callback):
-    """End this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
+    """Ends this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
 
-    On a full disk the error says so, and the same.
+    If the disk is full, the error says so and names that checkpoint.
 
-    Without it Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended. `SaveOnSignal`
-    and NeMo's `PreemptionCallback`, which save before they end, set their own handler for SIGTERM when training
-    starts; until then, and for SIGINT, this one acts.
+    Without this callback Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended.
+    `SaveOnSignal` and NeMo's `PreemptionCallback`, which save before they end, set their own SIGTERM handler when
+    training starts. Until then, and for SIGINT, this callback's handler acts.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(StopOnSignal))  # doctest: +SKIP
@@ -41,24 +41,24 @@ class StopOnSignal(Callback):
         self._before: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the handlers, before weights are read."""
+        """Set the handlers before weights are read."""
         if threading.current_thread() is not threading.main_thread():
-            return  # Python takes handlers from the main thread only
+            return  # Python lets only the main thread set handlers
         owner = os.getpid()
 
         def stop(signum: int, frame: FrameType | None) -> None:
-            if os.getpid() == owner:  # and no checkpoint writer that it forked
+            if os.getpid() == owner:  # skip in a forked checkpoint writer, which inherits the handler
                 _say_last_words(signum, trainer)
                 for child in multiprocessing.active_children():
                     child.kill()
-                    child.join(1)  # a job that has ended leaves nothing behind, not even for a moment
+                    child.join(1)  # wait, so that no process is left when the job has ended
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
         self._before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Say of a full disk that it is full, and what it keeps.
+        """Replace the error of a full disk with one that says so and names the checkpoint that is kept.
 
         Raises:
             UnfinishedError: the disk is full.
@@ -73,31 +73,31 @@ class StopOnSignal(Callback):
 
 
 class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
-    """Save a checkpoint after the present step on SIGTERM, then end this process with status 75.
+    """Saves a checkpoint after the current step on SIGTERM, then ends this process with status 75.
 
-    NeMo's `PreemptionCallback`, with four differences:
+    It differs from NeMo's `PreemptionCallback` in four ways:
 
-    - A signal to any rank counts. NeMo's obeys rank 0 only, so a node that is taken away alone loses the steps since
-      the last checkpoint.
-    - Loaders of data outlive the signal, which a scheduler sends to all processes of a job.
-    - The handler stays until training is torn down. NeMo's is gone before the last checkpoint is written.
-    - The status is 75 and not 0: a scheduler must not take an early end for a finished training.
+    - A signal to any rank counts. NeMo's obeys only rank 0, so if another node alone is preempted, the steps since the
+      last checkpoint are lost.
+    - Data loaders survive the signal, which a scheduler sends to all processes of a job.
+    - The handler stays until training is torn down. NeMo removes its handler before the last checkpoint is written.
+    - The exit status is 75, not 0, so that a scheduler does not take an early end for a finished training.
 
-    Put it behind `MetricsLogger`, for the last step to have its line, and before `StopOnSignal`, which ends at once
-    while there is nothing to save yet.
+    Put it after `MetricsLogger`, so that the last step gets its line, and before `StopOnSignal`, which ends at once
+    as long as there is nothing to save.
 
     Example:
         >>> recipe.trainer.callbacks += [run.Config(SaveOnSignal), run.Config(StopOnSignal)]  # doctest: +SKIP
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Shield loaders before they are started."""
+        """Protect data loaders from SIGTERM before they are started."""
         super().setup(trainer, pl_module, stage)
         shield_children()
 
     @property
     def interrupted(self) -> bool:
-        """Return whether a rank was told to stop; all ranks must ask."""
+        """Whether any rank was told to stop; a collective call, so all ranks must ask."""
         told = torch.tensor(int(self._interrupted), device=torch.cuda.current_device())
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         return bool(told.item())
@@ -105,7 +105,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     @contextmanager
     def _preemption_handler(self) -> Iterator[None]:
         def note(signum: int, frame: FrameType | None) -> None:
-            self._interrupted = True  # in a checkpoint writer, which inherits the handler, this does nothing
+            self._interrupted = True  # has no effect in a forked checkpoint writer, which inherits the handler
 
         before = signal.signal(self.sig, note)
         try:
@@ -116,7 +116,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and end, if a rank was told to."""
+        """Save and end if a rank was told to stop."""
         try:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         except SystemExit:
@@ -124,7 +124,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
             raise SystemExit(StageStopped.exit_status) from None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the handler: the last checkpoint is written after this."""
+        """Keep the handler, because the last checkpoint is written after this."""
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the earlier handler."""
@@ -133,15 +133,16 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
 
 
 def step_kept(folder: Path) -> int:
-    """Return the number of steps that a training's newest complete checkpoint holds, the same on all ranks.
+    """Return the number of steps in a training's newest complete checkpoint, the same on all ranks.
 
-    Whether a training is finished is told by this alone: a process may end early with status 0. All ranks must ask.
+    Only this number tells whether a training is finished, because a process may end early with status 0. It is a
+    collective call, so all ranks must ask.
 
     Args:
-        folder: the training's log folder, with `checkpoints` in it.
+        folder: the training's log folder, which contains `checkpoints`.
 
     Returns:
-        The number; 0 without a checkpoint that states its step in its name.
+        The number of steps; 0 if no complete checkpoint has its step in its name.
 
     Example:
         >>> step_kept(Path("runs/mine/pretrain")) >= recipe.trainer.max_steps  # doctest: +SKIP
@@ -149,7 +150,7 @@ def step_kept(folder: Path) -> int:
     """
     shared = torch.distributed.is_initialized()
     answer = [0]
-    if not shared or torch.distributed.get_rank() == 0:  # the rank that finishes checkpoints
+    if not shared or torch.distributed.get_rank() == 0:  # the first rank finishes checkpoints
         kept = newest_checkpoint(folder / "checkpoints")
         answer = [steps_in(kept) if kept else 0]
     if shared:
@@ -158,7 +159,7 @@ def step_kept(folder: Path) -> int:
 
 
 def _say_last_words(signum: int, trainer: pl.Trainer) -> None:
-    """Say on the first rank what a job keeps that ends now."""
+    """Print on the first rank which checkpoint is kept by the job that ends now."""
     if not trainer.is_global_zero:
         return
     kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")

@@ -1,4 +1,4 @@
-"""A training in NeMo: a recipe of NeMo-Run's behind the `Training` contract, run in the folder of a stage."""
+"""A training in NeMo: a NeMo-Run recipe behind the `Training` contract, run in the folder of a stage."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-#: Sizes that tell one known parent from another, without its vocabulary.
+#: Sizes that identify a known parent if its vocabulary is not known.
 _SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
 
 
 @dataclass(frozen=True)
 class NeMoTraining(Training):
-    """See `Training`.
+    """A training in NeMo; see `Training`.
 
     Args:
         text: the serialised recipe.
@@ -69,7 +69,7 @@ class NeMoTraining(Training):
 
     @cached_property
     def recipe(self) -> Any:
-        """The recipe; the same object every time, so not to be changed."""
+        """The recipe; callers share the object and must not change it."""
         return load_recipe(self.text)
 
     @property
@@ -99,10 +99,10 @@ class NeMoTraining(Training):
         return dict(every_setting(self.recipe))
 
     def facts(self, parent: Parent) -> TrainingFacts:
-        """See `Training.facts`: a recipe says all but the vocabulary of an unknown parent."""
+        """See `Training.facts`; a recipe states every fact except the vocabulary of an unknown parent."""
         arch, knows_vocabulary = _model_of(self.recipe, parent)
         recipe = copy.deepcopy(self.recipe)
-        train_on(recipe, "", parent.address)  # as the stage will
+        train_on(recipe, "", parent.address)  # as the stage will do
         trainer, config, data, nodes_and_ranks = recipe.trainer, recipe.model.config, recipe.data, self.ranks
         callbacks = getattr(trainer, "callbacks", None) or []
         first_steps = next((item.steps for item in callbacks if _is(item, "RecomputeFirstSteps")), 0)
@@ -181,11 +181,11 @@ class NeMoTraining(Training):
             )
 
     def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
-        """See `Training.check_parent`: its sizes are the model's."""
+        """See `Training.check_parent`; the parent's sizes must be the model's."""
         check_parent(self.recipe, parent, f"{stage}.", remote=remote)
 
     def check_here(self, stage: str) -> None:
-        """See `Training.check_here`: nodes, GPUs, and kernels."""
+        """See `Training.check_here`; checks nodes, GPUs and kernels."""
         from nemo_upcycle.trainers.nemo.starting import lacking_here
 
         if (nodes := ranks_of(self.recipe, f"{stage}.")[0]) > 1:
@@ -212,7 +212,7 @@ class NeMoTraining(Training):
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
-        """See `Training.model_config`: NeMo's."""
+        """See `Training.model_config`; returns NeMo's configuration."""
         return model_config(self.recipe, read_architecture(dense_folder) if dense else None)
 
     def train(
@@ -220,7 +220,7 @@ class NeMoTraining(Training):
     ) -> dict[str, Any]:
         """See `Training.train`."""
         recipe = load_recipe(self.text)
-        import nemo.utils  # after NeMo, which the recipe imports without warnings
+        import nemo.utils  # only here: loading the recipe has imported NeMo without warnings
 
         from nemo_upcycle.cpu.backend import use_cpu_backend
         from nemo_upcycle.trainers.nemo.stopping import step_kept
@@ -232,13 +232,13 @@ class NeMoTraining(Training):
         for callback in recipe.trainer.callbacks if suite else ():
             if _is(callback, "EvaluateWhileTraining"):
                 callback.suite = str(suite)
-        use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
-        if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the folder
+        use_cpu_backend()  # before the model's configuration is built, because Megatron checks it at once
+        if not is_verbose():  # show only errors on the console; NeMo's whole log is in a file of the folder
             nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
         ended_itself = True
         try:
             fdl.build(recipe)()
-        except SystemExit:  # it was told to stop, and has saved
+        except SystemExit:  # a signal told the training to stop, and it has saved
             ended_itself = False
         kept, wanted = step_kept(folder), recipe.trainer.max_steps
         if kept < wanted and (kept or not ended_itself):
@@ -261,16 +261,17 @@ def _problems(training: NeMoTraining, stage: str, parent: Parent) -> tuple[Upcyc
 
 
 def _is(callback: Any, name: str) -> bool:
-    """Tell whether the configuration of a callback is of a class of this package's, which need not be imported."""
+    """Return whether a configured callback is this package's class of that name, without importing the class."""
     kind = callback.__fn_or_cls__
     return bool(kind.__name__ == name and kind.__module__.startswith("nemo_upcycle."))
 
 
 def _model_of(recipe: Any, dense: Parent) -> tuple[Architecture, bool]:
-    """Return the architecture that a recipe trains, and whether its vocabulary is known; else it counts no embedding.
+    """Return the architecture that a recipe trains, and whether its vocabulary is known.
 
-    The vocabulary is that of the dense parent where it is a folder or a parent of this package's recipes, else that of
-    the recipe's tokenizer.
+    If the vocabulary is not known, the architecture counts no embedding. The vocabulary size comes from the dense
+    parent if the parent is a folder, else from the model's configuration, from a known parent of the same shape, or
+    from the recipe's tokenizer.
     """
     config = recipe.model.config
     plain = architecture_of(config, 0)
@@ -288,19 +289,19 @@ def _model_of(recipe: Any, dense: Parent) -> tuple[Architecture, bool]:
         )
     if not vocabulary:
         size = setting(recipe, "data.tokenizer.vocab_size")
-        vocabulary = size + 1 if isinstance(size, int) else None  # NullTokenizer's, which adds an end of document
+        vocabulary = size + 1 if isinstance(size, int) else None  # NullTokenizer adds an end-of-document token
     return (architecture_of(config, vocabulary), True) if vocabulary else (plain, False)
 
 
 def _gradients(recipe: Any) -> str:
-    """Return the planner's name of what gradients are summed in: a precision's setting replaces the strategy's."""
+    """Return the planner's name of the gradients' type; the precision's setting overrides the strategy's."""
     names = ("trainer.plugins.grad_reduce_in_fp32", "trainer.strategy.ddp.grad_reduce_in_fp32")
     values = [value for name in names if (value := setting(recipe, name)) is not None]
     return "bf16" if values and not values[0] else "fp32"
 
 
 def _kept(checkpoint: Any, steps: int) -> int | None:
-    """Count the checkpoints that a callback keeps at the end of a training of so many steps; None for all."""
+    """Return the number of checkpoints that a callback keeps at the end of a training; None: all."""
     if last := getattr(checkpoint, "keep_last", None):
         for_good = getattr(checkpoint, "keep_every", None)
         return int(last) + (steps // int(for_good) if for_good else 0)
@@ -317,7 +318,7 @@ def _evaluations(callbacks: list[Any]) -> Iterator[Evaluations]:
 
 
 def _schedule(recipe: Any) -> str:
-    """Describe the schedule of the learning rate."""
+    """Describe the learning rate schedule."""
     scheduler, shape = setting(recipe, "optim.lr_scheduler"), "constant"
     if isinstance(scheduler, fdl.Buildable):
         given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))

@@ -1,4 +1,4 @@
-"""Let recipes of NeMo's side tune on conversations: the data, the schedule, and where they start."""
+"""NeMo recipes that fine-tune on conversations: their data, their schedule, and the checkpoint they start from."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def tuned(
     start: str | None = None,
     peft_scheme: str | None = None,
 ) -> run.Partial:
-    """Let a recipe that trains on from a dense checkpoint tune on conversations instead, in NeMo's `llm.finetune`.
+    """Let a pretraining recipe fine-tune on conversations instead, with NeMo's `llm.finetune`.
 
-    Model, layout, callbacks, checkpoints and the way it starts stay: an upcycling recipe upcycles online. The loss is
-    the mean of the packs' means, as NeMo has it, so that the load-balancing loss acts as it is set; with
-    `model.config.calculate_per_token_loss` it is that of all answer tokens of a step, and the load-balancing loss acts
-    stronger by the tokens over the answer tokens.
+    Model, layout, callbacks, checkpoints and the start stay as they are: an upcycling recipe still upcycles online.
+    As in NeMo, the loss is the mean of the packs' mean losses, so the load-balancing loss has exactly the strength
+    that is set. With `model.config.calculate_per_token_loss` the loss is the mean over all answer tokens of a step,
+    and the load-balancing loss gets stronger by the factor tokens / answer tokens.
 
     Args:
-        recipe: a recipe of this package that pretrains; changed in place.
-        tuning: batches, steps and the highest learning rate, which falls to a tenth by a cosine.
-        data: a finished folder of `nemo-upcycle chat`; None: the demo's conversations, packed on first use.
-        start: a checkpoint of a training of the same model to start from, in place of the dense one.
-        peft_scheme: `lora` trains adapters and routers; `none`, or None, all weights.
+        recipe: a pretraining recipe of this package; changed in place.
+        tuning: batches, steps and the peak learning rate, which falls to a tenth along a cosine.
+        data: finished folder of `nemo-upcycle chat`; None: the demo's conversations, packed on first use.
+        start: checkpoint of a training of the same model to start from instead of the dense checkpoint.
+        peft_scheme: `lora` trains adapters and routers; `none` or None trains all weights.
 
     Returns:
         The recipe.
 
     Raises:
-        SpecError: another scheme.
+        SpecError: `peft_scheme` is another scheme.
     """
     schedule = tuning.schedule
     by_lora = is_lora(peft_scheme)  # checked before anything is changed
     fdl.update_callable(recipe, finetune)
-    recipe.tokenizer = "data"  # a model from a dense checkpoint brings none
+    recipe.tokenizer = "data"  # a model from a dense checkpoint has no tokenizer of its own
     workers = recipe.data.num_workers if "num_workers" in recipe.data.__arguments__ else 8
     recipe.data = run.Config(
         chat_data,
@@ -60,9 +60,9 @@ def tuned(
         recipe.resume.restore_config.checkpoint = start
     recipe.trainer.max_steps = schedule.steps
     recipe.trainer.val_check_interval = max(1, schedule.steps // 4)
-    recipe.trainer.limit_val_batches = 1.0  # all packs that are held back for it
+    recipe.trainer.limit_val_batches = 1.0  # validate on all held-out packs
     if getattr(recipe.trainer, "num_sanity_val_steps", 0):
-        recipe.trainer.num_sanity_val_steps = -1  # all of them before the first step, too
+        recipe.trainer.num_sanity_val_steps = -1  # validate on all of them before the first step, too
     recipe.optim.config.lr = schedule.lr
     scheduler = recipe.optim.lr_scheduler
     scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = schedule.warmup_steps, 0, schedule.min_lr
@@ -71,26 +71,26 @@ def tuned(
 
 
 def with_lora(recipe: run.Partial, rank: int = RANK) -> run.Partial:
-    """Let a tuning train LoRA's adapters of attention and networks, and routers in full, in place of all weights.
+    """Let a fine-tuning recipe train LoRA adapters of attention and FFNs, and routers in full, instead of all weights.
 
     Args:
-        recipe: a tuning on one GPU, or without expert parallelism; changed in place.
-        rank: rank of the adapters; their alpha is twice as much, as in NeMo's recipes.
+        recipe: fine-tuning recipe for one GPU, or without expert parallelism; changed in place.
+        rank: rank of the adapters; their alpha is twice the rank, as in NeMo's recipes.
 
     Returns:
         The recipe.
     """
     recipe.peft = run.Config(UpcycleLoRA, dim=rank, alpha=2 * rank)
-    # As in NeMo's recipes, which say of the fusion that it does not work with LoRA.
+    # These three settings are as in NeMo's recipes, which say that the loss fusion does not work with LoRA.
     recipe.optim.config.use_distributed_optimizer = recipe.trainer.strategy.ddp.overlap_param_gather = False
     recipe.model.config.cross_entropy_loss_fusion = False
     if recipe.model.config.num_moe_experts:
-        recipe.model.config.moe_grouped_gemm = False  # each expert has adapters of its own
+        recipe.model.config.moe_grouped_gemm = False  # so that each expert has its own adapters
     return recipe
 
 
 def is_lora(peft_scheme: str | None) -> bool:
-    """Tell whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
+    """Return whether NeMo's name of a scheme means LoRA; `none` means all weights."""
     scheme = (peft_scheme or "none").lower()
     if scheme not in ("lora", "none"):
         raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="set it to lora")

@@ -1,4 +1,4 @@
-"""Any NeMo recipe of a Llama-family model, turned into one that upcycles it; this package's recipes as well."""
+"""Conversion of NeMo recipes of dense models into recipes that upcycle; this package's own recipes use it as well."""
 
 from __future__ import annotations
 
@@ -34,29 +34,28 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-#: Part of a recipe -> NeMo's class, and this package's in its place, which takes the same settings.
+#: Part of a recipe -> NeMo's class, and this package's class that replaces it and takes the same settings.
 _REPLACEMENTS = {
     "trainer.strategy": (nl.MegatronStrategy, UpcycleStrategy),
     "resume": (nl.AutoResume, UpcycleResume),
 }
-#: A setting in NeMo's recipes of Mistral and Qwen that no class of NeMo takes, so it has no effect.
+#: A setting in NeMo's recipes of Mistral and Qwen that no NeMo class takes, so it has no effect.
 _LEFT_OVER = "ckpt_include_optimizer"
 _FAMILIES = ", ".join(family.title for family in parents() if family.nemo_module)
 
 
 def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | None = None) -> run.Partial:
-    """Turn the recipe of a dense model into one that starts by upcycling a dense checkpoint, and log the changes.
+    """Turn a dense model's recipe into a recipe that first upcycles a dense checkpoint, and log the changes.
 
     Layout, batches, schedule, logging, callbacks and data stay as they are, unless experts need a change. The given
-    recipe is not changed: with `start_from(recipe, dense, None)` it becomes the dense baseline.
+    recipe is not changed, so `start_from(recipe, dense, None)` can still make the dense baseline from it.
 
     Args:
-        recipe: NeMo's recipe for a dense model of a family of this package, such as
-            `llm.llama32_1b.pretrain_recipe()`, or a `run.Partial(llm.pretrain, ...)` of one's own.
-        dense: the dense checkpoint: a Hugging Face folder, `hf://ORG/NAME`, `nemo:///absolute/path`.
-        spec: how to upcycle it.
-        data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
-            data.
+        recipe: NeMo's recipe for a dense model of a family that this package supports, such as
+            `llm.llama32_1b.pretrain_recipe()`, or your own `run.Partial(llm.pretrain, ...)`.
+        dense: dense checkpoint: a Hugging Face folder, `hf://ORG/NAME` or `nemo:///absolute/path`.
+        spec: how to upcycle the dense checkpoint.
+        data: finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None: the recipe's data.
 
     Returns:
         The new recipe.
@@ -74,10 +73,10 @@ def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | Non
     made = start_from(copy.deepcopy(recipe), dense, spec, data)
     strategy = made.trainer.strategy
     if (tensor := strategy.tensor_model_parallel_size) > 1:
-        strategy.sequence_parallel = True  # Megatron trains experts in no other way
+        strategy.sequence_parallel = True  # with tensor parallelism, Megatron trains experts only in this way
     is_unused = strategy.expert_model_parallel_size == 1 and not _own_experts(recipe.model.config)
     if is_unused and strategy.expert_tensor_parallel_size:
-        strategy.expert_tensor_parallel_size = tensor  # 1 in NeMo's recipes of Qwen3, which have no experts
+        strategy.expert_tensor_parallel_size = tensor  # NeMo's dense Qwen3 recipes set 1 without having experts
     check_settings(made)
     if is_first_rank():
         show_messages().info("Upcycled to %d experts, top-%d. Changed:", spec.num_experts, spec.top_k)
@@ -90,11 +89,10 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
     """Let a training recipe start from a dense checkpoint, upcycled online or as it is, and train on a data folder.
 
     Args:
-        recipe: a NeMo pretraining recipe of the dense model; changed in place.
+        recipe: NeMo pretraining recipe of the dense model; changed in place.
         dense: a Hugging Face folder, `hf://ORG/NAME` or `asset://smollm2-135m`.
-        spec: how to upcycle; None continues the dense model.
-        data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
-            data.
+        spec: how to upcycle; None: train the dense model as it is.
+        data: finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None: the recipe's data.
 
     Returns:
         The recipe.
@@ -114,20 +112,20 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
     if data is not None:
         train_on(recipe, data, str(dense))
     elif recipe.data.__fn_or_cls__ is MockDataModule and recipe.data.tokenizer is None:
-        # NeMo would fetch GPT-2's, whose vocabulary is another.
+        # NeMo would fetch GPT-2's tokenizer, which has another vocabulary.
         recipe.data.tokenizer = run.Config(mock_tokenizer, dense=str(dense))
-    own = (MetricsLogger, StopOnSignal)  # a recipe may derive from one that has them
+    own = (MetricsLogger, StopOnSignal)  # a recipe may derive from a recipe that already has them
     others = [callback for callback in recipe.trainer.callbacks or [] if callback.__fn_or_cls__ not in own]
     recipe.trainer.callbacks = [*others, *map(run.Config, own)]
     return recipe
 
 
 def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
-    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
+    """Let an upcycling recipe build another model: set the spec and every model field that follows from the spec.
 
     Args:
-        recipe: returned by `upcycled`, or one of this package's; changed in place.
-        spec: what to build.
+        recipe: recipe returned by `upcycled`, or one of this package's upcycling recipes; changed in place.
+        spec: spec of the model to build.
 
     Returns:
         The recipe.
@@ -150,14 +148,14 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
 
 
 def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
-    """Return the fields of a NeMo model config that turn the dense family's own config into the upcycled model's."""
+    """Return the fields that turn a dense NeMo model config into the config of the upcycled model."""
     fields = router_fields(spec)
     own = {name: fields[name] for name in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax")}
     return own | BALANCING_LOSS | {"moe_token_dispatcher_type": "alltoall"}
 
 
 def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
-    """Set the spec, and what follows from it where the model has another value."""
+    """Set the spec, and every model field that follows from the spec and has another value."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     config = recipe.model.config
@@ -167,27 +165,27 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
         fields["moe_router_load_balancing_type"] = BALANCING_LOSS["moe_router_load_balancing_type"]
     for name, value in fields.items():
         now = getattr(config, name)
-        if now is None and name == "moe_ffn_hidden_size":  # so Megatron takes it
+        if now is None and name == "moe_ffn_hidden_size":  # Megatron then uses ffn_hidden_size
             now = config.ffn_hidden_size
         if now != value:
             setattr(config, name, value)
-    # NeMo's default builds every layer alike.
+    # NeMo's default builds all layers alike, so it cannot mix dense and MoE layers.
     if spec.moe_layers != "all" and not (layer_fields(config) or _own_experts(config)):
         config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **asdict(spec))  # all, for people
+    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **asdict(spec))  # all fields, so that people see them
     return recipe
 
 
 def _own_experts(config: run.Config) -> int | None:
-    """Return the experts that the class of a model has by itself: those of a parent, not what a spec makes of it."""
+    """Return the number of experts that a model's class has by default: the parent's experts, without the spec's."""
     return getattr(config.__fn_or_cls__, "num_moe_experts", None)
 
 
 def _check_dense(recipe: Any) -> None:
-    """Check that a recipe is one of a model that can be upcycled: a dense one, or one of more experts than it has.
+    """Check that a recipe pretrains a model that can be upcycled: of a supported family, dense or with experts.
 
     Raises:
-        SpecError: it is not; the text says why.
+        SpecError: the model cannot be upcycled; the text says why.
     """
     if not isinstance(recipe, run.Partial):
         raise SpecError(
@@ -228,7 +226,7 @@ def _check_dense(recipe: Any) -> None:
 
 
 def _complete(recipe: run.Partial) -> None:
-    """Give a recipe what those of NeMo have, and its defaults lack: a checkpoint to keep, and to resume from."""
+    """Add the parts that NeMo's recipes have and a bare `run.Partial` lacks: saving checkpoints and resuming."""
     resume, callbacks = default_resume(), recipe.trainer.callbacks or []
     recipe.log = setting(recipe, "log") or default_log()
     recipe.resume = setting(recipe, "resume") or resume
@@ -240,7 +238,11 @@ def _complete(recipe: run.Partial) -> None:
 
 
 def _take_ours(recipe: run.Partial, name: str) -> None:
-    """Give a part of a recipe this package's class, with all its settings; a class derived from it stays."""
+    """Replace NeMo's class of a recipe's part by this package's and keep its settings; a derived class stays.
+
+    Raises:
+        SpecError: the part has another class.
+    """
     theirs, ours = _REPLACEMENTS[name]
     part = setting(recipe, name)
     if part is None or issubclass(part.__fn_or_cls__, ours):
@@ -256,7 +258,7 @@ def _take_ours(recipe: run.Partial, name: str) -> None:
 
 
 def _changes(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield the settings in which two configurations differ, with both values."""
+    """Yield the name and both values of every setting that differs between two configurations."""
     if not (isinstance(before, fdl.Buildable) and isinstance(after, fdl.Buildable)):
         if before != after:
             yield name, _short(before), _short(after)
@@ -269,7 +271,7 @@ def _changes(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, str
 
 
 def _short(value: Any) -> str:
-    """Return a value on one line: of a configuration only what is not its class's default."""
+    """Return a value on one line; a configuration shows only settings that differ from its class's defaults."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_short, value))}]"
     if not isinstance(value, fdl.Buildable):

@@ -1,11 +1,11 @@
-"""Upcycling inside NeMo: a restore configuration that names a dense checkpoint, and the strategy that acts on it.
+"""Upcycling inside NeMo: a restore configuration that names a dense checkpoint, and the strategy that executes it.
 
-NeMo's `AutoResume` hands the restore configuration to the strategy only when the run has no checkpoint of its own yet,
-so a restarted run resumes and never upcycles twice. Model and config classes stay NeMo's: the checkpoints that the
-run writes open in plain NeMo.
+NeMo's `AutoResume` passes the restore configuration to the strategy only if the run has no checkpoint of its own yet.
+So a restarted run resumes and never upcycles twice. Model and config classes stay NeMo's, so plain NeMo opens the
+checkpoints that the run writes.
 """
 
-# No postponed annotations, and Optional: NeMo-Run parses `resume.restore_config.path=...` by them.
+# Do not postpone annotations here, and use Optional: NeMo-Run parses `resume.restore_config.path=...` with them.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -40,23 +40,24 @@ from nemo_upcycle.utils.progress import show_messages
 
 
 quiet_lightning()  # before a trainer is made with this strategy
-repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
+repair_signatures()  # before the first configuration of a class is made, because fiddle caches the signature
 
 
 @dataclass(kw_only=True)
 class UpcycleConfig(RestoreConfig):
-    """What `AutoResume.restore_config` is for a run that starts from a dense Hugging Face checkpoint.
+    """The `AutoResume.restore_config` of a run that starts from a dense checkpoint.
 
     Args:
-        path: the dense checkpoint: a folder, `hf://organisation/model`, `asset://smollm2-135m`, or
-            `nemo:///absolute/path` (NeMo 2, Megatron). What is not on this machine yet is fetched into the cache
+        path: dense checkpoint: a folder, `hf://organisation/model`, `asset://smollm2-135m`, or
+            `nemo:///absolute/path` (NeMo 2, Megatron). If it is not on this machine yet, it is fetched into the cache
             before the weights are read.
-        spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
-        branches: further dense checkpoints of the same architecture, named as `path` is: the experts are copies of the
-            first, the second ... in turn (Branch-Train-MiX).
-        checkpoint: a checkpoint of a training of the same model, or the folder of such a run, to start from in place
-            of what `path` makes; only its weights are taken. `path` and `spec` still say what the model was made of.
-        non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
+        spec: how to upcycle the dense checkpoint; None: load it into a dense model as it is (continued training of the
+            parent).
+        branches: further dense checkpoints of the same architecture, named like `path`. The experts are copies of the
+            first checkpoint, the second, and so on in turn (Branch-Train-MiX).
+        checkpoint: checkpoint of a training of the same model, or the folder of such a run, to start from instead of
+            upcycling `path`; only its weights are loaded. `path` and `spec` still say what the model was made from.
+        non_expert_weights: with branches, the source of all other weights: the "first" checkpoint or the "mean" of
             all.
 
     Example:
@@ -70,28 +71,28 @@ class UpcycleConfig(RestoreConfig):
     branches: Optional[list[str]] = None
     checkpoint: Optional[str] = None
     non_expert_weights: str = "first"
-    load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
+    load_artifacts: bool = False  # the folder has no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
-        # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
+        # AutoResume accepts only nemo:// addresses in `path`, so it gets the folder that will hold the model.
         self.path = str(_local(self.path))
         self.branches = [str(_local(branch)) for branch in self.branches or []]
         self.checkpoint = str(_checkpoint(Path(self.checkpoint).expanduser())) if self.checkpoint else None
 
 
 def _local(source: str) -> Path:
-    """Return the folder of a dense checkpoint, fetched where needed."""
+    """Return the folder of a dense checkpoint, and fetch the checkpoint if needed."""
     if source.startswith("nemo://"):
         return Path(source.removeprefix("nemo://"))
-    # The tokenizer comes with the data: unlike a Hugging Face folder, this one need not hold its files.
+    # The tokenizer comes with the data, so unlike a Hugging Face folder, a Megatron folder needs no tokenizer files.
     return Path(source) if is_megatron(Path(source)) else ensure_dense(source)
 
 
 def _checkpoint(path: Path) -> Path:
-    """Return a checkpoint: the path itself, or the newest that a run left in its folder.
+    """Return the checkpoint at a path: the path itself, or the newest checkpoint of a run's folder.
 
     Raises:
-        SpecError: it has LoRA's adapters, which would be left out.
+        SpecError: the checkpoint has LoRA adapters, which would be lost.
     """
     found = path if (path / "weights").is_dir() else last_checkpoint(path.absolute())
     described = read_context(found)
@@ -108,7 +109,7 @@ def _checkpoint(path: Path) -> Path:
 class UpcycleStrategy(nl.MegatronStrategy):
     """NeMo's Megatron strategy, able to start from an `UpcycleConfig`.
 
-    Takes the arguments of `nl.MegatronStrategy`. On a machine without CUDA it also switches the CPU backend on.
+    Takes the arguments of `nl.MegatronStrategy`. Without CUDA it also switches on the CPU backend.
     """
 
     def connect(self, model: pl.LightningModule) -> None:
@@ -118,24 +119,24 @@ class UpcycleStrategy(nl.MegatronStrategy):
         super().connect(model)
 
     def setup_megatron_parallel(self, trainer: pl.Trainer) -> None:
-        """Build and fill the chunks, without a random initialisation that would be overwritten at once."""
+        """Build and fill the chunks; skip the random initialisation if it would be overwritten at once."""
         model = self.model
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
-        if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
+        if not self._init_model_parallel:  # with LoRA: it wraps a filled model's layers before NeMo wraps the chunks
             self._fill()
         self._auxiliary_losses = correct_losses(model.config)
         load_other_chains()
 
     def init_model_parallel(self) -> None:
-        """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
+        """Wrap the chunks, then fill them from the dense checkpoint before optimizers copy them as master weights."""
         super().init_model_parallel()
         if self._init_model_parallel:
             self._fill()
 
     def _fill(self) -> None:
-        """Fill the chunks from the parent, unless the run goes on from a checkpoint."""
+        """Fill the chunks from the parent, unless the run starts from or resumes a trained checkpoint."""
         restore = self.restore_config
         if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path or restore.checkpoint:
             return
@@ -143,14 +144,14 @@ class UpcycleStrategy(nl.MegatronStrategy):
         check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
         _check_gather(self.ddp_config)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # NeMo lets Megatron's wrapper copy weights on a stream of its own
+            torch.cuda.synchronize()  # Megatron's wrapper copies weights on a separate stream in NeMo
         chunks, paths = list(self.megatron_parallel), [restore.path, *(restore.branches or [])]
         if torch.distributed.get_rank() == 0:
             show_messages().info("parent: %s", ", ".join(paths))
         self._receipt = fill_chunks(chunks, paths, restore.spec, restore.non_expert_weights)
 
     def selective_restore(self) -> None:
-        """Write the receipt of what was filled; or load the weights of an earlier training."""
+        """Write the receipt of the upcycling, or load the weights of an earlier training."""
         restore = self.restore_config
         if not isinstance(restore, UpcycleConfig):
             super().selective_restore()
@@ -176,7 +177,10 @@ class UpcycleStrategy(nl.MegatronStrategy):
         self.barrier("UpcycleStrategy.selective_restore")
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
-        """Load the states; schedulers of another expert parallelism had more or fewer groups of parameters."""
+        """Load the optimizer states, and fit the schedulers' parameter groups to this expert parallelism.
+
+        A run with another expert parallelism had more or fewer parameter groups.
+        """
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer, scheduler in zip(self.optimizers, checkpoint.get("lr_schedulers", ()), strict=False):
             groups = optimizer.param_groups
@@ -186,10 +190,10 @@ class UpcycleStrategy(nl.MegatronStrategy):
 
 
 def _check_gather(ddp: Any) -> None:
-    """Refuse to gather parameters in MXFP8 while others compute: in NeMo 2.7 all would be zero.
+    """Refuse to overlap the gathering of MXFP8 parameters with computation: in NeMo 2.7 all parameters would be zero.
 
-    They are gathered through the buffer of gradients, and Megatron-Core 0.15 leaves it to the training loop to copy
-    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`); NeMo's does not.
+    The parameters are gathered through the gradient buffer. Megatron-Core 0.15 expects the training loop to copy the
+    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`), and NeMo's loop does not.
     """
     if setting(ddp, "reuse_grad_buf_for_mxfp8_param_ag") and setting(ddp, "overlap_param_gather"):
         raise SpecError(
@@ -201,7 +205,7 @@ def _check_gather(ddp: Any) -> None:
 
 
 def _report(receipt: UpcycleReceipt) -> None:
-    """Merge the ranks' receipts; the first rank writes the result beside the run's logs."""
+    """Merge the receipts of all ranks, and write the result beside the run's logs on the first rank."""
     merged = merge_receipts(receipt)
     if merged is None:
         return

@@ -1,6 +1,6 @@
-"""NVIDIA's resiliency extension in a run, or callbacks that do nothing if its surroundings are missing."""
+"""Callbacks of NVIDIA's resiliency extension; if a requirement is missing, a callback that does nothing instead."""
 
-# No postponed annotations: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` by them.
+# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` with them.
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ from nemo_upcycle.utils.progress import show_messages
 def hang_detection() -> Callback:
     """Return the callback that tells `ft_launcher` after each step that this rank is alive.
 
-    The launcher ends and restarts all ranks when one is silent for longer than its timeouts, which
-    `pipeline.executors.ft.ft_command` sets. Under another launcher the extension's callback would fail, and the one
-    returned does nothing.
+    The launcher ends and restarts all ranks if one is silent for longer than its timeouts, which
+    `pipeline.executors.ft.ft_command` sets. Under another launcher the extension's callback would fail, so a callback
+    that does nothing is returned.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(hang_detection))  # doctest: +SKIP
@@ -28,9 +28,9 @@ def hang_detection() -> Callback:
     from nvidia_resiliency_ext.ptl_resiliency import FaultToleranceCallback
 
     class Heartbeat(FaultToleranceCallback):
-        """Goes on without its watcher, which ends at once when a scheduler sends SIGTERM to all of a job's processes.
+        """The extension's callback, but it keeps running if its watcher process has ended.
 
-        The ranks have to save first.
+        If a scheduler sends SIGTERM to all processes of a job, the watcher ends at once. The ranks must save first.
         """
 
         def _send_ft_heartbeat(self) -> None:
@@ -41,15 +41,15 @@ def hang_detection() -> Callback:
             with contextlib.suppress(RankMonitorClientError, OSError):
                 super()._shutdown_fault_tolerance()
 
-    # The launcher's timeouts stand: ones calculated from a short run would end a slow step of a long one. Whether the
-    # training is finished is told by its checkpoint, so no flag file is wanted either.
+    # Keep the launcher's timeouts: timeouts calculated from a short run would kill a slow step of a long run. The
+    # checkpoint tells whether the training is finished, so no flag file is needed either.
     return Heartbeat(autoresume=False, calculate_timeouts=False)
 
 
 def straggler_report(every_s: float = 600.0) -> Callback:
-    """Return the callback that warns of GPUs that are slower than the others, or than they were; it ends no run.
+    """Return the callback that warns of GPUs slower than the others, or slower than before, and never ends the run.
 
-    Without CUDA or its profiling interface the callback returned does nothing. Not verified on GPUs.
+    Without CUDA or its profiling interface, the returned callback does nothing. Not verified on GPUs.
 
     Args:
         every_s: seconds between two reports.
@@ -74,5 +74,5 @@ def straggler_report(every_s: float = 600.0) -> Callback:
         gpu_individual_perf_threshold=0.7,
         stop_if_detected=False,
         enable_ptl_logging=True,
-        profiling_interval=10,  # the profiler costs time in every step that it looks at
+        profiling_interval=10,  # the profiler slows every step that it measures
     )

@@ -1,1 +1,4 @@
-"""Name the new place of each module that 0.3 had in `nemo_upcycle.recipes`, which looks here after its own folder."""
+"""Stubs that name the new place of each module that release 0.3 had in `nemo_upcycle.recipes`.
+
+`nemo_upcycle.recipes` looks for modules in this folder after its own.
+"""

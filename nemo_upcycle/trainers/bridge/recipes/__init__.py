@@ -1,4 +1,4 @@
-"""Build the recipes of Megatron-Bridge in `recipes/`."""
+"""Build the Megatron-Bridge recipes of `recipes/`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def register(recipes: Mapping[str, Callable[..., Any]]) -> None:
-    """Add recipes to `megatron.bridge.recipes`, where Bridge looks for names.
+    """Add recipes to `megatron.bridge.recipes`, where Bridge looks them up by name.
 
     Args:
         recipes: name -> function.

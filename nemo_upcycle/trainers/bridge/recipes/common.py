@@ -1,4 +1,4 @@
-"""Let a configuration of Bridge's start from a dense checkpoint: upcycled, or as it is."""
+"""Let a Bridge configuration start from a dense checkpoint, upcycled or as it is."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import check_named, check_whole
 
 
-#: Whose rates, schedule, steps and batch size `upcycled` takes.
+#: Sources of the rates, schedule, steps and batch size of `upcycled`: the paper, or the configuration itself.
 RATES = ("paper", "keep")
 
 
 def with_upcycling(config: ConfigContainer, hf_model_path: str | Path, **node: Any) -> UpcyclingConfig:
-    """Let a training of Bridge's start from a dense checkpoint, upcycled into the model that a spec makes of it.
+    """Let a Bridge training start from a dense checkpoint that a spec upcycles.
 
-    The node `upcycling` of what it returns holds the parent and the spec; Bridge's overrides change it
+    The node `upcycling` of the result holds the parent and the spec. Bridge's overrides change the node
     (`upcycling.top_k=4`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders stay.
-    Change what it returns as you would change Bridge's configuration.
+    Change the result as you would change Bridge's own configuration.
 
     Args:
-        config: Bridge's recipe, or a configuration of one's own; it stays as it is, and the result shares its parts.
-        hf_model_path: the dense checkpoint: a folder that every rank sees, ORG/NAME, hf://ORG/NAME, or an asset.
+        config: Bridge's recipe, or a configuration of your own; it stays unchanged, and the result shares its parts.
+        hf_model_path: dense checkpoint: a folder that every rank sees, ORG/NAME, hf://ORG/NAME, or an asset.
         node: other fields of the node: any field of `UpcycleSpec`, `branches`, `non_expert_weights`.
 
     Raises:
-        SpecError: a field of the node is not known or not valid, or Bridge's model class cannot be such a model.
-        UpcycleError: there is no such checkpoint.
+        SpecError: a field of the node is unknown or invalid, or Bridge's model class cannot represent the model.
+        UpcycleError: the dense checkpoint does not exist.
 
     Example:
         >>> config = with_upcycling(config, "/models/Llama-3-8B", num_experts=8, top_k=2)  # doctest: +SKIP
@@ -58,14 +58,14 @@ def with_upcycling(config: ConfigContainer, hf_model_path: str | Path, **node: A
 
 
 def with_parent(config: ConfigContainer, hf_model_path: str | Path) -> UpcyclingConfig:
-    """Let a training of Bridge's start from a dense checkpoint as it is: the baseline, without the node `upcycling`.
+    """Let a Bridge training start from a dense checkpoint as it is: the baseline, without the node `upcycling`.
 
     Args:
-        config: Bridge's recipe, an upcycled training, or a configuration of one's own; it stays as it is.
+        config: Bridge's recipe, an upcycled training, or a configuration of your own; it stays unchanged.
         hf_model_path: see `with_upcycling`.
 
     Raises:
-        UpcycleError: there is no such checkpoint.
+        UpcycleError: the dense checkpoint does not exist.
     """
     return _start_from(config, str(hf_model_path), None)
 
@@ -73,13 +73,13 @@ def with_parent(config: ConfigContainer, hf_model_path: str | Path) -> Upcycling
 def _start_from(
     given: ConfigContainer, hf_model_path: str, node: dict[str, Any] | None, **settings: Any
 ) -> UpcyclingConfig:
-    """Return a configuration with a parent and a node, and the model that they ask for.
+    """Return a configuration with a parent and a node, and the model that follows from both.
 
     Args:
-        given: the configuration to start from. If this package made its model, only parent and node change in it.
-        hf_model_path: the dense checkpoint.
+        given: configuration to start from. If this package made its model, only the parent and the node change in it.
+        hf_model_path: dense checkpoint.
         node: fields of the node; None: the parent is trained as it is.
-        settings: settings of the model, which go before those that it has.
+        settings: settings of the model, which take precedence over its present settings.
     """
     check_named("hf_model_path", hf_model_path)
     config = UpcyclingConfig.of(given)
@@ -99,27 +99,27 @@ def _start_from(
                 config.comm_overlap = copy.copy(config.comm_overlap)
                 config.comm_overlap.overlap_moe_expert_parallel_comm = False
     config.tokenizer, config.checkpoint = copy.copy(config.tokenizer), copy.copy(config.checkpoint)
-    config.tokenizer.use_tokenizer_vocab_size = False  # the parent's vocabulary counts
+    config.tokenizer.use_tokenizer_vocab_size = False  # use the parent's vocabulary size
     if config.tokenizer.tokenizer_type == "NullTokenizer" and before is None:
         config.tokenizer.vocab_size = config.model.vocab_size - 1
-    config.checkpoint.dist_ckpt_optim_fully_reshardable = True  # the states of its optimizer fit another layout
+    config.checkpoint.dist_ckpt_optim_fully_reshardable = True  # so that optimizer states fit other layouts
     return config
 
 
 def upcycled_pretraining(
     dense: str, spec: UpcycleSpec | None, *, seq_length: int, data: str | Path | None = None, **settings: Any
 ) -> UpcyclingConfig:
-    """Make Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers.
+    """Make Bridge's pretraining of an upcycled model, or of its parent, with the paper's numbers.
 
-    Bridge's own numbers are for random weights; see `trainers.paper`. Without `data` it trains on Bridge's mock data,
-    and says so at its start.
+    Bridge's own numbers are for random weights; see `trainers.paper`. Without `data` the run trains on Bridge's mock
+    data, and says so at its start.
 
     Args:
-        dense: the dense checkpoint, see `with_upcycling`.
-        spec: how to upcycle it; None continues it as it is.
-        seq_length: S.
+        dense: dense checkpoint; see `with_upcycling`.
+        spec: how to upcycle it; None trains the dense model as it is.
+        seq_length: sequence length S (tokens).
         data: see `upcycled`.
-        settings: further ones of the model: layout and kernels.
+        settings: further settings of the model: layout and kernels.
 
     Example:
         >>> upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192, data="/data/mine")  # doctest: +SKIP
@@ -141,23 +141,23 @@ def upcycled(
     seq_length: int | None = None,
     **settings: Any,
 ) -> UpcyclingConfig:
-    """Turn any pretraining of Bridge's into one by the paper's numbers that starts from a dense checkpoint.
+    """Turn any Bridge pretraining into a training that starts from a dense checkpoint, with the paper's numbers.
 
-    It is `with_upcycling` (without a spec `with_parent`) and the paper's rates, schedule, steps and batch size. It
-    prints each setting that it changes, as an override that Bridge's command line takes.
+    The result is the same as from `with_upcycling` (`with_parent` if there is no spec), plus the paper's rates,
+    schedule, steps and batch size. Every changed setting is printed as an override for Bridge's command line.
 
     Args:
-        config: Bridge's recipe, or a configuration of one's own; it stays as it is.
-        dense: the dense checkpoint, see `with_upcycling`.
-        spec: how to upcycle it; None continues it as it is: the dense baseline.
+        config: Bridge's recipe, or a configuration of your own; it stays unchanged.
+        dense: dense checkpoint; see `with_upcycling`.
+        spec: how to upcycle it; None trains the dense model as it is: the dense baseline.
         data: a finished folder of `nemo-upcycle data`; None keeps the configuration's data.
-        rates: `paper`; or `keep`, for the rates, schedule, steps and batch size that the configuration has.
-        seq_length: S; None takes that of the configuration's data.
-        settings: further ones of the model, which go before the configuration's.
+        rates: `paper`, or `keep` for the configuration's own rates, schedule, steps and batch size.
+        seq_length: sequence length S (tokens); None: the sequence length of the configuration's data.
+        settings: further settings of the model, which take precedence over the configuration's.
 
     Raises:
-        SpecError: Bridge's model class cannot be such a model, or `rates` is neither.
-        UpcycleError: there is no such checkpoint, or the data are not finished.
+        SpecError: Bridge's model class cannot represent the model, or `rates` is unknown.
+        UpcycleError: the dense checkpoint does not exist, or the data are not finished.
 
     Example:
         >>> config = upcycled(my_config(), "/models/mine", UpcycleSpec(), "/data/mine")  # doctest: +SKIP
@@ -173,11 +173,11 @@ def upcycled(
     is_text = not isinstance(config.dataset, BlendDataset | GPTDatasetConfig)
     values = {
         "tokenizer.tokenizer_type": "HuggingFaceTokenizer" if is_text else "NullTokenizer",
-        "tokenizer.tokenizer_model": None,  # of texts, the parent's
+        "tokenizer.tokenizer_model": None,  # for texts, the parent's tokenizer
         "tokenizer.vocab_size": None if is_text else config.model.vocab_size - 1,
         "dataset.seq_length": seq_length,
         "checkpoint.load": config.checkpoint.save,
-        "dist.distributed_timeout_minutes": 60,  # the first rank alone lays out the order of the samples
+        "dist.distributed_timeout_minutes": 60,  # the first rank alone computes the order of the samples
     }
     if rates == "paper":
         values |= {
@@ -185,15 +185,15 @@ def upcycled(
             "train.global_batch_size": max(1, paper.TOKENS_A_STEP // seq_length),
             "validation.eval_interval": 2000,
             "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
-            "checkpoint.most_recent_k": 2,  # Bridge keeps all
+            "checkpoint.most_recent_k": 2,  # Bridge keeps all by default
             "optimizer.lr": paper.PEAK,
             "optimizer.min_lr": paper.END,
-            "optimizer.adam_eps": 1e-5,  # NeMo's
+            "optimizer.adam_eps": 1e-5,  # NeMo's value
             "scheduler.lr_decay_style": "cosine",
             "scheduler.lr_decay_iters": None,
             "scheduler.lr_warmup_iters": paper.WARMUP_STEPS,
             "scheduler.lr_warmup_fraction": None,
-            # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
+            # Bridge's scheduler has 0.033, which would replace the optimizer's 0.1.
             "scheduler.start_weight_decay": config.optimizer.weight_decay,
             "scheduler.end_weight_decay": config.optimizer.weight_decay,
         }

@@ -1,6 +1,7 @@
-"""Build the trainings of Megatron-Bridge's recipes in `recipes/`, with the numbers of NeMo's.
+"""Build the trainings of the Megatron-Bridge recipes in `recipes/`, with the numbers of the NeMo recipes.
 
-A recipe's file and `trainers/nemo/paper_recipe.py` give the reasons: what arXiv 2412.09952 states, what it does not.
+A recipe's file and `trainers/nemo/paper_recipe.py` give the reasons for the numbers, and say which of them arXiv
+2412.09952 states.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
 from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
 
-#: GPUs that NVLink joins in a rack of GB200.
+#: Number of GPUs that NVLink joins in a GB200 rack.
 NVL72 = 72
-#: What a recipe's name has of a fast run's precision -> Bridge's mixed precision.
+#: Precision in the name of a fast run -> Bridge's mixed precision.
 PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_with_fp8_subchannel_scaling_mixed"}
 
 
 def upcycled_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None, **settings: Any
 ) -> UpcyclingConfig:
-    """Make the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
+    """Make the paper's training: EP8 and capacity factor 4, which drops nothing with 8 experts and top-2.
 
-    MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
+    MoE layers are recomputed in every step, because routers start unbalanced. NeMo's recipes recompute them only in
+    the first 500 steps.
 
     Args:
         dense: the dense checkpoint, see `with_upcycling`.
-        layout: GPUs and layout.
+        layout: number of GPUs, and layout.
         schedule: steps, batches and learning rates.
         spec: how to upcycle.
         data: a finished folder of `nemo-upcycle data`; None: Bridge's mock data.
-        settings: what else differs in the model.
+        settings: model settings that differ.
     """
     own: dict[str, Any] = {
         "recompute_granularity": "selective",
@@ -57,10 +59,14 @@ def hybridep_run(
     nvlink_gpus: int = 8,
     **settings: Any,
 ) -> UpcyclingConfig:
-    """Make `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
+    """Make `upcycled_run` with HybridEP and without a capacity limit, as in Bridge's own Qwen3-MoE recipes.
 
     Args:
-        dense, layout, schedule, spec, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        layout: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        spec: see `upcycled_run`.
+        data: see `upcycled_run`.
         nvlink_gpus: number of GPUs that NVLink joins: 8 in a usual machine, or `NVL72`.
         settings: see `upcycled_run`.
     """
@@ -78,13 +84,17 @@ def hybridep_run(
 def mxfp8_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
 ) -> UpcyclingConfig:
-    """Make the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
+    """Make the fast MXFP8 run on GB200 racks: HybridEP, no capacity limit, no recomputation. It has not been run.
 
-    What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
-    that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
+    Apart from the layout, it has the settings of Bridge's own Qwen3-MoE recipe for GB200 (`recipes/qwen/gb200`), with
+    one difference: parameters stay in BF16 until MXFP8 parameters have been filled on a GPU.
 
     Args:
-        dense, layout, schedule, spec, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        layout: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        spec: see `upcycled_run`.
+        data: see `upcycled_run`.
     """
     settings: dict[str, Any] = {
         "recompute_granularity": None,
@@ -120,13 +130,17 @@ def mxfp8_run(
 def fast_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
 ) -> UpcyclingConfig:
-    """Make the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
+    """Make the fast FP8 run: capacity factor 1 with padding, no recomputation. FP8 has not been run.
 
-    Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
-    BF16, as in Bridge's `perf_recipes`.
+    Parameters stay in BF16 until FP8 parameters (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced
+    in BF16, as in Bridge's `perf_recipes`.
 
     Args:
-        dense, layout, schedule, spec, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        layout: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        spec: see `upcycled_run`.
+        data: see `upcycled_run`.
     """
     capacity = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
     config = _paper_run(dense, layout, schedule, spec, data, **capacity)
@@ -137,19 +151,24 @@ def fast_run(
 
 
 def dense_run(dense: str, layout: Run, schedule: Schedule, data: str | None = None) -> UpcyclingConfig:
-    """Make the training of the dense baseline, by the same data, batches and learning rates.
+    """Make the training of the dense baseline, with the same data, batches and learning rates.
 
     Args:
-        dense, layout, schedule, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        layout: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        data: see `upcycled_run`.
     """
     return _paper_run(dense, layout, schedule, None, data)
 
 
 def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: str | None = None) -> UpcyclingConfig:
-    """Make a training of a few steps, on one GPU, or on none.
+    """Make a training of a few steps, on one GPU or on a CPU.
 
     Args:
-        dense, schedule, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        data: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
     """
     config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data)
@@ -159,18 +178,18 @@ def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: st
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
     # Saving for other layouts gathers the optimizer's state in memory: 8 GB more for SmolLM2-135M with 8 experts.
     config.checkpoint.dist_ckpt_optim_fully_reshardable = False
-    config.dataset.num_workers = 0  # on a CPU each loader's process keeps the weights of before the first step
+    config.dataset.num_workers = 0  # on a CPU, each loader process keeps the weights from before the first step
     return config
 
 
 def tuned(config: UpcyclingConfig, tuning: Tuning, data: str | None = None) -> UpcyclingConfig:
-    """Let one of these trainings tune on conversations instead, from the dense checkpoint on.
+    """Turn one of these trainings into a tuning on conversations that starts from the dense checkpoint.
 
-    It upcycles its dense parent as it starts, by Bridge's `pretrain`, for its `finetune` has to find a checkpoint. The
-    data are a finished folder of `nemo-upcycle chat`, which `dataset.folder` names.
+    The tuning upcycles its dense parent at its start. It runs Bridge's `pretrain`, because Bridge's `finetune` needs
+    an existing checkpoint. The data are a finished folder of `nemo-upcycle chat`, which `dataset.folder` names.
 
     Args:
-        config: the training; changed in place. Its layout stays, but for context parallelism.
+        config: configuration of the training; changed in place. Its layout stays, except for context parallelism.
         tuning: batches, steps and learning rates.
         data: a finished folder of `nemo-upcycle chat`; None: `dataset.folder` is set later.
     """
@@ -181,7 +200,7 @@ def tuned(config: UpcyclingConfig, tuning: Tuning, data: str | None = None) -> U
     config.model.seq_length, config.model.context_parallel_size = schedule.seq_length, 1
     _train_by(config, schedule)
     config.validation.eval_interval = config.checkpoint.save_interval = max(1, schedule.steps // 4)
-    config.validation.eval_iters = 32  # the chain takes all packs that are held back for it, if that is less
+    config.validation.eval_iters = 32  # at most: the pipeline lowers it if fewer packs are held out
     return config
 
 
@@ -194,10 +213,13 @@ def _train_by(config: UpcyclingConfig, schedule: Schedule) -> None:
 def _paper_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec | None, data: str | None = None, **model: Any
 ) -> UpcyclingConfig:
-    """Make the paper's training in a layout.
+    """Make the paper's training in a given layout.
 
     Args:
-        dense, layout, schedule, data: see `upcycled_run`.
+        dense: see `upcycled_run`.
+        layout: see `upcycled_run`.
+        schedule: see `upcycled_run`.
+        data: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
         model: further settings of the model.
     """
