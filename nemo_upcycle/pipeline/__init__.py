@@ -1,1 +1,1 @@
-"""The chain as a NeMo-Run experiment: import -> upcycle -> pretrain -> dense_ct -> export -> evaluate -> report."""
+"""The chain, a NeMo-Run experiment: import, data, upcycle, pretrain, dense_ct, export, evaluate, report."""

@@ -1,4 +1,4 @@
-"""Run one stage of a run, as the launcher on this machine and every job of Slurm and Kubernetes do.
+"""Run one stage of a run. The launcher on this machine and every job of Slurm and Kubernetes call this module.
 
 python -m nemo_upcycle.pipeline STAGE RUN_DIR [SCRIPT ...]
 """
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     with answered():
         require_one_checkout()
     stage, folder, *scripts = sys.argv[1:]
-    for script in scripts:  # a recipe names things of the script that launched it: `__main__.MyCallback`
+    for script in scripts:  # a recipe may name objects of the script that launched it, as `__main__.MyCallback`
         globals().update(runpy.run_path(script, run_name="__external_main__"))
     try:
         run_stage(stage, folder)

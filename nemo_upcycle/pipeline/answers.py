@@ -1,4 +1,4 @@
-"""How a command line of `nemo upcycle` is answered where it is wrong; imports nothing that takes long."""
+"""Answer mistakes on the command line of `nemo upcycle`. This module imports nothing slow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nemo_upcycle.utils.masking import without_secrets
 
 
 def refuse_bridge(words: Sequence[str]) -> None:
-    """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
+    """Check that the words of `nemo upcycle pipeline` are for NeMo, the trainer of this environment.
 
     Args:
-        words: the words of the command line, behind the command.
+        words: words of the command line after the command.
 
     Raises:
-        UpcycleError: a recipe is Megatron-Bridge's.
+        UpcycleError: the words name a recipe of Megatron-Bridge.
 
     Example:
         >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
@@ -37,10 +37,10 @@ def refuse_bridge(words: Sequence[str]) -> None:
 
 
 def of_another_trainer(name: str) -> UpcycleError | None:
-    """Return the error of a recipe that is not registered here; None if no trainer has it.
+    """Return the error for an upcycling recipe that is not registered here; None if no trainer has the recipe.
 
     Args:
-        name: the recipe's name, as `--factory` takes it.
+        name: name of the recipe, as `--factory` takes it.
 
     Example:
         >>> of_another_trainer("nothing") is None
@@ -61,11 +61,11 @@ def of_another_trainer(name: str) -> UpcycleError | None:
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """Answer a mistake with one message and its status."""
+    """Answer a user's mistake with one message, and exit with its status."""
     try:
         yield
     except UpcycleError as error:
-        plain = getattr(error, "proxy_base_exception", error)  # fiddle's adds the configuration that it was building
+        plain = getattr(error, "proxy_base_exception", error)  # fiddle appends the configuration that it was building
         sys.stderr.write(f"Error: {without_secrets(str(plain))}\n")
         end_soon()
         raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1

@@ -1,4 +1,4 @@
-"""Run a chain of jobs on a scheduler: submit and watch those that are not done, and report why one ended."""
+"""Run a chain of jobs on a scheduler: submit unfinished jobs, watch them, and report why a job ended."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
-#: The cluster of the jobs that were submitted last, and their ids by stage; gone when all have ended well.
+#: File with the cluster of the jobs that were submitted last, and their ids by stage; deleted when all ended well.
 JOBS = "jobs.json"
-#: Seconds between two looks at markers and logs, and that the marker of an ended job may take to be seen through a
-#: shared file system.
+#: Seconds between two looks at markers and logs, and seconds until the marker of an ended job must be visible through
+#: a shared file system.
 POLL_S, SETTLE_S = 3.0, 30.0
-#: Of the logs of a job that failed, in its message: how many, lines of each, and letters of a line.
+#: Logs in the message about a failed job: number of logs, lines of each log, and characters of a line.
 LOGS_SHOWN, LINES_SHOWN, LINE_LENGTH = 2, 4, 300
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
-    """Read `jobs.json`: the `cluster`, and its `jobs` by stage; None without one."""
+    """Read `jobs.json`: the `cluster`, and its `jobs` by stage; None if there is no such file."""
     return read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else None
 
 
 def _step_kept(job: Job) -> int:
-    """Return the step of a training's newest checkpoint; -1 without one."""
+    """Return the step of a training's newest checkpoint; -1 without a checkpoint."""
     kept = newest_checkpoint(job.run_dir / job.name / "checkpoints") if job.is_training else None
     step = step_of(kept) if kept else None
     return -1 if step is None else step
 
 
 class Chain:
-    """The jobs of a run, submitted or to be.
+    """The jobs of a run, already submitted or still to submit.
 
     Args:
-        cluster: scheduler that runs them.
-        jobs: jobs, each after those that it needs.
-        is_done: whether a stage, by name, is done from its present inputs; those before it must be.
-        run_dir: the run's folder, which this machine sees, too.
+        cluster: scheduler that runs the jobs.
+        jobs: jobs, each after the jobs that it needs.
+        is_done: function that tells whether a stage, by name, is done from its present inputs; asked only if the
+            stages before it are done.
+        run_dir: the run's folder, which this machine must see as well.
     """
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # now: later it might not answer
+        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # asked now: it may not answer later
         self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
@@ -60,7 +61,7 @@ class Chain:
         self._asked_s = -math.inf
 
     def done(self) -> set[str]:
-        """Return the stages that are done, and whose predecessors are done."""
+        """Return the stages that are done and whose predecessors are done."""
         done: set[str] = set()
         names = {job.name for job in self.jobs}
         for job in self.jobs:
@@ -69,27 +70,27 @@ class Chain:
         return done
 
     def check(self) -> None:
-        """Check that the scheduler would take the jobs that are not done."""
+        """Check that the scheduler would accept the jobs that are not done."""
         done = self.done()
         self.cluster.check([job for job in self.jobs if job.name not in done])
 
     def alive(self) -> dict[str, str]:
-        """Return the ids of jobs of this run that wait or run, by stage."""
+        """Return the ids of this run's waiting and running jobs, by stage."""
         states = self.cluster.states(list(self.ids.values())) if self.ids else {}
         return {name: identity for name, identity in self.ids.items() if states[identity].phase is not Phase.ENDED}
 
     def adopt(self) -> None:
-        """Take over the jobs of an earlier start that still wait or run; forget those that have ended."""
+        """Take over the waiting and running jobs of an earlier start, and forget jobs that have ended."""
         self.ids = self.alive()
         for job in self.jobs:
             self._steps[job.name] = _step_kept(job)
             if job.name in self.ids:
                 self._say_adopted(job, self.ids[job.name])
-                paths = self.cluster.logs(job, self.ids[job.name])  # lines from before were shown before
+                paths = self.cluster.logs(job, self.ids[job.name])  # skip lines that were shown before
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
 
     def _say_adopted(self, job: Job, identity: str) -> None:
-        """Report that a job stays as it was submitted, and how to give it other settings."""
+        """Report that a job keeps the settings it was submitted with, and how to give it other settings."""
         sys.stderr.write(f"[{job.name}] was submitted before: {identity}\n")
         kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
         if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
@@ -99,10 +100,12 @@ class Chain:
             )
 
     def submit(self) -> list[str]:
-        """Submit jobs that are neither done nor submitted, as far as the scheduler holds jobs back; return the ids.
+        """Submit the jobs that are neither done nor submitted, and return their ids.
+
+        If the scheduler does not hold jobs back, a job is submitted only when the stages before it are done.
 
         Raises:
-            UnreachableError: the scheduler does not answer; another call submits the rest.
+            UnreachableError: the scheduler does not answer; the next call submits the rest.
             UpcycleError: the scheduler refuses a job; the jobs that this call has submitted are cancelled.
         """
         done = self.done()
@@ -130,7 +133,7 @@ class Chain:
         return list(new.values())
 
     def _record(self, ids: dict[str, str]) -> None:
-        """Take these for the ids of the run's jobs, here and in its folder."""
+        """Record the ids of the run's jobs in this object and in the run's folder."""
         self.ids = ids
         if ids:
             write_json(self.run_dir / JOBS, {"cluster": self._identity, "jobs": ids})
@@ -138,25 +141,25 @@ class Chain:
             (self.run_dir / JOBS).unlink(missing_ok=True)
 
     def watch(self, stop: StopSignals) -> bool:
-        """Wait until all stages are done; show their output, and submit those that can start.
+        """Submit jobs when they can start, and show their output, until all stages are done.
 
         Returns:
-            Whether they are; not when a signal came.
+            True if all stages are done, False if a signal came first.
 
         Raises:
-            UnfinishedError: a job ended and its stage is not done; the text has the scheduler's reason.
+            UnfinishedError: a job ended and its stage is not done; the text gives the scheduler's reason.
         """
         while not stop.signum:
             try:
                 self.submit()
-            except UnreachableError as error:  # hours of work must not end with a connection or a login
+            except UnreachableError as error:  # a lost connection or login must not end hours of work
                 self._say_once("scheduler", f"{error} Trying again.")
             done = self.done()
             for job in self.jobs:
                 if job.name in self.ids:
                     self._show_log(job)
             if len(done) == len(self.jobs):
-                # A chain that is a part of the run's leaves the jobs of the other stages.
+                # If this chain is only a part of the run's, the jobs of the other stages stay recorded.
                 self._record({name: identity for name, identity in self.alive().items() if name not in done})
                 return True
             if time.monotonic() >= self._asked_s + self.cluster.poll_s:
@@ -169,7 +172,7 @@ class Chain:
         """Ask the scheduler for the states of jobs that are not done.
 
         Raises:
-            UnfinishedError: a job has ended, and its marker had the time to be seen.
+            UnfinishedError: a job has ended, its marker has not appeared in time, and it cannot be submitted again.
         """
         states = self.cluster.states([self.ids[job.name] for job in jobs]) if jobs else {}
         for job in jobs:
@@ -180,13 +183,13 @@ class Chain:
                 self._say_once(job.name, f"[{job.name}] {state.phase.value}{reason}")
                 continue
             first_s = self._ended_s.setdefault(job.name, time.monotonic())
-            # Neither of these has started, so no marker of it can come late.
+            # An abandoned or orphaned job has never started, so its marker cannot come late.
             has_settled = state.is_abandoned or state.is_orphaned or time.monotonic() - first_s >= SETTLE_S
             if has_settled and job.name not in self.done():
                 del self._ended_s[job.name]
                 self._submit_again(job, state)
             if not state.is_orphaned:
-                break  # the jobs after it end because of it
+                break  # the later jobs ended because of this job
 
     def _say_once(self, topic: str, text: str) -> None:
         if self._shown.get(topic) != text:
@@ -196,12 +199,12 @@ class Chain:
     def _submit_again(self, job: Job, state: JobState) -> None:
         """Forget a job that has to be submitted again: an orphan, or a training that made progress since its start.
 
-        Where the scheduler holds jobs back, a training requeues itself while it makes progress. The stages that an
-        orphan waits for are done, even if the scheduler counts their jobs as failed, such as one that ended by itself
+        If the scheduler holds jobs back, a training requeues itself as long as it makes progress. The stages that an
+        orphan waits for are done even if the scheduler counts their jobs as failed, such as a job that ended by itself
         just after its time limit.
 
         Raises:
-            UnfinishedError: the job made no progress, or is no training.
+            UnfinishedError: the job made no progress, or is not a training.
         """
         if state.is_abandoned:
             self.cluster.cancel([self.ids[job.name]])
@@ -234,7 +237,7 @@ class Chain:
         )
 
     def _last_lines(self, job: Job) -> Iterator[tuple[Path, str]]:
-        """Yield the last lines of the logs that a job has written to last."""
+        """Yield the last lines of the logs that a job wrote most recently."""
         logs = [path for path in self.cluster.logs(job, self.ids[job.name]) if path.is_file()]
         for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-LOGS_SHOWN:]:
             with path.open("rb") as file:
@@ -244,7 +247,7 @@ class Chain:
             yield from ((path, line) for line in written[-LINES_SHOWN:])
 
     def _show_log(self, job: Job) -> None:
-        """Print a job's new output."""
+        """Print the new output of a job."""
         for path in self.cluster.logs(job, self.ids[job.name]):
             try:
                 with path.open("rb") as file:

@@ -31,19 +31,20 @@ from nemo_upcycle.trainers.base import Training
 from nemo_upcycle.utils.files import resolved
 
 
-#: Names that a new run's folder may hold: hidden files, what a run writes before its plan, a log of who starts it.
+#: Names that a new run's folder may hold: hidden files, files that a run writes before its plan, and logs of the
+#: command that starts it.
 _NO_MATTER = re.compile(rf"^(\.|lost\+found$|logs$|{re.escape(JOBS)}$|{KEPT}$)|\.(log|out|err)$")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Findings of the list of checks.
+    """Result of all checks.
 
     Args:
-        wrong: mistakes in what was asked for: no forecast can be made of it.
-        lacking: what is missing or wrong where the stages would run, and what would end a training at its start.
-        jobs: the jobs of the stages; empty where they cannot be made.
-        unchecked: what was not looked at, a line each.
+        wrong: mistakes in the request; no forecast can be made from it.
+        lacking: anything missing or wrong where the stages would run, or that would end a training at its start.
+        jobs: jobs of the stages; empty if they cannot be made.
+        unchecked: things that were not checked, one line each.
     """
 
     wrong: tuple[UpcycleError, ...] = ()
@@ -53,16 +54,16 @@ class Findings:
 
     @property
     def all(self) -> tuple[UpcycleError, ...]:
-        """All that is wrong."""
+        """All errors."""
         return (*self.wrong, *self.lacking)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnChecks:
-    """Checks of one kind of run; each raises an UpcycleError.
+    """Additional checks of one kind of run; each raises an UpcycleError.
 
     Args:
-        first: checks to make at once.
+        first: checks that can run at once.
         then: checks that need correct inputs and recipes.
     """
 
@@ -81,26 +82,26 @@ def check_work(
     starting: Collection[str],
     shown: bool,
 ) -> Findings:
-    """Find all that would keep stages from their work. No other list of checks exists.
+    """Find everything that would keep stages from working. This is the only list of checks.
 
     `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. A dry run and
-    `--render` only show the work: they need neither a network nor the cluster's storage. All three then refuse what
-    the forecast calls hopeless (`forecast.run.hopeless`). `--yes` alone asks the scheduler (`Cluster.check`), which
-    knows partitions, accounts and limits. A disk that is too small is a warning of `--render`, whose jobs may run
-    elsewhere.
+    `--render` only show the work, so they need neither a network nor the cluster's storage. After the checks, all
+    three also refuse a run that the forecast calls hopeless (`forecast.run.hopeless`). Only `--yes` asks the scheduler
+    (`Cluster.check`), which knows partitions, accounts and limits. For `--render`, whose jobs may run elsewhere, a
+    disk that is too small is only a warning.
 
     Args:
         run_dir: the run's folder.
         plan: plan of the run.
         stages: stages that were asked for.
-        cluster: where they run; None: this machine.
-        own: checks of this kind of run.
-        places: stage -> what stands before its settings in errors, for each training to look at.
-        starting: names of the stages whose inputs are looked at.
+        cluster: scheduler that runs them; None: this machine.
+        own: additional checks of this kind of run.
+        places: stage of each training to check -> prefix of the training's settings in errors.
+        starting: names of the stages whose inputs are checked.
         shown: whether the work is only shown, by a dry run or `--render`.
     """
-    network = not shown  # to ask the hub, and servers of data
-    storage = not shown or cluster is None  # mounted here, so that the dense weights can be opened
+    network = not shown  # whether the hub and data servers may be asked
+    storage = not shown or cluster is None  # whether it is mounted here, so that the dense weights can be opened
     inputs, parent = plan.inputs, plan.inputs.parent
     folders: list[Callable[[], object]] = [partial(check_folder, run_dir)] if storage or is_seen(run_dir) else []
     reads_dense = not {"import", "dense"}.isdisjoint(starting) and bool(parent.address)
@@ -127,7 +128,7 @@ def check_work(
 
 
 def _problems(training: Training, where: str, parent: Parent) -> Sequence[UpcycleError]:
-    """List what would keep a training from its first step; the recipe of some trainers fails as it is made."""
+    """List everything that would stop a training before its first step, or while its recipe is built."""
     try:
         return training.problems(where, parent)
     except UpcycleError as error:
@@ -139,7 +140,7 @@ def _is_in(error: UpcycleError, others: Sequence[UpcycleError]) -> bool:
 
 
 def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network: bool, storage: bool) -> Iterator[str]:
-    """Yield what was not looked at without a network or the storage of a cluster, a line each."""
+    """Yield a line about each thing that was not checked without a network or the cluster's storage."""
     folder = plan.inputs.parent.folder
     if folder and is_configuration(folder):
         yield f"{folder} has only the parent's config.json; weights and tokenizer are checked when the stage starts"
@@ -162,8 +163,8 @@ def check_run(
         run_dir: the run's folder.
         plan: plan of the run.
         stages: stages that were asked for.
-        cluster: where they run; None: this machine.
-        detach: whether the launcher shall not wait for the jobs.
+        cluster: scheduler that runs them; None: this machine.
+        detach: whether the launcher leaves without waiting for the jobs.
         shown: whether the run is only shown, by a dry run or `--render`.
     """
     inputs = plan.inputs
@@ -196,15 +197,15 @@ def check_run(
 def _is_done(stage: Stage, run_dir: Path, plan: WorkPlan) -> bool:
     try:
         return stage.is_done(run_dir, plan)
-    except UpcycleError:  # of inputs that cannot be read; they are in the list
+    except UpcycleError:  # its inputs cannot be read, which another check reports
         return False
 
 
 def check_detach(detach: bool, cluster: Cluster | None) -> None:
-    """Check that the jobs of a command with `--detach` go on without the launcher.
+    """Check that jobs keep running without the launcher if the command has `--detach`.
 
     Raises:
-        UpcycleError: they do not.
+        UpcycleError: the jobs need the launcher.
     """
     if detach and not (cluster and cluster.can_detach):
         raise UpcycleError(
@@ -219,7 +220,7 @@ def check_detach(detach: bool, cluster: Cluster | None) -> None:
 
 
 def check_demo_data(plan: WorkPlan) -> None:
-    """Refuse the demo's texts, which a chain reads unless it names data, if a training is for GPUs.
+    """Refuse the demo texts, the default data of a chain, if a training is for GPUs.
 
     Raises:
         UpcycleError: a training is for GPUs.
@@ -240,7 +241,7 @@ def _check_kind_of_data(inputs: Inputs, name: str, training: Training) -> None:
 
 
 def _checks_here(plan: WorkPlan, stages: Sequence[Stage], places: Mapping[str, str]) -> Iterator[Callable[[], object]]:
-    """Yield checks that this machine has what its stages need; a forecast does not ask for it."""
+    """Yield checks that this machine has everything its stages need; a forecast can be made without it."""
     names = [stage.name for stage in stages]
     if "data" in names:
         yield partial(_check_engine, plan.inputs)
@@ -252,7 +253,7 @@ def _checks_here(plan: WorkPlan, stages: Sequence[Stage], places: Mapping[str, s
 
 def _check_engine(inputs: Inputs) -> None:
     if inputs.blend:
-        engine_version(data_python())  # of what builds the blend
+        engine_version(data_python())  # fails if the environment that builds the blend is missing
 
 
 def _check_suite(inputs: Inputs) -> None:
@@ -261,11 +262,11 @@ def _check_suite(inputs: Inputs) -> None:
 
 
 def check_started(run_dir: Path, plan: WorkPlan) -> None:
-    """Check before hours of other stages that the work in a folder was started from the same inputs.
+    """Check, before other stages run for hours, that work in a folder was started from the same inputs.
 
     Raises:
-        UpcycleError: resumable stages were started from others, or the folder is of another kind of run, or of
-            something else.
+        UpcycleError: resumable stages were started from other inputs, or the folder belongs to another kind of run or
+            holds other files.
     """
     _require_own(run_dir, plan)
     if (kind := kind_of(run_dir)) and not isinstance(plan, kind):
@@ -276,7 +277,7 @@ def check_started(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def _require_own(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that a folder is a run's or holds no files of the user's, which a run's files would bury.
+    """Check that a folder is a run's or holds no files of the user, so that a run's files never bury them.
 
     Raises:
         UpcycleError: the folder holds other files.
@@ -297,10 +298,10 @@ def _require_own(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def check_asked(inputs: Inputs) -> None:
-    """Check that the data hold back what a suite asks for: documents of texts, or answers of conversations.
+    """Check that the held-out data fit the suite: documents of texts, or answers of conversations.
 
     Raises:
-        UpcycleError: a task asks what is not held back, or there is no such suite.
+        UpcycleError: a task needs data that are not held out, or the suite does not exist.
     """
     config = inputs.suite_config
     for task in config.tasks if config.local else ():
@@ -317,11 +318,11 @@ def check_asked(inputs: Inputs) -> None:
 
 
 def check_data(inputs: Inputs, *, remote: bool) -> None:
-    """Check what a run is trained on: a finished folder, or a blend or conversations and their files.
+    """Check the training data: a finished folder, or a blend or conversations and their files.
 
     Args:
         inputs: inputs of the run.
-        remote: whether to ask for files behind addresses, too, which needs the network.
+        remote: whether to check remote files as well, which needs the network.
     """
     if inputs.is_finished:
         open_data(inputs.data)
@@ -335,17 +336,17 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
         if remote or not any("://" in entry for entry in (*source.train, *source.validation, *source.heldout))
     }
     require_disjoint(listed)
-    _ = blend.suites  # raises if one is missing
+    _ = blend.suites  # raises if a suite is missing
 
 
 def is_seen(run_dir: Path) -> bool:
-    """Return whether a folder lies on storage that this machine sees: some folder above it, not the root, is here."""
+    """Return whether this machine sees a folder's storage: the folder or a parent of it, except /, exists here."""
     here = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     return here != Path(here.anchor)
 
 
 def check_folder(run_dir: Path) -> None:
-    """Check that a run can be written there."""
+    """Check that a run's folder can be written."""
     existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return

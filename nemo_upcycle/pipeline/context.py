@@ -1,7 +1,7 @@
 """The command lines of `nemo upcycle pipeline` and similar commands.
 
-NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with one message that names
-the argument and the closest match, and with status 2; 1 is for a stage that did not finish.
+NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with status 2 and one
+message that names the argument and the closest match. Status 1 is for a stage that did not finish.
 """
 
 import importlib
@@ -29,23 +29,23 @@ from nemo_upcycle.trainers.settings import class_name, of_class
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: Options of the pipeline, and the argument that each sets.
+#: Option of the pipeline -> argument that it sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
 
 
 class CheckedContext(run.cli.RunContext):
-    """Answer a mistake on the command line with one message and status 2."""
+    """Command line that answers a mistake with one message and status 2."""
 
-    #: Options, with the argument that each sets, and names of executors, beside NeMo-Run's own.
+    #: Options in addition to NeMo-Run's own, with the argument that each sets, and names of additional executors.
     options: ClassVar[Mapping[str, str]] = {}
     executors: ClassVar[frozenset[str]] = frozenset()
-    #: What was typed: whether `--verbose`, and argument -> value.
+    #: What was typed: whether `--verbose` was, and argument -> value.
     verbose = False
     typed: Mapping[str, str] = types.MappingProxyType({})
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
-        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # which NeMo-Run takes, and does not hand on
+        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # NeMo-Run takes it, and does not pass it on
         self.typed = dict(word.partition("=")[::2] for word in args)
         with answered():
             args = self.arguments(args)
@@ -53,7 +53,7 @@ class CheckedContext(run.cli.RunContext):
             super().cli_execute(fn, args, entrypoint_type)
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Return the words of a command line as NeMo-Run takes them."""
+        """Return the words of a command line in the form that NeMo-Run takes."""
         return words
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
@@ -77,7 +77,7 @@ class CheckedContext(run.cli.RunContext):
             raise self._explained(fn, args, error) from None
 
     def _explained(self, fn: Any, args: list[str], error: Exception) -> Exception:
-        """Return an error that names the argument at which NeMo-Run failed, or what is wrong in the user's file."""
+        """Return an error that names the argument at which NeMo-Run failed, or the mistake in the user's file."""
         if mistake := mistake_of(str(self.factory)):
             return mistake
         try:
@@ -104,15 +104,15 @@ class CheckedContext(run.cli.RunContext):
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
-#: How the two commands of this package differ.
+#: Sentence in the help that tells the package's two commands apart.
 _TOOLS = "(For runs with NeMo or Megatron-Bridge. Quick tools: nemo-upcycle --help.)"
 
 
 def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
-    """Register a command of `nemo upcycle`, whose list of commands shows the first paragraph of its help.
+    """Register a command of `nemo upcycle`. The list of commands shows the first paragraph of its help.
 
     Args:
-        context: the class that takes its command line.
+        context: class that reads the command line.
     """
 
     def register(function: Any) -> Any:
@@ -124,15 +124,18 @@ def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
 
 
 class PipelineContext(CheckedContext):
-    """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
+    """Command line that passes recipes to the pipeline as configurations.
+
+    NeMo-Run would build the recipes in the launching process.
+    """
 
     options: ClassVar[Mapping[str, str]] = OPTIONS
     executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Take `--from STAGE` and its like, which NeMo-Run has no place for, and an executor that a file describes.
+        """Take options that NeMo-Run does not know, such as `--from STAGE`, and an executor that a file describes.
 
-        NeMo-Run would remove every `run.` and `executor.` from its values, as in `run.executor=my-run.yaml`.
+        NeMo-Run would remove every `run.` and `executor.` from values, as in `run.executor=my-run.yaml`.
         """
         words = pipeline_arguments(words, self.options)
         given = [word.partition("=")[2] for word in words if word.startswith("run.executor=")]
@@ -146,17 +149,17 @@ class PipelineContext(CheckedContext):
         return [word for word in words if word not in own]
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
-        """Parse the arguments of the executor, or build the one that was described."""
+        """Parse the arguments of the executor, or build the executor that a file describes."""
         rest = super().parse_args(args, lazy)
         if self._described:
             self.executor = read_executor(self._described, self._overrides)
         return rest
 
     def without_settings(self, beginnings: tuple[str, ...]) -> Any:
-        """Parse the command line again without a YAML file and some settings; None where neither was given.
+        """Parse the command line again without its YAML file and some settings; None if neither was given.
 
         Args:
-            beginnings: beginnings of the settings to leave out.
+            beginnings: prefixes of the settings to omit.
         """
         fn, words = self._parsed
         rest = [word for word in words if not word.startswith(beginnings)]
@@ -184,7 +187,7 @@ class PipelineContext(CheckedContext):
 
 
 def factories(target: Any) -> dict[str, Any]:
-    """Look up what is registered for a function or a class, by name."""
+    """Return the factories that are registered for a function or a class, by name."""
     return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
 
 
@@ -193,12 +196,12 @@ def _first_line(error: Exception) -> str:
 
 
 def mistake_of(factory: str) -> UpcycleError | None:
-    """Find the mistake in the user's file whose factory NeMo-Run failed to call; None where there is none.
+    """Find the mistake in the user's file that made NeMo-Run fail to call a factory; None if there is none.
 
-    NeMo-Run takes an error in the file for a name that does not exist.
+    NeMo-Run reports an error in the file as a name that does not exist.
 
     Args:
-        factory: the text that was typed: `module.function`, with or without arguments.
+        factory: typed text: `module.function`, with or without arguments.
     """
     module = factory.partition("(")[0].rpartition(".")[0]
     try:
@@ -218,7 +221,7 @@ def mistake_of(factory: str) -> UpcycleError | None:
 
 
 def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTIONS) -> list[str]:
-    """Return the words of a command line with a command's own options as arguments.
+    """Replace a command's own options by arguments, and return all words.
 
     Raises:
         UpcycleError: an option has no value.
@@ -242,7 +245,7 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
 
 
 def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
-    """Refuse what NeMo-Run ignores: an option that does not exist, a word that sets nothing, the first of two."""
+    """Refuse words that NeMo-Run ignores: an unknown option, a word that sets nothing, the first of two values."""
     options = [*command_options(), *own]
     given: dict[str, str] = {}
     for word in words:
@@ -264,7 +267,7 @@ def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
                 got=f"is given twice: {given[name]} and {value}",
                 fix="omit one of them",
             )
-        if re.fullmatch(r"[\w.\[\]]+", name):  # NAME+=VALUE and its like may follow
+        if re.fullmatch(r"[\w.\[\]]+", name):  # other words, such as NAME+=VALUE, may follow
             given[name] = value
 
 
@@ -282,7 +285,7 @@ def _check_complete(fn: Any, task: Any) -> None:
 
 
 def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> UpcycleError | None:
-    """Return the error of the first override, a key, an operator and a value, that NeMo-Run cannot apply."""
+    """Return the error of the first override (key, operator, value) that NeMo-Run cannot apply; None if all apply."""
     for key, operator, value in overrides:
         try:
             with parsing():
@@ -293,12 +296,12 @@ def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> 
 
 
 def _override_error(config: Any, key: str, value: str, error: Exception, where: str) -> UpcycleError:
-    """Return the error of an override: the first name that does not exist, or the value."""
+    """Return the error of an override: it is about the first name that does not exist, or about the value."""
     at, so_far = config, ""
     parts = key.split(".")
     for part in parts:
         name, *indices = re.findall(r"[^\[\]]+", part) or [part]
-        is_list = isinstance(at, list)  # of callbacks, which their classes name
+        is_list = isinstance(at, list)  # callbacks, which are named by their classes
         names = [class_name(one) for one in at] if is_list else []
         names += [one for one in dir(at) if not one.startswith("_")] if isinstance(at, fdl.Buildable) else []
         if name not in names:
@@ -321,10 +324,10 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
                     expected="a number in the list, counted from 0",
                     fix="correct the number",
                 )
-    parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # a class may take what it does not name
+    parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # None: the class takes **kwargs
     kind = parameter.annotation if parameter else Any
     expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
-    if "Partial" in expected and (mistake := mistake_of(value)):  # a recipe
+    if "Partial" in expected and (mistake := mistake_of(value)):  # the value is a recipe
         return mistake
     if kind in (inspect.Parameter.empty, Any):
         return UpcycleError(f"{where} '{key}': {_first_line(error)}.")

@@ -1,4 +1,4 @@
-"""Make the data of a run from texts or conversations, and open them for later stages."""
+"""Make the data of a run from texts or conversations, and open the data for later stages."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nemo_upcycle.trainers.settings import SEQUENCE
 
 
 logger = logging.getLogger(__name__)
-#: Size of the real text that the step-0 check runs on: B windows of S tokens.
+#: Real text for the step-0 check: number of windows B, and tokens per window S.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
 def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Clean and tokenise the blend, or pack the conversations, with the parent's tokenizer.
 
-    A finished folder is used where it lies.
+    A finished folder is used in place.
     """
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
@@ -33,7 +33,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
         _say_changes(plan.inputs, folder)
     data = open_data(folder)
     data.require_tokenizer_of(str(dense_folder))
-    data.require_length(seq_length or data.manifest["seq_length"])  # before hours of other work
+    data.require_length(seq_length or data.manifest["seq_length"])  # checked before hours of other work
     if not any(data.held_out.values()):
         raise StageError(
             f"Folder {folder}",
@@ -45,7 +45,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
 
 def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
-    """Give the tokens of a sequence; None without a training. A recipe is loaded only where no setting says it."""
+    """Return the tokens of a sequence; None without a training. Load a recipe only if no setting has the number."""
     if known := plan.training_settings("pretrain").fixed.get(SEQUENCE.of(plan.trainer)):
         return int(known)
     training = plan.training("pretrain")
@@ -53,22 +53,22 @@ def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
 
 
 def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Report a finished folder, as the marker of a data stage does."""
+    """Describe finished data in the form of a data stage's marker."""
     splits = manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
 def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> None:
-    """Build a blend or resume a stopped build, or pack conversations.
+    """Build a blend (or resume a stopped build), or pack conversations.
 
     Args:
         data: name or path of the blend or the conversations.
-        dense: the dense model whose tokenizer is used.
+        dense: dense model whose tokenizer is used.
         folder: folder to write.
         seq_length: tokens of a sequence; None: as the configuration of the data says.
 
     Raises:
-        StageStopped: a signal stopped it; it can resume.
+        StageStopped: a signal stopped the build; it can resume.
     """
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend
@@ -81,13 +81,13 @@ def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> N
         return
     try:
         build_blend(read_blend(data, settings), folder)
-    except KeyboardInterrupt:  # the engine was told to stop
+    except KeyboardInterrupt:  # a signal stopped the engine
         text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
         raise StageStopped(text) from None
 
 
 def _say_changes(inputs: Inputs, folder: Path) -> None:
-    """Say which files changed since the data of a run were made; the run goes on with what it has."""
+    """Warn about files that changed since the data of a run were made. The run continues with the data it has."""
     from nemo_upcycle.data.build import changed_files
     from nemo_upcycle.data.made_from import changes_text
 
@@ -104,20 +104,20 @@ def _say_changes(inputs: Inputs, folder: Path) -> None:
 
 
 def data_folder_of(run_dir: Path, plan: WorkPlan) -> Path:
-    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
+    """Return the folder of the finished data: the user's own, or the folder that the data stage writes."""
     return Path(plan.inputs.data) if plan.inputs.is_finished else run_dir / "data" / "blend"
 
 
 def dense_folder_of(run_dir: Path) -> Path:
-    """Return the dense parent's folder, as the import stage found it."""
+    """Return the dense parent's folder, as the import stage reported it."""
     return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
 
 
 def sample_tokens(folder: Path) -> Any:
-    """Return the tokens that the check of step 0 runs on, of validation data, [B, S].
+    """Return the validation tokens for the step-0 check, [B, S].
 
     Raises:
-        StageError: there are not so many.
+        StageError: the validation split has too few tokens.
     """
     import torch
 
@@ -136,10 +136,10 @@ def sample_tokens(folder: Path) -> Any:
 
 
 def require_data(plan: WorkPlan, folder: Path) -> None:
-    """Check that data which a run has made are whole, and say which files changed since.
+    """Check that data made by a run are complete, and warn about files that changed since.
 
     Raises:
-        UpcycleError: a file is gone, or of another size.
+        UpcycleError: a file is missing, or has another size.
     """
     if not plan.inputs.is_finished:
         open_data(folder)
@@ -147,5 +147,5 @@ def require_data(plan: WorkPlan, folder: Path) -> None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the files that identify data to other stages: those that trainings read, and the held-out texts."""
+    """Return the files that identify data to other stages: the files that trainings read, and the held-out texts."""
     return [path for name in open_data(folder).files if (path := folder / name).is_file()]

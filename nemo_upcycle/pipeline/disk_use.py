@@ -1,4 +1,4 @@
-"""What a stage writes into the run's folder, and its size."""
+"""The files that a stage writes into the run's folder, and their size."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from nemo_upcycle.data.finished import BUILD, TOKENS
 from nemo_upcycle.models.architecture import Architecture
 
 
-#: Folders of models are in BF16, as the dense parents and the exports are.
+#: Bytes per parameter of a model's folder: dense parents and exports are in BF16.
 _MODEL_BYTES = 2
-#: Above this a token of the data takes four bytes, else two.
+#: Largest vocabulary for which a token of the data takes two bytes; above it a token takes four.
 _TWO_BYTE_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
 class DiskUse:
-    """What one stage writes into the run's folder.
+    """Files that one stage writes into the run's folder.
 
     Args:
         stage: name of the stage.
-        what: name of what is written.
+        what: name of the files.
         kept_bytes: bytes that stay, as far as known.
-        peak_bytes: bytes on the disk while it is written.
-        present_bytes: bytes that are there already; neither of the other numbers counts them.
-        unknown: name of the part whose size is not known.
+        peak_bytes: bytes on the disk while the stage writes.
+        present_bytes: bytes that exist already; `new_kept_bytes` and `new_peak_bytes` do not count them.
+        unknown: name of the part whose size is unknown.
     """
 
     stage: str
@@ -39,17 +39,17 @@ class DiskUse:
 
     @property
     def new_kept_bytes(self) -> int:
-        """Bytes that stay and are not there yet."""
+        """Bytes that stay and do not exist yet."""
         return max(0, self.kept_bytes - self.present_bytes)
 
     @property
     def new_peak_bytes(self) -> int:
-        """Bytes that lie there while it is written and are not there yet."""
+        """Bytes that are on the disk while the stage writes and do not exist yet."""
         return max(0, self.peak_bytes - self.present_bytes)
 
 
 def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:
-    """Return the use of a folder of a model; None: not known before the parent is fetched."""
+    """Return the disk use of a model's folder. If `arch` is None, its size is unknown until the parent is fetched."""
     if arch is None:
         return DiskUse(stage, what, 0, 0, unknown=what)
     size_bytes = _MODEL_BYTES * arch.total_params
@@ -57,9 +57,9 @@ def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:
 
 
 def blend_use(stage: str, blend: Blend, arch: Architecture | None, folder: Path) -> DiskUse:
-    """Bound the size of a blend, which is known of the sources that are sampled to a number of tokens.
+    """Bound the disk use of a blend. The size is known only for sources that are sampled to a number of tokens.
 
-    Its tokens are merged from parts, and both lie there until it is finished.
+    Tokens are merged from parts, and both are on the disk until the build is finished.
     """
     sources = blend.config.sources
     token_bytes = 2 if arch and arch.vocab_size <= _TWO_BYTE_TOKENS else 4
@@ -71,7 +71,7 @@ def blend_use(stage: str, blend: Blend, arch: Architecture | None, folder: Path)
 
 
 def _size_bytes(folder: Path) -> int:
-    """Return the size of the files of a folder, which a job may remove meanwhile; 0 without one."""
+    """Return the size of a folder's files (bytes); 0 if there is no folder. A job may delete files meanwhile."""
     total_bytes = 0
     for path in folder.glob("*"):
         with contextlib.suppress(FileNotFoundError):

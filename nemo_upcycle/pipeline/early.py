@@ -1,6 +1,6 @@
-"""Refuse what is wrong on a command line of `nemo upcycle` before a trainer is imported, which takes longest.
+"""Refuse mistakes on a command line of `nemo upcycle` before a trainer is imported, which takes longest.
 
-Megatron-Bridge is imported after this package. NeMo imports itself first: its users wait for it.
+Megatron-Bridge is imported after this package. NeMo imports itself first, so its users have to wait.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def refuse_early(words: Sequence[str]) -> None:
     """Check options, stages and the recipe's name of `nemo upcycle pipeline` in an environment of Megatron-Bridge.
 
     Args:
-        words: the words of the command line, behind the command.
+        words: words of the command line after the command.
 
     Raises:
-        UpcycleError: one of them is wrong; the check behind the import says the same.
+        UpcycleError: an option, stage or name is wrong; the check after the import would say the same.
     """
     options = [*command_options(), *OPTIONS]
     for word in words:
@@ -37,7 +37,7 @@ def refuse_early(words: Sequence[str]) -> None:
         (after for word, after in itertools.pairwise(words) if word in ("--factory", "-f")), ""
     )
     name = factory.partition("(")[0]
-    if not name or "." in name or Path("workspace.py").is_file():  # a recipe of a user's
+    if not name or "." in name or Path("workspace.py").is_file():  # the user's own recipe
         return
     known = [recipe.name for recipe in known_recipes().values() if recipe.bridge]
     if name not in known:

@@ -17,7 +17,7 @@ from nemo_upcycle.utils.validation import require_local
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, by their names in its plan; each is read when it is first asked for.
+    """Inputs of a run, by their names in its plan. Each input is read when it is first used.
 
     Args:
         dense: address of the dense parent; empty: none.
@@ -31,37 +31,37 @@ class Inputs:
 
     @cached_property
     def parent(self) -> Parent:
-        """The dense parent, the same object every time: it opens a model once."""
+        """The dense parent, always the same object, so that its model is opened only once."""
         return Parent(self.dense)
 
     @cached_property
     def is_finished(self) -> bool:
-        """Whether there is nothing to build: the data are a finished folder, or there are none."""
+        """Whether there are no data to build: they are a finished folder, or there are none."""
         return not self.data or Path(self.data).is_dir()
 
     @cached_property
     def reads_chat(self) -> bool:
-        """Whether the data are conversations, which trainings tune on."""
+        """Whether the data are conversations, for fine-tuning."""
         return is_chat(self.data)
 
     @cached_property
     def blend(self) -> Blend | None:
-        """The blend that is built; None where there is none, or a finished folder is used."""
+        """Blend to build; None if there is no blend, or a finished folder is used."""
         return None if self.is_finished or self.reads_chat else read_blend(require_local("data", self.data))
 
     @cached_property
     def chat(self) -> Chat | None:
-        """The conversations that are packed; None where there are none, or a finished folder is used."""
+        """Conversations to pack; None if there are none, or a finished folder is used."""
         return read_chat(require_local("data", self.data)) if self.reads_chat and not self.is_finished else None
 
     @cached_property
     def suite_config(self) -> SuiteConfig:
-        """What the suite asks."""
+        """Configuration of the evaluation suite."""
         return read_suite_config(require_local("evaluation", self.suite))
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """Folders and files of this machine that jobs read; of YAML files the run's folder keeps copies."""
+        """Folders and files of this machine that jobs read. YAML files are omitted: the run's folder keeps copies."""
         texts = folders_of(self.blend) if self.blend else []
         if self.chat:
             texts = [path.parent for path in self.chat.paths(fetch=False)]

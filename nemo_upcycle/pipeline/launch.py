@@ -1,4 +1,4 @@
-"""Start a run: check it, show its forecast, and submit or run its stages; the same for every trainer and command."""
+"""Start a run of any trainer and command: check it, show its forecast, and submit or run its stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nemo_upcycle.utils.writers import EXPONENT, yaml_text
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
-    """Return the absolute path of an argument that names a folder, YAML or a file of data: a job may run elsewhere."""
+    """Make an argument that names a folder, a YAML file or a data file absolute, because a job may run elsewhere."""
     if "://" in name:  # an address
         return name
     path = Path(name).expanduser()
@@ -60,17 +60,17 @@ def launch_chain(
 
     Args:
         ctx: NeMo-Run's context of the command.
-        dir: the run's folder, as it was typed.
-        plan: what the stages are given, with paths as they were typed.
-        first: name of the stage to start with, or None.
-        last: name of the one to end after, or None.
-        only: name of the only one, in place of both.
-        render: folder for everything that would be submitted; nothing is submitted then.
+        dir: the run's folder, as typed.
+        plan: plan of the run, with paths as typed.
+        first: name of the first stage, or None.
+        last: name of the last stage, or None.
+        only: name of the only stage, in place of first and last.
+        render: folder for the files that would be submitted; if given, nothing is submitted.
         wrong: mistakes that the command itself has found.
 
     Raises:
-        UpcycleError: an argument is not valid, a training would not start, or a stage did not finish.
-        SystemExit: a run that is only shown would not start, or not fit.
+        UpcycleError: an argument is invalid, a training would not start, or a stage did not finish.
+        SystemExit: a run that is only shown would not start, or would not fit.
     """
     run_dir = Path(dir).expanduser().absolute()
     folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
@@ -105,7 +105,7 @@ def launch_chain(
 
 
 def _check_render(render: str | None, cluster: Cluster | None) -> None:
-    """Check that `--render` names a folder, and that a cluster's jobs can be written there."""
+    """Check that `--render` names a local folder, and that the run has a cluster whose jobs can be written there."""
     if render and cluster is None:
         fix = f"add run.executor={' or run.executor='.join(KINDS)}"
         raise UpcycleError("--render", kind="refused", got="needs a cluster", fix=fix)
@@ -115,14 +115,14 @@ def _check_render(render: str | None, cluster: Cluster | None) -> None:
 def _forecast(
     ctx: Any, stages: Sequence[Stage], run_dir: Path, plan: RunPlan, cluster: Cluster | None, found: Findings
 ) -> Forecast:
-    """Forecast a checked run, with all that the checks and the forecast itself found wrong."""
+    """Forecast a checked run, and add all problems that the checks and the forecast itself found."""
     shown = cluster and cluster.masked()
     try:
         expected = forecast(stages, run_dir, plan, shown, found.jobs, ctx.typed)
     except Exception:
         if not found.lacking:
             raise
-        raise UpcycleError.together(found.lacking) from None  # it cannot be made of such settings
+        raise UpcycleError.together(found.lacking) from None  # such settings allow no forecast
     problems = {str(error): error for error in (*found.lacking, *expected.problems, *hopeless(expected))}
     return replace(expected, problems=tuple(problems.values()), unchecked=found.unchecked)
 
@@ -143,11 +143,11 @@ def launch(
         run_dir: the run's folder.
         plan: plan of the run.
         jobs: jobs to run.
-        forecast: forecast of the run, whose disk space is checked; None to check none.
-        at_once: number of jobs that may run at the same time on this machine.
+        forecast: forecast of the run, for the check of disk space; None: no check.
+        at_once: jobs that may run at the same time on this machine.
 
     Returns:
-        Whether the user confirmed; the stages are then done, or submitted.
+        Whether the user confirmed. If so, the stages are done or submitted.
 
     Raises:
         UpcycleError: a stage cannot start, or did not finish.
@@ -176,7 +176,7 @@ def launch(
 
 
 def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
-    """Write the settings of each training as `recipes/STAGE.yaml`, for people: one a line, named like its override."""
+    """Write each training's settings to `recipes/STAGE.yaml` for people, one per line, named like its override."""
     folder = run_dir / "recipes"
     folder.mkdir(exist_ok=True)
     for stage, training in plan.trainings.items():
@@ -186,7 +186,7 @@ def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def _value(text: str) -> Any:
-    """Return the value of a setting; the text of one that is no YAML."""
+    """Return the value of a setting, or its text if it is not YAML."""
     if EXPONENT.fullmatch(text):
         return float(text)
     try:
@@ -196,7 +196,7 @@ def _value(text: str) -> Any:
 
 
 def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> None:
-    """Write a plan and the copies of the user's files that it names."""
+    """Write a plan, and the copies of the user's files that the plan names."""
     for place, text in copies.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         write_private(folder / place, text)
@@ -204,7 +204,7 @@ def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> Non
 
 
 def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -> None:
-    """Check that no job that still waits or runs would read another plan than it was submitted with."""
+    """Check that no waiting or running job would read another plan than the one it was submitted with."""
     recorded = recorded_jobs(run_dir)
     if not recorded:
         return
@@ -250,14 +250,14 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
 def render_jobs(
     jobs: Sequence[Job], cluster: Cluster, plan: RunPlan, folder: Path, unchecked: Sequence[str] = ()
 ) -> None:
-    """Write what would be submitted, and the plan that the stages read.
+    """Write the files that would be submitted, and the plan that the stages read.
 
     Args:
         jobs: checked jobs.
-        cluster: their scheduler.
+        cluster: scheduler of the jobs.
         plan: plan of the run.
         folder: folder for the files.
-        unchecked: what was not looked at.
+        unchecked: things that were not checked, one line each.
 
     Raises:
         UpcycleError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""What one sees of a chain while it runs: its report, written again and again, and a line a stage on a terminal."""
+"""Show a chain while it runs: rewrite its report regularly, and show one line per stage on a terminal."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.starting import away_from_here
 
 
-#: Seconds from one report of a run that is under way to the next; 0: none is written.
+#: Variable with the seconds between two reports of a running chain; 0: no report.
 REPORT_EVERY = "NEMO_UPCYCLE_REPORT_EVERY_S"
-#: Seconds that the last of them may take.
+#: Seconds that the last report may take.
 _LAST_PAGE_S = 30.0
-#: Seconds from one state of the lines to the next.
+#: Seconds between two updates of the lines.
 _REFRESH_S = 0.5
 
 
 @contextmanager
 def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
-    """Let a process of its own write the report of a run again and again while the block runs.
+    """Let a separate process rewrite the report of a run regularly while the block runs.
 
     Args:
         run_dir: the run's folder.
-        price: price of one GPU for one hour; None: the report names no cost.
+        price: price of a GPU-hour; None: the report names no cost.
 
     Raises:
-        UpcycleError: `REPORT_EVERY` is no number of seconds.
+        UpcycleError: `REPORT_EVERY` is not a number of seconds.
     """
     try:
         every_s = float(text := os.environ.get(REPORT_EVERY) or str(EVERY_S))
@@ -54,13 +54,13 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     command += [] if price is None else [str(price)]
     log = run_dir / "logs" / "live_report.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as told:  # a session of its own: Ctrl-C is for the launcher
+    with log.open("wb") as told:  # in its own session: Ctrl-C is for the launcher
         writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
     sys.stderr.write(f"Live report: {run_dir / 'report.html'}\n")
     try:
         yield
     finally:
-        writer.terminate()  # it writes how the run ended
+        writer.terminate()  # the process then writes how the run ended
         try:
             writer.wait(_LAST_PAGE_S)
         except subprocess.TimeoutExpired:
@@ -69,16 +69,16 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
 
 
 def has_live_lines() -> bool:
-    """Return whether the console is a terminal, on which stages get a line in place of their log."""
+    """Return whether the console is a terminal, where each stage gets one line instead of its log."""
     return sys.stderr.isatty() and not is_verbose()
 
 
 class LiveStages:
-    """Shows a line for every running stage on a terminal, and above them what stages say in their own name.
+    """Shows one line per running stage on a terminal, and the stages' own messages above the lines.
 
     Args:
         run_dir: the run's folder.
-        echoes: whether the latter is shown.
+        echoes: whether the messages are shown.
     """
 
     def __init__(self, run_dir: Path, *, echoes: bool) -> None:
@@ -99,13 +99,16 @@ class LiveStages:
         self._live.stop()
 
     def began(self, name: str, log: Path) -> None:
-        """Show a stage, whose first rank will write to `log`."""
-        log.unlink(missing_ok=True)  # of an earlier start
+        """Show a stage whose first rank will write to `log`."""
+        log.unlink(missing_ok=True)  # left by an earlier start
         with self._lock:
             self._running[name] = _Log(name, log)
 
     def ended(self, name: str, *, is_done: bool) -> None:
-        """Show a stage no more; what it said last was its error unless it is done, which is shown by who ran it."""
+        """Stop showing a stage.
+
+        If the stage is not done, its last message is its error, which the caller shows.
+        """
         with self._lock:
             log = self._running.pop(name)
             log.read()
@@ -131,14 +134,14 @@ class LiveStages:
 
 
 class _Log:
-    """The log of a running stage, read on from where it was read last.
+    """The log of a running stage. Each read continues where the last one stopped.
 
     Attributes:
-        name: the stage's.
-        began_s: when the stage was started.
-        last: its last line.
-        said: lines that begin with the stage's name and are not shown yet, without the last of all.
-        held: the last line that begins so; it may be the stage's error.
+        name: name of the stage.
+        began_s: start time of the stage.
+        last: last line of the log.
+        said: lines that start with the stage's name and have not been shown, except the last such line.
+        held: last line that starts with the stage's name; it may be the stage's error.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -147,7 +150,7 @@ class _Log:
         self.said: list[str] = []
 
     def read(self) -> None:
-        """Read what is new."""
+        """Read the new lines."""
         try:
             with self._path.open("rb") as handle:
                 handle.seek(self._offset)

@@ -1,10 +1,10 @@
-"""The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
+"""The marker of a finished stage, which tells the next run whether the stage has to run again.
 
 A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything that the stage depends on: its own settings, and for
-each stage whose results it reads, hashes of that stage's settings (`stage NAME`) and results (`content NAME`). So when
-a stage runs again with the same settings and the same result, the stages that read it need not run again. Settings
-that change no result (how often a training logs or saves, on how many nodes it runs) are not in the marker: a run that
-has started resumes with other values, and notes the change.
+each stage whose results it reads, hashes of that stage's settings (`stage NAME`) and results (`content NAME`). If a
+stage runs again with the same settings and the same result, the stages that read it need not run again. Settings that
+change no result (how often a training logs or saves, how many nodes it runs on) are not in the marker. A started run
+resumes with other values of these settings, and notes the change.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
-#: The words of `ENDED`: it stopped and can resume, or it failed for a reason that a new start would meet again.
+#: Words in `ENDED`: the stage stopped and can resume, or it failed for a reason that would also stop a new start.
 STOPPED, FAILED = "stopped", "failed"
-#: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
+#: Suffix of the setting that holds the number of steps of a training. In a started run, the number may grow.
 STEPS = " steps"
-#: A longer text of a setting is kept as its hash; of more changes the first ones are named.
+#: Characters up to which a setting's text is kept (a longer text is kept as its hash), and changes listed at most.
 _SHORT, _LISTED = 200, 5
-#: What is hashed of a file: so many pieces, of this size.
+#: Pieces of a file that are hashed: their number, and the size of each (bytes).
 _PIECES, _PIECE_BYTES = 16, 1 << 16
-#: Settings that 0.2 noted and that changed no result. A run of 0.2 may name them; nothing reads them now.
+#: Settings that 0.2 noted although they changed no result. Runs of 0.2 may name them; nothing reads them now.
 RETIRED = ("trained_on",)
-#: Settings of NeMo's that its result was said to depend on before 0.4.
+#: NeMo settings that counted as changing the result before 0.4.
 _FREED = tuple(f".{name}" for name in free_settings("nemo") if name.startswith("trainer.callbacks."))
-#: What the names of inputs begin with. A hash that is not known is empty, and equals every other.
+#: Prefixes of the names of inputs. An unknown hash is empty, and equals every other hash.
 SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
 
 
 def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return a stage's own settings, which are plain values, as its marker names them: short texts, or their hashes.
+    """Return a stage's own settings (plain values) as its marker stores them: short texts, and hashes of long texts.
 
     Example:
         >>> setting_texts({"dense": "/models/8b", "pretrain": {"optim": {"lr": 3e-5}}})
@@ -53,7 +53,7 @@ def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(inputs: Mapping[str, str]) -> dict[str, str]:
-    """Leave out a spec's fields with their default: to name them changes nothing."""
+    """Omit fields of a spec that have their default: naming a default changes nothing."""
     parts = {name: name.rpartition(".")[::2] for name in inputs}
     return {
         name: text
@@ -68,12 +68,12 @@ def sha256(text: str) -> str:
 
 
 def content_hash(files: Iterable[Path]) -> str:
-    """Return a hash that tells files with other content apart: of names, sizes, and pieces spread over each.
+    """Hash files by name, size, and pieces spread over each file, so that different contents get different hashes.
 
-    A checkpoint of hundreds of GiB takes seconds: other weights differ everywhere.
+    Different weights differ everywhere, so pieces are enough. A checkpoint of hundreds of GiB takes seconds.
 
     Args:
-        files: in their order; of paths only the last part counts.
+        files: files in their order; only the last part of each path is hashed.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -88,14 +88,14 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def settings_hash(inputs: Mapping[str, str]) -> str:
-    """Return the hash of a stage's own settings, which identifies them to the stages that read it."""
+    """Hash a stage's own settings. The hash identifies the settings to the stages that read its result."""
     return sha256(json.dumps(sorted(item for item in inputs.items() if item[0].startswith(SETTING))))
 
 
 def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the inputs that have changed, or are new, or gone.
+    """Return the names of the inputs that were changed, added or removed.
 
-    What a stage before left is compared where it is known of both times.
+    The result of an earlier stage is compared only if its hash is known both before and now.
 
     Example:
         >>> changed_inputs({"setting dense": "a", "stage import": "b"}, {"setting dense": "c", "stage import": ""})
@@ -112,7 +112,7 @@ def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the changed inputs with which started work may not resume: all but more steps."""
+    """Return the names of the changed inputs with which started work may not resume: all except more steps."""
     return [
         name
         for name in changed_inputs(before, inputs)
@@ -121,7 +121,7 @@ def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> lis
 
 
 def describe_changes(names: Sequence[str], before: Mapping[str, str], inputs: Mapping[str, str]) -> str:
-    """Return which inputs changed, for people: settings with both values, stages by name.
+    """Describe the changed inputs for people: settings with both values, stages by name.
 
     Example:
         >>> before, now = {"setting dense": "a", "stage x": "b"}, {"setting dense": "c", "stage y": "b"}
@@ -149,8 +149,8 @@ class StageFolder:
 
     Args:
         run_dir: the run's folder.
-        name: the name of the stage.
-        reads: names of the stages whose results it reads, directly or not.
+        name: name of the stage.
+        reads: names of the stages whose results the stage reads, directly or not.
     """
 
     run_dir: Path
@@ -159,19 +159,19 @@ class StageFolder:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Path of the folder."""
         return self.run_dir / self.name
 
     @property
     def marker(self) -> Path:
-        """The success marker."""
+        """Path of the success marker."""
         return self.path / MARKER
 
     def inputs(self, settings: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """List the inputs of the stage.
 
         Args:
-            settings: `setting_texts` of the stage itself and of those that it reads, by name.
+            settings: name of the stage itself, or of a stage that it reads -> `setting_texts` of that stage.
         """
         inputs = dict(settings[self.name])
         for before in self.reads:
@@ -182,23 +182,23 @@ class StageFolder:
 
     @property
     def content(self) -> str:
-        """The hash of its results, from its marker; empty if the stage is not done, or its marker has none."""
+        """Hash of the stage's results, from its marker; empty if the stage is not done or its marker has no hash."""
         return str((self._done() or {}).get("content", ""))
 
     def is_done(self, inputs: Mapping[str, str]) -> bool:
-        """Return whether the stage finished earlier, from the same inputs."""
+        """Return whether the stage finished earlier from the same inputs."""
         done = self.done_from()
         return done is not None and not changed_inputs(done, inputs)
 
     def done_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage finished from; None where it has not, or its marker is damaged."""
+        """Return the inputs that the stage finished from; None if it has not finished or its marker is damaged."""
         return (self._done() or {}).get("inputs")
 
     def started_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage was last started from; None where it was not.
+        """Return the inputs that the stage last started from; None if it never started.
 
         Raises:
-            StageError: the note is damaged.
+            StageError: the note of the start is damaged.
         """
         return (self._started() or {}).get("inputs")
 
@@ -221,10 +221,10 @@ class StageFolder:
         return notes
 
     def _notes(self, path: Path, *keys: str) -> dict[str, Any] | None:
-        """Return the content of a stage's JSON file; None where it is not there, or damaged.
+        """Return the content of a stage's JSON file; None if the file is missing or damaged.
 
         Raises:
-            UpcycleError: a newer release wrote it.
+            UpcycleError: a newer release wrote the file.
         """
         try:
             notes = read_json(path)
@@ -242,7 +242,7 @@ class StageFolder:
         return notes | {"inputs": _plain(inputs)}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:
-        """Return why work that was started in the folder may not go on from these inputs; empty if it may.
+        """Return why work that was started in the folder may not resume with these inputs; empty if it may.
 
         Raises:
             StageError: the note of its start is damaged.
@@ -255,11 +255,11 @@ class StageFolder:
 
         Args:
             inputs: result of `inputs()`.
-            free: `setting_texts` of what its result does not depend on, which may change at a new start.
-            resumable: whether a new start continues the folder's work, which requires the same inputs.
+            free: `setting_texts` of the settings that do not change the result; they may differ at a new start.
+            resumable: whether a new start resumes the folder's work, which requires the same inputs.
 
         Returns:
-            What changed since an earlier start of the work that is continued, for people; it is noted in `CHANGES`.
+            Changes since the last start of the resumed work, for people; they are also written to `CHANGES`.
 
         Raises:
             StageError: a resumable stage was started from other inputs.
@@ -274,7 +274,7 @@ class StageFolder:
         return changes
 
     def _note_changes(self, inputs: Mapping[str, str], free: Mapping[str, str]) -> list[str]:
-        """Write what changed since the last start to `CHANGES`; return it for people."""
+        """Write the changes since the last start to `CHANGES`, and return them for people."""
         started = self._started()
         if started is None:
             return []
@@ -319,13 +319,14 @@ class StageFolder:
 
 
 def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
-    """Check that no folder holds work that was started from other inputs; more steps are no others.
+    """Check that no folder holds work that was started from other inputs. More steps are allowed.
 
     Args:
-        folders: the folders of stages that continue their work, and what each is made from now.
+        folders: folder of each stage that resumes its work -> inputs with which it would resume.
 
     Raises:
-        StageError: one does. The text names all that do: giving up the work of one loses the others, too.
+        StageError: a folder holds such work. The text names all of them, because giving up the work of one folder
+            loses the work of the others as well.
     """
     refusals = {folder: text for folder, inputs in folders.items() if (text := folder.refusal(inputs))}
     if refusals:

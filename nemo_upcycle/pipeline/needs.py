@@ -23,10 +23,10 @@ from nemo_upcycle.utils.cache import cache_folder
 
 
 def run_needs(inputs: Inputs) -> list[Need]:
-    """List the needs of a run from networks, each once. A finished folder of data needs nothing.
+    """List everything that a run needs from networks, each item once. A finished folder of data needs nothing.
 
     Raises:
-        UpcycleError: an input is not valid.
+        UpcycleError: an input is invalid.
     """
     of = {
         "dense": _parent_needs(inputs.dense) if inputs.dense else (),
@@ -59,7 +59,7 @@ def _has_model(parent: ModelAddress, caches: Caches) -> bool:
 
 
 def _data_needs(inputs: Inputs) -> Iterator[Need]:
-    if "://" in inputs.data:  # texts by address, which `nemo-upcycle data` takes and a run does not
+    if "://" in inputs.data:  # addresses of texts: `nemo-upcycle data` takes them, but a run does not
         yield from _blend_needs(read_blend(inputs.data))
     elif inputs.chat:
         yield from map(asset_need, inputs.chat.assets)

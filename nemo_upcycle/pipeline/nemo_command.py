@@ -1,7 +1,7 @@
-"""Where the command `nemo` begins for this package: NeMo-Run imports this module, its entry point `upcycle`.
+"""The entry point `upcycle` of the command `nemo`, which NeMo-Run imports.
 
-Importing the library only imports. What has to be answered before NeMo is imported, which takes longest, is answered
-here: that all parts are of one checkout, and that the words name a recipe and stages of the installed trainer.
+Importing the library only imports. Importing NeMo takes longest, so this module first makes the checks that do not
+need it: all parts must be of one checkout, and the words must name a recipe and stages of the installed trainer.
 """
 
 import importlib
@@ -21,12 +21,12 @@ with answered():
             refuse_bridge(sys.argv[3:])
         elif find_spec("megatron"):
             refuse_early(sys.argv[3:])
-# They register the recipes and the commands.
+# These modules register the recipes and the commands.
 if find_spec("nemo"):
     importlib.import_module("nemo_upcycle.pipeline.nemo.recipes")
 elif find_spec("megatron"):
     if find_spec("megatron.bridge"):
         with collector_paused():
-            importlib.import_module("megatron.bridge")  # which NeMo-Run imports next, as an entry point of its own
+            importlib.import_module("megatron.bridge")  # NeMo-Run imports it next, as a separate entry point
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     importlib.import_module("nemo_upcycle.pipeline.bridge.pipeline")

@@ -1,4 +1,4 @@
-"""Read the plan of a run; find the stages of a part of it, and those that must be done before."""
+"""Read the plan of a run. Find the stages of a part of the chain, and the stages that must be done before them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 
 
 def kind_of(run_dir: Path) -> type[WorkPlan] | None:
-    """Return the kind of the plan that a run's folder holds; None without one."""
+    """Return the kind of the plan in a run's folder; None if the folder has no plan."""
     kinds: tuple[type[WorkPlan], ...] = (RunPlan, GridPlan)
     return next((kind for kind in kinds if (run_dir / kind.file).is_file()), None)
 
@@ -24,9 +24,10 @@ def read_plan(run_dir: Path) -> WorkPlan:
 
 
 def before(plan: WorkPlan, *names: str) -> tuple[Stage, ...]:
-    """Return the stages that must be done before some, in order and without these themselves.
+    """Return the stages that must be done before the named stages, in order and without the named stages themselves.
 
-    Those that they come after, and what is read for it: a check that is lost later holds up nothing but its training.
+    These are the stages in `after`, and every stage whose result is read for them. If the result of a check is lost
+    later, only the training that comes after the check is held up.
     """
     needed: set[str] = set()
     for stage in (plan.stage(name) for name in names):
@@ -38,9 +39,9 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     """Return the stages of a part of the chain.
 
     Args:
-        first: the first one's name, or None.
-        last: the last one's.
-        only: name of the only one, in place of both.
+        first: name of the first stage; None: the first of the chain.
+        last: name of the last stage; None: the last of the chain.
+        only: name of the only stage, in place of first and last.
 
     Raises:
         UpcycleError: a name is unknown, or names contradict each other.
@@ -61,10 +62,10 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that the stages that a part of the chain needs are done, and what they left is still there.
+    """Check that the stages needed by a part of the chain are done, and that their results still exist.
 
     Raises:
-        UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
+        UpcycleError: a stage is not done, was done from other inputs, or its result is missing.
     """
     needed = before(plan, *(stage.name for stage in stages))
     if missing := unfinished(needed, run_dir, plan):
@@ -78,10 +79,10 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that results of finished stages are still there, if a stage that has to run reads them.
+    """Check that the results of finished stages still exist, if a stage that has to run reads them.
 
     Raises:
-        UpcycleError: something is gone.
+        UpcycleError: a result is missing.
     """
     done = finished(run_dir, plan)
     for stage in stages:
@@ -101,10 +102,10 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that the work in folders of resumable stages was started from the inputs that it would go on with.
+    """Check that the started work of resumable stages has the same inputs as the work that would resume.
 
     Raises:
-        StageError: some of it was not, or a note of a start is damaged.
+        StageError: some work has other inputs, or a note of a start is damaged.
     """
     require_same(
         {stage.folder(run_dir, plan): stage.inputs(run_dir, plan) for stage in plan.stages if stage.resumable}
@@ -112,10 +113,10 @@ def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def finished(run_dir: Path, plan: WorkPlan) -> list[str]:
-    """Return the stages that are done from their present inputs, in order."""
+    """Return the names of the stages that are done from their present inputs, in order."""
     return [stage.name for stage in plan.stages if stage.is_done(run_dir, plan)]
 
 
 def unfinished(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> str | None:
-    """Return the first of these stages that is not done from its present inputs; None where all are."""
+    """Return the first of these stages that is not done from its present inputs; None if all are done."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

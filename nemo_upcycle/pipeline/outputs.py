@@ -1,4 +1,4 @@
-"""Find the results of finished stages: the files that identify them to other stages, and whether all are there."""
+"""Find the results of finished stages: the files that identify them to other stages, and whether all files exist."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nemo_upcycle.utils.files import read_json
 
 
 def require_kept(folder: Path, run_dir: Path) -> None:
-    """Check that a folder of a model is whole, if it lies in a run's folder: of another, this machine may not know.
+    """Check that a model's folder in the run's folder is complete; this machine may not see other folders.
 
     Raises:
-        UpcycleError: it is gone.
+        UpcycleError: a file is missing.
     """
     if folder.is_relative_to(run_dir.resolve()) or folder.is_relative_to(run_dir):
         read_json(folder / "config.json")
@@ -25,10 +25,10 @@ def require_kept(folder: Path, run_dir: Path) -> None:
 
 
 def weights_in(*folders: Path) -> list[Path]:
-    """Return the files that identify models to the stages that read them: those with the weights."""
+    """Return the weight files of models, which identify the models to the stages that read them."""
     return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files with the tensors of the last checkpoint of a training."""
+    """Return the tensor files of a training's last checkpoint."""
     return sorted(last_checkpoint(folder).rglob("*.distcp"))

@@ -1,4 +1,4 @@
-"""The one place that changes NeMo-Run: its parser of command lines, while a command of this package uses it."""
+"""The only place that changes NeMo-Run: its command-line parser, while a command of this package uses it."""
 
 import functools
 import logging
@@ -20,9 +20,9 @@ _parse_in_order = TypeParser.parse_union
 
 
 def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
-    """Parse the value of a setting of several kinds, as a number where that is one of them.
+    """Parse the value of a setting with several types, as a number if one of the types is a number.
 
-    NeMo-Run tries them in their order, and every word is a text: `trainer.devices=2` would be none of a number.
+    NeMo-Run tries the types in order, and every word is a valid text: `trainer.devices=2` would not become a number.
     """
     numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
     return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
@@ -32,7 +32,7 @@ _parse_attribute = cli_parser.parse_attribute
 
 
 def _parse_class(attribute: str, nested: Any) -> Any:
-    """Return an attribute; of a list, the element of that class, as in `trainer.callbacks.MetricsLogger.gpu=h100`."""
+    """Return an attribute; in a list, the element of that class, as in `trainer.callbacks.MetricsLogger.gpu=h100`."""
     if not isinstance(nested, list):
         return _parse_attribute(attribute, nested)
     if (found := of_class(nested, attribute)) is None:
@@ -42,15 +42,15 @@ def _parse_class(attribute: str, nested: Any) -> Any:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """Let NeMo-Run parse settings while the block runs: numbers first, `int | None` and classes in lists too, no log.
+    """Let NeMo-Run parse numbers first, `int | None`, and classes in lists, without a log, while the block runs.
 
-    NeMo-Run has no setting for any of them. It has one parser in a process, which is as it was behind the block. It
-    logs the whole configuration before it raises an error.
+    NeMo-Run has no setting for any of these. A process has only one parser, which is restored after the block.
+    NeMo-Run logs the whole configuration before it raises an error.
     """
-    known = type_parser.custom_parsers  # a module of a user's, imported while the block runs, may add to it
+    known = type_parser.custom_parsers  # a user's own module, imported while the block runs, may add to it
     before = dict(known)
     known[types.UnionType] = functools.partial(_parse_numbers_first, type_parser)
-    TypeParser.get_parser.cache_clear()  # it keeps the function that it found for a kind
+    TypeParser.get_parser.cache_clear()  # it caches the function for each type
     try:
         with (
             temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True),

@@ -1,4 +1,4 @@
-"""The plan of a run, what a stage is, and the settings that each stage depends on."""
+"""The plan of a run, its stages, and the settings that each stage depends on."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ from nemo_upcycle.utils.schema import KEY, numbered, require_known
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Trainer -> module and class of its trainings; a trainer is imported when it is asked for.
+#: Trainer -> module and class of its trainings. A trainer is imported only when it is needed.
 _TRAININGS = {
     "nemo": ("nemo_upcycle.trainers.nemo.training", "NeMoTraining"),
     "bridge": ("nemo_upcycle.trainers.bridge.training", "BridgeTraining"),
 }
 PLAN = "pipeline.json"
-#: The folder of a run that keeps the user's YAML files as they were when the run started.
+#: Folder of a run with copies of the user's YAML files, as they were when the run started.
 KEPT = "config"
 
 
 @dataclass(frozen=True)
 class WorkPlan(ABC):
-    """What the stages of a run need to know, as plain values, and which stages there are."""
+    """Everything that the stages of a run need, as plain values, and the list of stages."""
 
-    #: Its file in a run's folder, and what people call such a run.
+    #: File of the plan in a run's folder, and the name of this kind of run in messages.
     file: ClassVar[str]
     kind: ClassVar[str]
-    #: Fields that may name a YAML file of the user's, and the folder of `conf/` with the package's own.
+    #: Field that may name a user's YAML file -> folder of `conf/` that holds the package's own files.
     files: ClassVar[Mapping[str, str]] = {}
     trainer = "nemo"
 
     def write(self, run_dir: Path) -> None:
-        """Write the plan to a folder, where the stages read it, with the settings of its trainings.
+        """Write the plan to a run's folder for the stages to read, together with the settings of its trainings.
 
-        A stage that only looks whether trainings are done then need not load a recipe, which imports its trainer.
+        With the settings, a stage that only checks whether trainings are done need not load a recipe, which would
+        import the trainer.
         """
         texts = {stage.name: self.training_text(stage.name) for stage in self.stages}
         known = {sha256(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
@@ -63,7 +64,7 @@ class WorkPlan(ABC):
         """Read the plan of a run.
 
         Raises:
-            UpcycleError: the plan is damaged, or of a newer release.
+            UpcycleError: the plan is damaged, or a newer release wrote it.
         """
         content = read_json(run_dir / cls.file)
         require_known(content, run_dir / cls.file)
@@ -75,17 +76,17 @@ class WorkPlan(ABC):
 
     @cached_property
     def _known(self) -> dict[str, TrainingSettings]:
-        """By the hash of a training's text, its settings."""
+        """Hash of a training's text -> settings of the training."""
         return {}
 
     def with_copies(self, run_dir: Path) -> tuple[Self, dict[Path, str]]:
-        """Return the plan with the user's YAML files in the run's folder, and the texts of these by their paths.
+        """Return the plan with copies in place of the user's YAML files, and the text of each copy by its path.
 
-        A run that has started no longer depends on files that people go on editing. A copy lies in a folder named by
-        its content, so that jobs of an earlier start never read another one.
+        A run that has started thus no longer depends on files that people keep editing. The folder of a copy is named
+        after its content, so jobs of an earlier start never read a different copy.
 
         Args:
-            run_dir: the run's folder, which the places start from.
+            run_dir: the run's folder; paths of the copies are relative to it.
         """
         names, texts = {}, {}
         for name in self.files:
@@ -99,13 +100,14 @@ class WorkPlan(ABC):
     @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
-        """All stages, each after those that it needs."""
+        """All stages, each after the stages that it needs."""
 
     def setting(self, name: str) -> Any:
-        """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders.
+        """Return a setting as the markers hash it: YAML files and data folders by content, not by name.
 
         Args:
-            name: a field; a training's stage, for its fixed settings; or with STEPS at its end, for how many it takes.
+            name: a field; a training's stage, for the fixed settings; or a training's stage with STEPS at the end, for
+                the number of steps.
         """
         if name.endswith(STEPS):
             return self.training_settings(name.removesuffix(STEPS)).steps
@@ -113,10 +115,10 @@ class WorkPlan(ABC):
 
     @abstractmethod
     def training_text(self, stage: str) -> str | None:
-        """Return the text that the training of a stage is made of; None where there is none."""
+        """Return the serialised recipe of a stage's training; None if the stage has no training."""
 
     def training(self, stage: str) -> Training | None:
-        """Return the training of a stage, the same object every time; None where there is none."""
+        """Return the training of a stage, always the same object; None if the stage has no training."""
         text = self.training_text(stage)
         if text and text not in self._trainings:
             self._trainings[text] = open_training(self.trainer, text)
@@ -129,25 +131,25 @@ class WorkPlan(ABC):
     @property
     @abstractmethod
     def inputs(self) -> Inputs:
-        """What its stages read: parent, data, suite."""
+        """Inputs of the stages: parent, data, suite."""
 
     @cached_property
     def needs(self) -> list[Need]:
-        """What its stages take from networks, each once."""
+        """Everything that the stages need from networks, each item once."""
         return run_needs(self.inputs)
 
     @cached_property
     def trainings(self) -> dict[str, Training]:
-        """By stage, the trainings."""
+        """Stage -> its training."""
         return {stage.name: found for stage in self.stages if (found := self.training(stage.name))}
 
     @cached_property
     def facts(self) -> dict[str, TrainingFacts | None]:
-        """Stage -> facts of its training; None for one whose facts are not known before the parent is fetched."""
+        """Stage -> facts of its training; None if they are unknown before the parent is fetched."""
         return {name: training.facts(self.inputs.parent) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
-        """Return the settings of the training of a stage; none where it has no training."""
+        """Return the settings of a stage's training; empty settings if the stage has no training."""
         text = self.training_text(stage)
         if not text:
             return TrainingSettings({}, 0, {}, {})
@@ -156,9 +158,9 @@ class WorkPlan(ABC):
         return self._known[sha256(text)]
 
     def content_of(self, name: str) -> Any:
-        """Return a field as the markers hash it: the hash of a finished folder, the content of a user's YAML file.
+        """Return a field as the markers hash it: a finished folder by its hash, a user's YAML file by its content.
 
-        A file is read once: what changes later is not what this plan was made of.
+        A file is read once, so later changes of the file do not change this plan.
         """
         if name not in self._contents:
             value = getattr(self, name)
@@ -175,18 +177,18 @@ class WorkPlan(ABC):
         return {}
 
     def is_as(self, other: WorkPlan) -> bool:
-        """Return whether the stages of two plans have the same inputs, however their recipes are written."""
+        """Return whether the stages of two plans have equal settings, even if the recipes are written differently."""
         mine, theirs = ({stage.name: stage.free_of(plan) for stage in plan.stages} for plan in (self, other))
         return self.own_settings == other.own_settings and mine == theirs
 
     @cached_property
     def own_settings(self) -> dict[str, dict[str, str]]:
-        """By stage, its settings as markers name them."""
+        """Stage -> its settings, as markers name them."""
         return {stage.name: setting_texts(stage.settings_of(self)) for stage in self.stages}
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
-        """Stage -> stages whose results it reads, directly or not, in their order."""
+        """Stage -> stages whose results it reads, directly or not, in the plan's order."""
         reads: dict[str, tuple[str, ...]] = {}
         for stage in self.stages:
             direct = stage.after if stage.reads is None else stage.reads
@@ -198,7 +200,7 @@ class WorkPlan(ABC):
         """Return a stage by its name.
 
         Raises:
-            StageError: the plan has none of that name.
+            StageError: the plan has no stage of this name.
         """
         stages = {stage.name: stage for stage in self.stages}
         if name not in stages:
@@ -207,11 +209,11 @@ class WorkPlan(ABC):
 
 
 def open_training(trainer: str, text: str) -> Training:
-    """Return the training of a plan's text.
+    """Build a training from its text in a plan.
 
     Args:
         trainer: `nemo` or `bridge`.
-        text: the recipe, as the trainer's subclass writes it.
+        text: recipe, as the trainer's subclass of `Training` serialises it.
     """
     module, name = _TRAININGS[trainer]
     training: Training = getattr(importlib.import_module(module), name).from_text(text)
@@ -219,7 +221,7 @@ def open_training(trainer: str, text: str) -> Training:
 
 
 def required_training(plan: WorkPlan, stage: str) -> Training:
-    """Return the training of a stage that has one."""
+    """Return the training of a stage that must have one."""
     training = plan.training(stage)
     assert training is not None
     return training
@@ -227,24 +229,24 @@ def required_training(plan: WorkPlan, stage: str) -> Training:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage of a run.
 
     Args:
-        name: the name of the stage and of its folder.
-        work: the function that does it; takes the run's folder and plan, returns what the marker reports.
-        after: stages whose results it reads.
+        name: name of the stage and of its folder.
+        work: function that does the work; takes the run's folder and plan, returns the values that the marker reports.
+        after: stages that must be done before it.
         settings: fields of the plan that it depends on.
         parallel: whether it runs on all ranks of the training job.
-        resumable: whether a new start continues where a killed one stopped.
+        resumable: whether a new start resumes the work of a stopped one.
         computes: whether it computes with the models of the run: it needs a GPU if a training of the run does.
-        reads: stages whose outputs it opens; None: those that it comes after.
-        content: the function that lists the files that hold what it left for others, by which these know it; takes the
-            run's folder and plan and what its work returned. None: it left nothing.
-        outputs: the function that opens what it left and raises an UpcycleError where something is gone; None: it left
-            nothing that another stage opens.
-        disk: the function that lists what it writes into the run's folder, for the forecast; takes folder, plan, and
-            the architectures of the trainings by stage, each None before the parent is fetched. None: next to nothing,
-            or a training's checkpoints.
+        reads: stages whose outputs it opens; None: the stages in `after`.
+        content: function that lists the result files by which other stages identify its result; takes the run's
+            folder, the plan and the return value of `work`. None: it has no result for other stages.
+        outputs: function that opens its results, and raises an UpcycleError if one is missing; takes the run's folder
+            and the plan. None: no other stage opens a result of it.
+        disk: function that lists the files it writes into the run's folder, for the forecast; takes the folder, the
+            plan, and stage -> architecture of its training (None before the parent is fetched). None: it writes next
+            to nothing, or only a training's checkpoints.
     """
 
     name: str
@@ -260,25 +262,25 @@ class Stage:
     disk: Callable[[Path, Any, Mapping[str, Architecture | None]], Sequence[DiskUse]] | None = None
 
     def folder(self, run_dir: Path, plan: WorkPlan) -> StageFolder:
-        """Return its folder in a run."""
+        """Return the stage's folder in a run."""
         return StageFolder(run_dir, self.name, plan.reads[self.name])
 
     def inputs(self, run_dir: Path, plan: WorkPlan) -> dict[str, str]:
-        """List its inputs: settings of its own and of the stages that it reads, and their results."""
+        """List the stage's inputs: its own settings, and the settings and results of the stages that it reads."""
         return self.folder(run_dir, plan).inputs(plan.own_settings)
 
     def settings_of(self, plan: WorkPlan) -> dict[str, Any]:
-        """Return the values of its settings."""
+        """Return the values of the stage's settings."""
         return {name: plan.setting(name) for name in self.settings}
 
     def free_of(self, plan: WorkPlan) -> dict[str, str]:
-        """Return the settings of its training that its result does not depend on, as its folder notes them."""
+        """Return the training's settings that do not change its result, as the stage's folder notes them."""
         return setting_texts({self.name: plan.training_settings(self.name).free})
 
     def is_done(self, run_dir: Path, plan: WorkPlan) -> bool:
-        """Return whether it finished from its present inputs."""
+        """Return whether the stage finished from its present inputs."""
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
-        """Return the hash of its results for other stages, whose report is `outputs`; empty if it left none."""
+        """Return the hash of the stage's results for other stages; empty if it has none. `outputs` is its report."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

@@ -1,4 +1,4 @@
-"""Run stages on this machine, several at once where none needs another."""
+"""Run stages on this machine, several at once if none needs another."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _POLL_S = 0.2
 
 
 def check_at_once(at_once: int, *, is_here: bool) -> None:
-    """Check how many stages shall run at once.
+    """Check how many stages may run at once.
 
     Raises:
-        UpcycleError: more than one where they cannot.
+        UpcycleError: several stages cannot run at once here.
     """
     check_whole("at_once", at_once, 1)
     if at_once > 1 and not is_here:
@@ -55,24 +55,25 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 
 
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
-    """Run stages as soon as those that they need are done; start none after one that did not finish.
+    """Run each stage as soon as the stages that it needs are done. Start none after a stage that did not finish.
 
-    On a terminal, and where several run at once, what they print goes to `logs/STAGE-rank0.log`: the terminal shows a
-    line of each that runs, and the console which started, and how many are left.
+    On a terminal, or if several stages run at once, their output goes to `logs/STAGE-rank0.log`. A terminal shows one
+    line per running stage. If several run at once, the console shows which stages have started, and how many trainings
+    are left.
 
     Args:
-        jobs: the jobs of the stages, each after those that it needs.
+        jobs: jobs of the stages, each after the jobs that it needs.
         run_dir: the run's folder.
-        plan: the plan of the run.
+        plan: plan of the run.
         executor: NeMo-Run's local executor, whose variables the stages get; None: they get none.
         at_once: number of stages that may run at the same time.
 
     Raises:
-        SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can resume, 1 after another
-            failure, 130 or 143 when stopped. The last message is the stage's own.
-        UnfinishedError: a stage ended well, and has left no marker.
+        SystemExit: with 2 after a user's mistake, 75 if a stage stopped and can resume, 1 after another failure, 130
+            or 143 after a signal. The last message is the stage's own.
+        UnfinishedError: a stage ended well but has left no marker.
     """
-    end_soon()  # however it ends; nothing is imported after this
+    end_soon()  # exit fast, however the run ends; nothing is imported after this
     waiting, running = list(jobs), dict[Future[int], Job]()
     began_s, took_s = dict[str, float](), list[float]()
     stopped_stages: list[Stage] = []
@@ -129,7 +130,7 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
 
 @contextmanager
 def _ended_by_error(stop: local.StopSignals) -> Iterator[None]:
-    """End what runs when the block raises: the pool would wait for it."""
+    """End the running stages if the block raises, because the pool would wait for them."""
     try:
         yield
     except Exception:
@@ -142,7 +143,7 @@ def _say(text: str) -> None:
 
 
 def _exit_status(name: str, status: int, run_dir: Path) -> int:
-    """Return the launcher's exit status for that of a stage that failed, and report a killed one, which could not."""
+    """Return the launcher's exit status for a failed stage. Report a killed stage, which could not do so itself."""
     if status < 0:
         signal_name = signal.Signals(-status).name
         hint = " (out of memory?)" if signal_name == "SIGKILL" else ""
@@ -151,7 +152,7 @@ def _exit_status(name: str, status: int, run_dir: Path) -> int:
 
 
 def _run(job: Job, executor: Any, stop: local.StopSignals, at_once: int, is_quiet: bool) -> int:
-    """Run a stage; return its exit status, as `run_ranks` does."""
+    """Run a stage, and return its exit status as `run_ranks` does."""
     ranks = job.ranks_per_node if job.is_training else None
     variables = performance.variables(performance.performance_settings_here(job))
     variables |= variables_for(at_once * (ranks or 1), executor)
@@ -164,7 +165,7 @@ def _logs_of(job: Job) -> Path:
 
 
 def variables_for(ranks: int, executor: Any) -> dict[str, str]:
-    """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
+    """Return the variables of ranks on this machine: the user's, and the threads per rank that share the cores."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
     return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
 

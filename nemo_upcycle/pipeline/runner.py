@@ -1,4 +1,4 @@
-"""Run one stage in its own process, or on every rank if it is parallel: checks, work, marker."""
+"""Run one stage in its own process, or on every rank if the stage is parallel: checks, work, marker."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from nemo_upcycle.utils.sieve import sifted
 
 logger = logging.getLogger(__name__)
 DONE_BEFORE = "done earlier, from the same inputs"
-#: Seconds that the first rank has to say why it ends before another one does.
+#: Seconds for which other ranks wait, so that the first rank can say why it ends before they do.
 _FIRST_SPEAKS_S = 1.0
 
 
 def run_stage(name: str, dir: str) -> None:
     """Run a stage of a run, unless it is done already.
 
-    What a job of the pipeline executes. A mistake of the user's ends the process with one message and status 2.
+    Every job of the pipeline calls this function. A user's mistake ends the process with one message and status 2.
 
     Args:
-        name: the name of the stage.
+        name: name of the stage.
         dir: the run's folder, with its plan.
     """
     show_messages()
@@ -43,19 +43,19 @@ def run_stage(name: str, dir: str) -> None:
         with sifted(libraries_log(run_dir, name)) if quiet and is_first_rank() else nullcontext():
             plan = read_plan(run_dir)
             _run(plan.stage(name), run_dir, plan)
-    except UpcycleError as error:  # refused before it started: nothing is recorded, another job may hold the folder
+    except UpcycleError as error:  # refused before its start: nothing is recorded, as another job may hold the folder
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(error.exit_status) from None
 
 
 def libraries_log(run_dir: Path, stage: str) -> Path:
-    """Return the file of the messages of libraries that a stage keeps off the console."""
+    """Return the file for the messages of libraries that a stage keeps off the console."""
     return run_dir / "logs" / f"{stage}-libraries.log"
 
 
 @contextmanager
 def _recorded(folder: StageFolder) -> Iterator[None]:
-    """Record and print why the block's work on a stage ended, once if all ranks met the same, and end the process."""
+    """Record and print why the work on a stage ended, once if all ranks have the same error, and end the process."""
     try:
         yield
     except (StageStopped, UpcycleError) as error:
@@ -63,13 +63,13 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
             time.sleep(_FIRST_SPEAKS_S)
         if is_first_rank() or not (folder.path / ENDED).is_file():
             sys.stderr.write(f"[{folder.name}] {error}\n")
-            with suppress(OSError):  # a full disk, which the message may be about
+            with suppress(OSError):  # the disk may be full, and the message about that
                 folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
         raise SystemExit(error.exit_status) from None
 
 
 def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
-    # Abort if an earlier stage failed; not every executor does.
+    # Abort if an earlier stage failed, because not every executor does.
     if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
         raise StageError(f"Stage did not start: stage '{broken}' has not finished in {run_dir}.")
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)

@@ -1,4 +1,4 @@
-"""The jobs of a run's stages: command, ranks, GPUs, and the files that each reads."""
+"""The jobs of a run's stages: command, ranks, GPUs, and the files that each stage reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.trainers.facts import TrainingFacts
 
 
-#: A model of so many parameters is not trained on CPUs on purpose: with the accelerator `auto`, it needs GPUs.
+#: Parameters from which on a training with the accelerator `auto` needs GPUs: nobody trains such a model on CPUs on
+#: purpose.
 LEAST_FOR_GPUS = 1_000_000_000
 
 
@@ -20,7 +21,7 @@ def needs_gpus(facts: TrainingFacts | None) -> bool:
     """Return whether a training cannot run without GPUs: its accelerator is `gpu`, or `auto` for a large model.
 
     Args:
-        facts: facts of the training; None: not known, and then False.
+        facts: facts of the training; None: unknown, and the answer is False.
     """
     if facts is None:
         return False
@@ -29,15 +30,15 @@ def needs_gpus(facts: TrainingFacts | None) -> bool:
 
 
 def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
-    """Return the jobs of stages, in their order.
+    """Return the jobs of stages, in the order of the stages.
 
     Args:
         stages: stages to run.
         run_dir: the run's folder.
-        plan: the plan of the run.
-        python: the interpreter where the stages run.
+        plan: plan of the run.
+        python: interpreter that runs the stages.
     """
-    # What was started, if a recipe refers to something defined in it.
+    # Scripts that started the run, if a recipe refers to something defined in them.
     scripts = list(dict.fromkeys(script for training in plan.trainings.values() if (script := training.script)))
     reads = (*plan.inputs.paths, *(path for path in map(Path, scripts) if path.is_absolute()))
     on_gpus = any(map(needs_gpus, plan.facts.values()))

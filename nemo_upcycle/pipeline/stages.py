@@ -39,20 +39,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan(WorkPlan):
-    """Everything that the stages of a run need to know, as plain values.
+    """Everything that the stages of a run need, as plain values.
 
-    Recipes are texts (NeMo's in NeMo-Run's serialised form): a stage builds them only after it has checked that it may
-    start.
+    Recipes are texts (NeMo's in NeMo-Run's serialised form). A stage builds its recipe only after the check that the
+    stage may start.
 
     Args:
         recipe: name of the upcycling recipe, for titles.
         dense: address of the dense parent.
         data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`; for
-            trainings that tune, conversations: a name in `conf/chat`, a YAML file, JSON lines, or a folder of
-            `nemo-upcycle chat`.
+            fine-tuning, conversations: a folder of `nemo-upcycle chat`, a name in `conf/chat`, a YAML file, or JSON
+            lines.
         evaluation: a name in `conf/evaluation`, or a YAML file.
-        pretrain: the recipe of the upcycled model, as its trainer serialises it.
-        dense_ct: the recipe of the dense baseline; None omits it.
+        pretrain: recipe of the upcycled model, as its trainer serialises it.
+        dense_ct: recipe of the dense baseline; None omits the baseline.
         trainer: `nemo` or `bridge`.
     """
 
@@ -69,7 +69,7 @@ class RunPlan(WorkPlan):
     trainer: str = "nemo"
 
     def setting(self, name: str) -> Any:
-        """See `WorkPlan.setting`; "step 0" is what the check of step 0 depends on."""
+        """See `WorkPlan.setting`. The name "step 0" stands for the settings that the step-0 check depends on."""
         return self.training_settings("pretrain").step0 if name == "step 0" else super().setting(name)
 
     @property
@@ -88,19 +88,19 @@ class RunPlan(WorkPlan):
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Get the parent."""
+    """Import the dense parent."""
     from nemo_upcycle.sources.fetch import import_dense
 
     return {"dense_folder": str(import_dense(plan.dense, run_dir / "dense").resolve())}
 
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
+    """Upcycle once in float32, compare the result with the parent, and keep the step-0 model."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.models.hf_model import require_known
     from nemo_upcycle.trainers.equivalence import check_step0
 
-    use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
+    use_cpu_backend()  # before the model's configuration is built, because Megatron checks it right then
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
     spec = training.spec(dense_folder)
     spec = with_calibration(spec, run_dir / "upcycle", dense_folder, started=False) or spec
@@ -112,7 +112,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         sample_tokens(data_folder_of(run_dir, plan)),
         run_dir / "upcycle" / "hf",
     )
-    require_known(run_dir / "upcycle" / "hf")  # else a chain would end after its trainings, where it is evaluated
+    require_known(run_dir / "upcycle" / "hf")  # else the chain would fail only at evaluation, after its trainings
     receipt.write(run_dir / "receipt.json")
     result = receipt.equivalence
     if receipt.exact and not result["within_tolerance"]:
@@ -145,7 +145,7 @@ def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Continue pretraining of the parent on the same data."""
+    """Continue pretraining the parent on the same data."""
     if not plan.dense_ct:
         logger.info(
             "[dense_ct] omitted; dense_ct=RECIPE trains it, so that the report shows the effect of training alone"
@@ -166,7 +166,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.sources.checkpoints import steps_in
 
     dense_folder = dense_folder_of(run_dir)
-    receipt = run_dir / "pretrain" / "receipt.json"  # it has the spec, too, and loads no recipe
+    receipt = run_dir / "pretrain" / "receipt.json"  # it also holds the spec, so no recipe has to be loaded
     spec = recorded_spec(read_receipt(receipt).get("spec"), receipt, {})
     data = {"Data": open_data(data_folder_of(run_dir, plan)).card}
 
@@ -177,7 +177,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         about = CardInfo(title=title, facts=facts, parent=plan.dense)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
 
-    title = run_dir.name if ":" in plan.recipe else plan.recipe  # `module:function` is no name for people
+    title = run_dir.name if ":" in plan.recipe else plan.recipe  # `module:function` is no title for readers
     folders = {"trained": export("pretrain", run_dir / "hf", title, spec=spec)}
     if plan.dense_ct:
         folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{title}: baseline")
@@ -193,7 +193,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     suite = run_dir / "suite"
     build_named_suite(plan.evaluation, output=suite, **open_data(data_folder_of(run_dir, plan)).held_out)
-    tasks = load_suite_tasks(suite)  # once: every model is asked the same
+    tasks = load_suite_tasks(suite)  # loaded once, so that every model gets the same questions
     dense_folder = dense_folder_of(run_dir)
     models = {
         "dense": dense_folder,
@@ -201,14 +201,14 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         "trained": run_dir / "hf",
         "dense_ct": run_dir / "dense_ct" / "hf",
     }
-    if plan.inputs.suite_config.backend == "megatron":  # the checkpoints, as they are trained
+    if plan.inputs.suite_config.backend == "megatron":  # score the checkpoints as they were trained
         models |= {"trained": last_checkpoint(run_dir / "pretrain"), "dense_ct": run_dir / "dense_ct"}
     if not plan.dense_ct:
         del models["dense_ct"]
     options = ModelOptions(megatron={"dense": str(dense_folder)})
     for number, (name, folder) in enumerate(models.items(), 1):
         logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
-        samples = name != "step0"  # it writes what its parent writes
+        samples = name != "step0"  # it would write the same texts as its parent
         evaluate(folder, suite, run_dir / "evaluation", name=name, samples=samples, tasks=tasks, options=options)
     return {name: str(folder) for name, folder in models.items()}
 
@@ -221,14 +221,14 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
-    """Return memory and speed by the planner, of the trainings that ran on GPUs that it knows."""
+    """Return the planner's memory and speed for each training that ran on a GPU known to the planner."""
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 
     planned = {}
     for stage in (stage.name for stage in STAGES if stage.parallel):
         settings = run_dir / stage / "training.json"
         device = read_json(settings).get("card") if settings.is_file() else None
-        if not device or not (training := plan.training(stage)):  # a recipe is loaded for a GPU alone
+        if not device or not (training := plan.training(stage)):  # load a recipe only if the training ran on a GPU
             continue
         if values := planned_of(training.facts(plan.inputs.parent), device):
             planned[stage] = values
@@ -237,7 +237,7 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
 
 def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
     if not plan.dense.startswith("asset://"):
-        return []  # it stays where it is
+        return []  # the parent stays in its place
     moe = models["pretrain"]
     return [model_use("import", "parent", moe and moe.dense)]
 
@@ -251,7 +251,7 @@ def _export_disk(_: Path, __: RunPlan, models: Mapping[str, Architecture | None]
     return [model_use("export", f"exported model of {name}", arch) for name, arch in models.items()]
 
 
-#: All stages of the chain, each after those that it needs. No other list of them exists.
+#: All stages of the chain, each after the stages that it needs. This is the only list of them.
 STAGES = (
     Stage(
         "import",

@@ -1,1 +1,1 @@
-"""Ablations: arms times seeds from one parent on one blend, with a table that tells differences from noise."""
+"""Ablations: train arms times seeds from one parent on one blend, and tell differences from noise in a table."""

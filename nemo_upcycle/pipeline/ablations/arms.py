@@ -1,4 +1,4 @@
-"""The recipe of a grid's arm, and how each trainer changes it."""
+"""Build the recipe of a grid's arm, with the changes that each trainer makes to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.facts import Evaluations
 
 
-#: The key that names an arm's recipe -> module and class of such an arm; a trainer is imported when it is asked for.
+#: Key that names an arm's recipe -> module and class of the arm. A trainer is imported only when it is needed.
 _ARMS = {
     "factory": ("nemo_upcycle.pipeline.nemo.arms", "NeMoArm"),
     "recipe": ("nemo_upcycle.pipeline.bridge.arms", "BridgeArm"),
@@ -22,16 +22,16 @@ _ARMS = {
 
 @dataclass(frozen=True)
 class ArmRequest:
-    """What a grid says of an arm.
+    """Settings of one arm, as the grid gives them.
 
     Args:
-        where: place of the arm in the grid, for the text of errors.
+        where: place of the arm in the grid, for error messages.
         recipe: name of the recipe in the trainer's command.
         fields: fields of the spec that differ from the recipe's.
         settings: overrides, by name.
-        parent: the dense parent; without an address: the grid trains it.
-        steps: length of its training; None: as recipe and settings say.
-        gpus: ranks that it trains on; None: as the recipe says.
+        parent: dense parent; its address is empty if the grid trains it.
+        steps: training steps; None: as recipe and settings say.
+        gpus: ranks that train the arm; None: as the recipe says.
     """
 
     where: str
@@ -43,19 +43,19 @@ class ArmRequest:
     gpus: int | None = None
 
     def overrides(self, steps: str) -> list[str]:
-        """List the overrides as a command line has them.
+        """List the overrides in the form of the command line.
 
         Args:
-            steps: the trainer's setting of a training's length.
+            steps: name of the trainer's setting for the number of steps.
         """
         settings = dict(self.settings) | ({steps: self.steps} if self.steps else {})
         return [f"{name}={value}" for name, value in settings.items()]
 
 
 class Arm(ABC):
-    """An arm of a grid, its recipe built as the command line would, and checked."""
+    """One arm of a grid. Its recipe is built and checked as the command line would do it."""
 
-    #: What trains it, as a plan names it.
+    #: Name of the trainer, as in a plan.
     trainer: ClassVar[str]
 
     @abstractmethod
@@ -63,17 +63,18 @@ class Arm(ABC):
 
     @abstractmethod
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
-        """Write the training of one seed: of the router, the method's random numbers and the data's order.
+        """Serialise the training of one seed, which sets the router, the method's random numbers and the data order.
 
         Args:
-            seed: the cell's seed.
-            name: the cell's name.
+            seed: seed of the cell.
+            name: name of the cell.
             evaluations: evaluations during training.
-            tokens_read: tokens of the training of the same seed that leaves the parent; this one goes on behind them.
+            tokens_read: tokens that the training of the cell's parent has read with the same seed; this training
+                continues after them.
         """
 
     def parent(self) -> str:
-        """Write the recipe of a dense model as it is, which trains a grid's parent.
+        """Serialise the unchanged recipe of a dense model that trains the grid's parent.
 
         Raises:
             UpcycleError: the recipe cannot train a parent.
@@ -82,14 +83,14 @@ class Arm(ABC):
 
 
 def open_arm(key: str, request: ArmRequest) -> Arm:
-    """Build an arm in the trainer of its recipe.
+    """Build an arm with the trainer of its recipe.
 
     Args:
         key: `factory` or `recipe`.
         request: settings of the arm in the grid.
 
     Raises:
-        UpcycleError: a setting is not valid; the text names it.
+        UpcycleError: a setting is invalid; the text names it.
     """
     module, name = _ARMS[key]
     try:

@@ -1,4 +1,4 @@
-"""Read a grid of ablations: its arms as recipes, checked before anything is started."""
+"""Read a grid of ablations, and check the recipes of its arms before anything starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 @dataclass
 class EvaluateConfig:
-    """What is scored on the live models, and how often; as in `Evaluations`."""
+    """The suite that scores the models during training, and how often; see `Evaluations`."""
 
     suite: str = "watch"
     every_n_steps: int = 500
@@ -38,7 +38,7 @@ class EvaluateConfig:
 
 @dataclass
 class ParentConfig:
-    """The recipe that trains the parent, and the size of its tokenizer's vocabulary."""
+    """The recipe that trains the parent, and the vocabulary size of the parent's tokenizer."""
 
     factory: str
     vocabulary: int
@@ -47,10 +47,10 @@ class ParentConfig:
 
 @dataclass
 class ArmConfig:
-    """An arm: its recipe in NeMo (`factory`, or a file that names one) or in Bridge, and what differs.
+    """One arm: its recipe in NeMo (`factory`, or a file that names a factory) or in Bridge, and its own settings.
 
-    `parent` is UNTRAINED or a dense training of an arm above, ARM or ARM-STEPS, of the same seed; None: the grid's.
-    `lengths` are the steps of a whole training each; `seeds` replace the grid's.
+    `parent` is UNTRAINED, or the dense training of an earlier arm with the same seed: ARM or ARM-STEPS. None: the
+    grid's parent. Each of `lengths` (steps) is a whole training of its own. `seeds` replace the grid's seeds.
     """
 
     factory: str | None = None
@@ -67,7 +67,7 @@ class ArmConfig:
 
 @dataclass
 class GridConfig:
-    """A grid; `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
+    """A grid. `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
 
     arms: dict[str, ArmConfig]
     about: str = ""
@@ -82,15 +82,15 @@ class GridConfig:
 
 
 def read_grid(name: str | Path, dense: str | None = None, data: str | None = None) -> GridPlan:
-    """Read a grid, and build and check the recipe of every arm and seed.
+    """Read a grid. Build and check the recipe of every arm and seed.
 
     Args:
-        name: a name of `conf/ablations`, or the path of a YAML file like those.
-        dense: another dense parent than the grid's.
-        data: another blend, or a finished folder.
+        name: a name in `conf/ablations`, or the path of a YAML file of the same form.
+        dense: dense parent that replaces the grid's.
+        data: blend or finished folder that replaces the grid's data.
 
     Raises:
-        UpcycleError: a key, arm, recipe or override is not valid; the text names the arm.
+        UpcycleError: a key, arm, recipe or override is invalid; the text names the arm.
     """
     content, path, folder = read_conf("ablations", name, "grid")
     grid = as_dataclass(str(path), content, GridConfig, "ablations")
@@ -135,7 +135,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)
             facts = open_training(one.trainer, cells[cell]).facts(dense_parent)
-            assert facts is not None  # an arm of Bridge's is built with its parent
+            assert facts is not None  # an arm of Bridge has its parent from the start, so its facts are known
             described[cell] = {
                 "arm": name,
                 "seed": seed,
@@ -205,10 +205,10 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 def _trainings(
     path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, parent: Parent, evaluations: Evaluations
 ) -> dict[str, tuple[str, Arm]]:
-    """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer.
+    """Build the trainings of one seed: training's name -> arm's name, and the recipe in its trainer.
 
     Raises:
-        UpcycleError: recipes cannot be built; the text lists what is wrong with each.
+        UpcycleError: recipes cannot be built; the text lists the mistakes of each.
     """
     built, wrong = dict[str, tuple[str, Arm]](), list[UpcycleError]()
     for name, arm in arms.items():
@@ -222,7 +222,7 @@ def _trainings(
                 built[training] = name, open_arm(key, request)
             except UpcycleError as error:
                 wrong.append(error)
-    if wrong:  # and what of the others only shows when they are tried, which `ablate` asks for later
+    if wrong:  # also list the other arms' mistakes that only a trial shows; `ablate` would find them later
         for name, one in dict(built.values()).items():
             tried = open_training(one.trainer, one.cell(0, name, evaluations))
             wrong += tried.problems(f"{path}: arms.{name}", parent)
@@ -231,12 +231,12 @@ def _trainings(
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
-    """Sort the trainings of a grid: short ones of a seed first, and parents before their own."""
+    """Return the sort key of a training: by seed, then short trainings first, and parents before their children."""
     return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
 
 
 def _check(path: str, grid: GridConfig) -> None:
-    """Check the numbers of a grid, and the names of its arms."""
+    """Check the numbers of a grid and the names of its arms."""
 
     def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
         if not holds:
@@ -269,12 +269,12 @@ def _check(path: str, grid: GridConfig) -> None:
 
 
 def _from_here(name: str, folder: Path) -> str:
-    """Return the absolute path of a YAML file that a grid names, or the name of one of the package's own."""
+    """Return the absolute path of a YAML file named by a grid; leave names of the package's own files unchanged."""
     return str((folder / Path(name).expanduser()).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
 def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
-    """Return an arm with its recipe, and with what a file of a single arm says."""
+    """Return an arm with its recipe, and with the settings of the arm's own file."""
     if arm.file:
         content, *_ = read_conf("ablations", folder / arm.file, f"{where}: file")
         run = content.pop("run", None)

@@ -1,6 +1,6 @@
-"""`nemo upcycle ablate`: check every arm, then train them one after the other, or all as jobs of a cluster."""
+"""`nemo upcycle ablate`: check every arm, then train the arms on this machine or as jobs of a cluster."""
 
-# No postponed annotations, and Optional[...]: NeMo-Run parses values by them.
+# Do not postpone annotations in this module: NeMo-Run reads them to parse argument values.
 
 import sys
 from collections.abc import Mapping
@@ -40,20 +40,20 @@ def ablate(
     data: str | None = None,
     at_once: int = 1,
 ) -> None:
-    """Train every arm of a grid with every seed from one parent on the same data, and compare them.
+    """Train every arm of a grid with every seed, from one parent on the same data, and compare the arms.
 
-    Run it again after a stop of any kind, with the same `dir`: what is finished stays, the rest goes on.
+    After a stop of any kind, run it again with the same `dir`: finished trainings are kept, and the others resume.
 
     Args:
         ctx: NeMo-Run's context of the command.
-        grid: `--grid GRID`: a name in conf/ablations, or a YAML file like those.
+        grid: `--grid GRID`: a name in conf/ablations, or a YAML file of the same form.
         dir: folder of the grid: a new one, an empty one, or the grid's own.
-        dense: another dense parent than the grid's.
-        data: another blend than the grid's, or a finished folder of `nemo-upcycle data`.
+        dense: dense parent that replaces the grid's.
+        data: blend, or finished folder of `nemo-upcycle data`, that replaces the grid's data.
         at_once: trainings that run at the same time on this machine's cores.
 
     Raises:
-        UpcycleError: an arm could not start, or one did not finish.
+        UpcycleError: an arm cannot start, or a training did not finish.
     """
     run_dir, cluster = Path(dir).expanduser().absolute(), cluster_for(ctx.executor)
     with ended_by_ctrl_c():
@@ -77,10 +77,10 @@ def ablate(
 
 
 def _check(run_dir: Path, plan: GridPlan, cluster: Cluster | None, *, detach: bool, dryrun: bool) -> Findings:
-    """Check what is left of a grid: parent, data, the cluster, and one training of each arm."""
+    """Check everything that a grid's unfinished stages need: parent, data, cluster, and one training of each arm."""
     left = [stage.name for stage in plan.stages if not stage.is_done(run_dir, plan)]
     arms = {cell: f"arms.{about['arm']}" for cell, about in plan.described["cells"].items()} | {"parent": "parent"}
-    # Of an arm one training: neither seeds nor lengths decide whether it starts.
+    # One training per arm is enough: neither seed nor length decides whether an arm can start.
     places = {f"{plan.name}: {arms[name]}": name for name in left if name in arms}
     return check_work(
         run_dir,
@@ -98,7 +98,7 @@ def _check(run_dir: Path, plan: GridPlan, cluster: Cluster | None, *, detach: bo
 
 
 def _summary(plan: GridPlan, run_dir: Path) -> str:
-    """List what will be trained, and what is there already."""
+    """List the trainings of a grid, and count the finished ones."""
     done = {name for name in plan.cells if (run_dir / name / MARKER).is_file()}
     cells: dict[str, dict[str, Any]] = plan.described["cells"]
     lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]

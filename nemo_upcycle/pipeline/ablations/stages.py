@@ -17,30 +17,31 @@ from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
 
-#: The stage that draws random weights, and so the parent of what is trained from nothing.
+#: Name of the stage that draws random weights. An arm with this parent is trained from nothing.
 UNTRAINED = "untrained"
-#: The folder of the suite that all trainings are scored with, in the grid's folder.
+#: Path, in the grid's folder, of the suite that scores all trainings.
 SUITE = "suite/items"
 
 
 @dataclass(frozen=True)
 class GridPlan(WorkPlan):
-    """Everything that the stages of a grid need to know, as plain values.
+    """Everything that the stages of a grid need, as plain values.
 
     Args:
-        name: the name of the grid.
-        dense: address of the dense parent; "" where the grid trains its own.
+        name: name of the grid.
+        dense: address of the dense parent; "" if the grid trains its own.
         data: a blend, or a finished folder.
-        parent: the serialised recipe that trains the parent from random weights; None with `dense`. Where no training
-            starts from it, its sizes alone count.
-        vocabulary: tokens of its tokenizer, which is trained on the blend.
-        suite: a name in `conf/evaluation`, or a YAML file, of what all trainings are scored with.
+        parent: serialised recipe that trains the parent from random weights; None with `dense`. If every training has
+            another parent, only the recipe's model sizes are used.
+        vocabulary: vocabulary size of the parent's tokenizer, which is trained on the blend.
+        suite: suite that scores all trainings: a name in `conf/evaluation`, or a YAML file.
         cells: name of each training -> its serialised recipe.
-        described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
-            learning rate, and of one with a parent of its own what `read_grid` says; the references; the margin; what
-            each arm is about.
-        trainer: the trainer of all cells, `nemo` or `bridge`.
-        parents: name of a training -> UNTRAINED, or the training that leaves its parent; others have the grid's.
+        described: facts for the table. For each cell: arm, seed, tokens per step, steps and learning-rate schedule;
+            for a cell with its own parent also the facts that `read_grid` adds. Also the references, the margin, and
+            the description of each arm.
+        trainer: trainer of all cells, `nemo` or `bridge`.
+        parents: name of a training -> UNTRAINED, or the training whose result is its parent; the other trainings start
+            from the grid's parent.
     """
 
     file: ClassVar[str] = GRID
@@ -74,7 +75,7 @@ class GridPlan(WorkPlan):
 
 
 def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
-    """Return the stages of a grid, each after those that it needs."""
+    """Return the stages of a grid, each after the stages that it needs."""
     trains_parent = plan.parent and len(plan.parents) < len(plan.cells)
     first: tuple[Stage, ...]
     if plan.parent:
@@ -116,18 +117,18 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
 
 
 def _start_of(plan: GridPlan, cell: str) -> str:
-    """Return the stage that leaves the dense model which a training starts from."""
+    """Return the name of the stage that provides the dense model from which a training starts."""
     parent = plan.parents.get(cell)
     return "dense" if parent is None else parent if parent == UNTRAINED else _exported(parent)
 
 
 def _exported(cell: str) -> str:
-    """Return the stage that exports a training which is the parent of others."""
+    """Return the name of the stage that exports a training which is the parent of others."""
     return f"{cell}-hf"
 
 
 def _export(name: str, trained: str) -> Stage:
-    """Return the stage that exports a dense model which the grid trains."""
+    """Return the stage that exports a dense model trained by the grid."""
 
     def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         """Export a parent."""
@@ -148,7 +149,7 @@ def _parent(name: str) -> Callable[[Path, GridPlan], None]:
 
 
 def _train(name: str, work: Callable[[Path, Any], dict[str, Any]], after: tuple[str, ...], *, is_read: bool) -> Stage:
-    """Return the stage of a training; others know one whose checkpoint they read by its files."""
+    """Return the stage of a training. If later stages read its checkpoint, the checkpoint's files identify it."""
     stage = Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
     if not is_read:
         return stage
@@ -181,12 +182,12 @@ def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
 
 
 def parent_folder(run_dir: Path, stage: str) -> Path:
-    """Return a parent's folder, as its stage left it."""
+    """Return a parent's folder, as its stage reported it."""
     return Path(StageFolder(run_dir, stage).outputs()["folder"])
 
 
 def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
-    """Get the dense parent."""
+    """Import the dense parent."""
     from nemo_upcycle.sources.fetch import import_dense
 
     return {"folder": str(import_dense(plan.dense, run_dir / "dense" / "hf").resolve())}
@@ -199,7 +200,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
     assert plan.parent is not None
     assert plan.vocabulary is not None
-    assert plan.inputs.blend is not None  # `read_grid` refuses a finished folder where it trains the parent
+    assert plan.inputs.blend is not None  # `read_grid` refuses a finished folder if the grid trains the parent
     folder = run_dir / UNTRAINED / "hf"
     config = load_recipe(plan.parent).model.config
     write_untrained(folder, config, plan.inputs.blend, plan.vocabulary, run_dir / UNTRAINED)
@@ -207,7 +208,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 
 def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
-    """Clean the blend and tokenise it with the parent's tokenizer; a finished folder is used where it lies."""
+    """Clean the blend and tokenise it with the parent's tokenizer, or use a finished folder in place."""
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.pipeline.data_stage import build_data, made_data
 
@@ -222,7 +223,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 
 def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
-    """Build the suite that all trainings are scored with."""
+    """Build the suite that scores all trainings."""
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.data.suites.suite import build_named_suite
 

@@ -13,20 +13,20 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import output_folder
 
 
-#: Characters of the blend that the tokenizer is trained on, each source with its weight: seconds of work.
+#: Characters of the blend that train the tokenizer, shared among the sources by weight. Takes seconds.
 _CHARACTERS = 20_000_000
 _FIRST, _LAST, _PAD = "<s>", "</s>", "<pad>"
 _SEED = 1234
 
 
 def write_untrained(folder: Path, config: Any, blend: Blend, vocabulary: int, work: Path) -> Path:
-    """Write a Hugging Face Llama with random weights, and with a tokenizer of its own.
+    """Write a Hugging Face Llama with random weights and its own tokenizer.
 
     Args:
         folder: folder to write; an earlier one is replaced.
         config: NeMo's configuration of a model of these sizes, as a `run.Config`.
-        blend: blend with the texts that the tokenizer is trained on.
-        vocabulary: number of tokens, the three special ones included.
+        blend: blend with the texts that train the tokenizer.
+        vocabulary: vocabulary size, including the three special tokens.
         work: folder for texts of the blend that have to be rendered.
 
     Returns:
@@ -64,7 +64,7 @@ def write_untrained(folder: Path, config: Any, blend: Blend, vocabulary: int, wo
 
 
 def _trained_tokenizer(blend: Blend, vocabulary: int, work: Path) -> Any:
-    """Return a byte-level BPE tokenizer; the same texts give the same one."""
+    """Train a byte-level BPE tokenizer. The same texts give the same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def _trained_tokenizer(blend: Blend, vocabulary: int, work: Path) -> Any:
 
 
 def _texts(blend: Blend, work: Path) -> Iterator[str]:
-    """Yield training texts of every source, as many characters as its weight says."""
+    """Yield training texts of every source, up to a number of characters in proportion to its weight."""
     sources = blend.config.sources
     weights = {name: source.weight or 1.0 for name, source in sources.items()}
     for name in sources:

@@ -1,1 +1,1 @@
-"""The chain of stages in Megatron-Bridge: its trainings, its command, the recipes' own chains."""
+"""The chain of stages in Megatron-Bridge: its trainings, its command, and the chains of recipes."""

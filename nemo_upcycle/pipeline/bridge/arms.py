@@ -16,13 +16,13 @@ from nemo_upcycle.trainers.facts import Evaluations
 
 
 class BridgeArm(Arm):
-    """An arm in Megatron-Bridge.
+    """An arm that Megatron-Bridge trains.
 
     Args:
         request: settings of the arm in the grid; `recipe` is a value of `nemo upcycle pipeline recipe=`.
 
     Raises:
-        UpcycleError: a setting is not valid; the text names it.
+        UpcycleError: a setting is invalid; the text names it.
     """
 
     trainer = "bridge"
@@ -47,6 +47,6 @@ class BridgeArm(Arm):
         return replace(training, changes=json.dumps(dict(self._request.fields) | fields))
 
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
-        """See `Arm.cell`; a grid in Bridge trains no parent, so `tokens_read` is 0."""
+        """See `Arm.cell`. A grid in Bridge trains no parent, so `tokens_read` is 0."""
         training = self._training({"dataset.seed": seed}, {"seed": seed} if self._is_upcycled else {})
         return replace(training, evaluations=evaluations).to_text()

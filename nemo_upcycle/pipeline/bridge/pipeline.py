@@ -1,6 +1,6 @@
-"""`nemo upcycle pipeline` where Megatron-Bridge is installed: the chain of stages around a training in it."""
+"""`nemo upcycle pipeline` in an environment of Megatron-Bridge: the chain of stages around a training with Bridge."""
 
-# No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
+# Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads annotations to parse values.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -25,15 +25,15 @@ from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
 
 
-#: Prefixes of a setting of the node `upcycling`. Commands of 0.3 wrote `spec.`.
+#: Prefixes of settings of the node `upcycling`. Commands of 0.3 wrote `spec.`.
 _NODE = ("upcycling.", "spec.")
 
 
 class BridgeContext(PipelineContext):
-    """Take `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` for settings of Bridge's, which has its own parser."""
+    """Command line that takes `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` as settings for Bridge's own parser."""
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Return the words that are this command's own."""
+        """Set Bridge's settings aside, and return the words of this command."""
         self.settings: dict[str, list[str]] = {"pretrain": [], "dense_ct": []}
         rest = []
         for word in super().arguments(words):
@@ -63,29 +63,31 @@ def pipeline(
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
 
-    Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
-    last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does, and
-    `pretrain.upcycling.FIELD=VALUE` its UpcycleSpec.
+    After a stop of any kind, run it again with the same `dir`: finished stages are skipped, and training resumes from
+    its last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as on Bridge's own command line;
+    `pretrain.upcycling.FIELD=VALUE` changes its UpcycleSpec.
 
     Args:
         ctx: NeMo-Run's context of the command.
         dir: folder of the run: a new one, an empty one, or the run's own.
-        dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
-        recipe: the recipe of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
-        dense_ct: recipe of the dense baseline; None omits it, the upcycled model's again trains the parent in its way.
-        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
-            of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
+        dense: dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
+        recipe: recipe of the upcycled model, as Bridge names it; `package.module:function` for your own recipe.
+        dense_ct: recipe of the dense baseline; None omits the baseline. If it is the same as `recipe`, that recipe
+            trains the parent without upcycling it.
+        data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`; for
+            fine-tuning recipes, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
             speeches, only without GPUs.
-        evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
-        gpus: ranks of both trainings; None takes those that the recipe is for.
-        gpus_per_node: how many of them a node has; None: as many as one with the recipe's GPU has, else 8.
-        from_stage: `--from STAGE`: start with this one; those before it must be finished.
-        until_stage: `--until STAGE`: end after this one.
-        only_stage: `--only STAGE`: this one alone.
-        render: `--render FOLDER`: write what would be submitted there, and submit nothing; needs no cluster.
+        evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
+        gpus: ranks of both trainings; None: as many as the recipe is for.
+        gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
+        from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
+        until_stage: `--until STAGE`: last stage to run.
+        only_stage: `--only STAGE`: the only stage to run.
+        render: `--render FOLDER`: write everything that would be submitted to FOLDER, and submit nothing; needs no
+            cluster.
 
     Raises:
-        UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
+        UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
     """
     quiet_libraries()
     context: Any = ctx
@@ -118,12 +120,12 @@ def training_of(
 
     Args:
         recipe: name of the recipe.
-        settings: `KEY=VALUE`, as Bridge's command line takes them; `upcycling.FIELD=VALUE` of the UpcycleSpec.
-        gpus: ranks; None takes those that the recipe is for.
-        gpus_per_node: how many of them a node has; None: as many as one with the recipe's GPU has, else 8.
+        settings: `KEY=VALUE`, as Bridge's command line takes it; `upcycling.FIELD=VALUE` for the UpcycleSpec.
+        gpus: ranks; None: as many as the recipe is for.
+        gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
 
     Raises:
-        UpcycleError: the ranks are not known, or no whole nodes.
+        UpcycleError: the number of ranks is unknown, or does not fill whole nodes.
     """
     from nemo_upcycle.trainers.bridge.config import find_recipe  # imports Bridge
 
@@ -154,7 +156,7 @@ def training_of(
 
 
 def _fields(words: Iterable[str]) -> dict[str, Any]:
-    """Return fields of the spec from `FIELD=VALUE`, each of the type of its default."""
+    """Parse `FIELD=VALUE` words into fields of the spec, each with the type of its default."""
     fields, default = dict[str, Any](), asdict(UpcycleSpec())
     for name, _, value in (word.partition("=") for word in words):
         if name not in default:
@@ -171,10 +173,10 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
 
 
 def chain(known: KnownRecipe) -> Callable[..., run.Partial]:
-    """Register and return the chain of an upcycled model and its dense baseline: name and inputs are those in NeMo.
+    """Register and return the chain of an upcycled model and its dense baseline, under NeMo's name and inputs.
 
     Args:
-        known: the recipe; Bridge has it.
+        known: recipe; Bridge has it.
     """
     name, inputs = known.name, known.inputs
 
@@ -184,7 +186,7 @@ def chain(known: KnownRecipe) -> Callable[..., run.Partial]:
 
         Args:
             dir (str): Folder of the run, which all nodes share.
-            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.

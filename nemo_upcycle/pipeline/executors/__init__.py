@@ -1,1 +1,1 @@
-"""Where stages run: one file an executor, and the table of what each stage asks for."""
+"""The executors that run stages, one file per executor, and the settings of each stage there."""

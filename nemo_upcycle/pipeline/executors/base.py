@@ -1,4 +1,4 @@
-"""What an executor of this package does: check, render, submit, watch and cancel the jobs of a chain's stages."""
+"""The interface of this package's executors: check, render, submit, watch and cancel the jobs of a chain's stages."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: The card of an executor that names none: the recipes are written for it.
+#: GPU of an executor that names none. The recipes are written for it.
 USUAL_CARD = "h100"
-#: How the subject of an error about a key that does not exist ends.
+#: End of an error's subject if a key does not exist.
 _UNKNOWN_KEY = ": key"
-#: Settings that the stages of a run have in common.
+#: Settings that must be the same for all stages of a run.
 _OF_ALL_STAGES = ("price_per_gpu_hour", "write_gib_s")
-#: What a field holds that a site has to fill in, as in OmegaConf.
+#: Value of a field that a site has to fill in, as in OmegaConf.
 MISSING = "???"
 
 
 class UnreachableError(UpcycleError):
-    """The scheduler gave no answer to the request: worth another try."""
+    """The scheduler did not answer a request; another try may succeed."""
 
 
 def is_local(executor: Any) -> bool:
     """Return whether the stages run on this machine."""
     if executor is None:
         return True
-    from nemo_run import LocalExecutor  # seconds, which a stage's own process need not wait
+    from nemo_run import LocalExecutor  # takes seconds, which a stage's own process need not wait
 
     return isinstance(executor, LocalExecutor)
 
 
 class Cluster(ABC):
-    """A scheduler that runs jobs; one subclass an executor, in one file, and a line in `site_file.CLUSTERS`.
+    """A scheduler that runs jobs. Each executor is one subclass in one file, with a line in `site_file.CLUSTERS`.
 
     Args:
         executor: the user's settings, common to all stages.
     """
 
-    #: Its name, for people.
+    #: Name of the scheduler in messages.
     label: str
-    #: What a YAML file calls it with `executor:`, and the dataclass of the other keys.
+    #: Name of the scheduler after `executor:` in a YAML file, and the dataclass of the file's other keys.
     name: ClassVar[str]
     settings_class: ClassVar[type]
-    #: Seconds between two questions to the scheduler.
+    #: Seconds between two queries to the scheduler.
     poll_s: float = 15.0
-    #: The part of the table of performance settings that is for this scheduler; empty: none.
+    #: Part of the table of performance settings that is for this scheduler; empty: none.
     performance_part: str = ""
-    #: Whether the scheduler holds a job back until those that it depends on have succeeded.
+    #: Whether the scheduler holds a job back until the jobs that it depends on have succeeded.
     holds_back: bool = False
-    #: The field that limits the time of a job, and what to do if that is too short.
+    #: Field that limits the time of a job, and the fix if the limit is too short.
     time_setting: str = "time"
     time_fix: str = "raise it"
-    #: Whether its jobs go on, each after those that it needs, without the launcher.
+    #: Whether the jobs of a chain run without the launcher, each after the jobs that it needs.
     can_detach: bool = False
 
     @classmethod
@@ -80,50 +80,50 @@ class Cluster(ABC):
 
     @property
     def identity(self) -> str:
-        """An identity that no other scheduler has, whose jobs may have the same ids."""
+        """Identity that no other scheduler has. Jobs of another scheduler may have the same ids."""
         return self.label
 
     @abstractmethod
     def wrong_for_all(self) -> list[UpcycleError]:
-        """List the settings of all stages that are missing or cannot work; ask no scheduler."""
+        """List settings common to all stages that are missing or cannot work, without asking the scheduler."""
 
     @abstractmethod
     def wrong_for(self, job: Job) -> list[UpcycleError]:
-        """List the settings of a stage that would be ignored or cannot work; ask no scheduler."""
+        """List settings of a stage that would be ignored or cannot work, without asking the scheduler."""
 
     def wrong_settings(self, jobs: Sequence[Job]) -> list[UpcycleError]:
-        """List the settings that are missing, would be ignored, or do not fit these jobs; ask no scheduler."""
+        """List settings that are missing, would be ignored, or do not fit these jobs, without asking the scheduler."""
         found = self.wrong_for_all()
-        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # no stage has settings then
+        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # then no stage's settings can be made
             return found
         for job in jobs:
             of_job = self.wrong_for(job) or failures([partial(self.render, job)])
-            found += [error for error in of_job if MISSING not in str(error)]  # which is in the list already
+            found += [error for error in of_job if MISSING not in str(error)]  # listed already
         return found
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """Check the settings; see `wrong_settings`.
 
         Raises:
-            UpcycleError: some are wrong; the text has each setting to change.
+            UpcycleError: some settings are wrong; the text names each setting to change.
         """
         if wrong := self.wrong_settings(jobs):
             raise UpcycleError.together(wrong)
 
     @abstractmethod
     def check(self, jobs: Sequence[Job]) -> None:
-        """Check the settings, and ask the scheduler whether it would take these jobs; start and write nothing.
+        """Check the settings, and ask the scheduler whether it would accept these jobs. Start and write nothing.
 
         Raises:
-            UpcycleError: it would refuse one; the text has the reason and the setting to change.
+            UpcycleError: the scheduler would refuse a job; the text has the reason and the setting to change.
         """
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
-        """Render the files of a job, by name; needs no scheduler."""
+        """Render the files of a job, by name, without asking the scheduler."""
 
     def masked(self) -> Self:
-        """Return this scheduler with secrets hidden in what it renders, to be shown."""
+        """Return a copy of this scheduler that masks secrets in the files it renders, for display."""
         shown = copy.copy(self)
         shown.executor = copy.copy(self.executor)
         for name, value in _masked_settings(vars(self.executor)).items():
@@ -133,7 +133,7 @@ class Cluster(ABC):
         return shown
 
     def write(self, job: Job, folder: Path) -> list[Path]:
-        """Write the files of a job to submit, for its owner alone if they hold a secret; return the files."""
+        """Write the files of a job and return their paths. Files with a secret are readable by their owner only."""
         folder.mkdir(parents=True, exist_ok=True)
         shown = self.masked().render(job)
         files = {folder / name: text for name, text in self.render(job).items()}
@@ -142,11 +142,11 @@ class Cluster(ABC):
         return list(files)
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
-        """Render the files of the job of this id as of now, under the names by which its folder keeps them."""
+        """Render a job with the present settings, under the file names that it was submitted with as `identity`."""
         return self.render(job)
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return files, by name, with which the rendered jobs are submitted by hand; none by default."""
+        """Return files, by name, that submit the rendered jobs by hand; none by default."""
         return {}
 
     @abstractmethod
@@ -155,34 +155,34 @@ class Cluster(ABC):
 
         Args:
             job: job to submit.
-            after: ids of the jobs that must succeed first, where the scheduler holds back; empty elsewhere.
+            after: ids of the jobs that must succeed first, if the scheduler holds jobs back; otherwise empty.
         """
 
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Ask the scheduler for the states of jobs; one that it does not know has ended."""
+        """Ask the scheduler for the states of jobs. A job that it does not know has ended."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
-        """Cancel jobs, those that wait and those that run."""
+        """Cancel waiting and running jobs."""
 
     @abstractmethod
     def cancel_command(self, identity: str) -> str:
-        """Name the command that cancels a job, as a person types it."""
+        """Return the command that cancels a job, as a person types it."""
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the log files of a job; they need not exist, nor lie on this machine."""
+        """Return the paths of a job's log files. The files may be missing, or lie on another machine."""
 
     @abstractmethod
     def resources(self, job: Job) -> dict[str, str]:
-        """List what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
+        """List the resources of a job, by name, for people: partition or queue, time, memory, GPUs, image."""
 
     def performance(self, job: Job) -> dict[str, str]:
-        """Return NVIDIA's performance settings of a job, without those that the site replaces.
+        """Return NVIDIA's performance settings for a job, without the settings that the site sets itself.
 
         Raises:
-            UpcycleError: the site changes one that does not exist.
+            UpcycleError: the site changes a setting that does not exist.
         """
         mine = self.settings_for(job.name)
         found = performance_settings(
@@ -198,53 +198,53 @@ class Cluster(ABC):
         return {name: value for name, value in found.items() if not self.sets_itself(mine, name)}
 
     def has_container(self, settings: Any) -> bool:
-        """Return whether a stage of these settings runs in a container."""
+        """Return whether a stage with these settings runs in a container."""
         return True
 
     def sets_itself(self, settings: Any, name: str) -> bool:
-        """Return whether the site's settings of a stage have a performance setting of this name already."""
+        """Return whether the site's settings of a stage already set the performance setting of this name."""
         return name in getattr(settings, "env_vars", {})
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
-        """Return the times within which a training has to save; none where no scheduler sets one."""
+        """Return the times within which a training has to save; none if the scheduler sets no limit."""
         return ()
 
     def goes_on(self, job: Job) -> bool:
-        """Return whether a stage goes on in another job when the time of one is over."""
+        """Return whether a stage continues in another job when the time of its job is over."""
         return False
 
     def settings_for(self, stage: str) -> Any:
-        """Return the executor with the fields that its table of stages sets for one of them."""
+        """Return the executor with the fields that its table of stages sets for one stage."""
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
 
 
 def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that may hold secrets, with the secrets hidden."""
+    """Return the settings that may hold secrets, with the secrets masked."""
     masks: dict[str, Callable[[Any], Any]] = {"env_vars": masked, "setup_lines": masked_text}
     return {name: mask(settings[name]) for name, mask in masks.items() if settings.get(name)}
 
 
 def asks_for_gpus(resources: Mapping[str, str]) -> bool:
-    """Return whether what a job asks for, by name, has GPUs in it."""
+    """Return whether the resources that a job asks for include GPUs."""
     return any("gpu" in name.lower() and value not in ("", "0", "none") for name, value in resources.items())
 
 
 def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
-    """Return where a stage in a container keeps models of the Hugging Face hub: where the next one finds them, too.
+    """Put the Hugging Face cache of a stage in a container into the run's folder, where later stages find it.
 
     Args:
-        job: the stage.
-        given: variables that the site sets; HF_HOME or HF_HUB_CACHE among them say it already.
+        job: job of the stage.
+        given: variables that the site sets; HF_HOME or HF_HUB_CACHE among them decides instead.
     """
     return {} if {"HF_HOME", "HF_HUB_CACHE"} & set(given) else {"HF_HUB_CACHE": str(job.run_dir / "hub")}
 
 
 def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[UpcycleError]:
-    """List the required fields that a site has left out, and the fields that have no such value or do not exist.
+    """List required fields that are missing, fields with an invalid value, and fields that do not exist.
 
     Args:
         executor: executor with the fields of its class, and `stages`.
-        where: the file that the user may change, for the message.
+        where: file that the user may change, for the message.
         why: required field -> its meaning.
     """
     found = []
@@ -279,17 +279,17 @@ def require_card(name: str) -> None:
     """Check that the planner knows a kind of GPU.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: the planner does not know this kind.
     """
     if name not in gpu_names():
         raise UpcycleError.unknown("run.executor.card", name, gpu_names())
 
 
 def require_variables(names: Iterable[str]) -> None:
-    """Check that bash exports variables of these names.
+    """Check that bash can export variables of these names.
 
     Raises:
-        UpcycleError: it does not export one of them.
+        UpcycleError: bash cannot export one of these variables.
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
@@ -299,17 +299,17 @@ def require_variables(names: Iterable[str]) -> None:
 
 
 def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
-    """Check that a stage which needs GPUs asks for them, and that a node has one for each rank of a training.
+    """Check that a stage that needs GPUs asks for them, and that a training's nodes have one GPU per rank.
 
-    A training needs GPUs as `stage_jobs.needs_gpus` says; evaluation needs one if a training of the run does.
+    A training needs GPUs if `stage_jobs.needs_gpus` says so. Evaluation needs a GPU if a training of the run does.
 
     Args:
         job: job of the stage.
-        per_node: GPUs that it asks for, per node; None: some, and their number is not known.
-        fix: what to do where it asks for none.
+        per_node: GPUs per node that the job asks for; None: some GPUs, but their number is unknown.
+        fix: fix in the message if the job asks for none.
 
     Raises:
-        UpcycleError: it asks for none, or for too few.
+        UpcycleError: the job asks for no GPUs, or for too few.
     """
     setting = f"run.executor.stages.{job.name}.gpus_per_node"
     if job.gpus and per_node == 0:

@@ -14,14 +14,14 @@ from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler, Stag
 from nemo_upcycle.pipeline.executors.slurm_script import missing_mounts
 
 
-#: Settings that sbatch takes by the same name. Cores and memory are omitted: the file sizes the data stage, which is
-#: one job, and a task has one core.
+#: Settings that sbatch takes under the same name. Cores and memory are omitted: the file sizes them for the data
+#: stage, which is one job, while a task has one core.
 _SBATCH = ("account", "qos", "constraint", "exclude", "network")
 
 
 @dataclass(frozen=True)
 class DataTaskOptions:
-    """How the data engine submits its tasks.
+    """Options with which the data engine submits its tasks.
 
     Args:
         words: options of the engine's command line.
@@ -33,7 +33,7 @@ class DataTaskOptions:
 
 
 def data_task_options(file: str, output: Path, time: str | None = None) -> DataTaskOptions:
-    """Read how to submit the data engine's tasks from a site's Slurm file.
+    """Read the options for the data engine's tasks from a site's Slurm file.
 
     Args:
         file: path of the YAML file, as `run.executor` takes it.
@@ -41,7 +41,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
         time: time limit of a task (D-HH:MM:SS); None: the limit of the file's data stage.
 
     Raises:
-        UpcycleError: the file describes another scheduler, lacks a value, or has one that sbatch refuses.
+        UpcycleError: the file describes another scheduler, lacks a value, or has a value that sbatch refuses.
 
     Example:
         >>> data_task_options("mine.yaml", Path("/shared/data")).words[:4]  # doctest: +SKIP
@@ -69,7 +69,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
                 fix=fix,
             )
         mounts = [*mine.container_mounts, *missing_mounts(job, mine.container_mounts)]
-        # An image's own variables win over all that are not named.
+        # Name our variables: an image's own variables win over all that are not named.
         named = dict.fromkeys([*(mine.container_env or []), *variables])
         srun += [f"--container-image={mine.container_image}", f"--container-mounts={','.join(mounts)}"]
         srun += [f"--container-env={','.join(named)}"] if named else []
@@ -81,10 +81,10 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
 
 
 def _scheduler_of(file: str) -> SlurmScheduler:
-    """Read a site's file.
+    """Read the Slurm scheduler that a site's file describes.
 
     Raises:
-        UpcycleError: it does not describe Slurm, or a site's own value is missing.
+        UpcycleError: the file does not describe Slurm, or a value that the site must set is missing.
     """
     executor = read_executor(file)
     if not isinstance(executor, StagedSlurmExecutor):

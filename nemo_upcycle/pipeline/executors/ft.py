@@ -1,21 +1,24 @@
-"""The command that starts a node's ranks under NVIDIA's fault-tolerance launcher, which restarts hung ones."""
+"""The command that starts a node's ranks under NVIDIA's fault-tolerance launcher, which restarts hung ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-#: Assumed speed of writing to a shared file system, in GiB a second, if none is given.
+#: Assumed write speed of a shared file system (GiB/s), if none is given.
 USUAL_GIB_S = 2.0
-#: Seconds until a rank's first sign of life: reading the dense checkpoint, upcycling it, the first compilation.
+#: Seconds until a rank's first sign of life: time to read the dense checkpoint, upcycle it, and compile for the first
+#: time.
 START_S = 1800.0
-#: Seconds between two: a step takes seconds, but saving before an early end blocks. 619 GiB at 2 GiB/s are 5 minutes.
+#: Seconds between two signs of life. A step takes seconds, but saving before an early end blocks: 619 GiB at 2 GiB/s
+#: take 5 minutes.
 SILENCE_S = 600.0
-#: Seconds that ranks have to save a checkpoint after the launcher was told to end.
+#: Seconds that ranks have to save a checkpoint after the launcher was told to stop.
 SAVE_S = 1800.0
-#: Seconds that healthy ranks have to end when another one is to be restarted; they wait for it and cannot save.
+#: Seconds that healthy ranks have to end when another rank must be restarted. They cannot save, because they wait for
+#: that rank.
 RESTART_S = 15.0
-#: Restarts within a job. A fault that comes back at the same step ends the job after so many.
+#: Restarts within a job. If a fault returns at the same step, the job ends after this number of restarts.
 RESTARTS = 3
 
 
@@ -30,20 +33,20 @@ def ft_command(
     save_s: float = SAVE_S,
     restarts: int = RESTARTS,
 ) -> tuple[str, ...]:
-    """Return the command for each node that runs `command` on the node's ranks and restarts all when one fails.
+    """Return the command for each node that runs `command` on the node's ranks and restarts all ranks when one fails.
 
-    Start it once a node, not once a rank; it sets the variables of torchrun. The launcher numbers the nodes by
-    `SLURM_PROCID`, outside Slurm by `GROUP_RANK`. Only a recipe with `hang_detection` among
-    its callbacks tells the launcher that it is alive, and it has to resume from its own checkpoints.
+    Start it once per node, not once per rank; it sets the variables of torchrun. The launcher numbers the nodes by
+    `SLURM_PROCID`, or by `GROUP_RANK` outside Slurm. The recipe needs `hang_detection` among its callbacks, since only
+    this callback tells the launcher that a rank is alive. The recipe must also resume from its own checkpoints.
 
     Args:
-        command: command of a rank; its interpreter has nvidia-resiliency-ext.
-        nodes: number of nodes; all of them must stay, since a layout fits one number of ranks.
-        ranks_per_node: processes on each.
-        endpoint: host and port of the first node, for the launchers to meet; the default is for a shell to expand.
-        job: an id that the launchers of one job share, and no other.
+        command: command of a rank; its interpreter must have nvidia-resiliency-ext.
+        nodes: number of nodes; all of them must stay, since a layout fits only one number of ranks.
+        ranks_per_node: processes per node.
+        endpoint: host and port of the first node, where the launchers meet; a shell expands the default.
+        job: id that the launchers of one job share, and no other job has.
         silence_s: seconds between two signs of life of a rank.
-        save_s: seconds to save a checkpoint after SIGTERM to the launcher; a scheduler must wait as long.
+        save_s: seconds to save a checkpoint after SIGTERM to the launcher; the scheduler must wait as long.
         restarts: number of restarts.
 
     Example:

@@ -1,4 +1,4 @@
-"""The job of a stage, its state in the scheduler, and the time that it gets to save."""
+"""The job of a stage, its state in the scheduler, and the time it has to save."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nemo_upcycle.trainers.facts import Profile
 
 @dataclass(frozen=True)
 class Job:
-    """One stage, as a scheduler is asked to run it.
+    """One stage, as a scheduler runs it.
 
     Args:
-        name: the name of the stage.
+        name: name of the stage.
         run_dir: the run's folder; the stage's own is `run_dir / name`.
-        command: the program and its arguments; every rank executes it.
-        after: the stages that must be done before it.
+        command: program and its arguments; every rank executes it.
+        after: stages that must be done before it.
         nodes: number of nodes.
-        ranks_per_node: processes on each of them.
-        is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
+        ranks_per_node: processes per node.
+        is_training: whether it saves checkpoints, stops on SIGTERM, and resumes from the last checkpoint.
         reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
-        is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
-        profile: how a training uses its GPUs; None for other stages, and where it is not known yet.
-        gpus: GPUs that each node must have; 0 for a stage that runs without, or where it is not known yet.
+        is_resumable: whether a new start resumes the work of an earlier one, as trainings do.
+        profile: how a training uses its GPUs; None for other stages, or if it is unknown.
+        gpus: GPUs that each node must have; 0 if the stage needs none, or if the number is unknown.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where what was submitted and what it printed are kept."""
+        """Folder for the submitted files and the logs of the job."""
         return self.run_dir / "jobs" / self.name
 
 
 class Phase(Enum):
-    """How far a job is, as its scheduler says; whether it succeeded is told by the stage's marker alone."""
+    """Progress of a job according to its scheduler. Only the stage's marker tells whether the job succeeded."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -55,13 +55,13 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class JobState:
-    """What a scheduler says of a job.
+    """State of a job according to its scheduler.
 
     Args:
         phase: phase of the job.
-        reason: the scheduler's words: why it waits, or how it ended.
-        is_abandoned: whether it counts as ended although it may still start, so that it has to be cancelled.
-        is_orphaned: whether it ended because the scheduler holds a job that it waits for to have failed.
+        reason: the scheduler's words: why the job waits, or how it ended.
+        is_abandoned: whether the job counts as ended although it may still start, so that it has to be cancelled.
+        is_orphaned: whether the job ended because the scheduler believes that a job it waits for has failed.
     """
 
     phase: Phase
@@ -72,13 +72,13 @@ class JobState:
 
 @dataclass(frozen=True)
 class SaveLimit:
-    """A time within which a training has to have saved a checkpoint.
+    """Time within which a training must have saved a checkpoint.
 
     Args:
         seconds: length of the time.
-        what: the setting that makes it so, with its value, for people.
+        what: setting that causes the limit, with its value, for people.
         otherwise: consequence of a save that takes longer.
-        fix: the setting that lengthens it, with `{seconds}` in the place of its value.
+        fix: setting that lengthens the time, with `{seconds}` in place of its value.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""Kubernetes: one job of Kubeflow a stage, submitted when those before it are done."""
+"""Kubernetes: one Kubeflow job per stage, submitted when the stages before it are done."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from nemo_upcycle.utils.masking import is_secret, write_private
 from nemo_upcycle.utils.writers import yaml_text
 
 
-#: Settings that all stages share: a job is looked up by its name alone.
+#: Settings that all stages must share, because a job is looked up only by its name.
 _COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
 _NAMES_TRIED = 20
 #: Default seconds between SIGTERM and SIGKILL of a pod.
 _POD_GRACE_S = 30
-#: An operator that starts again has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
+#: A restarted operator has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
 _LEAST_REPORT_S = 60
 
 
 class KubernetesScheduler(Cluster):
-    """Jobs of Kubeflow in a namespace. The client chains: nothing in the cluster holds a stage back.
+    """Kubeflow jobs in a namespace. This client runs the chain: nothing in the cluster holds a stage back.
 
     Args:
         executor: the user's settings.
-        api: a connection; None makes one when it is needed.
+        api: connection; None: connect when it is needed.
     """
 
     name, label, settings_class = "kubernetes", "Kubernetes", KubernetesExecutor
@@ -87,12 +87,12 @@ class KubernetesScheduler(Cluster):
         return wrong_values(job, self.settings_for(job.name))
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
+        """See `Cluster.check`: check the claims, and dry-run every job with all checks of the server."""
         self.check_settings(jobs)
         api = self._connected()
         for job in jobs:
             settings = self.settings_for(job.name)
-            api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
+            api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # needs the right to look
             document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
             with contextlib.suppress(TakenError):  # `submit` chooses another name
                 api.create(resource_of(settings), document, dry_run=True)
@@ -127,10 +127,10 @@ class KubernetesScheduler(Cluster):
         return manifests.manifest(self.settings_for(job.name), job, name, fast)
 
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
-        """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder.
+        """See `Cluster.submit`: return the name of the created job, and keep its manifest in the job's folder.
 
-        A job that the last manifest names and that has not ended is taken for this one: the server may have accepted
-        it without an answer that arrived.
+        If the job of the last manifest exists and has not ended, it is taken for this job: the server may have
+        accepted the request although its answer was lost.
         """
         settings, number = self.settings_for(job.name), _next_number(job)
         last = f"{manifests.base_name(job)}-{number - 1}"
@@ -143,10 +143,10 @@ class KubernetesScheduler(Cluster):
             write_private(job.folder / f"{name}.yaml", yaml_text(document, width=119), private=holds_secret)
             try:
                 self._connected().create(resource_of(settings), document)
-            except TakenError:  # by an earlier run in a folder of the same name
+            except TakenError:  # an earlier run in a folder of the same name has this name
                 continue
             except UnreachableError:
-                self._api = None  # read the credentials anew
+                self._api = None  # the next request reads the credentials anew
                 raise
             return name
         got = f"{_NAMES_TRIED} jobs called {manifests.base_name(job)}-NUMBER"
@@ -161,20 +161,20 @@ class KubernetesScheduler(Cluster):
         return state is None or state.phase is not Phase.ENDED
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """See `Cluster.states`. While the server does not answer, the last state stands, with that as its reason."""
+        """See `Cluster.states`. If the server does not answer, the last state stays, and its reason says so."""
         return {identity: self._state(identity) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """See `Cluster.cancel`: deletes the jobs; their pods get SIGTERM."""
+        """See `Cluster.cancel`. The jobs are deleted, and their pods get SIGTERM."""
         for identity in ids:
             self._connected().delete(resource_of(self.executor), self.executor.namespace, identity)
 
     def sets_itself(self, settings: KubernetesExecutor, name: str) -> bool:
-        """See `Cluster.sets_itself`: also from a secret."""
+        """See `Cluster.sets_itself`. The variable may also come from a secret."""
         return name in settings.secret_env_vars or super().sets_itself(settings, name)
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
-        """See `Cluster.save_limits`: before an evicted pod is killed."""
+        """See `Cluster.save_limits`: the time before an evicted pod is killed."""
         mine = self.settings_for(job.name)
         grace_s, setting = mine.termination_grace_s, f"run.executor.stages.{job.name}.termination_grace_s={{seconds}}"
         setting += " (from Trainer 2.3 on)" if mine.kind == "trainjob" else ""
@@ -194,7 +194,7 @@ class KubernetesScheduler(Cluster):
         return f"kubectl delete {kind} {identity} --namespace {mine.namespace}{context}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """See `Cluster.logs`: one file a node, written by the pods into the run's folder."""
+        """See `Cluster.logs`: one file per node, which the pods write into the run's folder."""
         return [job.folder / f"{identity}-node{number}.log" for number in range(job.nodes)]
 
     def resources(self, job: Job) -> dict[str, str]:
@@ -220,8 +220,8 @@ class KubernetesScheduler(Cluster):
         resource, namespace = resource_of(self.executor), self.executor.namespace
         try:
             found = self._connected().get(resource, namespace, identity)
-        except UpcycleError as error:  # hours of work must not end with a token or a connection
-            self._api = None  # read the credentials anew
+        except UpcycleError as error:  # an expired token or lost connection must not end hours of work
+            self._api = None  # the next request reads the credentials anew
             last = self._last.get(identity, JobState(Phase.WAITING))
             return JobState(last.phase, f"not known: {error}")
         if found is None:
@@ -231,14 +231,14 @@ class KubernetesScheduler(Cluster):
             state = self._silence(identity)
         else:
             self._silent_since_s.pop(identity, None)
-        if state == JobState(Phase.WAITING):  # the job does not say why
+        if state == JobState(Phase.WAITING):  # the job itself gives no reason
             why = self._connected().why_pods_wait(namespace, f"{resource.pods}={identity}")
             state = JobState(Phase.WAITING, why or "its pods are not ready yet")
         self._last[identity] = state
         return state
 
     def _silence(self, identity: str) -> JobState:
-        """Return the state of a job of which no controller has said anything."""
+        """Return the state of a job on which no controller has reported yet."""
         silent_s = time.monotonic() - self._silent_since_s.setdefault(identity, time.monotonic())
         if silent_s < self.executor.report_within_s:
             return JobState(Phase.WAITING, "no controller has reported on it yet")
@@ -249,7 +249,7 @@ class KubernetesScheduler(Cluster):
 
 
 def _next_number(job: Job) -> int:
-    """Return the number of a stage's next job: one more than those that were submitted from its folder."""
+    """Return the number of a stage's next job: one more than the highest that its folder has a manifest for."""
     pattern = re.compile(rf"{re.escape(manifests.base_name(job))}-(\d+)\.yaml")
     found = (pattern.fullmatch(path.name) for path in job.folder.glob("*.yaml"))
     return max((int(match[1]) for match in found if match), default=0) + 1

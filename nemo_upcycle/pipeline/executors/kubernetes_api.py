@@ -1,4 +1,4 @@
-"""The few requests that the Kubernetes executor makes, and what the API server's refusals mean for a user."""
+"""Make the few requests of the Kubernetes executor, and translate the API server's refusals for a user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resou
 
 
 _TIMEOUT_S = 30
-#: Words in a refusal of the server, and what to change.
+#: Words in a refusal of the server -> what to change.
 _FIXES = {
     'unknown field "spec.runtimePatches"': "update Trainer to 2.2 or newer, or set run.executor.kind=pytorchjob",
     "terminationGracePeriodSeconds": (
@@ -25,15 +25,15 @@ _FIXES = {
 
 
 class TakenError(Exception):
-    """A job of this name exists."""
+    """A job of this name exists already."""
 
 
 class KubernetesApi:
-    """A connection to an API server, with the credentials of a kubeconfig or of the pod that this runs in.
+    """A connection to an API server, with the credentials of a kubeconfig or of the pod that runs this process.
 
     Args:
-        kubeconfig: the file; empty for $KUBECONFIG or ~/.kube/config, and then the pod's service account.
-        context: the context of that file; empty for its current one.
+        kubeconfig: path of the file; empty: $KUBECONFIG or ~/.kube/config, then the pod's service account.
+        context: context of that file; empty: its current context.
 
     Raises:
         UpcycleError: the client is not installed, or there are no credentials.
@@ -69,16 +69,16 @@ class KubernetesApi:
         self._core: Any = client.CoreV1Api(connection)
 
     def create(self, resource: Resource, manifest: dict[str, Any], *, dry_run: bool = False) -> None:
-        """Create a job; the server refuses unknown fields.
+        """Create a job. The server refuses unknown fields.
 
         Args:
             resource: kind of the job.
-            manifest: the manifest of the job.
-            dry_run: ask for every check, and create nothing.
+            manifest: manifest of the job.
+            dry_run: whether the server only runs its checks and creates nothing.
 
         Raises:
-            UpcycleError: the server refuses it.
-            TakenError: there is a job of this name.
+            UpcycleError: the server refuses the job.
+            TakenError: a job of this name exists.
             UnreachableError: the server does not answer.
         """
         create, namespace = self._objects.create_namespaced_custom_object, manifest["metadata"]["namespace"]
@@ -86,7 +86,7 @@ class KubernetesApi:
         self._ask(create, resource, namespace, manifest, field_validation="Strict", **options)
 
     def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any] | None:
-        """Return a job, or None if there is none of this name."""
+        """Return a job; None if no job has this name."""
         try:
             found: dict[str, Any] = self._ask(self._objects.get_namespaced_custom_object, resource, namespace, name)
         except _AbsentError:
@@ -94,25 +94,25 @@ class KubernetesApi:
         return found
 
     def delete(self, resource: Resource, namespace: str, name: str) -> None:
-        """Delete a job and its pods; one that does not exist is deleted already."""
+        """Delete a job and its pods. A job that does not exist counts as deleted."""
         delete = self._objects.delete_namespaced_custom_object
         with contextlib.suppress(_AbsentError):
             self._ask(delete, resource, namespace, name, propagation_policy="Background")
 
     def lacks_claim(self, namespace: str, name: str) -> bool:
-        """Return whether the server says that there is no such PersistentVolumeClaim; no right to look is no."""
+        """Return whether the server says that a PersistentVolumeClaim is missing; False without the right to look."""
         return self._is_absent(self._core.read_namespaced_persistent_volume_claim, name, namespace)
 
     def lacks_queue(self, namespace: str, name: str) -> bool:
-        """Return whether the server says that there is no such LocalQueue of Kueue; no right to look is no."""
+        """Return whether the server says that a LocalQueue of Kueue is missing; False without the right to look."""
         address = ("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
         return self._is_absent(self._objects.get_namespaced_custom_object, *address)
 
     def why_pods_wait(self, namespace: str, selector: str) -> str:
-        """Return why a pod waits, as that no node is free or its image cannot be pulled; or an empty text."""
+        """Return why a pod waits, such as no free node or an image that cannot be pulled; empty if unknown."""
         try:
             pods = self._core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=_TIMEOUT_S)
-        except Exception:  # it is only for people: no rights, or a connection that breaks
+        except Exception:  # the text is only for people, so missing rights or a broken connection do not matter
             return ""
         for status in (pod.status for pod in pods.items):
             for container in status.container_statuses or ():
@@ -126,13 +126,13 @@ class KubernetesApi:
     def _ask(
         self, request: Callable[..., Any], resource: Resource, namespace: str, what: object, **options: str
     ) -> Any:
-        """Return the answer to a request about jobs of a kind; `what` is a name, or a manifest."""
+        """Return the answer to a request about jobs of a kind. `what` is a name or a manifest."""
         address = (resource.group, resource.version, namespace, resource.plural, what)
         try:
             return request(*address, _request_timeout=_TIMEOUT_S, **options)
         except self._client.ApiException as error:
             raise _meaning(error, resource, namespace) from None
-        except Exception as error:  # urllib3's many, and those of plugins that fetch credentials
+        except Exception as error:  # urllib3 raises many types, and so do plugins that fetch credentials
             *_, reason = type(error).__name__, *str(error).strip().splitlines()
             raise _unreachable(f"does not answer at {self._host} ({reason})") from None
 
@@ -147,10 +147,10 @@ class KubernetesApi:
 
 
 def reported_state(found: dict[str, Any]) -> JobState | None:
-    """Read the state that the controllers report of a job; None as long as none of them has reported.
+    """Read the state that the controllers report for a job; None until a controller has reported.
 
     Args:
-        found: the job, as the API server has it.
+        found: the job, as the API server describes it.
     """
     spec, status = found.get("spec") or {}, found.get("status") or {}
     true = {entry["type"]: entry for entry in status.get("conditions") or () if entry.get("status") == "True"}
@@ -171,7 +171,7 @@ def _words(condition: dict[str, Any]) -> str:
 
 
 class _AbsentError(Exception):
-    """There is no job of this name."""
+    """No job has this name."""
 
 
 def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
@@ -218,10 +218,10 @@ def _unreachable(got: str) -> UnreachableError:
 
 
 def _answer(error: Any) -> tuple[str, dict[str, Any]]:
-    """Return the message of a refusal, and what it is about."""
+    """Return the message of a refusal, and the details of its subject."""
     try:
         status = json.loads(error.body)
-    except (TypeError, ValueError):  # of a proxy
+    except (TypeError, ValueError):  # the answer comes from a proxy
         status = {}
     if not isinstance(status, dict):
         status = {}

@@ -1,6 +1,7 @@
-"""Where and how stages run on Kubernetes, and the kinds of jobs that there are."""
+"""Settings of stages on Kubernetes, and the kinds of jobs there."""
 
-# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
+# Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads them to parse the executor's
+# fields.
 
 import os
 import re
@@ -16,15 +17,15 @@ from nemo_upcycle.pipeline.executors.site import SiteSettings
 
 @dataclass(kw_only=True)
 class NodeResources:
-    """The resources of a node; 0 leaves one to the cluster or the runtime.
+    """Resources of a node. 0 leaves a resource to the cluster or the runtime.
 
     Args:
         cpus: CPUs.
-        memory_gib: memory.
+        memory_gib: memory (GiB).
         gpus_per_node: GPUs.
         gpu_resource: the cluster's name for GPUs.
         extra_resources: further resources, such as `{"rdma/ib": 8}`.
-        shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
+        shared_memory_gib: size of /dev/shm (GiB), which counts as memory; training needs it.
     """
 
     cpus: int = 0
@@ -37,28 +38,29 @@ class NodeResources:
 
 @dataclass(kw_only=True)
 class PodSettings:
-    """The pods of a job: image, volumes, placement, user and secrets. Empty texts leave a field out.
+    """The pods of a job: image, volumes, placement, user and secrets. Empty texts omit a field.
 
     Args:
-        image: image of the containers; it has this package, torch, bash and tee.
+        image: image of the containers; it must have this package, torch, bash and tee.
         image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
-        pull_secrets: names of the secrets to pull the image with.
-        python: the image's Python.
-        claim: PersistentVolumeClaim (ReadWriteMany) that runs lie on.
-        mount_path: path of its mount, in the pods and on the machine that launches.
+        pull_secrets: names of the secrets for pulling the image.
+        python: Python interpreter of the image.
+        claim: PersistentVolumeClaim (ReadWriteMany) that holds the runs.
+        mount_path: mount path of the claim, in the pods and on the launching machine.
         volumes: further claims -> their mount paths.
         tolerations: tolerations of the pods.
         node_selector: node selector of the pods.
         affinity: affinity of the pods.
-        priority_class: class of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        priority_class: priority class of the pods (PyTorchJob; with Kueue set the label
+            `kueue.x-k8s.io/priority-class`).
         service_account: service account of the pods.
-        run_as: `UID:GID` of the pods; their group owns new files on the claims. None takes the user and group of the
-            process that launches, who owns the run's folder; "" leaves the choice to the image or the cluster.
+        run_as: `UID:GID` of the pods; their group owns new files on the claims. None: user and group of the launching
+            process, which owns the run's folder. "": the image or the cluster decides.
         security_context: security context of the container, such as `{capabilities: {add: [IPC_LOCK]}}` for
             InfiniBand.
         secret_env_vars: variable -> place of its value: `{"HF_TOKEN": "SECRET/KEY"}`.
-        overrides: further fields of a pod's spec, merged into it last: mappings key by key, lists of named entries by
-            name, other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
+        overrides: further fields of a pod's spec, merged last: mappings key by key, lists of named entries by name,
+            other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
     """
 
     image: str = MISSING
@@ -80,12 +82,12 @@ class PodSettings:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """All claims, and where they are mounted."""
+        """Claims of the pods -> their mount paths."""
         return {self.claim: self.mount_path, **self.volumes}
 
     @property
     def user(self) -> tuple[int, int] | None:
-        """The user and the group of the pods; None: the image or the cluster says it."""
+        """User and group of the pods; None: the image or the cluster decides."""
         named = f"{os.getuid()}:{os.getgid()}" if self.run_as is None else self.run_as
         if not named:
             return None
@@ -99,24 +101,23 @@ class PodSettings:
 
 @dataclass(kw_only=True)
 class JobSettings:
-    """The jobs, their controllers and their time limits; 0 and empty texts leave one to the cluster or the runtime.
+    """The jobs, their controllers and time limits. 0 and empty texts leave a setting to the cluster or the runtime.
 
     Args:
         namespace: namespace of the jobs.
         kind: kind of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
-        runtime: ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
+        runtime: ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for a runtime of the namespace.
         queue: LocalQueue of Kueue.
         labels: labels of the jobs and their pods.
         annotations: annotations of the jobs and their pods.
-        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
-            PyTorchJob).
-        active_deadline_s: time after which a job is ended.
-        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
-            TrainJob's runtime says so itself).
-        report_within_s: time after which a job that no controller reports on has ended; an operator whose node is
-            lost is started elsewhere after 5 minutes.
-        kubeconfig: path of the kubeconfig; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: context of that file; empty for its current one.
+        termination_grace_s: seconds that evicted ranks have to save a checkpoint (Trainer 2.3 and later, PyTorchJob).
+        active_deadline_s: seconds after which a job is ended.
+        restarts: restarts of a training from its last checkpoint before it counts as failed (PyTorchJob; for a
+            TrainJob, its runtime sets them).
+        report_within_s: seconds after which a job counts as ended if no controller reports on it. If an operator's
+            node is lost, the operator starts elsewhere after 5 minutes.
+        kubeconfig: path of the kubeconfig; empty: $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: context of that file; empty: its current context.
     """
 
     namespace: str = "default"
@@ -135,16 +136,16 @@ class JobSettings:
 
 @dataclass(kw_only=True)
 class KubernetesExecutor(PodSettings, NodeResources, JobSettings, SiteSettings, run.Executor):
-    """Where and how stages run on Kubernetes.
+    """The executor for Kubernetes: where and how its stages run.
 
-    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
-    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
-    tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
-    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
-    pods mount.
+    NeMo-Run's own `KubeflowExecutor` is not used, for four reasons. Constructing it needs a kubeconfig, even if it
+    only has to show what it would do. It writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently,
+    together with the volumes, tolerations and pull secrets in it. It starts the next stage after a failed one. It
+    never stops waiting for a job that was deleted. This executor also copies nothing into the pods: the plan of a run
+    lies in the run's folder, on a claim that the pods mount.
 
     Args:
-        env_vars: variables of all stages; None removes one of `conf/performance.yaml`.
+        env_vars: variables of all stages; None removes a variable of `conf/performance.yaml`.
 
     Example:
         >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
@@ -159,13 +160,13 @@ class Resource:
     """A kind of job, as the API server addresses it.
 
     Args:
-        group: the group of the API.
-        version: the version of the API.
-        plural: the resource's name in addresses.
+        group: group of the API.
+        version: version of the API.
+        plural: name of the resource in addresses.
         kind: name of the kind in manifests.
-        pods: the label of a job's pods that holds its name.
-        operator: operator that has to run in the cluster, and its least release.
-        lacks: settings that it has no field for, and where that is set instead.
+        pods: label of a job's pods that holds the job's name.
+        operator: operator that must run in the cluster, with its oldest suitable release.
+        lacks: setting that this kind has no field for -> where it is set instead.
     """
 
     group: str
@@ -178,7 +179,7 @@ class Resource:
 
     @property
     def crd(self) -> str:
-        """The name of its definition."""
+        """Name of the kind's custom resource definition."""
         return f"{self.plural}.{self.group}"
 
 
@@ -201,7 +202,7 @@ RESOURCES = {
 
 
 def resource_of(settings: JobSettings) -> Resource:
-    """Return the kind of job that the settings name.
+    """Return the kind of job named in the settings.
 
     Raises:
         UpcycleError: there is no such kind.

@@ -1,4 +1,4 @@
-"""Check the values of a stage's Kubernetes settings that the server, or the job itself, would refuse."""
+"""Check a stage's Kubernetes settings for values that the server, or the job itself, would refuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, NodeResources, PodSettings
 
 
-#: The fields of a toleration, and the possible values of those that have few.
+#: Fields of a toleration, and the possible values of fields that have few.
 _TOLERATION: dict[str, tuple[str, ...]] = {
     "key": (),
     "operator": ("Exists", "Equal"),
@@ -20,21 +20,21 @@ _TOLERATION: dict[str, tuple[str, ...]] = {
     "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
     "tolerationSeconds": (),
 }
-#: Settings that count something; 0 leaves each to the cluster.
+#: Settings that count something; 0 leaves a setting to the cluster.
 _COUNTS = (
     *("cpus", "memory_gib", "gpus_per_node", "shared_memory_gib"),
     *("termination_grace_s", "active_deadline_s", "restarts"),
 )
-#: What Kubernetes takes as the name of an object.
+#: Pattern of names that Kubernetes accepts for an object.
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 
 
 def wrong_values(job: Job, settings: KubernetesExecutor) -> list[UpcycleError]:
-    """List the settings of a stage that cannot work, as far as no server has to be asked.
+    """List the settings of a stage that cannot work, as far as this is known without asking a server.
 
     Args:
         job: job of the stage.
-        settings: the executor with the settings of the stage.
+        settings: executor with the settings of the stage.
     """
     found = [*_unseen(job, settings), *_malformed(job, settings), *_wrong_tolerations(settings)]
     found += failures(
@@ -58,7 +58,7 @@ def _unseen(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]:
 
 
 def _gpus_per_node(settings: NodeResources) -> int | None:
-    """Count the GPUs of a node that a job asks for; None: slices, whose number is not known."""
+    """Count the GPUs per node that a job asks for; None for GPU slices, whose number is unknown."""
     has_slices = any("gpu" in name or "/mig-" in name for name in settings.extra_resources)
     return None if has_slices and not settings.gpus_per_node else settings.gpus_per_node
 

@@ -1,7 +1,7 @@
-"""Run a stage on this machine: one process per rank, none of which outlives the launcher.
+"""Run a stage on this machine: one process per rank, and none of them outlives the launcher.
 
-NeMo-Run's local executor is not enough: it starts the next stage after a failed one, ends torchrun but not its
-workers, obeys only the second Ctrl-C, and torchrun prints its own traceback below the stage's message.
+NeMo-Run's local executor is not enough. It starts the next stage after a failed one, ends torchrun but not torchrun's
+workers, and obeys only the second Ctrl-C. Also, torchrun prints its own traceback below the stage's message.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ USERS_MISTAKE = 2
 #: Seconds that ranks have to end by themselves after SIGTERM, and after another rank failed.
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
-#: Lines of a log that are shown of a stage that broke.
+#: Last lines of the log that are shown if a stage failed without explaining it.
 _TAIL = 40
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
-#: Variables that tell a process which rank of which job it is. A shell in an allocation of Slurm, or a job script, may
-#: have set them; a process that is started here is no rank of that job.
+#: Variables that tell a process which rank of which job it is. A shell in a Slurm allocation, or a job script, may
+#: have set them, but a process that is started here is not a rank of that job.
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
@@ -49,7 +49,7 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
 
 class StopSignals:
-    """Record the first SIGINT or SIGTERM that arrives while the block runs; a loop that waits polls `signum`."""
+    """Records the first SIGINT or SIGTERM that arrives while the block runs. A waiting loop polls `signum`."""
 
     signum: int | None = None
 
@@ -74,18 +74,18 @@ def run_ranks(
     *,
     is_quiet: bool = False,
 ) -> int:
-    """Run a command once a rank; return its exit status, or minus the number of the signal that ended it.
+    """Run a command once per rank. Return its exit status, or minus the number of the signal that ended it.
 
-    The first rank writes to the console, the others into `logs`; the last lines of a failed one are shown. When one
-    fails, the others are ended; when `stop` has a signal, all are ended.
+    The first rank writes to the console, and the others into `logs`. If a rank fails, the last lines of its
+    log are shown, and the other ranks are ended. If `stop` has a signal, all ranks are ended.
 
     Args:
-        command: the program and its arguments.
-        ranks: number of processes, which get torchrun's variables; None for one plain process.
-        environment: variables added to this process's own.
+        command: program and its arguments.
+        ranks: number of processes, which get torchrun's variables; None: one plain process.
+        environment: variables in addition to this process's own.
         logs: prefix of the log files of all ranks but the first.
         stop: the launcher's signals.
-        is_quiet: whether the first rank writes into `logs`, too.
+        is_quiet: whether the first rank also writes into `logs`.
     """
     processes: list[subprocess.Popen[bytes]] = []
     with held_port() as port:
@@ -111,7 +111,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") if log else contextlib.nullcontext() as output:
-        # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all processes of the rank.
+        # Each rank gets its own session, so that Ctrl-C reaches only the launcher, and a signal to the group reaches
+        # all processes of the rank.
         return subprocess.Popen(
             list(command),
             env={**inherited, **own, **environment},
@@ -122,12 +123,12 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
 
 
 def log_of(logs: Path, rank: int) -> Path:
-    """Return the log file of a rank, for the prefix of its stage's."""
+    """Return the log file of a rank, from the prefix of its stage's log files."""
     return logs.with_name(f"{logs.name}-rank{rank}.log")
 
 
 def _last_words(log: Path, name: str, status: int) -> str:
-    """Return a stage's own last message, if it explained its end; else the last lines of its log."""
+    """Return a stage's own last message if it explained its end, else the last lines of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     own = [number for number, line in enumerate(lines) if line.startswith(name)]
     says_why = own and status in (USERS_MISTAKE, StageStopped.exit_status)
@@ -136,11 +137,11 @@ def _last_words(log: Path, name: str, status: int) -> str:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """Give a port of this machine that only a rank's store can listen on while the block runs.
+    """Hold a port of this machine while the block runs, so that only a rank's store can listen on it.
 
-    Ranks import for seconds before the first of them listens: a port that was merely free may be another's by then.
-    A bound socket that does not listen keeps it from every `bind` to any port and every outgoing connection, but not
-    from a listener with SO_REUSEADDR, which torch's store is.
+    Ranks import for seconds before the first of them listens. A port that was merely free may be taken by then. A
+    bound socket that does not listen keeps the port from every `bind` to any free port and from every outgoing
+    connection. It does not keep the port from a listener with SO_REUSEADDR, such as torch's store.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -156,17 +157,17 @@ def _rank_variables(ranks: int, port: int) -> list[dict[str, str]]:
         "GROUP_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": f"nemo-upcycle-{os.getpid()}",  # Lightning takes it that the ranks are there
+        "TORCHELASTIC_RUN_ID": f"nemo-upcycle-{os.getpid()}",  # tells Lightning that the ranks exist already
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | None:
-    """Return the index of the first process found to have failed, 0 on a stop signal, None when all have finished."""
+    """Return the index of the first process found to have failed, 0 on a stop signal, None if all have finished."""
     while not stop.signum:
         statuses = [process.poll() for process in processes]
         if bad := [rank for rank, status in enumerate(statuses) if status]:
-            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # all ranks may report a mistake that they share
+            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # if all ranks have the same mistake, each may report it
             while time.monotonic() < deadline_s and any(process.poll() is None for process in processes):
                 time.sleep(_POLL_S)
             return bad[0]
@@ -177,7 +178,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | 
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End the remaining processes of the groups by SIGTERM, or by SIGKILL those that do not obey."""
+    """End the remaining processes of the groups with SIGTERM, or with SIGKILL if they do not obey."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         deadline_s = time.monotonic() + GRACE_S
         for process in processes:
@@ -187,8 +188,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
-    """Send a signal to a rank and all that it started; return whether any of these processes exists."""
-    process.poll()  # otherwise the ended leader of the group would count
+    """Send a signal to a rank and all processes it started. Return whether any of them still exists."""
+    process.poll()  # otherwise the group's leader would still count after it has ended
     try:
         os.killpg(process.pid, signum)
     except (ProcessLookupError, PermissionError):
@@ -197,7 +198,7 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
 
 
 def end_with_launcher() -> None:
-    """End this rank and its processes when the launcher has disappeared (`kill -9`)."""
+    """End this rank and its processes if the launcher disappears (`kill -9`)."""
     launcher = int(os.environ.get(_LAUNCHER) or 0)
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()

@@ -1,6 +1,6 @@
-"""Make the manifest of a stage: a TrainJob or a PyTorchJob of Kubeflow.
+"""Make the manifest of a stage: a Kubeflow TrainJob or PyTorchJob.
 
-Turns settings and jobs into plain values; needs neither a cluster nor a client.
+This module turns settings and jobs into plain values. It needs neither a cluster nor a client.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import (
 )
 
 
-#: Who wrote a patch of a runtime; has to look like a label with a domain.
+#: Author of a runtime's patch; must look like a label with a domain.
 MANAGER = "nemo-upcycle/launcher"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-#: The replicated job and the container of Kubeflow's torch runtimes that run the ranks.
+#: Name of the replicated job, and of the container in it, that run the ranks in Kubeflow's torch runtimes.
 _NODE = "node"
-#: Pods are called NAME-node-0-NUMBER or NAME-worker-NUMBER, and must stay below 64 characters.
+#: Characters of the run and of the stage in a job's name. Pods are called NAME-node-0-NUMBER or NAME-worker-NUMBER,
+#: which must stay below 64 characters.
 _RUN_CHARS = 20
 
-# Bash is the pod's first process. It keeps what the ranks print in the run's folder, too, and hands on SIGTERM.
-# torchrun would kill its ranks 30 s after a SIGTERM, in the middle of a checkpoint: it does not get the signal, its
-# ranks do, and it waits for them.
+# Bash is the pod's first process. It also keeps the ranks' output in the run's folder, and passes SIGTERM on. torchrun
+# would kill its ranks 30 s after a SIGTERM, in the middle of a checkpoint. So the signal goes to torchrun's ranks, not
+# to torchrun, which waits for them.
 _WRAPPER = """\
 log=$1-node${PET_NODE_RANK:-0}.log; shift
 mkdir -p "$(dirname "$log")"
@@ -51,12 +52,12 @@ _TERM_TO_CHILD = _WRAPPER % "$child"
 
 
 def pod_path(path: Path) -> Path:
-    """Return the absolute path of a folder, by the name that it was given: pods do not have this machine's links."""
+    """Make a path absolute without resolving links, because pods do not have this machine's links."""
     return Path(os.path.abspath(path))
 
 
 def label_of(text: str) -> str:
-    """Return a text as the cluster allows it in names: small letters, digits and hyphens, a letter first.
+    """Return a text in the form of the cluster's names: small letters, digits and hyphens, a letter first.
 
     Example:
         >>> label_of("8B v2")
@@ -68,7 +69,7 @@ def label_of(text: str) -> str:
 
 
 def base_name(job: Job) -> str:
-    """Make the start of the names of a stage's jobs: the run's folder, the stage, a hash of the folder's path.
+    """Make the prefix of a stage's job names: the run's folder, the stage, and a hash of the folder's path.
 
     Example:
         >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
@@ -82,13 +83,13 @@ def base_name(job: Job) -> str:
 def manifest(
     settings: KubernetesExecutor, job: Job, name: str, variables: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return the manifest of a stage.
+    """Make the manifest of a stage.
 
     Args:
         settings: executor settings of this stage.
-        job: the stage.
-        name: the name of the job in the cluster.
-        variables: the variables of the pods, beside the site's own.
+        job: job of the stage.
+        name: name of the job in the cluster.
+        variables: variables of the pods, in addition to the site's own.
 
     Raises:
         UpcycleError: the settings do not fit the kind of job.
@@ -146,7 +147,7 @@ def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Ma
     restarts = settings.restarts if job.is_training else 0
 
     def replicas(number: int) -> dict[str, Any]:
-        # Not ExitCode: torchrun ends with 1 whatever its ranks ended with, which that policy takes for final.
+        # Not ExitCode, a policy that treats status 1 as final: torchrun always ends with 1 if its ranks fail.
         policy = "OnFailure" if restarts else "Never"
         return {"replicas": number, "restartPolicy": policy, "template": _pod(settings, container)}
 
@@ -162,7 +163,7 @@ def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Ma
 
 
 def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, Any]:
-    """Return the template of a pod with one container; a patch of a runtime has the same fields."""
+    """Return the pod template with one container. A patch of a runtime has the same fields."""
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
     for number, (claim, path) in enumerate(settings.mounts.items()):
@@ -191,7 +192,7 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
 
 
 def _pod_security(settings: PodSettings) -> dict[str, Any]:
-    """Name the user of the pods; nothing where the image says it."""
+    """Return the security context with the user of the pods; empty if the image or the cluster decides."""
     if settings.user is None:
         return {}
     user, group = settings.user
@@ -200,7 +201,7 @@ def _pod_security(settings: PodSettings) -> dict[str, Any]:
 
 
 def merged(base: Any, changes: Any) -> Any:
-    """Return a value with changes: mappings key by key, lists of named entries by name, anything else replaced.
+    """Merge changes into a value: mappings key by key, lists of named entries by name; replace anything else.
 
     Example:
         >>> merged({"a": [{"name": "x", "b": 1}], "c": 2}, {"a": [{"name": "x", "d": 3}], "c": None})
@@ -220,9 +221,9 @@ def _are_named(value: Any) -> bool:
 
 
 def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
-    """Write the command of a pod: the job's own with the image's Python, once a rank.
+    """Write the command of a pod: the job's own command with the image's Python, once per rank.
 
-    torchrun takes nodes, ranks and the address of the first node from the variables PET_* that the operators set.
+    torchrun takes nodes, ranks and the first node's address from the variables PET_*, which the operators set.
     """
     command = [settings.python, *job.command[1:]]
     has_ranks = job.nodes * job.ranks_per_node > 1
@@ -234,7 +235,7 @@ def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
 
 def _environment(settings: KubernetesExecutor, job: Job, fast: Mapping[str, str]) -> list[dict[str, Any]]:
     set_by_site = {**settings.env_vars, **settings.secret_env_vars}
-    # A user that no image knows has no home, and libraries ask for its name.
+    # A user unknown to the image has no home, and libraries ask for the user's name.
     home = {"HOME": "/tmp", "USER": "nemo-upcycle"} if _pod_security(settings).get("runAsUser") else {}
     plain = {"PYTHONUNBUFFERED": "1", **home, **hub_variables(job, set_by_site), **fast, **settings.env_vars}
     given = {name: value for name, value in plain.items() if value is not None}

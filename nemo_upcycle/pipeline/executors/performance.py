@@ -1,4 +1,4 @@
-"""NVIDIA's performance settings of a training, looked up in `conf/performance.yaml` by card and layout."""
+"""NVIDIA's performance settings for a training, looked up in `conf/performance.yaml` by GPU and layout."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
 
-#: The table, as people find it.
+#: Path of the table, as people know it.
 TABLE = "conf/performance.yaml"
 ENVIRONMENT, SLURM = "environment", "slurm"
 NUMACTL, SEGMENT = "numactl", "--segment"
-#: Skipped if there is no numactl, or if Slurm gave the rank cores of another memory node.
+#: Binds a rank to a memory node. Skipped if numactl is missing, or if Slurm gave the rank cores of another memory
+#: node.
 _BIND = (
     'bind="numactl --cpunodebind=$((SLURM_LOCALID/%s)) --membind=$((SLURM_LOCALID/%s))"; '
     '$bind true >/dev/null 2>&1 || bind=; exec $bind "$@"'
@@ -46,19 +47,19 @@ def performance_settings(
     container: bool = False,
     changed: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Look up the performance settings of a job by name: a variable, an option of srun as `--mpi`, or `numactl`.
+    """Look up the performance settings of a job by name: a variable, an srun option such as `--mpi`, or `numactl`.
 
-    An option without a value has an empty text. Only a training has any.
+    An option without a value has an empty text. Only trainings have performance settings.
 
     Args:
-        job: the stage.
-        card: the kind of GPU of its nodes.
-        scheduler: the part of the table that comes on top of the variables; empty: none.
-        container: whether it runs in one.
-        changed: the user's values, by name, in the place of the table's; None removes it.
+        job: job of the stage.
+        card: kind of GPU of the job's nodes.
+        scheduler: part of the table that is added to the variables; empty: none.
+        container: whether the job runs in a container.
+        changed: setting -> the user's value, which replaces the table's; None removes the setting.
 
     Raises:
-        UpcycleError: `changed` has a name that the table does not have.
+        UpcycleError: `changed` has a name that is not in the table.
     """
     changed = changed or {}
     for name in changed:
@@ -79,7 +80,7 @@ def performance_settings(
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
-    """Gather the facts that conditions refer to, by name, as far as they are known."""
+    """Gather the facts that the table's conditions refer to, by name, as far as they are known."""
     facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
     if profile := job.profile:
         facts |= asdict(profile)
@@ -101,18 +102,18 @@ def _holds(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 
 def variables(found: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings that are variables."""
+    """Return the settings that are environment variables."""
     return {name: value for name, value in found.items() if name[:1].isupper()}
 
 
 def srun_options(found: Mapping[str, str]) -> list[str]:
-    """Return the settings that are options of srun."""
+    """Return the settings that are srun options."""
     options = {name: value for name, value in found.items() if name.startswith("--") and name != SEGMENT}
     return [f"{name}={value}" if value else name for name, value in options.items()]
 
 
 def segment(found: Mapping[str, str], nodes: int) -> int | None:
-    """Return the nodes that Slurm should place in one rack: the largest divisor that fits; None without a limit.
+    """Return how many nodes Slurm should place per rack: the largest divisor within the limit; None without a limit.
 
     Example:
         >>> segment({"--segment": "18"}, 64)
@@ -123,13 +124,13 @@ def segment(found: Mapping[str, str], nodes: int) -> int | None:
 
 
 def bound(found: Mapping[str, str]) -> list[str]:
-    """Return the words before a rank's command that bind it to its GPU's memory node, where numactl can."""
+    """Return the words before a rank's command that bind the rank to its GPU's memory node, if numactl can."""
     per_node = found.get(NUMACTL)
     return ["bash", "-c", _BIND % (per_node, per_node), "bash"] if per_node else []
 
 
 def performance_settings_here(job: Job) -> dict[str, str]:
-    """Return the variables of a training on this machine that its environment does not set; none without a GPU."""
+    """Return the variables for a training on this machine that its environment does not set; none without a GPU."""
     if not torch.cuda.is_available() or getattr(job.profile, "accelerator", "auto") == "cpu":
         return {}
     words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())
@@ -138,7 +139,7 @@ def performance_settings_here(job: Job) -> dict[str, str]:
 
 
 def option_name(word: str) -> str:
-    """Return the option that a word of srun sets or, as `--no-container-mount-home`, resets.
+    """Return the option that an srun word sets or, like `--no-container-mount-home`, resets.
 
     Example:
         >>> option_name("--mpi=none"), option_name("--container-mount-home")

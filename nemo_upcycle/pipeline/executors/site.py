@@ -1,6 +1,7 @@
-"""The settings that every scheduler's executor has: cards, prices and disks for --dryrun, and what stages change."""
+"""Settings that every scheduler's executor has: GPUs, prices and disks for --dryrun, and changes for single stages."""
 
-# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
+# Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads them to parse the executor's
+# fields.
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -14,10 +15,10 @@ class SiteSettings:
 
     Args:
         card: kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: name -> value that replaces the one in `conf/performance.yaml`; None removes a setting.
-        price_per_gpu_hour: price, for --dryrun; None if it is not known.
-        write_gib_s: speed at which all nodes together write to the file system of `dir`, for --dryrun.
-        stages: stage -> the fields that differ there.
+        performance: setting -> value that replaces the value in `conf/performance.yaml`; None removes the setting.
+        price_per_gpu_hour: price of a GPU-hour, for --dryrun; None if it is unknown.
+        write_gib_s: speed (GiB/s) at which all nodes together write to the file system of `dir`, for --dryrun.
+        stages: stage -> fields that differ for this stage.
     """
 
     card: str = "h100"

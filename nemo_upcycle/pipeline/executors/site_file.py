@@ -1,4 +1,4 @@
-"""Read executors from conf/executors or a site's own YAML file, and find the scheduler of each."""
+"""Read executors from conf/executors or a site's own YAML file, and find the scheduler of each executor."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CLUSTERS: tuple[type[Cluster], ...] = (
     SlurmScheduler,
     KubernetesScheduler,
 )
-#: Their settings, by the name that a YAML file gives with `executor:`.
+#: Name after `executor:` in a YAML file -> class of the scheduler's settings.
 KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
-#: Field that the chain sets itself -> what to do instead of giving it.
+#: Field that the chain sets itself -> what to do instead of setting it.
 _OWN = {
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
@@ -49,7 +49,7 @@ def cluster_for(executor: Any) -> Cluster | None:
     """Return the scheduler of an executor; None for this machine.
 
     Raises:
-        UpcycleError: it is another executor of NeMo-Run's.
+        UpcycleError: this package does not support the executor.
     """
     if is_local(executor):
         return None
@@ -61,25 +61,25 @@ def cluster_for(executor: Any) -> Cluster | None:
 
 
 def executor_names() -> list[str]:
-    """Return the names of the package's own files."""
+    """Return the names of the package's own executor files."""
     return packaged_names("executors")
 
 
 def is_described(name: str) -> bool:
-    """Return whether a name is one of conf/executors or the path of a YAML file, and no factory's."""
+    """Return whether a name is in conf/executors or is the path of a YAML file; otherwise it is a factory's."""
     return name.endswith((".yaml", ".yml")) or name in executor_names()
 
 
 def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
-    """Return the executor that a YAML file describes.
+    """Make the executor that a YAML file describes.
 
     Args:
         name: a name in conf/executors, or the path of a `.yaml` or `.yml` file.
-        overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`; with `FIELD.ENTRY` one entry of a mapping, as
+        overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`; `FIELD.ENTRY` sets one entry of a mapping, as in
             `env_vars.HF_HOME=/hf`.
 
     Raises:
-        UpcycleError: a key or a stage does not exist, or a value is not of its field's type.
+        UpcycleError: a key or a stage does not exist, or a value does not have its field's type.
 
     Example:
         >>> read_executor("slurm", ["account=me", "stages.pretrain.time=08:00:00"]).stages["pretrain"]["time"]
@@ -107,7 +107,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
             found = _checked(f"{prefix}stages.{stage}.", settings or {}, schema, explained)
             mine = stages.setdefault(stage, {})
             mine |= _added({**common, **mine}, settings or {}, found)
-    for name in typed:  # what every stage sets itself would be ignored
+    for name in typed:  # if every stage sets the field itself, the typed value would be ignored
         if all(name in stages.get(stage, {}) for stage in BY_NAME) and not isinstance(typed[name], _Entries):
             fix = f"set run.executor.stages.STAGE.{name}"
             raise UpcycleError(
@@ -125,11 +125,11 @@ class _Stages:
 
 
 class _Entries(dict[str, Any]):
-    """Entries of a mapping that were given one by one, to be added to those that it has."""
+    """Entries of a mapping that were given one by one, and are added to the mapping's earlier entries."""
 
 
 def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return checked settings, each with the value that it is added to."""
+    """Return checked settings. Entries that were given one by one are added to the earlier mapping."""
     return {
         name: {**(before.get(name) or {}), **value} if isinstance(given[name], _Entries) else value
         for name, value in found.items()
@@ -137,7 +137,7 @@ def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[s
 
 
 def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Read the settings of the command line, for all stages and by stage; text fields take the words as they are."""
+    """Parse the settings of the command line, for all stages and by stage. Text fields keep the words as they are."""
     kinds = typing.get_type_hints(schema)
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
@@ -156,14 +156,14 @@ def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str
         elif str in taken and not (bool in taken and text.lower() in ("true", "false")):
             found[name] = text
         else:
-            found[name] = text  # which the field does not take, if it is no YAML
+            found[name] = text  # kept if it is not YAML; the field then refuses it
             with suppress(UpcycleError):
                 found[name] = parse_yaml(text, f"run.executor.{key}")
     return common, stages
 
 
 def _checked(prefix: str, given: dict[str, Any], schema: type, explained: Path) -> dict[str, Any]:
-    """Return settings as the executor's fields take them; see `field_values`."""
+    """Convert settings to the types of the executor's fields; see `field_values`."""
     for name, value in given.items():
         if name in _OWN:
             raise UpcycleError(prefix + name, kind="refused", got="is set by the pipeline itself", fix=_OWN[name])
@@ -174,6 +174,6 @@ def _checked(prefix: str, given: dict[str, Any], schema: type, explained: Path) 
             )
     found = field_values(prefix, given, schema, explained)
     for name, value in found.get("env_vars", {}).items():
-        if value is None and name not in performance.names():  # of which null removes one
+        if value is None and name not in performance.names():  # null can remove only a performance setting
             raise UpcycleError(f"{prefix}env_vars.{name}", got="null", expected="text", fix='put it in quotes: ""')
     return found

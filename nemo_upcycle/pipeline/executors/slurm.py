@@ -1,10 +1,11 @@
-"""Slurm: NeMo-Run writes the batch script of a stage; here it is checked, submitted, watched and requeued.
+"""Slurm: NeMo-Run writes the batch script of a stage, and this module checks, submits, watches and requeues it.
 
-NeMo-Run's `Experiment` is not used: it reports a preempted training that ended with status 0 as finished, and every
-job of a cluster without `sacct` as failed, and it retries jobs that make no progress.
+NeMo-Run's `Experiment` is not used. It reports a preempted training that ended with status 0 as finished. On a cluster
+without `sacct` it reports every job as failed. It also retries jobs that make no progress.
 """
 
-# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
+# Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads them to parse the executor's
+# fields.
 
 import dataclasses
 import functools
@@ -55,9 +56,9 @@ from nemo_upcycle.utils.conf import template
 from nemo_upcycle.utils.files import resolved
 
 
-#: File systems that only one machine sees, unless it serves them to others.
+#: File systems that only one machine sees, unless the machine serves them to others.
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
-#: Where the `ft_launcher`s of a job meet; for the batch script's shell.
+#: Address where the `ft_launcher`s of a job meet, expanded by the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
 #: Slurm's default seconds between SIGTERM and SIGKILL at the end of a job's time.
@@ -66,17 +67,17 @@ _KILL_WAIT_S = 30
 
 @dataclass(kw_only=True)
 class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
-    """NeMo-Run's `SlurmExecutor` with settings for each stage; a file of conf/executors describes one.
+    """NeMo-Run's `SlurmExecutor` with settings for each stage, as a file of conf/executors describes it.
 
     A training's nodes and ranks are set in its recipe, not in `stages`.
 
     Attributes:
-        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
+        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one per node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        counts_gpus: whether Slurm hands out GPUs; False where it does not know them (no GRES): jobs then ask for none.
+        counts_gpus: whether Slurm hands out GPUs; False if it does not know them (no GRES), so that jobs ask for none.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
-        python: the interpreter of the stages; None: `python` of the container, or this one without a container.
-        packager: what is sent along: nothing, the package is installed on the nodes.
+        python: interpreter of the stages; None: the container's `python`, or this process's without a container.
+        packager: packager of code for the nodes; sends nothing, because the package is installed there.
     """
 
     account: str = MISSING
@@ -89,7 +90,7 @@ class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
     python: Optional[str] = None  # noqa: UP045
 
 
-#: What a site has to fill in, where its file has "???".
+#: Field that is "???" in a site's file until the site fills it in -> its meaning.
 REQUIRED = {
     "account": "the account that jobs are charged to",
     "partition": "a partition of GPU nodes; `sinfo` lists them",
@@ -98,7 +99,7 @@ REQUIRED = {
 
 
 def signal_s(signal: Optional[str]) -> int:  # noqa: UP045 - as the executor's fields
-    """Return the seconds between a signal that a job asks for and the end of its time; 0 without one.
+    """Return the seconds between the signal that a job asks for and the end of its time; 0 without a signal.
 
     Example:
         >>> signal_s("B:TERM@600"), signal_s("TERM"), signal_s(None)
@@ -108,7 +109,7 @@ def signal_s(signal: Optional[str]) -> int:  # noqa: UP045 - as the executor's f
 
 
 class SlurmScheduler(Cluster):
-    """Submit stages as batch jobs that wait for each other.
+    """Scheduler that submits stages as batch jobs, which wait for each other.
 
     Example:
         >>> job = Job("import", Path("/shared/run"), ("python", "-m", "nemo_upcycle.pipeline"))
@@ -123,12 +124,12 @@ class SlurmScheduler(Cluster):
 
     @classmethod
     def takes(cls, executor: Any) -> bool:
-        """See `Cluster.takes`: also one of NeMo-Run's own."""
+        """See `Cluster.takes`. NeMo-Run's own Slurm executor goes here as well."""
         return isinstance(executor, run.SlurmExecutor)
 
     @functools.cached_property
     def identity(self) -> str:
-        """See `Cluster.identity`: job ids are those of one controller, which must answer where Slurm is installed."""
+        """See `Cluster.identity`: job ids belong to one controller, which must answer if Slurm is installed."""
         if shutil.which("scontrol") is None:
             return self.label
         asked = ask("scontrol", "show", "config")
@@ -138,7 +139,7 @@ class SlurmScheduler(Cluster):
         return f"{self.label}, cluster {found[1]}"
 
     def python_of(self, stage: str) -> str:
-        """Return the interpreter of a stage: the container's, or this one, which nodes find under the same path."""
+        """Return the interpreter of a stage: the container's, or this process's, which nodes find at the same path."""
         mine = self.settings_for(stage)
         return getattr(mine, "python", None) or ("python" if mine.container_image else sys.executable)
 
@@ -157,7 +158,7 @@ class SlurmScheduler(Cluster):
         return found + wrong_values(mine, job)
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check`: with `sbatch --test-only` every job, and that the nodes see what it reads."""
+        """See `Cluster.check`: try every job with `sbatch --test-only`, and check that nodes see its files."""
         self.check_settings(jobs)
         if shutil.which("sbatch") is None:
             fix = "start the command on the cluster's login node, or write the scripts with --render DIR"
@@ -170,7 +171,7 @@ class SlurmScheduler(Cluster):
                 self._check_seen(path, job)
 
     def render(self, job: Job) -> dict[str, str]:
-        """Return the batch script."""
+        """Render the batch script of a job."""
         mine = self.sized(job)
         request = SlurmBatchRequest(
             launch_cmd=["sbatch", "--requeue", "--parsable"],
@@ -183,22 +184,24 @@ class SlurmScheduler(Cluster):
         return {f"{job.name}.sh": request.materialize().replace("set -evx", PROLOGUE, 1)}
 
     def sized(self, job: Job) -> run.SlurmExecutor:
-        """Return the executor of a stage, with the nodes and ranks of its job."""
+        """Return the executor of a stage, with the nodes and ranks of the stage's job."""
         mine = self.settings_for(job.name)
-        # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
+        # These are exported in the script: NeMo-Run would write `env_vars` without quotes, and their names in
+        # capitals.
         fast = self.performance(job)
-        # Without a container a job starts where sbatch was typed, where another clone may lie: from Python 3.11 on.
+        # Without a container, a job starts in the folder where sbatch was typed, which may hold another clone.
+        # PYTHONSAFEPATH (from Python 3.11 on) keeps Python from importing it.
         usual = hub_variables(job, mine.env_vars) if mine.container_image else {"PYTHONSAFEPATH": "1"}
         variables = usual | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
         lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
-        tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
-        # Otherwise Slurm keeps jobs in the queue after a predecessor has failed.
+        tasks = job.ranks_per_node if detects_hangs else 1  # ranks per Slurm task
+        # Without this setting, Slurm keeps jobs in the queue after a predecessor has failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         cpus_per_task = mine.cpus_per_task and mine.cpus_per_task * tasks
-        # Of Slurm 22.05 to 24.05, srun does not inherit it; 24.11 does not read SRUN_CPUS_PER_TASK.
+        # srun of Slurm 22.05 to 24.05 does not inherit the setting, and 24.11 does not read SRUN_CPUS_PER_TASK.
         own_cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
         return dataclasses.replace(
             mine,
@@ -208,7 +211,7 @@ class SlurmScheduler(Cluster):
             cpus_per_task=cpus_per_task,
             gpus_per_task=mine.gpus_per_task and mine.gpus_per_task * tasks,
             env_vars={},
-            # In a container an image's own variables win over all that are not named.
+            # In a container, an image's own variables win over all variables that are not named here.
             container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
             srun_args=[*own_cpus, *performance.srun_options(fast), *(mine.srun_args or [])],
@@ -226,7 +229,7 @@ class SlurmScheduler(Cluster):
         return bool(settings.container_image)
 
     def sets_itself(self, settings: Any, name: str) -> bool:
-        """See `Cluster.sets_itself`: also by an option of srun, or the opposite one."""
+        """See `Cluster.sets_itself`. An srun option, or its opposite, counts as well."""
         named = {performance.option_name(word) for word in settings.srun_args or []}
         given = {"--segment"} if settings.segment else set()
         return performance.option_name(name) in named | given or super().sets_itself(settings, name)
@@ -235,7 +238,7 @@ class SlurmScheduler(Cluster):
         return job.is_training and getattr(self.settings_for(job.name), "hang_detection", False)
 
     def _command(self, job: Job) -> str:
-        """Write the command that srun starts: one process a rank, or one `ft_launcher` a node."""
+        """Write the command that srun starts: one process per rank, or one `ft_launcher` per node."""
         command = (self.python_of(job.name), *job.command[1:])
         if not self._detects_hangs(job):
             return shlex.join([*performance.bound(self.performance(job)), *command])
@@ -253,7 +256,7 @@ class SlurmScheduler(Cluster):
         return " ".join(word if any(text in word for text in expanded) else shlex.quote(word) for word in command)
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """See `Cluster.render_chain`: a script that submits the others."""
+        """See `Cluster.render_chain`: a script that submits the other scripts."""
         folders = " ".join(shlex.quote(str(job.folder)) for job in jobs)
         lines = [SUBMIT.format(folders=folders, kept="|".join(OF_CONTROLLER)).strip()]
         names = {job.name: f"job_{job.name}" for job in jobs}
@@ -266,7 +269,7 @@ class SlurmScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
         (path,) = self.write(job, job.folder)
-        in_vain(job).unlink(missing_ok=True)  # of an earlier job: its cause may be gone
+        in_vain(job).unlink(missing_ok=True)  # left by an earlier job; its cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
         done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
@@ -275,9 +278,9 @@ class SlurmScheduler(Cluster):
         return identity
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Ask `squeue`, and of ended jobs the controller or the accounting."""
+        """Ask `squeue` for the states of jobs, and the controller or the accounting about jobs that have ended."""
         asked = ask("squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N")
-        if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
+        if asked.returncode and "Invalid job id" not in asked.stderr:  # no answer from the controller: nothing ended
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():
@@ -308,7 +311,7 @@ class SlurmScheduler(Cluster):
         return limits
 
     def goes_on(self, job: Job) -> bool:
-        """See `Cluster.goes_on`: a resumable stage that is told to stop before the end of its time is requeued."""
+        """See `Cluster.goes_on`: a resumable stage is requeued if it is told to stop before the end of its time."""
         return job.is_resumable and bool(self.settings_for(job.name).signal)
 
     def cancel_command(self, identity: str) -> str:
@@ -316,11 +319,11 @@ class SlurmScheduler(Cluster):
         return f"scancel {identity}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the logs of all starts of the ranks, and that of the batch script, where Slurm says why it ended."""
+        """Return the ranks' logs of all starts, and the batch script's log, where Slurm says why a job ended."""
         return [*sorted(job.folder.glob(f"log*_{identity}_*.out")), *job.folder.glob(f"sbatch_*_{identity}.out")]
 
     def resources(self, job: Job) -> dict[str, str]:
-        """List what a job asks for."""
+        """List the resources that a job asks for."""
         mine = self.settings_for(job.name)
         names = ("partition", "account", "qos", "time", "mem", "cpus_per_task", "gpus_per_node", "container_image")
         asked = {name: getattr(mine, name) for name in (*names, "signal")}
@@ -336,7 +339,7 @@ class SlurmScheduler(Cluster):
         return kind(f"Slurm refuses stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
 
     def _check_seen(self, path: Path, job: Job) -> None:
-        """Check that the nodes see what a stage reads or writes, as far as its file system tells."""
+        """Check that the nodes see a path that a stage reads or writes, as far as its file system tells."""
         kind = filesystem_type(path)
         if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
             return
@@ -354,7 +357,7 @@ class SlurmScheduler(Cluster):
 
 
 def filesystem_type(path: Path) -> str | None:
-    """Return the type of the file system that a path lies on, or would, such as `ext4` or `lustre`; None if unknown.
+    """Return the type of a path's file system, such as `ext4` or `lustre`; None if unknown. The path may be missing.
 
     Example:
         >>> filesystem_type(Path("/proc/self/new"))

@@ -1,4 +1,4 @@
-"""Read the answers of Slurm's commands: whether a job is taken, what it waits for, how it ended, and the remedy."""
+"""Read the answers of Slurm's commands: whether it accepts a job, why a job waits, how it ended, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 
 
-#: Words in the output of a command that the controller did not answer.
+#: Words in the output of a command if the controller did not answer it.
 NO_ANSWER = ("Unable to contact", "timed out")
-#: Variables of Slurm's that name the controller; all others describe an allocation.
+#: Slurm's variables that name the controller. All its other variables describe an allocation.
 OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-#: Why a job will never start that waits for one which Slurm holds to have failed.
+#: Reason of a job that will never start, because Slurm believes that a job it waits for has failed.
 ORPHANED = "DependencyNeverSatisfied"
-#: Reasons, as patterns of the whole of Slurm's text, and what to do; the first that fits. What passes when other jobs
-#: end, as Priority, Resources and the limits of a group, is not here.
+#: Reason (a pattern for Slurm's whole text) -> what to do; the first match counts. Reasons that pass when other jobs
+#: end, such as Priority, Resources and the limits of a group, are omitted.
 _PERSONS_END_IT = {
     "JobHeldUser": "let it go with `scontrol release {job}`",
     "JobHeldAdmin": "an administrator holds it: ask them for `scontrol release {job}`",
@@ -34,7 +34,7 @@ _PERSONS_END_IT = {
         "it starts when other jobs of yours, or of the account, have ended"
     ),
 }
-#: Reasons and remedies for a job that asks for something it cannot get.
+#: Reason -> remedy, for a job that asks for something it cannot get.
 _NEVER_STARTS = {
     "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
         "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
@@ -56,18 +56,18 @@ WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
 def ask(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's, and return its output."""
+    """Run a command of Slurm and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def last_line(text: str) -> str:
-    """Return the line of an error that has the reason."""
+    """Return the line of an error that gives the reason."""
     lines = text.strip().splitlines() or ["no reason given"]
     return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
 
 
 def environment() -> dict[str, str]:
-    """Return this process's variables without those of an allocation that it runs in."""
+    """Return this process's variables without the variables of a Slurm allocation that it runs in."""
     is_inside = "SLURM_JOB_ID" in os.environ
     return {
         name: value
@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
 
 
 def job_id(text: str) -> str | None:
-    """Find the id of a submitted job in the output of `sbatch --parsable`; a site's own words may stand around it.
+    """Find the id of a submitted job in the output of `sbatch --parsable`, which may also hold a site's own words.
 
     Example:
         >>> job_id("4711;alps")  # on federated clusters the cluster's name follows
@@ -88,7 +88,7 @@ def job_id(text: str) -> str | None:
 
 
 def refusal_hint(text: str) -> str:
-    """Return a sentence on what to change, where it is no single setting that `sbatch` names.
+    """Return a sentence on what to change if `sbatch` names no single setting; empty if nothing is known.
 
     Example:
         >>> refusal_hint("Invalid account or account/partition combination specified")
@@ -103,7 +103,10 @@ def refusal_hint(text: str) -> str:
 
 
 def ending(identity: str) -> str:
-    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
+    """Return how a job ended.
+
+    The controller knows it for some minutes. The accounting, if the cluster has one, always knows it.
+    """
     asked = ask("scontrol", "--oneliner", "show", "job", identity)
     found = dict(word.partition("=")[::2] for word in asked.stdout.split())
     if not found.get("JobState"):
@@ -123,8 +126,8 @@ def waiting(job: str, reason: str, partition: str = "") -> JobState:
 
     Args:
         job: id of the job.
-        reason: Slurm's.
-        partition: which it waits in; of several, the reason may be that of one alone.
+        reason: Slurm's reason.
+        partition: partition in which it waits; if there are several, the reason may hold for only one of them.
 
     Example:
         >>> waiting("7", "JobHeldUser").reason

@@ -1,4 +1,4 @@
-"""The batch script around a stage: requeue it while it makes progress; refuse paths that no script can hold."""
+"""The batch script around a stage. It requeues a stage that makes progress; paths that it cannot hold are refused."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from nemo_upcycle.utils.files import MARKER
 
 #: Paths that NeMo-Run may write into its script without quotes, and the folder whose name it replaces there.
 _PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
-#: How far a training is: the step of its newest checkpoint, of Megatron-Bridge's or of NeMo's.
+#: Progress of a training: the step of its newest checkpoint, written by Megatron-Bridge or by NeMo.
 _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
         for saved in "$stage"/checkpoints/*step=*/weights/.metadata; do
             [ -e "${saved%/weights/.metadata}-unfinished" ] || echo "$saved"
         done | grep -v '[*]' | sed 's/.*step=\([0-9]*\).*/\1/'
     } | sort -n | tail -n 1"""
-#: How far the data stage is: datatrove leaves a file for each finished task.
+#: Progress of the data stage: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
-#: In place of NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. Slurm hands
-#: SBATCH_EXPORT=NONE on to every srun by this variable, and no rank would have even a PATH.
+#: Replaces NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. Through the variable
+#: unset here, Slurm would pass SBATCH_EXPORT=NONE on to every srun, and no rank would even have a PATH.
 PROLOGUE = "unset SLURM_EXPORT_ENV"
 #: The batch shell outlives the ranks, which are told to stop before the time limit, and decides by the stage's marker.
-#: Exit codes cannot tell: of several ranks srun reports one, and one may crash when its work is done.
+#: Exit codes cannot decide: srun reports only one of several ranks, and a rank may crash after its work is done.
 _DECIDE = r"""
 stage={folder}
 rm -f "$stage/{ended}"  # of an earlier start
@@ -52,8 +52,8 @@ touch {job}/started
 trap finish EXIT
 trap : TERM
 """
-#: Lines of a resumable stage: before it starts, and after it has ended without a marker. A cancelled job is no longer
-#: RUNNING. Slurm itself requeues a job that was preempted in a partition with requeueing, so the script must not.
+#: Lines for a resumable stage: before it starts, and after it has ended without a marker. A cancelled job is no longer
+#: RUNNING. If a partition requeues preempted jobs, Slurm requeues the job itself, so the script must not.
 _BEFORE = r"""progress() {{
     {progress}
 }}
@@ -83,9 +83,10 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
-#: Lines of a training, whose ranks write a file when they are set up. A job that spends most of its time on setup gets
-#: a step or two further, and would be requeued without end. The script reports it and counts it as no progress, which
-#: is allowed once, since a file system may have been slow. `limit` leaves out the time after the signal.
+#: Lines for a training, whose ranks write a file when they are set up. A job that spends most of its time on setup
+#: gets only a step or two further, and would be requeued without end. The script reports such a job and counts it as
+#: no progress. One such job is allowed, since a file system may have been slow. `limit` excludes the time after the
+#: signal.
 _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
         awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
     ready=$(date +%s)
@@ -97,7 +98,7 @@ _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" 
     fi
 """
 
-#: A script that submits jobs by hand, as `SlurmScheduler.submit` does.
+#: Script that submits jobs by hand, as `SlurmScheduler.submit` does.
 SUBMIT = """
 #!/bin/bash
 # Submits the jobs of this folder; each waits for those that it needs.
@@ -116,16 +117,16 @@ submit() {{
 
 
 def in_vain(job: Job) -> Path:
-    """Return the file that marks a job whose last start made no progress; a second such start ends it."""
+    """Return the file that marks a job whose last start made no progress. A second such start ends the job."""
     return job.folder / "in_vain"
 
 
 def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
-    """Return the lines of the batch script before a stage; they also decide what follows its end.
+    """Return the lines of the batch script before a stage. They also decide what happens after its end.
 
     Args:
-        job: job of the stage; a resumable one is requeued while it makes progress.
-        signal_s: seconds before the end of its time at which it is told to stop.
+        job: job of the stage; a resumable stage is requeued as long as it makes progress.
+        signal_s: seconds before the end of the job's time at which the stage is told to stop.
 
     Example:
         >>> from pathlib import Path
@@ -146,12 +147,12 @@ def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
     }
     names["alarm"] = _ALARM.format(**names) if job.is_training else ""
     before, again = (text.format(**names) if job.is_resumable else "" for text in (_BEFORE, _AGAIN))
-    code = shlex.quote(str(job.folder / "code"))  # where NeMo-Run lets the ranks start
+    code = shlex.quote(str(job.folder / "code"))  # the folder where NeMo-Run starts the ranks
     return [f"mkdir -p {code}", _DECIDE.format(**names, before=before, again=again).strip()]
 
 
 def escaped(value: str) -> str:
-    """Escape a value for double quotes in bash; variables in it are expanded."""
+    """Escape a value for double quotes in bash. Variables in the value are still expanded."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
 
 
@@ -169,7 +170,7 @@ def require_plain(path: Path, *, in_container: bool) -> None:
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
-    """Return mounts for the files of a stage that no mount of the user's holds, each under its own path."""
+    """Return mounts for the files of a stage that none of the user's mounts holds, each under its own path."""
     missing: list[str] = []
     for path in (job.run_dir, *job.reads):
         if not any(_holds(mount, path) for mount in [*mounts, *missing]):
@@ -178,7 +179,7 @@ def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
 
 
 def _holds(mount: str, path: Path) -> bool:
-    """Return whether a mount, `HOST:CONTAINER`, shows a path of the host under the same path in the container."""
+    """Return whether a mount, `HOST:CONTAINER`, shows a host path under the same path in the container."""
     host, _, rest = mount.partition(":")
     inside = Path(rest.partition(":")[0] or host)
     return path.is_relative_to(inside) and (Path(host) / path.relative_to(inside)).resolve() == path.resolve()

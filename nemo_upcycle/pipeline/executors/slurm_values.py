@@ -1,4 +1,4 @@
-"""Check the values of a stage's Slurm settings that `sbatch`, or the job itself, would refuse."""
+"""Check a stage's Slurm settings for values that `sbatch`, or the job itself, would refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.validation import is_number, is_whole
 
 
 class _Form(NamedTuple):
-    """How a value of a setting is written."""
+    """The written form of a setting's value."""
 
     pattern: str
     expected: str
@@ -31,11 +31,11 @@ _FORMS = {
     "signal": _Form(r"([RB]{1,2}:)?(SIG)?[A-Z0-9]+(@\d{1,5})?", "a signal as TERM@600", "TERM@600"),
     "open_mode": _Form("append|truncate", "append or truncate", "append"),
 }
-#: Signals at which the ranks of a resumable stage save and stop; with `B:` the batch shell alone would get it.
+#: Signals at which the ranks of a resumable stage save and stop. With `B:`, only the batch shell would get the signal.
 _STOPS = re.compile(r"(R:)?(SIG)?(TERM|15)(@\d+)?")
-#: Settings that count something, and the least value that each takes.
+#: Setting that counts something -> its least value.
 _COUNTS = {"cpus_per_task": 1, "cpus_per_gpu": 1, "gpus_per_node": 0, "gpus_per_task": 0, "segment": 1}
-#: Field of NeMo-Run's executor that a job of one stage, one process a rank, cannot have -> what to do instead.
+#: Field of NeMo-Run's executor that does not fit a job of one stage with one process per rank -> what to do instead.
 _UNSUPPORTED = {
     "array": "omit it: a stage is one job",
     "heterogeneous": "omit it: all nodes of a stage are alike; differences between stages belong in `stages`",
@@ -51,8 +51,8 @@ def wrong_values(mine: run.SlurmExecutor, job: Job) -> list[UpcycleError]:
     """List the settings of a stage that a batch script would ignore, or that would fail on the nodes.
 
     Args:
-        mine: the executor with the settings of the stage.
-        job: the job of the stage.
+        mine: executor with the settings of the stage.
+        job: job of the stage.
     """
     found = [*_unsupported(mine), *_malformed(mine, job), *_wrong_counts(mine, job), *_wrong_mounts(mine)]
     found += failures([lambda: require_variables(mine.env_vars)])
@@ -114,7 +114,7 @@ def _wrong_mounts(mine: run.SlurmExecutor) -> Iterator[UpcycleError]:
 
 
 def _gpus_per_node(mine: run.SlurmExecutor, job: Job) -> int | None:
-    """Count the GPUs of a node that a job asks Slurm for; None: some, and their number is not told."""
+    """Count the GPUs per node that a job asks Slurm for; None if it asks for GPUs in an unknown number."""
     if mine.gpus_per_node:
         return int(mine.gpus_per_node)
     if mine.gpus_per_task:

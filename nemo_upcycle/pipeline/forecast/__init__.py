@@ -1,1 +1,1 @@
-"""What a run will do, shown before it is submitted: stages, memory, time, cost, disk, settings."""
+"""The forecast of a run, shown before it is submitted: stages, memory, time, cost, disk, settings."""

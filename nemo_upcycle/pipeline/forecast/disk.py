@@ -18,13 +18,13 @@ from nemo_upcycle.utils.files import resolved
 
 @dataclass(frozen=True)
 class DiskForecast:
-    """The disk of a run.
+    """The disk space of a run.
 
     Args:
-        folder: the run's folder, or the nearest one above it that exists.
-        free_bytes: free there; None: of a disk that this machine does not see.
-        uses: disk space of the stages, in their order.
-        at_once: stages whose uses may fall together.
+        folder: the run's folder, or the nearest existing folder above it.
+        free_bytes: bytes that are free there; None: this machine does not see the disk.
+        uses: disk use of the stages, in their order.
+        at_once: stages that may write at the same time.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class DiskForecast:
 
     @property
     def needed_bytes(self) -> int:
-        """The most that the run adds to the disk at one moment, as far as known."""
+        """Largest number of bytes that the run adds to the disk at one moment, as far as known."""
         kept = most = 0
         for number, use in enumerate(self.uses):
             beside = (other for other in self.uses[number + 1 :] if {use.stage, other.stage} <= self.at_once)
@@ -44,7 +44,7 @@ class DiskForecast:
 
     @property
     def fits(self) -> bool:
-        """Whether what is known fits."""
+        """Whether the known disk use fits."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
@@ -64,10 +64,11 @@ def forecast_disk(
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
         stages: forecasts of the stages.
-        models: stage -> architecture, for both trainings; None if it is not known before the parent is fetched.
-        trainings: stage -> forecast, for the trainings among the stages.
+        models: stage -> architecture of its model, for both trainings; None if unknown before the parent is fetched.
+        trainings: stage -> forecast of its training, for the trainings among the stages.
         is_parallel: whether both trainings may run at the same time.
-        is_here: whether the stages run on this machine; a cluster's folder may lie on what is not mounted here.
+        is_here: whether the stages run on this machine; a cluster's folder may lie on storage that is not mounted
+            here.
     """
     uses: list[DiskUse] = []
     for stage in (stage for stage in stages if stage.runs):
@@ -88,5 +89,5 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     size_bytes = training.facts.checkpoint_bytes
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
-    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a new one, then old ones go
+    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # deletes old ones after saving
     return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

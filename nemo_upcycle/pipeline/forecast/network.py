@@ -1,4 +1,4 @@
-"""Which stages need a network, and for what."""
+"""Forecast which stages need a network, and for what."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.files import MARKER
 
 
-#: Variables that keep huggingface_hub from its network, and what it takes for yes.
+#: Variables that keep huggingface_hub off the network, and the values that it takes for yes.
 _OFFLINE, _TRUE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
 class NetworkForecast:
-    """What stages fetch from networks because their caches do not have it.
+    """Items that stages fetch from networks because their caches lack them.
 
     Attributes:
-        stages: stage -> places and what is fetched from each, in the stages' order; stages that need no network are
-            left out.
-        command: the command that fetches everything beforehand; several are joined by &&.
-        offline: stage -> what it lacks while a variable keeps it from the Hugging Face hub.
+        stages: stage -> place -> items fetched from it, in the stages' order; stages that need no network are omitted.
+        command: command that fetches everything beforehand; several commands are joined by &&.
+        offline: stage -> items that it lacks while a variable keeps it off the Hugging Face hub.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -43,7 +42,7 @@ class NetworkForecast:
 
     @property
     def problems(self) -> tuple[UpcycleError, ...]:
-        """Stages that cannot fetch what they lack."""
+        """Errors of the stages that lack items and cannot fetch them."""
         variables = " or ".join(f"{name}=1" for name in _OFFLINE)
         fix = f"type `{self.command}` on a machine with a network, or unset the variable"
         return tuple(
@@ -61,12 +60,12 @@ def forecast_network(
     jobs: Mapping[str, Job],
     facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
-    """List what the stages of a run fetch from networks. Use no network; look into the caches that this machine sees.
+    """List everything that the stages of a run fetch. Use no network; look into the caches that this machine sees.
 
     Args:
         stages: stages that run.
         plan: plan of the run.
-        cluster: cluster that they run on; None for this machine.
+        cluster: cluster that runs the stages; None: this machine.
         jobs: stage -> its job.
         facts: stage -> facts of its training, as far as they are known.
     """
@@ -100,7 +99,7 @@ def _fetch(plan: RunPlan, *inputs: str) -> str:
 
 
 def _variables(cluster: Cluster, job: Job) -> dict[str, Any]:
-    """Return the environment of a job, as far as it is known; a container's own caches are empty."""
+    """Return the environment of a job, as far as it is known. A container's own caches are empty."""
     settings = cluster.settings_for(job.name)
     given = {name: value for name, value in (getattr(settings, "env_vars", None) or {}).items() if value is not None}
     if cluster.has_container(settings):

@@ -1,4 +1,4 @@
-"""Turn a recipe's training into plans of the planner: one for its first steps, and one for all others."""
+"""Turn a recipe's training into plans of the planner: one for its first steps, and one for its later steps."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
     """Return the kind of GPU that a training will run on.
 
     Args:
-        accelerator: accelerator in its recipe.
-        executor: executor that it runs on, which may have a `card`, a name of `nemo-upcycle plan`; None: this machine.
+        accelerator: accelerator in the recipe.
+        executor: executor of the training, which may have a `card`, a name of `nemo-upcycle plan`; None: this machine.
         resources: resources that the training asks the executor for.
 
     Returns:
-        The planner's GPU, None if there is none or the planner does not know it; and how the kind was found, or why
+        The planner's GPU (None if there is none or the planner does not know it), and how the GPU was found or why
         there is none.
     """
     if accelerator == "cpu":
@@ -44,11 +44,11 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
 
 
 def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEstimate]:
-    """Return the plan of a training in its first steps, and in all others; mostly they are the same.
+    """Return the plan of a training's first steps and the plan of its later steps. Mostly they are the same.
 
     Args:
-        facts: the facts of the training.
-        gpu: the kind of GPU.
+        facts: facts of the training.
+        gpu: kind of GPU.
 
     Raises:
         SpecError: the planner does not know a setting, or the layout breaks a rule.
@@ -87,10 +87,10 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEsti
 
 
 def _dispatcher(facts: TrainingFacts) -> str:
-    """Name the dispatcher of tokens to their experts; where every rank has all experts, nothing is sent.
+    """Return the dispatcher of tokens to their experts. If every rank has all experts, nothing is sent.
 
     Raises:
-        SpecError: NCCL EP's receive buffers have no size.
+        SpecError: the size of NCCL EP's receive buffers is missing.
     """
     layout, name = facts.layout, facts.profile.dispatcher
     if layout.ep * layout.etp == 1 or not facts.arch.num_experts:
@@ -109,11 +109,12 @@ def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | N
     """Plan a training that ran, to compare the plan with the measurements.
 
     Args:
-        facts: the facts of the training; None: not known.
-        device: the driver's name of its GPUs; empty without GPUs.
+        facts: facts of the training; None: unknown.
+        device: name of its GPUs according to the driver; empty without GPUs.
 
     Returns:
-        `memory_gib` of the fullest GPU and `tokens_per_s` of all; None where the planner does not know GPU or recipe.
+        `memory_gib` of the fullest GPU and `tokens_per_s` of all GPUs; None if the planner does not know the GPU or
+        the recipe.
     """
     gpu = gpu_of_device(device)
     if gpu is None or facts is None:

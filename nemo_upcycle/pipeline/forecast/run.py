@@ -23,7 +23,7 @@ from nemo_upcycle.utils.masking import without_secrets
 from nemo_upcycle.utils.progress import duration
 
 
-#: Who chose a setting.
+#: Origins of a setting: typed by the user, chosen by the chain, or from the recipe.
 TYPED, CHAIN, RECIPE = "typed", "chain", "recipe"
 
 
@@ -32,9 +32,9 @@ class RunSetting:
     """A setting of a run, for people.
 
     Args:
-        name: as an override on the command line names it.
-        value: as text.
-        origin: who chose it.
+        name: name of the setting as an override on the command line.
+        value: value as text.
+        origin: TYPED, CHAIN or RECIPE.
     """
 
     name: str
@@ -44,20 +44,20 @@ class RunSetting:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will do.
+    """The forecast of a run.
 
     Args:
-        run_dir: its folder.
-        recipe: its name.
-        stages: a part of the chain, in its order.
-        trainings: those of the stages that train, by name.
-        disk: the disk of the folder.
-        network: what stages take from networks.
-        settings: all of them.
-        performance: NVIDIA's settings of the trainings, by stage.
-        unchecked: what was not looked at, a line each.
-        problems: what would keep the run from its end, as far as the checks and `hopeless` tell.
-        read_too_often: what to say of each source of finished data that a training reads more often than they allow.
+        run_dir: the run's folder.
+        recipe: name of the recipe.
+        stages: forecasts of the chain's stages or of a part of them, in order.
+        trainings: stage -> forecast of its training.
+        disk: disk space of the run.
+        network: items that the stages fetch from networks.
+        settings: all settings of the run.
+        performance: stage -> NVIDIA's performance settings of its training.
+        unchecked: things that were not checked, one line each.
+        problems: errors that would stop the run before its end, as far as the checks and `hopeless` find them.
+        read_too_often: one warning for each source of finished data that a training reads more often than allowed.
     """
 
     run_dir: Path
@@ -74,17 +74,17 @@ class Forecast:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What may go wrong."""
+        """Warnings about what may go wrong."""
         return tuple(_warnings(self))
 
     @property
     def misfits(self) -> tuple[str, ...]:
-        """What there is no room for, each with what to do: memory of GPUs, the disk."""
+        """Resources that are too small (GPU memory, disk), each with a fix."""
         return (*self.memory_misfits, *map(str, filter(None, [_disk_misfit(self)])))
 
     @property
     def memory_misfits(self) -> tuple[str, ...]:
-        """Trainings that do not fit the memory of their GPUs by an estimate that may be wrong; see `hopeless`."""
+        """Trainings that do not fit the memory of their GPUs, by an estimate that may be wrong; see `hopeless`."""
         return tuple(
             f"{name}: {_memory_text(training, 'does not fit')}"
             for name, training in self.trainings.items()
@@ -93,7 +93,7 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """Whether memory and disk of all that runs are estimated."""
+        """Whether memory and disk are estimated for everything that runs."""
         running = {stage.name for stage in self.stages if stage.runs} & set(self.performance)
         estimated = {name for name, training in self.trainings.items() if training.fullest}
         return running <= estimated and self.disk.free_bytes is not None
@@ -107,16 +107,16 @@ def forecast(
     jobs: Sequence[Job],
     typed: Mapping[str, str] | None = None,
 ) -> Forecast:
-    """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
+    """Forecast a run: its stages, memory, time, cost and disk. Write nothing, and ask no cluster or network.
 
     Args:
-        stages: the part of the chain that was asked for.
+        stages: stages that were asked for, a part of the chain.
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given, checked.
-        cluster: where the stages run; None: this machine. Its executor may have a `price_per_gpu_hour`, and a `card`
-            as in `nemo-upcycle plan --gpu`.
-        jobs: those of the stages.
-        typed: argument or setting -> value of all that was typed.
+        plan: checked plan of the run.
+        cluster: cluster that runs the stages; None: this machine. Its executor may have a `price_per_gpu_hour`, and a
+            `card` as in `nemo-upcycle plan --gpu`.
+        jobs: jobs of the stages.
+        typed: each typed argument or setting -> its value.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
@@ -129,7 +129,7 @@ def forecast(
         stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
     models = {name: known.arch if known else None for name, known in facts.items()}
-    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    holds_back = cluster is not None and cluster.holds_back  # then a training waits only for its inputs
     disk = forecast_disk(
         run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back, is_here=cluster is None
     )
@@ -160,12 +160,12 @@ def _read_too_often(plan: RunPlan, folder: Path, trainings: Mapping[str, Trainin
 
 
 def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[RunSetting]:
-    """Yield the settings of a run and those of its trainings; of the dense baseline what is not as in the other.
+    """Yield the settings of a run and its trainings; for the second training, only those that differ from the first.
 
     Args:
-        plan: what the stages are given.
+        plan: plan of the run.
         stages: names of the stages that train.
-        typed: argument or setting -> value of all that was typed.
+        typed: each typed argument or setting -> its value.
     """
     for name in ("dense", "data", "evaluation"):
         if value := getattr(plan, name):
@@ -183,9 +183,9 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
 
 
 def hopeless(forecast: Forecast) -> Iterator[UpcycleError]:
-    """Yield what no error of an estimate explains: far too little memory of a GPU, or time of a job.
+    """Yield problems too large for an error of the estimate: far too little memory of a GPU, or time of a job.
 
-    Estimates are within 25 %. What they exceed by less is a warning, or a misfit of the dry run.
+    Estimates are within 25 %. A smaller excess is only a warning, or a misfit of the dry run.
     """
     for name, training in forecast.trainings.items():
         if not training.stage.runs:
@@ -203,11 +203,11 @@ def hopeless(forecast: Forecast) -> Iterator[UpcycleError]:
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
-    """Check that a run's disk has room for what it writes, as far as the sizes are known.
+    """Check that a run's disk has room for the files that it writes, as far as their sizes are known.
 
     Args:
-        forecast: the forecast of the run.
-        alive: stages whose jobs are submitted already; what they need does not count.
+        forecast: forecast of the run.
+        alive: stages whose jobs are submitted already; their disk use does not count.
 
     Raises:
         UpcycleError: the disk has too little space.
@@ -217,7 +217,7 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
 
 
 def _disk_misfit(forecast: Forecast, alive: Collection[str] = ()) -> UpcycleError | None:
-    """Return the error of a disk that is too small, without what stages need that run already."""
+    """Return the error of a disk that is too small, or None. The disk use of stages in `alive` does not count."""
     disk = replace(forecast.disk, uses=tuple(use for use in forecast.disk.uses if use.stage not in alive))
     if disk.fits or disk.free_bytes is None:
         return None
@@ -276,8 +276,8 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
 
 
 def _memory_text(training: TrainingForecast, what: str) -> str:
-    """Describe how full a GPU is, and name the command that searches another layout."""
+    """Describe how full a GPU is, and name the command that searches for another layout."""
     gib = f"{training.memory_gib:.1f} of {training.gpu.memory_gib if training.gpu else 0} GiB"
-    recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
+    recipe = training.facts.recipe.partition("_pretrain_")[0]  # keeps the start of Bridge's longer names
     search = f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
     return f"memory {what} ({gib} a GPU); search a layout: `{search}`"

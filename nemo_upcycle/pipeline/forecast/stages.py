@@ -1,4 +1,4 @@
-"""Forecast which stages of a run are done, resume or start, and why; and what each asks its executor for."""
+"""Forecast which stages of a run are done, resume or start, and why, and which resources each asks for."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
-#: Who runs a stage without an executor; one of several nodes cannot run so.
+#: Executor of a stage without an executor: this machine, or none, because a stage of several nodes cannot run here.
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
-#: Why a stage runs that nothing is known of.
+#: Reason given for a stage that has left no trace yet.
 NOT_RUN = "not run yet"
-#: What a cluster's table of resources calls the time limit of a job.
+#: Name of a job's time limit in a cluster's table of resources.
 TIME = "time"
 
 
@@ -33,12 +33,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What follows from the contents of a stage's folder.
+    """Conclusion from the contents of a stage's folder.
 
     Args:
         state: what will happen to the stage.
         why: the reason, for people.
-        checkpoint: the newest complete one, where the stage resumes from one.
+        checkpoint: newest complete checkpoint, if the stage resumes from one.
     """
 
     state: State
@@ -53,19 +53,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One stage.
+    """The forecast of one stage.
 
     Args:
         name: name of the stage.
-        finding: whether and why it runs.
-        executor: class of its executor, or this machine.
+        finding: whether and why the stage runs.
+        executor: name of its executor, or this machine.
         nodes: number of nodes.
-        ranks_per_node: processes on each of them.
-        resources: resource -> amount that it asks the executor for.
-        save_limits: the save limits of a training, within which it has to save.
-        is_requeued: whether it goes on in another job when the time of one is over.
+        ranks_per_node: processes per node.
+        resources: resource -> amount that the stage asks the executor for.
+        save_limits: times within which a training has to save.
+        is_requeued: whether the stage continues in another job when the time of its job is over.
         time_setting: field of the executor that sets the time of a job.
-        time_fix: what to do if that is too short, with `{stage}` in the place of the stage's name.
+        time_fix: fix if this time is too short, with `{stage}` in place of the stage's name.
     """
 
     name: str
@@ -81,7 +81,7 @@ class StageForecast:
 
     @property
     def runs(self) -> bool:
-        """Whether there is something left to do."""
+        """Whether the stage has anything left to do."""
         return self.finding.state is not State.DONE
 
 
@@ -98,7 +98,7 @@ def forecast_stages(
         stages: a part of the chain, in its order; the stages before it are done.
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
-        cluster: the scheduler; None for this machine.
+        cluster: scheduler of the stages; None: this machine.
         jobs: stage -> its job.
     """
     findings: dict[str, Finding] = {}
@@ -132,11 +132,11 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         stage: the stage.
         run_dir: the run's folder.
         plan: plan of the run.
-        before: forecasts of the stages before it; one that is omitted is done.
+        before: stage -> forecast, for the stages before it; a stage that is omitted is done.
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
-    for name in again:  # its results are known when it has run
+    for name in again:  # its results are unknown until it has run
         inputs.pop(CONTENT + name, None)
     done = folder.done_from()
     if done is not None and not changed_inputs(done, inputs):
@@ -162,7 +162,7 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return names as a phrase, without the words that tell settings from stages in a marker.
+    """Join names into a phrase, without the words that tell settings from stages in a marker.
 
     Example:
         >>> _listed(["setting dense", "stage import", "setting data"])

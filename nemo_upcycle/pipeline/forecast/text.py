@@ -1,4 +1,4 @@
-"""A forecast as text for a console of 120 columns: on one screen what a user decides by; with `verbose` all of it."""
+"""Render a forecast for a console of 120 columns: the facts for a decision on one screen, or all with `verbose`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from nemo_upcycle.utils.masking import without_secrets
 
 WIDTH = 119
 _INDENT, _GOES_ON = "  ", " \\"
-#: Rows of the table of trainings that a screen has room for.
+#: Rows of the table of trainings that fit on one screen.
 _DECISIVE = (
     *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step", "time", "cost", "jobs", "checkpoint"),
 )
 
 
 def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
-    """Return a forecast as text, what to do last, without a newline at its end.
+    """Return a forecast as text, without a newline at the end. The last line says what to do next.
 
     Args:
-        forecast: the forecast.
-        verbose: whether to show all stages' details, every setting with its origin, and NVIDIA's settings, too.
+        forecast: forecast of the run.
+        verbose: whether to add the details of all stages, every setting with its origin, and NVIDIA's settings.
     """
     heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
     lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
@@ -66,7 +66,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
 
 
 def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:
-    """Break a text into lines; a command in backticks goes on as a shell takes it."""
+    """Break a text into lines. A command in backticks continues on the next line in a form that a shell takes."""
     room -= len(_GOES_ON) * ("`" in text)
     lines = textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
     ends = accumulate(line.count("`") for line in lines)
@@ -79,12 +79,12 @@ def _listed(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _asked(stage: StageForecast) -> dict[str, str]:
-    """Return where a stage runs and what it asks for there, by name; its own executor has no name."""
+    """Return a stage's executor (under an empty name) and the resources that the stage asks for, by name."""
     return {"": stage.executor, **{name: value for name, value in stage.resources.items() if value}}
 
 
 def _common(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Keep the entries that all mappings hold alike; none if not even their executor is."""
+    """Keep the entries that all mappings share; none if not even the executors are equal."""
     first = rows[0] if rows else {}
     found = {name: value for name, value in first.items() if all(row.get(name) == value for row in rows)}
     return found if "" in found else {}
@@ -95,7 +95,7 @@ def _phrase(asked: Mapping[str, str]) -> str:
 
 
 def _stage_lines(stages: Sequence[StageForecast], common: Mapping[str, str], *, verbose: bool) -> Iterator[str]:
-    """Yield a line for each stage without what is common, and one for several in a row that are alike."""
+    """Yield a line for each stage without the common entries. Successive stages with equal texts share a line."""
     rows = []
     for stage in stages:
         own = {name: value for name, value in _asked(stage).items() if common.get(name) != value}
@@ -115,7 +115,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _training_cells(training: TrainingForecast) -> dict[str, str]:
-    """Return the rows of the table for a training, in their order, and their texts; empty where none is needed."""
+    """Return the rows of the table for a training, in order: row -> text, which is empty if the row does not apply."""
     facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
@@ -192,7 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
-    """Return a row of a table as several, where a cell is wider than its column; a long word is cut, a path is one."""
+    """Split a table row into several if a cell is wider than its column. Too long words, such as paths, are cut."""
     cells = [
         textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
     ]
@@ -205,7 +205,7 @@ def _params(count: int) -> str:
 
 
 def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
-    """Yield the most that is needed at one moment beside what is free; before it, what each stage writes."""
+    """Yield the largest disk use at one moment and the free space; with `verbose`, first the use of each stage."""
     if verbose and disk.uses:
         rows = [["stage", "what", "while it is written", "stays"]]
         for use in disk.uses:
@@ -220,7 +220,7 @@ def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
 
 
 def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return NVIDIA's settings of the trainings, by stage, in a line each."""
+    """Return NVIDIA's settings of the trainings, one per line, with the stages that they apply to."""
     stages: dict[tuple[str, str], list[str]] = {}
     for stage, settings in found.items():
         for setting in settings.items():
@@ -231,7 +231,7 @@ def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
-    """Yield which stages fetch from where, with `verbose` what each of them does; and what fetches it all first."""
+    """Yield which stages fetch from where (in detail with `verbose`), and the command that fetches it all first."""
     if not network.stages:
         return
     width = max(map(len, network.stages))

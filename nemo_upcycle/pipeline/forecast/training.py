@@ -1,4 +1,4 @@
-"""One training of a run: sizes, memory, speed, checkpoints, and what a kill costs."""
+"""The forecast of one training: sizes, memory, speed, checkpoints, and the cost of a kill."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.utils.validation import check_number
 
 
-#: How far the truth may be from an estimate of memory or time, as a factor (docs/planning.md).
+#: Largest factor by which the truth may differ from an estimate of memory or time (docs/planning.md).
 WORST_ERROR = 1.25
 _TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
 @dataclass(frozen=True)
 class TrainingForecast:
-    """What is known of a training before it starts.
+    """Everything known about a training before it starts.
 
     Args:
         stage: forecast of its stage.
-        facts: the facts of the training.
+        facts: facts of the training.
         gpu: the planner's GPU; None if there is none or the planner does not know it.
         gpu_origin: how the kind of GPU was found, or why there is none.
-        first, later: plans of the first steps and of the others; both None without an estimate.
+        first, later: plans of the first steps and of the later steps; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
-        price: the price of a GPU-hour, in the currency of who gave it; None: not known.
-        limit_s: seconds that a job may take; None: not known.
-        write_gib_s: GiB that the file system of the run's folder writes a second.
+        price: price of a GPU-hour, in the user's currency; None: unknown.
+        limit_s: time limit of a job (seconds); None: unknown.
+        write_gib_s: write speed of the run folder's file system (GiB/s).
     """
 
     stage: StageForecast
@@ -64,12 +64,12 @@ class TrainingForecast:
 
     @property
     def fullest(self) -> LayoutEstimate | None:
-        """The plan of the steps that need most memory."""
+        """Plan of the steps that need the most memory."""
         return max((plan for plan in (self.first, self.later) if plan), key=lambda p: p.memory.total, default=None)
 
     @property
     def memory_gib(self) -> float:
-        """GiB of the fullest GPU; 0 without an estimate."""
+        """Memory of the fullest GPU (GiB); 0 without an estimate."""
         return self.fullest.memory.total / GIB if self.fullest else 0.0
 
     def _time_s(self, steps: int, first_steps: int) -> float | None:
@@ -91,74 +91,74 @@ class TrainingForecast:
 
     @property
     def cost_left(self) -> float | None:
-        """Cost of the steps still to do, where a price is known."""
+        """Cost of the steps still to do; None without a price or an estimate."""
         return None if self.price is None or self.gpu_hours_left is None else self.price * self.gpu_hours_left
 
     @property
     def jobs_left(self) -> int | None:
-        """Jobs of the time limit that the steps still to do take, if none is interrupted."""
+        """Jobs that the steps still to do take if none is interrupted; None without a time limit or an estimate."""
         if self.limit_s is None or self.seconds_left is None:
             return None
         return math.ceil(self.seconds_left / self.limit_s)
 
     @property
     def is_too_large(self) -> bool:
-        """Whether a GPU's memory is estimated to be too small."""
+        """Whether the memory of a GPU is too small by the estimate."""
         return self.fullest is not None and self.fullest.verdict == "no"
 
     @property
     def is_far_too_large(self) -> bool:
-        """Whether it is too small even if the estimate is as wrong as estimates are at most."""
+        """Whether the memory of a GPU is too small even if the estimate has its largest error."""
         return self.fullest is not None and self.memory_gib > WORST_ERROR * self.fullest.request.gpu.memory_gib
 
     def time_needed_s(self, limit_s: float) -> float | None:
-        """Return the seconds that a job must have if its limit is far too short; None if it is long enough.
+        """Return the time that a job needs (seconds) if its limit is far too short; None if the limit is long enough.
 
         Args:
-            limit_s: seconds that a job may take.
+            limit_s: time limit of a job (seconds).
         """
         if self.seconds_left is None or self.seconds_left <= limit_s:
             return None
         if not self.stage.is_requeued:
             return self.seconds_left if self.seconds_left > WORST_ERROR * limit_s else None
-        # Told to stop so long before the end, it needs time for a step before that.
+        # The job is told to stop this long before its end, and needs time for one step before that.
         needed_s = min((limit.seconds for limit in self.stage.save_limits), default=0) + self.slowest_step_s
         return needed_s if needed_s >= limit_s else None
 
     @property
     def checkpoints_kept(self) -> int:
-        """Checkpoints that stay when the training has ended."""
+        """Checkpoints that stay after the training has ended."""
         saves = math.ceil(self.facts.steps / self.facts.saving.every_n_steps)
         return saves if self.facts.saving.keeps is None else min(saves, self.facts.saving.keeps)
 
     @property
     def checkpoints_at_once(self) -> int:
-        """Checkpoints on the disk while the last of them is written."""
+        """Checkpoints on the disk while the last one is written."""
         return min(math.ceil(self.facts.steps / self.facts.saving.every_n_steps), self.checkpoints_kept + 1)
 
     @property
     def slowest_step_s(self) -> float:
-        """Seconds of the slowest step, which ends before an early save begins; 0 without an estimate."""
+        """Time of the slowest step (seconds), which ends before an early save begins; 0 without an estimate."""
         return max((plan.time.total for plan in (self.first, self.later) if plan), default=0.0)
 
     def save_gib_s(self, limit: SaveLimit) -> float:
-        """Return the GiB a second that a save takes which ends within a limit."""
+        """Return the write speed (GiB/s) at which a save ends within a limit."""
         rest_s = limit.seconds - self.slowest_step_s
         return self.facts.checkpoint_bytes / GIB / rest_s if rest_s > 0 else math.inf
 
     @property
     def save_s(self) -> float:
-        """Seconds of a save."""
+        """Time of a save (seconds)."""
         return self.facts.checkpoint_bytes / GIB / self.write_gib_s
 
     @property
     def early_save_s(self) -> int:
-        """Seconds of a step and a save, in whole minutes."""
+        """Time of a step and a save (seconds), rounded up to whole minutes."""
         return math.ceil((self.slowest_step_s + self.save_s) / 60) * 60
 
     @property
     def longest_loss_s(self) -> float | None:
-        """Seconds of work lost by a kill just before a checkpoint is written; None without an estimate."""
+        """Time of the work lost by a kill just before a checkpoint is written (seconds); None without an estimate."""
         lost = min(self.facts.saving.every_n_steps, self.facts.steps)
         losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.computation.first_steps))]
         return max((loss for loss in losses if loss is not None), default=None)
@@ -168,13 +168,13 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
     """Forecast a training.
 
     Args:
-        facts: the facts of the training.
+        facts: facts of the training.
         stage: forecast of its stage.
-        executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
+        executor: executor of the training; may have a `price_per_gpu_hour`, a `write_gib_s` and a `card`. None: this
             machine.
 
     Raises:
-        SpecError: `write_gib_s` is no speed.
+        SpecError: `write_gib_s` is not a speed.
     """
     write_gib_s = getattr(executor, "write_gib_s", USUAL_GIB_S)
     check_number("run.executor.write_gib_s", write_gib_s, 0.001)
@@ -201,7 +201,7 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
 
 
 def time_limit_s(text: str) -> float | None:
-    """Return the seconds of a time limit as Slurm writes it, or as a number of seconds with an s; None for others.
+    """Return a time limit in seconds, from Slurm's form or from a number with an s; None for other texts.
 
     Example:
         >>> [time_limit_s(text) for text in ("4:00:00", "1-12", "1-12:30", "90", "30:15", "3600s", "infinite")]
@@ -213,7 +213,8 @@ def time_limit_s(text: str) -> float | None:
     if not match:
         return None
     numbers = [int(part) for part in match["parts"].split(":")]
-    # After days: hours, minutes, seconds. Without: minutes, minutes and seconds, or all three.
+    # After days come hours, minutes, seconds. Without days come minutes, or minutes and seconds, or hours, minutes and
+    # seconds.
     if match["days"] is not None:
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:

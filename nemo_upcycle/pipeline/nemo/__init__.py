@@ -1,4 +1,4 @@
-"""The commands of NeMo's recipes."""
+"""The commands for NeMo's recipes."""
 
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 

@@ -29,13 +29,13 @@ from nemo_upcycle.trainers.settings import setting
 
 
 class NeMoArm(Arm):
-    """An arm in NeMo.
+    """An arm that NeMo trains.
 
     Args:
         request: settings of the arm in the grid; `recipe` is a value of `--factory`.
 
     Raises:
-        UpcycleError: a setting is not valid; the text names it.
+        UpcycleError: a setting is invalid; the text names it.
     """
 
     trainer = "nemo"
@@ -52,7 +52,7 @@ class NeMoArm(Arm):
                     raise UpcycleError("spec", kind="refused", got="is set, and the recipe is dense", fix="omit it")
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 with parsing():
-                    parse_cli_args(self.recipe, overrides)  # what is set wins
+                    parse_cli_args(self.recipe, overrides)  # overrides win over the spec
             check_recipe(self.recipe)
             placed = placed_settings(self.recipe)
             if any(word.partition("=")[0] in placed for word in overrides):
@@ -61,7 +61,7 @@ class NeMoArm(Arm):
                     raise UpcycleError.together(ignored)
         except UpcycleError as error:
             raise error.within(request.where) from None
-        except TypeError as error:  # a field that the spec does not have
+        except TypeError as error:  # the spec has no such field
             raise UpcycleError(
                 f"{request.where}: spec",
                 kind="state",
@@ -74,7 +74,7 @@ class NeMoArm(Arm):
         cell = copy.deepcopy(self.recipe)
         given = {key: value for key, value in asdict(evaluations).items() if value is not None}
         cell.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **given))
-        train_on(cell, "data", "parent")  # both take their places when the training starts
+        train_on(cell, "data", "parent")  # placeholders, which are replaced when the training starts
         cell.data.seed, cell.log.name = seed, name
         if tokens_read:
             cell.data.skip_samples = tokens_read // cell.data.seq_length

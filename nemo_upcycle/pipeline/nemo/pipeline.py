@@ -1,6 +1,7 @@
-"""The commands of NeMo's recipes: `nemo upcycle pipeline`; `nemo llm pretrain` and `finetune` with checks first."""
+"""Commands for NeMo's recipes: `nemo upcycle pipeline`, and `nemo llm pretrain` and `finetune` with checks first."""
 
-# No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
+# Do not postpone annotations here or in the recipes, and write Optional[...]: NeMo-Run reads annotations to parse
+# values.
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -47,25 +48,26 @@ def pipeline(
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
 
-    Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
-    last checkpoint.
+    After a stop of any kind, run it again with the same `dir`: finished stages are skipped, and training resumes from
+    its last checkpoint.
 
     Args:
         ctx: NeMo-Run's context of the command.
         dir: folder of the run: a new one, an empty one, or the run's own.
-        dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
+        dense: dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
-        dense_ct: recipe of the dense baseline; None omits it.
-        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
+        dense_ct: recipe of the dense baseline; None omits the baseline.
+        data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
             None: the demo's speeches, only without GPUs.
-        evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
-        from_stage: `--from STAGE`: start with this one; those before it must be finished.
-        until_stage: `--until STAGE`: end after this one.
-        only_stage: `--only STAGE`: this one alone.
-        render: `--render FOLDER`: write what would be submitted there, and submit nothing; needs no cluster.
+        evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
+        from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
+        until_stage: `--until STAGE`: last stage to run.
+        only_stage: `--only STAGE`: the only stage to run.
+        render: `--render FOLDER`: write everything that would be submitted to FOLDER, and submit nothing; needs no
+            cluster.
 
     Raises:
-        UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
+        UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
     """
     baseline = dump_recipe(dense_ct) if dense_ct else None
     trainings = dump_recipe(pretrain), baseline
@@ -77,7 +79,7 @@ def pipeline(
 
 
 def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator[UpcycleError]:
-    """Yield the settings of the command line or a YAML file that the stages would replace.
+    """Yield settings from the command line or a YAML file that the stages would replace.
 
     Args:
         ctx: NeMo-Run's context of the command.
@@ -90,10 +92,10 @@ def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator
 
 
 class PretrainContext(CheckedContext):
-    """NeMo's own context of `nemo llm pretrain` and `finetune`, which checks recipes of ours before they start."""
+    """NeMo's context of `nemo llm pretrain` and `finetune`, which checks this package's recipes before they start."""
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
-        """Leave the command lines of others' recipes to NeMo-Run."""
+        """Check this package's recipes, and leave the command lines of other recipes to NeMo-Run."""
         factory = factories(fn).get(str(self.factory).partition("(")[0])
         if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
             super().cli_execute(fn, args, entrypoint_type)
@@ -109,7 +111,7 @@ class PretrainContext(CheckedContext):
 
 
 class _OthersContext(run.cli.RunContext):
-    """NeMo-Run's context as it is, until a recipe turns out to be one that upcycles: of a user's factory, or YAML."""
+    """NeMo-Run's own context, unless the recipe of a user's factory or YAML file turns out to upcycle."""
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         try:
@@ -124,7 +126,7 @@ class _OthersContext(run.cli.RunContext):
 
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
-    """Check a training that `nemo llm pretrain` or `finetune` was told to start."""
+    """Check a training that `nemo llm pretrain` or `finetune` is about to start."""
     is_here, parents = is_local(ctx.executor) and not ctx.dryrun, parents_of(task)
 
     def check() -> None:

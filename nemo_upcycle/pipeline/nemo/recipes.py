@@ -1,10 +1,11 @@
 """Register the recipes of `recipes/` with NeMo-Run: models, trainings, and the chain around each upcycled model.
 
-`nemo llm pretrain --factory llama3_8b_e8t2` calls `e8t2` of `recipes/llama3_8b.py`, and
-`nemo upcycle pipeline --factory llama3_8b_e8t2` the chain that this module makes of it and its dense baseline.
+`nemo llm pretrain --factory llama3_8b_e8t2` calls `e8t2` of `recipes/llama3_8b.py`.
+`nemo upcycle pipeline --factory llama3_8b_e8t2` calls the chain that this module makes of that recipe and its dense
+baseline.
 """
 
-# No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
+# Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads annotations to parse values.
 
 import importlib
 import inspect
@@ -28,14 +29,14 @@ with quiet_imports():
 
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")  # `nemo upcycle ablate`
 
-#: The demo's model: a laptop trains it on two ranks, and has memory for it if layers are recomputed.
+#: Model of the demo. A laptop trains it on two ranks, and has enough memory for it if layers are recomputed.
 _ON_LAPTOPS = "smollm2_135m"
 
 
 def register() -> None:
-    """Register everything, and let the help of the pipeline name the folder."""
-    # `nemo llm pretrain` and `finetune` are NeMo's own: with a recipe of ours they check the arguments first, with
-    # others nothing.
+    """Register everything, and name the folder of recipes in the help of the pipeline."""
+    # `nemo llm pretrain` and `finetune` are NeMo's own commands. With a recipe of this package they check the
+    # arguments first; with other recipes nothing changes.
     pretrain.cli_entrypoint.run_ctx_cls = finetune.cli_entrypoint.run_ctx_cls = PretrainContext
     pipeline.cli_entrypoint.help_str += f"\n\n {where_recipes_are()}"
     for name, function in nemo_functions().items():
@@ -61,8 +62,8 @@ def chains(model: str, recipe: ModuleType) -> dict[str, Callable[..., run.Partia
     """Make the chains of a model's file, by their names on the command line.
 
     Args:
-        model: the model's name.
-        recipe: the file's module.
+        model: name of the model.
+        recipe: module of the file.
     """
     if not hasattr(recipe, "e8t2") or not hasattr(recipe, "LAYOUTS"):
         return {}
@@ -90,9 +91,9 @@ def _cluster_chain(name: str, recipe: ModuleType) -> Callable[..., run.Partial]:
             dir (str): Folder of the run.
             num_nodes (int): Number of compute nodes of the two trainings.
             num_gpus_per_node (int): Number of GPUs per node.
-            performance_mode (bool): The fast runs of both.
-            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-            data (str): A blend, or a finished folder of `nemo-upcycle data`.
+            performance_mode (bool): Use the fast run of both trainings.
+            dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str): Blend, or finished folder of `nemo-upcycle data`.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -126,9 +127,9 @@ def _few_steps_chain(name: str, recipe: ModuleType) -> Callable[..., run.Partial
 
         Args:
             dir (str): Folder of the run.
-            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-            processes (int | None): Ranks of the two training stages; the experts are spread over them. None: one; in
-                the demo two, or one on a machine with one GPU.
+            dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            processes (int | None): Ranks of each training; the experts are spread over them. None: one rank; in the
+                demo two, or one on a machine with one GPU.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -165,9 +166,9 @@ def _tuning_chain(name: str, recipe: ModuleType, on_laptops: bool) -> Callable[.
 
         Args:
             dir (str): Folder of the run.
-            dense (str): The dense parent, whose chat template is used.
-            data (str): The conversations: a name in conf/chat, a YAML file, JSON lines, or a finished folder.
-            peft_scheme (str | None): lora: train adapters and routers, in both tunings; none: all weights.
+            dense (str): Dense parent, whose chat template is used.
+            data (str): Conversations: a name in conf/chat, a YAML file, JSON lines, or a finished folder.
+            peft_scheme (str | None): lora: train adapters and routers in both tunings; none: train all weights.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
