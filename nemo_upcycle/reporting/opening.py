@@ -98,7 +98,8 @@ def _metric(results: dict[str, Any]) -> str:
 
 
 def _label(metric: str) -> str:
-    return f"Held-out bits per byte ({_BITS[metric]})" if metric in _BITS else label(metric)
+    labels = {BITS: "Held-out bits per byte", ANSWER_BITS: "Held-out bits per byte of answers"}
+    return labels.get(metric) or label(metric)
 
 
 def _name(metric: str) -> str:

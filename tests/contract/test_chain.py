@@ -101,7 +101,7 @@ def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     for name in STAGES:
         answer = run_in_own_process(name, finished)
-        assert (answer.status, answer.text) == (0, f"[{name}] done before, from the same inputs\n")
+        assert (answer.status, answer.text) == (0, f"[{name}] done earlier, from the same inputs\n")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 

@@ -163,11 +163,11 @@ def test_a_rank_of_each_stage_of_every_layout_is_constructed(parent: Path, layou
     assert problem.expected == "1e-05, as in the parent"
 
 
-def test_facts_warn_of_what_few_mean_to_do(parent: Path) -> None:
+def test_facts_warn_of_likely_mistakes(parent: Path) -> None:
     facts = _training({"lr": 100.0, "warmup": 6}).facts(Parent(str(parent)))
     assert facts is not None
     high, unreached = facts.warnings
-    assert "goes up to 100" in high
+    assert "rises to 100" in high
     assert "never reaches its peak, 100: 6 steps of warm-up, 6 of training" in unreached
     longer = replace(facts, rate=replace(facts.rate, peak=1e-5), seq_length=facts.positions + 1)
     unreached, long = longer.warnings  # 1e-5 is no high rate

@@ -63,7 +63,7 @@ def test_a_started_run_survives_harmless_edits(inputs: Path) -> None:
     blend.write_text("# a comment\n" + blend.read_text())
     launcher = _launch(inputs, "pretrain.log.ckpt.every_n_train_steps=3", HOLD_AT="3")
     _wait_for_step(launcher, 3)
-    assert "[data] done before, from the same inputs" in launcher.text()
+    assert "[data] done earlier, from the same inputs" in launcher.text()
     assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint that the test before left
     assert "changed setting: pretrain.log.ckpt.every_n_train_steps was 2, is 3\n" in launcher.text()
     write_blend_file(inputs / "texts", "max_epochs: 8")  # a later stage must not look at it

@@ -51,7 +51,7 @@ def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
     names = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
     assert _states(found) == dict(zip(names, ["done"] * 3 + ["resume"] + ["run"] * 4, strict=True))
     why = {stage.name: stage.finding.why for stage in found.stages}
-    assert why["import"] == "finished before, from the same inputs"
+    assert why["import"] == "finished earlier, from the same inputs"
     assert why["pretrain"] == "checkpoint after step 4, model_name=0--step=3-last"
     assert "no checkpoint is complete" in why["dense_ct"]
     assert why["export"] == "not run yet; pretrain and dense_ct run first"
@@ -91,8 +91,8 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     found = forecast_of(demo, tmp_path)
     assert _states(found)["export"] == "done"
     evaluate, report = (stage.finding for stage in found.stages[-2:])
-    assert (evaluate.state, evaluate.why) == (State.RUN, "finished before, but evaluation changed")
-    assert (report.state, report.why) == (State.RUN, "finished before, but evaluate changed")
+    assert (evaluate.state, evaluate.why) == (State.RUN, "finished earlier, but evaluation changed")
+    assert (report.state, report.why) == (State.RUN, "finished earlier, but evaluate changed")
 
 
 def test_a_part_of_the_chain_assumes_earlier_stages_are_done(demo: Any, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: p
     assert said.index("[two] started:") < said.index("[one] done")
     assert said.endswith("[last] done; 0 trainings left\n")
     run_stages(tmp_path, code, needs)
-    assert capfd.readouterr().err.count("done before, from the same inputs") == 4
+    assert capfd.readouterr().err.count("done earlier, from the same inputs") == 4
 
 
 def test_after_a_failure_nothing_starts_and_others_finish(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
