@@ -197,4 +197,5 @@ def _refuse(options: dict[str, Any], reason: str, fix: str) -> None:
     """Raise an error for the first given option; `{}` in the fix stands for its name."""
     for name, value in options.items():
         if value is not None:
-            raise SpecError(name, kind="refused", got=reason, fix=fix.format(name))
+            typed = name if value is True else f"{name} {value}"
+            raise SpecError(typed, kind="refused", got=reason, fix=fix.format(name))

@@ -283,7 +283,7 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
         raise SpecError(
             field="gpus",
             got=request.gpus,
-            expected=f"a number that holds the model and divides {batch} sequences a step",
+            expected=f"a number that holds the model and has a layout for a batch of {batch}",
             fix=f"set <gpus>={gpus}",
         )
     # The plain layout must break a rule, because otherwise it would be among the plans. The error names the rule.

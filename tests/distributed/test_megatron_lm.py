@@ -57,7 +57,7 @@ def _evaluate(folder: str, layout: dict[str, int], part: str = "", damage: Any =
     except SystemExit as ended:
         return f"served, status {ended.code}"
     except UpcycleError as error:
-        return str(error.got)
+        return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,12 @@ def _add_tokens(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "part", "damage", "got"),
-    [(2, "load_chunks", _break_weight, "NaN or infinity"), (1, "load_tokenizer", _add_tokens, "300 tokens")],
+    [
+        (2, "load_chunks", _break_weight, "texts are NaN or infinity"),
+        (1, "load_tokenizer", _add_tokens, "The tokenizer has 300 tokens, and the model only 259"),
+    ],
 )
 def test_nan_and_another_vocabulary_are_named(folder: Path, ranks: int, part: str, damage: Any, got: str) -> None:
     first, *others = run_ranks(_evaluate, ranks, str(folder), {}, part, damage)
-    assert first == got
+    assert got in first
     assert others == ["served, status 0"] * (ranks - 1)

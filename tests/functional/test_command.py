@@ -56,5 +56,5 @@ def test_the_command_saves_asynchronously_on_two_threads_and_obeys_sigint(tmp_pa
     assert "Total params" not in said  # Lightning's, of one rank
     last_words = said.strip().splitlines()[-1]
     assert last_words.startswith("Stopped by SIGINT after step ")
-    assert f"kept: {kept}. The same command goes on from there." in last_words
+    assert f"kept: {kept}. The same command resumes from there." in last_words
     wait_until(lambda: not _group(command.process.pid), said=lambda: "something that it started lives on")

@@ -298,7 +298,7 @@ def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tupl
     most = MOST_EPOCHS * texts.tokens // step_tokens
     fewer, without = (f"--steps {most}", " in place of --steps") if most and wanted.steps else ("fewer --gpus", "")
     raise UpcycleError(
-        f"--steps {steps}" if wanted.steps else "--gpus",
+        f"--steps {steps}" if wanted.steps else "The training",
         kind="state",
         got=f"would read the texts {epochs:,.0f} times ({steps:,} steps of {step_tokens:,} tokens)",
         fix=(

@@ -92,10 +92,12 @@ def refusal_hint(text: str) -> str:
 
     Example:
         >>> refusal_hint("Invalid account or account/partition combination specified")
-        ' `sacctmgr show associations user=$USER` lists your accounts and their partitions.'
+        ' `sacctmgr show associations user=$USER` lists the values for run.executor.account and their partitions.'
     """
     if "Invalid account" in text:
-        return " `sacctmgr show associations user=$USER` lists your accounts and their partitions."
+        return (
+            " `sacctmgr show associations user=$USER` lists the values for run.executor.account and their partitions."
+        )
     if "policy" in text or "SubmitJob" in text:
         limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
         return f"{limits} If too many jobs are in the queue, submit fewer stages at once with --until STAGE."

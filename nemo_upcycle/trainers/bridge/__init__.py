@@ -48,8 +48,8 @@ def require_bridge() -> None:
             kind="missing",
             got=f"is {release}, which is too old" if release else "is not installed",
             fix=(
-                f'''run `pip install "{RELEASES.argument}"` with Python 3.12, or use NVIDIA's container with it '
-                f'({RELEASES.bounds})'''
+                f'run `pip install "{RELEASES.argument}"` with Python 3.12, or use NVIDIA\'s container with it'
+                f" ({RELEASES.bounds})"
             ),
         )
     if fit_of(release) == NEWER and is_first_rank():

@@ -164,7 +164,7 @@ def _say_last_words(signum: int, trainer: pl.Trainer) -> None:
         return
     kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
     what = f"kept: {kept}" if kept else "no checkpoint is finished yet"
-    go_on = "goes on from there" if kept else "starts again from the dense checkpoint"
+    go_on = "resumes from there" if kept else "starts again from the dense checkpoint"
     name = signal.Signals(signum).name
     step = f"after step {trainer.global_step} of {trainer.max_steps}"
     sys.stderr.write(f"\nStopped by {name} {step}; {what}. The same command {go_on}.\n")

@@ -43,7 +43,7 @@ def _receipt(folder: Path, content: Any) -> str:
 @pytest.mark.parametrize(
     ("receipt", "said"),
     [
-        ({"spec": [1]}, "got no receipt"),
+        ({"spec": [1]}, "receipt.json is not the receipt of an upcycling"),
         ({"spec": {"num_experts": 4, "new_field": 1}}, "unexpected keyword argument 'new_field'"),
     ],
 )
@@ -61,7 +61,7 @@ def test_an_option_that_contradicts_the_receipt_is_refused(
     receipt = ("--receipt", _receipt(tmp_path, {"spec": {"num_experts": 4, "top_k": 2}}))
     error = refused(*typed, *receipt, option, value)
     assert (error.subject, str(error.got)) == (option, value)
-    assert str(error.expected).startswith(f"{expected} (spec.")
+    assert str(error.expected).startswith(f"{expected}, as in ")
     assert not (tmp_path / "hf").exists()
     command.text(*typed, *receipt, option, str(expected))
 
@@ -84,9 +84,9 @@ def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "more", "hf_class", "note"),
     [
-        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "none was tried with experts in a model that sees"),
+        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "not tried with experts in a vision-language model"),
         ("Mistral3", ("--text-only",), "MixtralForCausalLM", ""),
-        ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "the text model alone: no class is known here that holds visual"),
+        ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "the text model alone: no known class has both visual and experts"),
     ],
 )
 def test_exports_a_vision_parent_whole_or_its_text_model(
@@ -111,7 +111,7 @@ def test_options_and_receipt_must_agree_with_the_context(dense: Path, tmp_path: 
     for words, field in ((("--top-k", "2"), "--top-k"), (("--receipt", receipt), "top_k")):
         error = refused(*typed, *words)
         assert (error.subject, error.got) == (field, 2)
-        assert str(error.expected).startswith("3 (moe_router_topk in ")
+        assert str(error.expected).startswith("3, as moe_router_topk in ")
     command.text(*typed, "--experts", "4")  # an option less is no other value
     assert json.loads((tmp_path / "hf/config.json").read_text())["num_experts_per_tok"] == 3
 
@@ -145,9 +145,9 @@ def test_the_newest_complete_checkpoint_of_a_run_is_found(runs: Path, where: str
 @pytest.mark.parametrize(
     ("where", "got"),
     [
-        ("pretrain/checkpoints/model_name=0--step=12-last", "one that is being written or removed"),
-        ("logs", "no complete checkpoint (a.log)"),
-        ("..", "several (mine/dense_ct/checkpoints/model_name=0--step=10-last, mine/pretrain/"),
+        ("pretrain/checkpoints/model_name=0--step=12-last", "is being written or removed"),
+        ("logs", "has no finished checkpoint (a.log)"),
+        ("..", "has several checkpoints (mine/dense_ct/checkpoints/model_name=0--step=10-last, mine/pretrain/"),
     ],
 )
 def test_what_is_no_checkpoint_is_told_with_what_is_there(runs: Path, where: str, got: str) -> None:

@@ -98,8 +98,8 @@ def test_names_unavailable_inputs_and_fetches_the_rest(site: Site) -> None:
     dense, *others = _inputs(site, "weight: 1.0")
     done = site.fetch(dense.replace("tiny", "gated"), *others)
     assert done.returncode == 1, done.stderr
-    assert "not fetched: model acme/gated: download of acme/gated" in done.stdout
-    assert "sources.web.license of blend mine is not stated; expected a licence" in done.stdout
+    assert "not fetched: model acme/gated: Download of acme/gated" in done.stdout
+    assert "License of source web in blend mine is not stated" in done.stdout
     assert not (site.folder / "fetched/texts").exists()
     (site.folder / "home").mkdir()
     (site.folder / "home/token").write_text(TOKEN)
@@ -139,20 +139,19 @@ def test_reads_fetched_data_sets_without_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "subject", "got"),
+    ("words", "said"),
     [
-        (["--for", "llama3_8b_e8t3"], "recipe", "llama3_8b_e8t3"),
-        (["--for", "runs/first"], "--for", "runs/first, no run's folder"),
-        (["dens=a/b"], "argument", "dens"),
-        ([], "what to fetch", "nothing"),
+        (["--for", "llama3_8b_e8t3"], "recipe 'llama3_8b_e8t3' does not exist."),
+        (["--for", "runs/first"], "--for runs/first is neither the folder of a run nor a recipe."),
+        (["dens=a/b"], "argument 'dens' does not exist."),
+        ([], "Nothing to fetch was named."),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_fetched(
-    words: list[str], subject: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    error = refused("fetch", str(tmp_path / "new"), *words)
-    assert (error.subject, error.got) == (subject, got)
+    assert str(refused("fetch", str(tmp_path / "new"), *words)).startswith(said)
     assert not (tmp_path / "new").exists()
 
 

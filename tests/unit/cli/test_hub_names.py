@@ -50,7 +50,7 @@ def test_convert_and_verify_download_what_the_hub_names(
         ("convert acme/gated moe", {}, "GatedRepoError", "accept the terms"),
         ("plan --gpus 8 --model hf://acme/gated", {"token": "hf_" + "b" * 34}, "GatedRepoError", "`hf auth login`"),
         ("verify acme/tiny moe", {"ENDPOINT": NOWHERE}, "LocalEntryNotFound", "`hf download acme/tiny --local-dir"),
-        ("convert acme/tiny moe", {"HF_HUB_CACHE": "/dev/null/hub"}, "Not a directory", "set HF_HOME to one"),
+        ("convert acme/tiny moe", {"HF_HUB_CACHE": "/dev/null/hub"}, "Not a directory", "set HF_HOME to a"),
     ],
 )
 def test_a_model_that_cannot_be_had_says_how_to(
@@ -62,7 +62,7 @@ def test_a_model_that_cannot_be_had_says_how_to(
         else:
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     error = refused(*typed.split())
-    assert str(error.got).startswith(got)
+    assert got in str(error.got)
     assert fix in error.fix
     assert "hf_" not in str(error)
     assert not (tmp_path / "moe").exists()

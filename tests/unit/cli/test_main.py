@@ -118,7 +118,7 @@ def test_reports_an_output_without_room(dense: Path, tmp_path: Path, command: Co
         with open("/dev/full", "w") as full, _command(*words, stdout=full) as process:
             error = process.communicate()[1]
         assert process.returncode == status
-        assert error.startswith("error: standard output is No space left on device")
+        assert error.startswith("error: Standard output cannot be written: No space left on device")
         assert (f"{moe} is whole" in error) is (status == 0)
     command.text("verify", str(dense), str(moe), "--weights-only")
 

@@ -15,50 +15,52 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
 
 
 @pytest.mark.parametrize(
-    ("typed", "subject", "got"),
+    ("typed", "said"),
     [
-        ("convrt", "command", "convrt"),
-        ("data sotu d", "tokenizer", "none"),
-        ("data file d tokenizer=mine", "texts file", "a file of another kind"),
-        ("start a b --gpus 3.5", "--gpus", "'3.5'"),
-        ("data sotu d --workers 0", "--workers", 0),
-        ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
-        ("data sotu d --time 1:00:00", "--time", "no --slurm"),
-        ("data sotu d --slurm cpu --time seed=2", "--time", "seed=2"),
-        (CALIBRATE, "--router-init", "normal"),
-        (f"{CALIBRATE} --router-init prompts", "--router-prompts", "none"),
-        ("convert a b --calibration none", "--calibration", "none"),
-        ("convert '' b", "SRC", "an empty name"),
-        ("start mine '' --gpus 0", "TEXTS", "an empty name"),
-        ("start mine --gpus 0 --gpu=", "--gpu", "an empty name"),
-        ("evaluate . demo c --limit -1", "--limit", -1),
-        ("evaluate . demo c --tp 0", "--tp", 0),
-        ("evaluate . demo c --name ../../evil", "--name", "'../../evil'"),
-        ("evaluate . demo c --tp 3", "--tp 3", "., a Hugging Face folder"),
-        ("data / d tokenizer=mine", "folder /", "the root of this machine"),
-        ("start a b --gpus 1000000000", "--gpus", 1000000000),
-        ("start a b --steps 3 --epochs 2", "--epochs", "--steps as well"),
-        ("convert a b --noise-std 0.1", "--noise-std", 0.1),
-        ("convert a b --router-init zero --router-std 0.1", "--router-std", 0.1),
-        ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # beside others, a mistyped one
-        ("convert asset://smollm2-135m b", "cache file/dense", "Not a directory"),
-        ("convert a b --method copi", "--method", "copi"),
-        ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
-        ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
-        ("export a ''", "DST", "an empty name"),
-        ("report /absent", "/absent", "no such folder"),
+        ("convrt", "command 'convrt' does not exist"),
+        ("data sotu d", "The tokenizer is missing"),
+        ("data file d tokenizer=mine", "File file is not a text format that is read"),
+        ("start a b --gpus 3.5", "--gpus is '3.5'; expected"),
+        ("data sotu d --workers 0", "--workers is 0; expected"),
+        ("data sotu d --slurm cpu --ray", "--slurm cannot be combined with --ray"),
+        ("data sotu d --time 1:00:00", "--time needs --slurm"),
+        ("data sotu d --slurm cpu --time seed=2", "--time seed=2 is a KEY=VALUE"),
+        (CALIBRATE, "--router-init is normal, and only prompts needs a calibration"),
+        (f"{CALIBRATE} --router-init prompts", "--router-prompts is missing"),
+        ("convert a b --calibration none", "--calibration is read only with --router-init=prompts"),
+        ("convert '' b", "SRC is empty"),
+        ("start mine '' --gpus 0", "TEXTS is empty"),
+        ("start mine --gpus 0 --gpu=", "--gpu is empty"),
+        ("evaluate . demo c --limit -1", "--limit is -1; expected"),
+        ("evaluate . demo c --tp 0", "--tp is 0; expected"),
+        ("evaluate . demo c --name ../../evil", "--name is '../../evil'; expected"),
+        ("evaluate . demo c --tp 3", "--tp 3 applies to Megatron checkpoints; . is a Hugging Face folder"),
+        ("data / d tokenizer=mine", "Folder / is the root of this machine"),
+        ("start a b --gpus 1000000000", "--gpus is 1000000000; expected"),
+        ("start a b --steps 3 --epochs 2", "--epochs cannot be combined with --steps"),
+        ("convert a b --noise-std 0.1", "--noise-std is ignored unless --method is noise"),
+        (
+            "convert a b --router-init zero --router-std 0.1",
+            "--router-std is ignored unless --router-init is normal",
+        ),
+        ("convert acme/tiny b", "No model folder acme/tiny"),  # beside others, a mistyped one
+        ("convert asset://smollm2-135m b", "Cache file/dense cannot be written: Not a directory"),
+        ("convert a b --method copi", "--method 'copi' does not exist"),
+        ("verify nemo:///a b", "nemo:///a is a NeMo or Megatron checkpoint"),
+        ("verify a b --weights-only --layers", "--weights-only cannot be combined with --layers"),
+        ("export a ''", "DST is empty"),
+        ("report /absent", "No run folder /absent"),
     ],
 )
 def test_a_mistake_is_named_as_it_was_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, subject: str, got: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str
 ) -> None:
     write_config(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "acme").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEMO_UPCYCLE_CACHE", "file")
-    error = refused(*shlex.split(typed))
-    assert (error.subject, str(error.got)) == (subject, str(got))
+    assert str(refused(*shlex.split(typed))).startswith(said)
     assert {path.name for path in tmp_path.iterdir()} == {"acme", "config.json", "file"}
 
 

@@ -54,8 +54,8 @@ def test_json_has_exactly_what_is_promised(command: Command) -> None:
     ("typed", "said"),
     [
         (f"{PAPER} --price-per-gpu-hour 2 --explain 1", "47.49B|13.67B|34.4B|two of the three|bubble = |assumed:"),
-        (DROPLESS, "Speed: with balanced routing, as benchmarks force it; nat"),
-        (f"{DROPLESS} --routing natural", "Speed: with natural routing"),
+        (DROPLESS, "Speed with balanced routing, as benchmarks force it. Nat"),
+        (f"{DROPLESS} --routing natural", "Speed with natural routing"),
         ("--gpus 64 --layout tp=4,pp=4", "gradients bf16, overlap tp, mcore-0.15"),
         ("--gpus 64 --global-batch 64 --seq-length 131072", "warning: sequences of 131,072 tokens|8,192 positions"),
     ],
@@ -225,42 +225,45 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
     more = command.values(*model, "--experts", "16")["model"]
     routers, networks = 8 * 4096, 8 * 3 * 4096 * 14336
     assert more["total_params"] == 46_702_792_704 + 32 * (routers + networks)
-    assert refused(*model, "--experts", "16", "--granularity", "2").subject == "--granularity"
+    error = refused(*model, "--experts", "16", "--granularity", "2")
+    assert str(error).startswith("--granularity 2 is not for a parent with experts")
 
 
 @pytest.mark.parametrize(
-    ("typed", "subject", "got"),
+    ("typed", "said"),
     [
-        (f"{MOE} --experts 4", "--experts", 4),
-        (f"{MOE} --overlap tp", "--overlap", "tp"),
-        (f"{MOE} --backend megatron", "--backend", "megatron"),
-        (f"{MOE} --gpu A100", "--gpu", "A100"),
-        (f"{MOE} --gpus 0", "--gpus", 0),
-        (f"{MOE} --price-per-gpu-hour nan", "--price-per-gpu-hour", "nan"),
-        (f"{MOE} --micro-batch 3", "--global-batch", 512),
-        (f"{MOE} --seq-length {'8' * 400}", "--seq-length", "8" * 400),
-        (f"{MOE} --imbalance 0", "--imbalance", 0.0),
-        (f"{MOE} --capacity-factor -1", "--capacity-factor", -1.0),
-        (f"{MOE} --capacity-factor 0 --pad-to-capacity", "--capacity-factor", None),
-        (f"{MOE} --low-precision-params", "--low-precision-params", "it"),
-        (f"{PAPER} --explain 2", "--explain", 2),
-        (f"{PAPER} --precision fp8-delayed --recompute moe_act", "--recompute", "moe_act with fp8-delayed"),
-        (f"{PAPER} --recompute none,moe", "--recompute", "none"),
-        (f"{MOE} --layout ''", "--layout", "an empty name"),
-        (f"{MOE} --layout mbs=0", "--layout mbs", 0),
-        (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch", "1 beside mbs=2"),
-        (f"{SMALL} --recompute moe_act", "--recompute", "moe_act"),
-        (f"{SMALL} --dispatcher deepep", "--dispatcher", "deepep"),
-        (f"{DENSE} --capacity-factor 2", "--capacity-factor", 2.0),
-        (f"{DENSE} --recompute moe_act", "--recompute", "moe_act"),
-        ("--recipe llama3_8b_e8t --gpus 8", "--recipe", "llama3_8b_e8t"),
-        ("--gpus 8 --experts 8 --top-k 0", "--top-k", 0),  # a zero is a value
-        ("--gpus 8 --granularity 2", "--granularity", 2),
+        (f"{MOE} --experts 4", "--experts 4 cannot be combined with --recipe"),
+        (f"{MOE} --overlap tp", "--overlap tp cannot be combined with --recipe"),
+        (f"{MOE} --backend megatron", "--backend 'megatron' does not exist"),
+        (f"{MOE} --gpu A100", "--gpu 'A100' does not exist"),
+        (f"{MOE} --gpus 0", "--gpus is 0; expected"),
+        (f"{MOE} --price-per-gpu-hour nan", "--price-per-gpu-hour is nan; expected"),
+        (f"{MOE} --micro-batch 3", "--global-batch is 512; expected"),
+        (f"{MOE} --seq-length {'8' * 400}", f"--seq-length is {'8' * 400}; expected"),
+        (f"{MOE} --imbalance 0", "--imbalance is 0.0; expected"),
+        (f"{MOE} --capacity-factor -1", "--capacity-factor is -1.0; expected"),
+        (f"{MOE} --capacity-factor 0 --pad-to-capacity", "--capacity-factor is None; expected"),
+        (f"{MOE} --low-precision-params", "--low-precision-params needs --precision in FP8 or FP4"),
+        (f"{PAPER} --explain 2", "--explain is 2; expected"),
+        (
+            f"{PAPER} --precision fp8-delayed --recompute moe_act",
+            "--recompute moe_act cannot be combined with fp8-delayed",
+        ),
+        (f"{PAPER} --recompute none,moe", "--recompute 'none' does not exist"),
+        (f"{MOE} --layout ''", "--layout is empty"),
+        (f"{MOE} --layout mbs=0", "--layout mbs is 0; expected"),
+        (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch is 1, and the layout says mbs=2"),
+        (f"{SMALL} --recompute moe_act", "--recompute moe_act is not for this recipe"),
+        (f"{SMALL} --dispatcher deepep", "--dispatcher deepep is not for this recipe"),
+        (f"{DENSE} --capacity-factor 2", "--capacity-factor 2.0 is not for a dense model"),
+        (f"{DENSE} --recompute moe_act", "--recompute moe_act is not for a dense model"),
+        ("--recipe llama3_8b_e8t --gpus 8", "--recipe 'llama3_8b_e8t' does not exist"),
+        ("--gpus 8 --experts 8 --top-k 0", "--top-k is 0; expected"),  # a zero is a value
+        ("--gpus 8 --granularity 2", "--granularity 2 needs --experts"),
     ],
 )
-def test_mistakes_are_named_as_they_were_typed(tmp_path: Path, typed: str, subject: str, got: object) -> None:
-    error = refused(*_typed(typed, tmp_path))
-    assert (error.subject, str(error.got)) == (subject, str(got))
+def test_mistakes_are_named_as_they_were_typed(tmp_path: Path, typed: str, said: str) -> None:
+    assert str(refused(*_typed(typed, tmp_path))).startswith(said)
 
 
 def test_a_parent_that_training_refuses_is_not_planned(tmp_path: Path) -> None:

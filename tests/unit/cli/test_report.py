@@ -17,13 +17,13 @@ def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Comman
     (run_dir / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')
     assert command.text("report", str(run_dir), "--watch").endswith("report.html")
     assert not (run_dir / "report.html").exists()  # the stage writes it
-    assert refused("report", str(run_dir.parent), "--watch").got == "no pipeline.json"
+    assert f"{run_dir.parent} has no pipeline.json" in str(refused("report", str(run_dir.parent), "--watch"))
 
 
 def test_does_not_send_other_folders_to_the_pipeline(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     error = refused("report", str(tmp_path))
-    assert (error.subject, error.got) == (str(tmp_path), "no pipeline.json")
+    assert str(error).startswith(f"{tmp_path} has no pipeline.json")
     assert "dir" not in error.fix
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/pipeline.json").touch()

@@ -52,7 +52,7 @@ def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path:
     export_checkpoint(saved / "dense", dense, tmp_path / "hf", **FLOAT32)
     require_same_weights(dense, tmp_path / "hf")
     assert torch.equal(logits(tmp_path / "hf", sample_tokens(259)), logits(dense, sample_tokens(259)))
-    with _leaves_nothing(tmp_path, SpecError, r"spec is .*expected none: .* is a dense model"):
+    with _leaves_nothing(tmp_path, SpecError, r"/dense is a dense model, which has no spec"):
         export_checkpoint(saved / "dense", dense, tmp_path / "other", spec=SPEC)
 
 
@@ -61,16 +61,16 @@ def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path) -> None
         (model,) = _fill(dense, moe=True)
         model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = float("nan")
         arch = read_architecture(dense).upcycled(SPEC)
-        name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight is 1 values that are NaN"
+        name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight has 1 values that are NaN"
         with _leaves_nothing(tmp_path, CheckpointError, name):
             export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
 
 
 def test_numbers_too_large_for_the_type_are_refused(dense: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC, factor=1e6)
-    with _leaves_nothing(tmp_path, CheckpointError, "got larger ones; expected numbers that float16 can hold"):
+    with _leaves_nothing(tmp_path, CheckpointError, r"\.weight has numbers too large for float16"):
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, dtype=torch.float16)
-    with _leaves_nothing(tmp_path, UpcycleError, "type of the weights on disk is float64"):
+    with _leaves_nothing(tmp_path, UpcycleError, "Type of the weights on disk is float64"):
         export_checkpoint(checkpoint, dense, tmp_path / "double", spec=SPEC, dtype=torch.float64)
 
 
@@ -80,7 +80,7 @@ FINE = {"num_experts": 4, "top_k": 2, "granularity": 2}
 def test_never_omits_unknown_weights(dense: Path, tmp_path: Path) -> None:
     spec = UpcycleSpec(**FINE, shared_experts=1)
     checkpoint = write_checkpoint(tmp_path / "ck", dense, spec)
-    words = r"would leave out is module\.decoder\.layers\.0\.mlp\.shared_experts\.\S+ .*--shared-experts"
+    words = r"would omit: module\.decoder\.layers\.0\.mlp\.shared_experts\.\S+ .*--shared-experts"
     with _leaves_nothing(tmp_path, CheckpointError, words):
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=UpcycleSpec(**FINE))
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=spec)
@@ -106,7 +106,7 @@ def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path) -
     checkpoint = write_checkpoint(tmp_path / "run/pretrain/ck", dense, SPEC)
     for folder in (tmp_path / "run", tmp_path / "run/pretrain", parent):
         (folder / MARKER).write_text('{"stage": "pretrain"}')
-    words = "expected a folder apart from|not made by nemo-upcycle export"
+    words = "is the same folder as|lies inside|that nemo-upcycle export did not make"
     for output in ("run/pretrain", "run/pretrain/ck", "run/pretrain/ck/hf", "run/dense", "run"):
         with _leaves_nothing(tmp_path, UpcycleError, words):
             export_checkpoint(checkpoint, parent, tmp_path / output, spec=SPEC)
@@ -124,7 +124,7 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_pat
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for output in ("hf", "new"):
-        with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 1000 bytes free.*Free some space"):
+        with _leaves_nothing(tmp_path, UpcycleError, r"Disk of .* has 1000 bytes free, and .* needs at least .*Free some space"):
             export_checkpoint(checkpoint, dense, tmp_path / output, spec=SPEC)
     assert is_complete(tmp_path / "hf")
 
@@ -132,12 +132,12 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_pat
 @pytest.mark.parametrize(
     ("parent", "spec", "words"),
     [
-        ({}, None, r"spec is none; expected num_experts=4"),
+        ({}, None, r"spec is missing; expected num_experts=4"),
         ({}, UpcycleSpec(num_experts=8), r"spec is num_experts=8; expected num_experts=4"),
-        ({"intermediate_size": 128}, SPEC, "another parent"),
+        ({"intermediate_size": 128}, SPEC, r"w1\.weight is \[192, 64\]; expected \[256, 64\].*own parent"),
         ({"vocab_size": 400}, SPEC, r"embed_tokens\.weight is \[272, 64\]; expected \[400, 64\]"),
-        ({"num_hidden_layers": 5}, SPEC, r"num_layers of .*got 4; expected 5"),
-        ({"tie_word_embeddings": True}, SPEC, r"tied_embeddings of .*got False; expected True"),
+        ({"num_hidden_layers": 5}, SPEC, r"num_layers of .* is 4; expected 5"),
+        ({"tie_word_embeddings": True}, SPEC, r"tied_embeddings of .* is False; expected True"),
     ],
 )
 def test_a_checkpoint_of_another_parent_or_spec_is_refused(

@@ -73,7 +73,7 @@ def test_a_link_out_of_the_parents_folder_is_refused(dense: Path, tmp_path: Path
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     for name in ("tokenizer.model", "additional_chat_templates/key.jinja"):
         (dense / name).symlink_to(tmp_path / "secret")
-        words = rf"{name} is a link to .*secret; expected a file in .*put the file itself"
+        words = rf"{name} is a link to .*secret, outside .*Put the file itself"
         with pytest.raises(UpcycleError, match=words):
             export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
         with pytest.raises(UpcycleError, match=words):
@@ -105,7 +105,7 @@ def test_a_damaged_tokenizer_is_refused_before_any_work(dense: Path, tmp_path: P
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:300])
         for call in [calls["verify"]] if folder == moe else calls.values():
-            with pytest.raises(UpcycleError, match=rf"{folder / name} is (a damaged tokenizer|unreadable JSON)"):
+            with pytest.raises(UpcycleError, match=rf"{folder / name} is (damaged \(|not valid JSON)"):
                 call()
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "out").exists()
@@ -127,7 +127,7 @@ def test_follows_links_within_the_folder_and_the_hubs_cache(dense: Path, tmp_pat
     assert not (tmp_path / "to/tokenizer.json").is_symlink()
     (home / "other").write_text("no blob")
     (snapshot / "vocab.json").symlink_to("../../other")
-    with pytest.raises(UpcycleError, match="got a link to"):
+    with pytest.raises(UpcycleError, match="vocab.json is a link to"):
         tokenizer_file_names(snapshot)
 
 

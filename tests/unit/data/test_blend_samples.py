@@ -93,7 +93,7 @@ def test_second_run_waits_for_the_first(manifest: Path, caplog: pytest.LogCaptur
     with temporarily_set(show_messages(), "propagate", True), whole_indices(cache, manifest):
         second = Thread(target=_built, args=(cache, manifest), kwargs={"second": "two"})
         second.start()
-        wait_until(lambda: "wait for another run" in caplog.text)
+        wait_until(lambda: "waiting for another run" in caplog.text)
         assert _names(cache) == set()
         _index(cache, "first").write_text("one")
     second.join(HANG_S)

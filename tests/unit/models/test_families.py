@@ -74,7 +74,7 @@ TARGET = _Target(
 def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, method: str) -> None:
     fields = {"num_experts": 4, "moe_layers": "0", "router_score": "sigmoid", "routed_scaling_factor": 2.0}
     spec, folder = UpcycleSpec(**fields, method=method), write_llama(tmp_path / "dense", layers=2)
-    with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+    with open_dense(folder) as dense, pytest.raises(SpecError, match="This MoE fits no Hugging Face class"):
         convert(dense, tmp_path / "offline", spec)
     with registered(TARGET):
         arch, online = read_architecture(folder), tmp_path / "online"

@@ -73,7 +73,7 @@ def test_heads_are_read_as_newer_releases_write_them() -> None:
     assert architecture_from_config(SMALL | {"rope_parameters": None}) == architecture_from_config(SMALL)
     kept = {name: value for name, value in SMALL.items() if "global" not in name}
     assert architecture_from_config(kept | {"per_layer_config": {"5": own}}) == architecture_from_config(SMALL)
-    with pytest.raises(CheckpointError, match=r"per_layer_config: .* expected the same in layers 5, and none in"):
+    with pytest.raises(CheckpointError, match=r"per_layer_config is .* expected the same in layers 5, and none in"):
         architecture_from_config(kept | {"per_layer_config": {"4": own, "5": own}})
 
 
@@ -92,5 +92,7 @@ def test_what_is_not_known_of_a_gemma_4_is_refused(changes: dict[str, Any], text
 
 
 def test_no_trainer_builds_one() -> None:
-    with pytest.raises(CheckpointError, match=r"layers of Gemma4ForCausalLM is heads of two sizes.* Convert"):
+    with pytest.raises(
+        CheckpointError, match=r"Layers of Gemma4ForCausalLM cannot be trained: they have heads of two sizes.* Convert"
+    ):
         megatron_fields(architecture_from_config(SMALL))

@@ -20,8 +20,8 @@ GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
     ("changes", "words"),
     [
         ({"softmax_scale": 1.0}, "softmax_scale is 1.0; expected None or 0.25"),
-        ({"no_rope_freq": 2}, "no_rope_freq: got"),
-        ({"model": {"rotary_percent": 0.5}}, "rotary_base and RoPE scaling: got"),
+        ({"no_rope_freq": 2}, "no_rope_freq is "),
+        ({"model": {"rotary_percent": 0.5}}, "rotary_base and RoPE scaling is "),
         ({"model": {"seq_len_interpolation_factor": 4.0}}, "seq_len_interpolation_factor is 4.0; expected None"),
         ({"model": {"position_embedding_type": "none"}}, "position_embedding_type is none; expected rope"),
     ],
@@ -30,7 +30,7 @@ def test_refuses_settings_that_change_the_function_before_filling(changes: dict,
     arch = small_architecture()
     (chunk,) = build_chunks(arch, num_experts=4, **changes)
     before = [parameter.clone() for parameter in chunk.parameters()]
-    with pytest.raises(UpcycleError, match=rf"{words}.*Fix: "):
+    with pytest.raises(UpcycleError, match=words):
         upcycle_into([chunk], MemorySource(arch), SPEC)
     assert all(torch.equal(parameter, was) for parameter, was in zip(chunk.parameters(), before, strict=True))
     with pytest.raises(UpcycleError, match=words):

@@ -100,5 +100,5 @@ def test_what_no_layer_of_megatron_computes_is_refused_by_name(changes: dict[str
 def test_what_has_no_mamba_layers_refuses_it_by_name(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"Mamba layers \(Mixtral, .*Megatron-Bridge"):
         converted(write_random(tmp_path / "dense", TINY), tmp_path / "moe")
-    with pytest.raises(CheckpointError, match=r"layers of NemotronHForCausalLM is Mamba layers \(M\)"):
+    with pytest.raises(CheckpointError, match=r"NemotronHForCausalLM has Mamba layers \(M\)"):
         megatron_fields(architecture_from_config(TINY))

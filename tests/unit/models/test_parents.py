@@ -63,7 +63,7 @@ def test_what_is_made_of_a_parent_computes_what_it_does(tmp_path: Path, name: st
         if is_exact and hasattr(transformers, row.hf_class):
             assert _error(logits(tmp_path / "offline", sample_tokens(250)), wanted) <= EXACT
     else:
-        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+        with pytest.raises(SpecError, match="This MoE fits no Hugging Face class"):
             converted(folder, tmp_path / "offline", spec)
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     _check_online(row, folder, wanted if is_exact else None, tmp_path)
@@ -121,7 +121,7 @@ def test_longrope_needs_its_factor_and_its_frequencies(tmp_path: Path) -> None:
 def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "dense", rope_scaling={"rope_type": "dynamic", "factor": 4.0})
     (model,) = build_chunks(write_llama(tmp_path / "plain"), num_experts=None)
-    with open_dense(folder) as dense, pytest.raises(CheckpointError, match="rope_scaling is dynamic, expected"):
+    with open_dense(folder) as dense, pytest.raises(CheckpointError, match="rope_scaling is dynamic; expected"):
         load_dense_into([model], dense)
 
 

@@ -55,13 +55,16 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (_config("Llava", [1]), r"text_config is \[1\]; expected settings"),
-        (_config("InternVL", {"model_type": "gpt_oss"}), "got model_type gpt_oss"),
-        (_config("Mistral3", SIZES, quantization_config={"quant_method": "fp8"}), r"got quantized weights \(fp8\)"),
-        (_config("New", {"model_type": "qwen3"}), "the class of its text model is Qwen3ForCausalLM. Fix: .* WRAPPERS"),
-        ({"architectures": ["Qwen4ForCausalLM"]}, "got Qwen4ForCausalLM, .* nearest is Qwen3ForCausalLM. .*register"),
-        ({"model_type": "ministral4"}, "the nearest is Ministral3ForCausalLM"),
-        ({"architectures": ["BloomForCausalLM"]}, "got BloomForCausalLM; expected a class that is known. Use"),
+        (_config("Llava", [1]), r"text_config is \[1\]; expected the settings"),
+        (_config("InternVL", {"model_type": "gpt_oss"}), "class model_type gpt_oss is not supported"),
+        (_config("Mistral3", SIZES, quantization_config={"quant_method": "fp8"}), r"has quantized weights \(fp8\)"),
+        (_config("New", {"model_type": "qwen3"}), "the class of its text model is Qwen3ForCausalLM\)\. .* WRAPPERS"),
+        (
+            {"architectures": ["Qwen4ForCausalLM"]},
+            "class Qwen4ForCausalLM is not .* nearest class is Qwen3ForCausalLM\)\. .*add_family",
+        ),
+        ({"model_type": "ministral4"}, "the nearest class is Ministral3ForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"]}, "class BloomForCausalLM is not supported\. Use"),
     ],
     ids=str,
 )

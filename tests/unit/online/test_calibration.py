@@ -61,7 +61,7 @@ def test_rows_are_mean_directions_with_spread_one() -> None:
 
 @pytest.mark.parametrize("batches", [[torch.ones(3, WIDTH)] * COPIES, [torch.full((3, WIDTH), torch.nan)] * COPIES])
 def test_rows_that_tell_nothing_apart_are_refused(batches: Any) -> None:
-    with pytest.raises(UpcycleError, match="rows of a router from data"):
+    with pytest.raises(UpcycleError, match="Router rows from the prompts are"):
         router_rows(batches, range(COPIES), COPIES, map)
 
 
@@ -80,7 +80,7 @@ def test_a_file_of_other_settings_is_not_overwritten(dense: Path, tmp_path: Path
     first, again = made(dense, file, spec), made(dense, file, spec)
     assert (first.made, again.made, again.sha256) == (True, False, first.sha256)
     other = random_sample(250, COPIES, seed=7)
-    with pytest.raises(UpcycleError, match="a calibration of other settings"):
+    with pytest.raises(UpcycleError, match="is a calibration with other settings"):
         made(dense, file, spec, other)
     assert made(dense, file, spec, other, replace=True).sha256 != first.sha256
 

@@ -108,9 +108,9 @@ def test_exact_specs_give_the_dense_models_logits(network: str, fields: dict[str
     ("spec", "reason"),
     [
         (_spec(method="noise", noise_std=0.05), "noise_std=0.05 changes every weight"),
-        (_spec(method="drop", drop_ratio=0.25), "drop_ratio=0.25 draws neurons anew"),
+        (_spec(method="drop", drop_ratio=0.25), "drop_ratio=0.25 redraws some neurons"),
         (_spec(granularity=2, top_k=3), "top_k=3 is no multiple of granularity=2"),
-        (_spec(copies=6, chosen=1, granularity=2, router_init="zero"), "a zero router ties all experts"),
+        (_spec(copies=6, chosen=1, granularity=2, router_init="zero"), "a zero router scores all experts equally"),
         (_spec(router_order="softmax_topk"), "only with a zero router"),
         (
             _spec(copies=8, granularity=2, router_score="sigmoid", router_std=5.0),

@@ -183,9 +183,9 @@ def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pyt
     restarted(chain, {"a": "sleep 601", "b": "sleep 600"})
     a, b = chain.ids.values()
     said = capfd.readouterr().err
-    assert f"[a] {a} stays as it was submitted, from other settings than now." in said
+    assert f"[a] {a} keeps the settings that it was submitted with." in said
     assert f"`kill {a}`" in said
-    assert [line for line in said.splitlines() if line.startswith("[b]")] == [f"[b] submitted before: {b}"]
+    assert [line for line in said.splitlines() if line.startswith("[b]")] == [f"[b] was submitted before: {b}"]
     chain.cluster.cancel([a, b])
 
 

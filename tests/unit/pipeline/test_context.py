@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.parser import command_options, parsing
 def test_a_factory_of_an_unknown_module_is_refused() -> None:
     mistake = mistake_of("no_such_recipes.mine(nodes=2)")
     assert mistake is not None
-    assert mistake.got == "no module no_such_recipes"
+    assert "needs the module no_such_recipes" in str(mistake)
     assert mistake_of("smollm2_135m_e8t2") is None
 
 

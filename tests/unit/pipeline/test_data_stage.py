@@ -31,4 +31,4 @@ def test_a_resumed_run_names_changed_data_files(
     added = tmp_path / "texts/added.txt"
     added.write_text("more")
     require_data(plan, folder)
-    assert f"1 is new ({added})" in caplog.messages[0]
+    assert f"1 input file is new ({added})" in caplog.messages[0]

@@ -55,7 +55,7 @@ def test_time_of_the_command_line_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("executor: kubernetes\n", "another scheduler's file"),
+        ("executor: kubernetes\n", "is a file for another scheduler"),
         ("executor: slurm\n", "site.yaml: account"),
         (SITE.format(image="null").replace("partition: cpu", "partition: null"), "site.yaml: partition"),
         (SITE.format(image="null").replace("12:00:00", "noon"), "stages.data.time"),

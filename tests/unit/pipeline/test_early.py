@@ -12,9 +12,9 @@ from nemo_upcycle.pipeline.early import refuse_early
     ("line", "message"),
     [
         ("--factory llama3_8b_e8t3", "Did you mean 'llama3_8b_e8t2'"),
-        ("-f llama32_1b_e8t2_sft", "a recipe for NeMo alone"),
+        ("-f llama32_1b_e8t2_sft", "is only for NeMo"),
         ("--factory=llama3_8b_e8t2 --until dat", "--until: stage"),
-        ("--factory llama3_8b_e8t2 --only data --from data", "--from or --until as well"),
+        ("--factory llama3_8b_e8t2 --only data --from data", "--only cannot be combined with --from or --until"),
         ("--factory llama3_8b_e8t2 --dryrunn", "Did you mean '--dryrun'"),
     ],
 )

@@ -36,19 +36,22 @@ def script_of(job: Job, *words: str) -> str:
 def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
     given = [word for word in SITE if not word.startswith(missing)]
     (refused,) = SlurmScheduler(built(*given)).wrong_settings([training()])
-    assert (refused.subject, refused.got) == (f"run.executor.{missing}", "nothing")
+    assert (refused.subject, refused.got) == (f"run.executor.{missing}", "is missing")
+
+
+SET = "is set by the pipeline itself"
 
 
 @pytest.mark.parametrize(
     ("text", "subject", "got"),
     [
         ("executor: [slurm]", "executor", "['slurm']"),
-        ("time: 24:00:00", "time", "86400: YAML reads 24:00:00 as a number"),
+        ("time: 24:00:00", "time", 86400),
         ("stages: {pretrian: {time: '1'}}", "stages: stage", "pretrian"),
         ("stages: [pretrain]", "stages", "['pretrain']"),
-        ("nodes: 2", "nodes", 2),
-        ("stages: {pretrain: {ntasks_per_node: 4}}", "stages.pretrain.ntasks_per_node", 4),
-        ("executor: kubernetes\nretries: 3", "retries", 3),
+        ("nodes: 2", "nodes", SET),
+        ("stages: {pretrain: {ntasks_per_node: 4}}", "stages.pretrain.ntasks_per_node", SET),
+        ("executor: kubernetes\nretries: 3", "retries", SET),
         ("executor: kubernetes\nstages: {pretrain: {cpus: 1.5}}", "stages.pretrain.cpus", "1.5"),
         ("env_vars: {A: }", "env_vars.A", "null"),
     ],
@@ -78,7 +81,7 @@ def test_entries_of_a_mapping_are_added_one_by_one(tmp_path: Path) -> None:
         ("partion=a", "run.executor: key", "partion"),
         ("stages.pretrain.tme=1", "run.executor.stages.pretrain: key", "tme"),
         ("stages.pretrain.cpus_per_task=many", "run.executor.stages.pretrain.cpus_per_task", "'many'"),
-        ("stages={data: {time: '1'}}", "run.executor.stages", {"data": {"time": "1"}}),
+        ("stages={data: {time: '1'}}", "run.executor.stages", SET),
         ("env_vars={a", "run.executor.env_vars", "'{a'"),
     ],
 )
@@ -228,7 +231,7 @@ def test_a_script_requeues_the_data_stage_while_tasks_get_finished(tmp_path: Pat
 def test_paths_that_a_batch_script_cannot_hold_are_refused(run_dir: str) -> None:
     with pytest.raises(UpcycleError) as refused:
         SlurmScheduler(built(*SITE)).check_settings([training(Path(run_dir))])
-    assert refused.value.subject == f"path '{run_dir}'"
+    assert refused.value.subject == f"Path '{run_dir}'"
 
 
 def test_hang_detection_starts_one_launcher_a_node() -> None:

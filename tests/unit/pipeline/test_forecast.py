@@ -84,7 +84,7 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
     demo.dense = "hf://nobody/nothing"
     found = forecast_of(demo, tmp_path)
     assert not found.trainings["pretrain"].facts.knows_vocabulary
-    assert "vocabulary is not known" in " ".join(found.warnings)
+    assert "the vocabulary is known only after the parent is fetched" in " ".join(found.warnings)
     demo.dense = str(write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259)))
     (tmp_path / "parent/model.safetensors").unlink()
     found = forecast_of(demo, tmp_path)
@@ -239,7 +239,7 @@ def test_an_offline_hub_is_a_problem_without_a_cache(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = forecast_of(llama, tmp_path)
     assert any(
-        one.startswith("import is HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
+        one.startswith("import needs model meta-llama/") and "HF_HUB_OFFLINE=1 forbids downloads" in one
         for one in map(str, found.problems)
     )
 

@@ -53,7 +53,7 @@ def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
     why = {stage.name: stage.finding.why for stage in found.stages}
     assert why["import"] == "finished earlier, from the same inputs"
     assert why["pretrain"] == "checkpoint after step 4, model_name=0--step=3-last"
-    assert "no checkpoint is complete" in why["dense_ct"]
+    assert "no checkpoint is finished" in why["dense_ct"]
     assert why["export"] == "not run yet; pretrain and dense_ct run first"
     assert found.trainings["pretrain"].steps_left == 2
     assert {use.stage for use in found.disk.uses} == {"pretrain", "dense_ct", "export"}

@@ -88,9 +88,9 @@ def test_a_mistake_in_a_grid_is_named(tmp_path: Path, old: str, new: str, subjec
 def test_a_grids_arms_have_existing_settings(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match=r"arms\.dense: .* Did you mean 'trainer\.max_steps'"):
         grid_of(tmp_path, MINI.replace("trainer.max_steps: 10", "trainer.max_step: 10"))
-    with pytest.raises(UpcycleError, match=r"arms\.st: spec: got"):
+    with pytest.raises(UpcycleError, match=r"arms\.st: spec has fields"):
         grid_of(tmp_path, MINI.replace("router_order: soft", "router_ordr: soft"))
-    with pytest.raises(UpcycleError, match="data is messages: conversations"):
+    with pytest.raises(UpcycleError, match="Data messages are conversations"):
         grid_of(tmp_path, MINI.replace("data: sotu", "data: messages"))
 
 

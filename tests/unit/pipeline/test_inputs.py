@@ -17,7 +17,7 @@ from tests.chats import sums, write_lines
 @pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])
 def test_refuses_suites_about_data_not_held_out(data: str, suite: str) -> None:
     check_asked(Inputs("dense", data, {"demo": "answers", "answers": "demo"}[suite]))
-    with pytest.raises(UpcycleError, match=f"evaluation {suite} is heldout_"):
+    with pytest.raises(UpcycleError, match=f"Suite {suite} has the task heldout_"):
         check_asked(Inputs("dense", data, suite))
 
 

@@ -119,12 +119,12 @@ STAGE = "run.executor.stages.pretrain"
 @pytest.mark.parametrize(
     ("fields", "subject", "got"),
     [
-        ({"image": "???"}, "run.executor.image", "nothing"),
-        ({"mount_path": "/elsewhere"}, "dir DIR", "a path that the pods do not see"),
+        ({"image": "???"}, "run.executor.image", "is missing"),
+        ({"mount_path": "/elsewhere"}, "Folder DIR", "is not visible in the pods, which mount /elsewhere and /data"),
         ({"kind": "trainjob-2.1"}, "run.executor.kind", "trainjob-2.1"),
-        ({"restarts": 3}, "run.executor.restarts", 3),
+        ({"restarts": 3}, "run.executor.restarts", "has no field in a job of kind trainjob"),
         ({"stages": {"pretrain": {"gpu_per_node": 8}}}, f"{STAGE}: key", "gpu_per_node"),
-        ({"stages": {"pretrain": {"namespace": "other"}}}, f"{STAGE}.namespace", "other"),
+        ({"stages": {"pretrain": {"namespace": "other"}}}, f"{STAGE}.namespace", "cannot differ between stages"),
         ({"gpus_per_node": 4}, f"{STAGE}.gpus_per_node", 4),
         ({"gpus_per_node": 0}, f"{STAGE}.gpus_per_node", 0),
         ({"shared_memory_gib": 64}, f"{STAGE}.shared_memory_gib", 64),
@@ -187,12 +187,12 @@ def test_training_pods_get_the_sites_performance_settings(tmp_path: Path) -> Non
 def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     api.lacks = lacking
-    with pytest.raises(UpcycleError, match=f"got {lacking}; expected a"):
+    with pytest.raises(UpcycleError, match=f" {lacking} does not exist in namespace"):
         scheduler.check([_job(tmp_path)])
 
 
 #: However long: it is no silence of the controllers.
-SUSPENDED = JobState(Phase.WAITING, "suspended: its queue has not admitted it, or somebody holds it")
+SUSPENDED = JobState(Phase.WAITING, "suspended: its queue has not admitted it, or an administrator holds it")
 
 
 def _status(*conditions: str, **fields: Any) -> dict[str, Any]:

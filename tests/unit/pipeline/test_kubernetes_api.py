@@ -37,12 +37,22 @@ def _refusal(status: int, message: str, **details: str) -> Any:
 @pytest.mark.parametrize(
     ("status", "message", "details", "words"),
     [
-        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace is team"),
+        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace team does not exist"),
         (404, "", {}, "Kubeflow Trainer 2.2 or newer"),
-        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team is User 'me' cannot create"),
-        (401, "Unauthorized", {}, "log in again"),
-        (403, "admission webhook 'v' denied the request: no runtime", {}, "refused: admission webhook 'v' denied"),
-        (503, "later", {}, "Kubernetes API server is 503 Refused: later"),
+        (
+            403,
+            "User 'me' cannot create",
+            {},
+            "may not create, get and delete trainjobs in namespace team: User 'me' cannot",
+        ),
+        (401, "Unauthorized", {}, "was refused: Unauthorized. Log in again"),
+        (
+            403,
+            "admission webhook 'v' denied the request: no runtime",
+            {},
+            "refused trainjobs in namespace team: admission webhook 'v' denied",
+        ),
+        (503, "later", {}, "Kubernetes API server answered 503 Refused: later"),
     ],
 )
 def test_refusals_say_what_to_change(

@@ -26,7 +26,7 @@ def test_a_live_report_says_how_the_run_ended(under_way: Path, monkeypatch: pyte
         wait_until(lambda: "export, since" in page.read_text())
         for stage in ("dense_ct", "export"):
             (under_way / stage / "_ENDED").write_text("failed\n")
-    assert "Nothing runs: export is failed" in page.read_text()
+    assert "Nothing is running. Stage export is failed" in page.read_text()
     assert "refresh" not in page.read_text()
 
 

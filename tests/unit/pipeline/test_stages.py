@@ -46,7 +46,7 @@ def test_only_the_last_step_means_done(train: Any, ending: BaseException | None)
 
 
 def test_no_checkpoint_is_an_error_unless_stopped(train: Any) -> None:
-    with pytest.raises(StageError, match="expected a finished one"):
+    with pytest.raises(StageError, match="has no finished checkpoint"):
         train([], None)
     with pytest.raises(StageStopped, match="0 of 10 steps"):
         train([], SystemExit(0))

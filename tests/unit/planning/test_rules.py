@@ -39,7 +39,7 @@ def test_newer_software_shares_key_value_heads() -> None:
     ("text", "gpus", "batch", "words"),
     [
         ("tp=3", 6, 512, ["tp is 3", "key-value heads (8): 1, 2, 4, 8"]),
-        ("tp=16", 16, 512, ["tp is 16", "key-value heads (8): 1, 2, 4, 8; multiples work in Megatron-Bridge"]),
+        ("tp=16", 16, 512, ["tp is 16", "key-value heads (8): 1, 2, 4, 8; multiples of it work only in Megatron-Bridge"]),
         ("ep=6", 12, 512, ["ep is 6", "num_experts (8)"]),
         ("pp=5", 20, 512, ["pp is 5", "num_layers (32)", "Set pp=4"]),
         ("pp=4,vp=3", 8, 512, ["vp is 3", "layers of a pipeline stage (8)", "Set vp=2"]),
@@ -52,7 +52,7 @@ def test_newer_software_shares_key_value_heads() -> None:
         ("pp=2,first=20,last=20", 64, 512, ["pp is 2", "share out -8 layers"]),
         ("pp=2,first=6,loss=1", 4, 512, ["first is 6", "loss=1", "Set loss=0"]),
         ("first=3", 8, 512, ["first is 3", "none without pipeline stages"]),
-        ("tp=2,etp=1", 8, 512, ["etp is 1", "where ep is 1", "Set etp=2"]),
+        ("tp=2,etp=1", 8, 512, ["etp is 1", "if ep is 1", "Set etp=2"]),
         ("tp=0", 8, 512, ["tp is 0", "1 or more", "Set tp=1"]),
         ("pp=4,embedding=2", 4, 512, ["embedding is 2", "0 or 1", "Set embedding=0"]),
     ],
@@ -89,7 +89,7 @@ def test_dense_models_have_no_experts_to_spread() -> None:
 def test_deepep_needs_ranks_to_send_to() -> None:
     work = replace(WORK, dispatcher="deepep")
     assert first_violation(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
-    with pytest.raises(SpecError, match=r"flex dispatcher needs etp x ep above 1\. Set ep=2"):
+    with pytest.raises(SpecError, match=r"etp x ep above 1, as Megatron-Core's flex dispatcher needs\. Set ep=2"):
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
 

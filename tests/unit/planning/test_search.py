@@ -62,7 +62,7 @@ def test_nearest_gpus_is_a_number_that_is_taken_and_fits(gpus: int) -> None:
 
 
 def test_a_batch_that_fits_no_layout_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"gpus is 7, .* works on 1 sequences a step\. Set gpus=16"):
+    with pytest.raises(SpecError, match=r"gpus is 7; .* has a layout for a batch of 1\. Set gpus=16"):
         search(_request(7, batch=1), 3)
 
 

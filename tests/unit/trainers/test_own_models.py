@@ -93,7 +93,7 @@ def test_a_recipe_for_gpus_names_its_data(tmp_path: Path) -> None:
     make = partial(upcycled_from, str(write_tokenizer(write_llama(tmp_path, vocab_size=259))), spec=SPEC, **sizes)
     check_own_data(make(accelerator="cpu"))
     check_own_data(make(accelerator="gpu", data="/data/mine"))
-    with pytest.raises(UpcycleError, match="add data=FOLDER"):
+    with pytest.raises(UpcycleError, match="Add data=FOLDER"):
         check_own_data(make(accelerator="gpu"))
 
 

@@ -55,7 +55,9 @@ def test_a_parent_of_real_size_dry_runs(tmp_path: Path, name: str) -> None:
     sizes |= {"pipeline_parallelism": STAGES.get(name, 1)}
     folder = str(write_tokenizer(tmp_path))
     if name in NOT_IN_NEMO:
-        with pytest.raises(SpecError, match=f"dense is {NOT_IN_NEMO[name]} with .* Train it in Megatron-Bridge"):
+        with pytest.raises(
+            SpecError, match=f"{NOT_IN_NEMO[name]} with .* cannot be trained by NeMo. Train it in Megatron-"
+        ):
             upcycled_from(folder, spec=SPEC, **sizes)
         return
     recipe = upcycled_from(folder, spec=SPEC, **sizes)

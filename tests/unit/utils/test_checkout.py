@@ -55,7 +55,7 @@ def test_another_clones_environment_is_named_with_the_fix(other: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(other)}
     found = subprocess.run(command, env=environment, cwd=other, capture_output=True, text=True, check=False)
     assert found.returncode == 2, found.stderr
-    assert f"nemo_upcycle.recipes is {ROOT / 'recipes'}" in found.stderr
+    assert f"nemo_upcycle.recipes comes from {ROOT / 'recipes'}" in found.stderr
     assert f"pip install -e {other}" in found.stderr
     assert "Traceback" not in found.stderr
 
@@ -65,7 +65,7 @@ def test_beside_another_clones_environment_only_recipes_are_refused(other: Path)
     done = _python("import nemo_upcycle as n; print(n.__file__); import nemo_upcycle.recipes", other)
     assert done.stdout.strip() == str(other / "nemo_upcycle/__init__.py")
     last = done.stderr.splitlines()[-1]
-    assert "CheckoutError: nemo_upcycle.recipes is " in last
+    assert "CheckoutError: nemo_upcycle.recipes comes from " in last
     assert last.endswith(f"or pip install -e {other}.")
 
 
@@ -73,5 +73,5 @@ def test_beside_another_clones_environment_only_recipes_are_refused(other: Path)
 def test_a_checkout_that_is_not_installed_says_how_to(other: Path, part: str) -> None:
     code = f"try:\n import nemo_upcycle, nemo_upcycle.{part}\nexcept ImportError as error:\n print(error)"
     done = _python(code, other, "-S")  # without what is installed
-    text = f"nemo_upcycle.{part} is the checkout {other}, which is not installed; expected an installed package."
-    assert done.stdout.strip() == f"{text} Pip install -e {other}.", done.stderr
+    text = f"nemo_upcycle.{part} is in the checkout {other}, which is not installed."
+    assert done.stdout.strip() == f"{text} Run: pip install -e {other}.", done.stderr

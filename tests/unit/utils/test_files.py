@@ -36,7 +36,7 @@ def test_a_failed_block_leaves_nothing_and_keeps_the_old_result(tmp_path: Path) 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with output_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("first")
-        with pytest.raises(UpcycleError, match="another process writing it"), output_folder(tmp_path / "out"):
+        with pytest.raises(UpcycleError, match="is being written by another process"), output_folder(tmp_path / "out"):
             pass
         assert (folder / "a").read_text() == "first"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
@@ -59,7 +59,7 @@ def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[
     (target / "weights").write_text("of days")
     if marker is not None:
         write_json(target / MARKER, marker)
-    why = "not made by maker" if marker is not None else "files that are not ours"
+    why = "a finished folder that maker did not make" if marker is not None else "files that maker did not write"
     with pytest.raises(UpcycleError, match=why), output_folder(target, "maker"):
         pass
     assert (target / "weights").read_text() == "of days"
@@ -78,7 +78,7 @@ def test_an_empty_folder_is_filled_that_one_is_in(tmp_path: Path, monkeypatch: p
 
 
 def test_a_mount_point_is_refused_before_the_work() -> None:
-    with pytest.raises(UpcycleError, match=r"mount point.*name a folder inside it"), output_folder(Path("/proc")):
+    with pytest.raises(UpcycleError, match=r"/proc is a mount point.*Name a folder inside it"), output_folder(Path("/proc")):
         pass
 
 
@@ -86,7 +86,7 @@ def test_a_mount_point_is_refused_before_the_work() -> None:
 def test_a_result_lies_apart_from_what_it_is_made_of(tmp_path: Path, target: str) -> None:
     (tmp_path / "run/ck").mkdir(parents=True)
     (tmp_path / "run/link").symlink_to(tmp_path / "run/ck")
-    with pytest.raises(UpcycleError, match="expected a folder apart from"):
+    with pytest.raises(UpcycleError, match=rf"(is the same folder as|lies inside) {tmp_path}/run/ck"):
         require_apart(tmp_path / target, tmp_path / "run/ck")
     require_apart(tmp_path / "run/hf", tmp_path / "run/ck")
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_named_with_what_helps(
         path.write_bytes(content)
     with pytest.raises(UpcycleError) as caught:
         read(path)
-    assert caught.value.subject == str(path)
+    assert str(path) in str(caught.value)
     assert fix in caught.value.fix
 
 

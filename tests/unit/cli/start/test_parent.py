@@ -21,7 +21,7 @@ def test_a_folder_says_family_size_and_positions(parent_folder: Path) -> None:
     ("files", "said"),
     [
         (["config.json", "model.safetensors"], "tokenizer"),
-        (["config.json", "tokenizer.json"], "no weights"),
+        (["config.json", "tokenizer.json"], "no \\*.safetensors"),
         ([], "config.json"),
     ],
 )

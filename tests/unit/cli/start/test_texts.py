@@ -54,13 +54,13 @@ def test_of_many_documents_the_share_follows_from_their_number() -> None:
 
 
 def test_too_few_documents_are_refused() -> None:
-    with pytest.raises(UpcycleError, match="hold some back"):
+    with pytest.raises(UpcycleError, match="3 documents, about 300 tokens; .* some documents to hold out"):
         Texts({"a": {}}, 3, 300, {}, [("a", f"{number}", 100.0) for number in range(3)]).hold_out(256)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("nosuch", "no such file or folder"), ("notes.md", "no file of texts"), ("empty.txt", "an empty file")],
+    [("nosuch", "nosuch do not exist"), ("notes.md", "notes.md have no file that"), ("empty.txt", "an empty file")],
 )
 def test_what_is_no_text_is_named(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "notes.md").write_text("notes")
