@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE :=
-# Only `make ... ENV=NAME` counts: a shell may export a variable of that name for something else.
+# Use ENV only from the command line (`make ... ENV=NAME`): a shell may export a variable of that name for other uses.
 ifneq ($(origin ENV),command line)
 ENV :=
 endif
@@ -32,14 +32,14 @@ help:
 
 venv: $(VENV)/.complete .venv-data/.complete
 
-# scripts/env.sh says what each environment holds. Versions are those of scripts/constraints, with uv and with pip.
+# scripts/env.sh describes each environment. scripts/constraints has the versions, for uv and for pip.
 $(VENV)/.complete: scripts/env.sh pyproject.toml scripts/constraints/nemo.txt
 	PYTHON=$(PYTHON) scripts/env.sh $(VENV) dev
 
 .venv-%/.complete:
 	PYTHON=$(PYTHON) scripts/env.sh .venv-$* $*
 
-# An environment that takes long to build is built again only after a change of its own list.
+# Environments that take long to build are rebuilt only after a change of their own list.
 $(patsubst %,.venv-%/.complete,data docs tf5 vllm browser bridge-sample): scripts/env.sh pyproject.toml
 .venv-data/.complete: scripts/constraints/data.txt
 .venv-docs/.complete: scripts/constraints/nemo.txt
@@ -49,14 +49,14 @@ $(patsubst %,.venv-%/.complete,data docs tf5 vllm browser bridge-sample): script
 .venv-te/.complete: scripts/te_env.sh
 .venv-sglang/.complete: scripts/sglang_env.sh
 
-# The folder is runs/demo, followed by RECIPE and ENV where they are given.
+# The folder is runs/demo, followed by RECIPE and ENV if they are given.
 RUN_DIR ?= runs/demo$(addprefix -,$(RECIPE))$(addprefix -,$(ENV))
 DEMO_VENV := $(if $(ENV),.venv-$(ENV),$(VENV))
 demo: $(DEMO_VENV)/.complete .venv-data/.complete
 	$(DEMO_VENV)/bin/nemo upcycle pipeline --factory $(or $(RECIPE),smollm2_135m_e8t2) dir=$(RUN_DIR) --yes
 
-# A worker imports NeMo once, as it collects, and once more for the ranks that it forks: two workers for two cores. Many
-# tests marked `full` wait for a killed or stopped process: three workers.
+# A worker imports NeMo once for collecting, and once more for the ranks that it forks. So two cores get two workers.
+# Many tests marked `full` wait for a killed or stopped process, so test-all gets three workers.
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 TEST := -n 2 -m "not full"
 
@@ -67,11 +67,11 @@ test-all: venv
 	$(PYTEST) -n 3 -m "not weekly"
 	$(BIN)/python -m tests.mutants --sample 5
 
-# Tests that need another environment, a server, or much memory; the script says which.
+# Tests that need another environment, a server or much memory; scripts/test_in.sh lists them.
 test-in:
 	@scripts/test_in.sh "$(ENV)"
 
-# The second command runs `make test` under variables that no result may depend on.
+# The second command runs `make test` under variables that must not change any result.
 weekly: venv
 	$(BIN)/python -m tests.functional.soak --kills 60
 	$(BIN)/python -m tests.environment $(PYTEST) $(TEST)
@@ -85,7 +85,7 @@ lint: venv build/tree
 	cd build/tree && ../../$(BIN)/lint-imports
 	$(BIN)/python scripts/count_lines.py
 
-# A copy of the package as it is installed: tools that read files find recipes/ and conf/ inside it.
+# A copy of the package in its installed form, in which tools that read files find recipes/ and conf/.
 build/tree:
 	rm -rf build/tree && mkdir -p build/tree
 	cp -R nemo_upcycle pyproject.toml build/tree/
@@ -94,7 +94,7 @@ build/tree:
 docs: build/tree .venv-docs/.complete
 	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . site
 
-# The tests use the wheel alone, in a fresh environment.
+# The tests use only the wheel, in a fresh environment.
 release: venv
 	$(BIN)/python scripts/build_release.py dist
 	rm -rf build/release

@@ -1,4 +1,4 @@
-"""A small finished folder, as `nemo-upcycle data` leaves it, with Megatron's own writer."""
+"""Writes a small finished data folder in the form that `nemo-upcycle data` leaves, with Megatron's own writer."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.utils.files import MARKER, write_json
 
 
-#: By source: its weight, and by split the documents of each file; a document has 20 to 60 tokens.
+#: Source -> its weight, and the number of documents in each file of each split. A document has 20 to 60 tokens.
 SOURCES: dict[str, tuple[float, dict[str, list[int]]]] = {
     "talks": (0.7, {"train": [90], "validation": [12]}),
     "books": (0.3, {"train": [40, 20], "validation": [8]}),
 }
 
-#: Of the first 1,200 samples of `SOURCES` with sequences of 16 tokens, the hash of their tokens' hashes.
+#: Hash over the token hashes of the first 1,200 samples of `SOURCES` (sequences of 16 tokens).
 ORDER = "cf136c4e5ed22e40b01b0e5cd91f0c18258d633177c2806a4c22de26832b0c93"
 
 
 def write_blend(
     folder: Path, dense: Path, sources: Any = None, texts: dict[str, list[str]] | None = None, **manifest: Any
 ) -> Path:
-    """Write a finished folder of random tokens, or of texts, for the tokenizer of a dense model; return it.
+    """Write a finished data folder for the tokenizer of a dense model, from random tokens or texts, and return it.
 
     Args:
-        folder: to make.
-        dense: the dense model.
-        sources: as `SOURCES`.
-        texts: by split, those of the one source, in place of random tokens; `heldout` ones are kept as texts.
-        manifest: entries to change.
+        folder: folder to create.
+        dense: folder of the dense model.
+        sources: sources in the form of `SOURCES`.
+        texts: texts of the only source by split, in place of random tokens. Texts of `heldout` stay texts.
+        manifest: manifest entries to change.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -85,7 +85,7 @@ def write_blend(
 
 
 def set_manifest(folder: Path, **entries: Any) -> None:
-    """Change entries of a finished folder's manifest."""
+    """Change entries in the manifest of a finished folder."""
     from nemo_upcycle.utils.files import read_json
 
     write_json(folder / MANIFEST, read_json(folder / MANIFEST) | entries)

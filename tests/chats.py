@@ -1,4 +1,4 @@
-"""Conversations of a few words, and a tokenizer with a chat template."""
+"""Short conversations, and a tokenizer with a chat template."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from tests.models import write_tokenizer
 
 
-#: As ChatML, with the end-of-text token behind each turn.
+#: A template like ChatML, with the end-of-text token after each turn.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-#: One that leaves out, as some do, what stands in brackets in answers that are not the last.
+#: A template that drops bracketed text from every answer except the last, as some published templates do.
 FORGETS = (
     "{% for message in messages %}{{ message['role'] }}: "
     "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split(']')[-1] }}"
     "{% else %}{{ message['content'] }}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-#: One that writes tools, thoughts of the last answer, calls and what they returned, much as Qwen's does.
+#: A template much like Qwen's: it writes tools, the thoughts of the last answer, tool calls and their results.
 TOOLS = (
     "{% if tools %}system: {{ tools | tojson }}</s>{% endif %}"
     "{% for message in messages %}{{ message.role }}: "
@@ -44,12 +44,12 @@ def write_chat_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
 
 
 def messages(*texts: str) -> list[dict[str, Any]]:
-    """Return questions and answers in turn as messages."""
+    """Return alternating questions and answers as messages."""
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
 
 
 def asks_tool(question: str = "Warm?") -> list[dict[str, Any]]:
-    """Return a question, a call of a tool in OpenAI's form, what the tool said, and the answer."""
+    """Return a question, a tool call in OpenAI's form, the tool's result, and the answer."""
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
     return [
         {"role": "user", "content": question},
@@ -60,7 +60,7 @@ def asks_tool(question: str = "Warm?") -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, conversations: list[Any]) -> Path:
-    """Write JSON lines; a text among them as it is."""
+    """Write conversations as JSON lines; strings are written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [line if isinstance(line, str) else json.dumps({"messages": line}) for line in conversations]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def write_lines(path: Path, conversations: list[Any]) -> Path:
 
 
 def sums(count: int = 40) -> list[list[dict[str, Any]]]:
-    """Return so many conversations that ask for sums, some of two turns."""
+    """Return `count` conversations that ask for sums; every third has two turns."""
     numbers = random.Random(0)
     found = []
     for a in range(count):

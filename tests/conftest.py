@@ -1,4 +1,4 @@
-"""Gives every test, whichever are asked for, the same environment; before torch or a library of a hub is imported."""
+"""Gives every test the same environment, before torch or a hub library is imported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.environment import clean
 from tests.without_nemo import WithoutNeMo, hide_nemo
 
 
-need_no_cuda_to_import()  # some tests import Megatron first
+need_no_cuda_to_import()  # because some tests import Megatron first
 clean(os.environ)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind `&` ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs (`&`) ignore Ctrl-C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,5 +29,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # of several
+    if hasattr(config, "workerinput"):  # only in a worker of xdist
         longest_first(items)

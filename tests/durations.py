@@ -1,9 +1,9 @@
-"""Lets the test files that take longest run first, so that no worker of xdist is left alone with one at the end.
+"""Runs the longest test files first, so that no xdist worker is still busy with one of them at the end.
 
 make test PYTEST_ADDOPTS=--junitxml=runs/test.xml
-python -m tests.durations runs/test.xml ...         records in durations.json how long each takes
+python -m tests.durations runs/test.xml ...         records the duration of each file in durations.json
 
-A file of several reports, as one of both trainers, takes as long as in the slowest.
+If several reports list a file, for example one report per trainer, the longest duration counts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ RECORDED = Path(__file__).with_suffix(".json")
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Order tests by what their files take, in place; a file that is not recorded comes first."""
+    """Sort tests in place by the duration of their file, longest first; unrecorded files come first of all."""
     seconds = json.loads(RECORDED.read_text(encoding="utf-8"))
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], math.inf))
 
 
 def record(reports: Iterable[Path]) -> None:
-    """Write the seconds of each file of pytest's reports."""
+    """Record the duration (s) of each test file in pytest's reports."""
     longest: Counter[str] = Counter()
     for report in reports:
         seconds: Counter[str] = Counter()

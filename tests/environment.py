@@ -1,8 +1,8 @@
-"""The variables that tests run with: the user's own must change no result, and tests must not use the user's accounts.
+"""The variables that tests run with. The user's own must not change a result, and tests must not use user accounts.
 
-`clean` is called before anything is imported that reads them, in pytest's own process and in each worker of xdist;
-subprocesses inherit what it leaves. `python -m tests.environment COMMAND ...` (`make weekly`) runs a command
-under variables that are as much in the way as a proxy, an allocation of Slurm and a rank's own shell can be.
+`clean` runs before anything that reads these variables is imported, in pytest's own process and in each xdist worker.
+Subprocesses inherit the result. `python -m tests.environment COMMAND ...` (`make weekly`) runs a command under
+variables that disturb as much as a proxy, a Slurm allocation and a rank's own shell can.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import MutableMapping
 
 
-#: Beginnings of the names that are cleared: hubs and accounts, schedulers, launchers of ranks, CUDA, threads, console,
+#: Prefixes of the variables to clear: hubs and accounts, schedulers, rank launchers, CUDA, threads, console, and
 #: Python's own.
 CLEARED = (
     *("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_", "WANDB_", "NEMO"),
@@ -22,15 +22,16 @@ CLEARED = (
     *("LC_", "LANGUAGE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TTY_", "PYTHONIOENCODING"),
     "PYTHONDONTWRITEBYTECODE",
 )
-#: What stays of them: where something of this machine is, and which of its cards the user lends to the tests.
+#: Variables kept despite `CLEARED`: paths on this machine, and the GPUs that the user lends to the tests.
 KEPT = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "SLURM_CONF", "SLURM_PARTITION"),
     *("NEMO_UPCYCLE_CACHE", "NEMO_UPCYCLE_DATA_PYTHON", "NEMO_UPCYCLE_K8S", "NEMO_UPCYCLE_LLAMA_CPP"),
 )
-#: What every test has. Proxies stay, for what a machine can fetch only through them; servers of tests need none.
+#: Variables set for every test. Proxies are kept, because some machines can download only through them, but the test
+#: servers on this host must be reached directly.
 SET = {"LANG": "C.UTF-8", "TERM": "xterm", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
-SET |= {"NEMO_UPCYCLE_REPORT_EVERY_S": "0"}  # a process beside each chain of the tests would cost them minutes
-#: What `make weekly` sets.
+SET |= {"NEMO_UPCYCLE_REPORT_EVERY_S": "0"}  # a reporting process beside each chain would cost the tests minutes
+#: Variables that `make weekly` sets.
 HOSTILE = {
     **{"HF_HUB_OFFLINE": "1", "HF_TOKEN": "bad", "HF_HOME": "/nowhere/hf", "TRANSFORMERS_OFFLINE": "1"},
     **{"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"},
@@ -41,7 +42,7 @@ HOSTILE = {
     **{"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_LAUNCH_BLOCKING": "1"},
     **{"NVIDIA_PYTORCH_VERSION": "25.11", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     **{"LANG": "C", "LC_ALL": "C", "COLUMNS": "40", "LINES": "5", "FORCE_COLOR": "1", "TERM": "dumb"},
-    **dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9"),  # not https: a few tests fetch packages
+    **dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9"),  # not https: some tests download packages
     **{"NEMORUN_HOME": "/nowhere/runs", "NEMO_HOME": "/nowhere/nemo", "NEMO_UPCYCLE_VERBOSE": "1"},
     "PYTHONDONTWRITEBYTECODE": "1",
     **{"KUBECONFIG": "/nowhere/config", "KUBERNETES_SERVICE_HOST": "nowhere", "KUBERNETES_SERVICE_PORT": "1"},
@@ -49,7 +50,7 @@ HOSTILE = {
 
 
 def clean(variables: MutableMapping[str, str]) -> None:
-    """Clear and set variables as every test has them."""
+    """Clear and set variables, so that every test has the same ones."""
     for name in [name for name in variables if name.startswith(CLEARED) and name not in KEPT]:
         del variables[name]
     variables.update(SET)

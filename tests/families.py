@@ -1,4 +1,4 @@
-"""Model families that the package does not have, as another package registers them."""
+"""Registers model families that the package does not have, as another package would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.models.families import Family
 
 @contextmanager
 def registered(*added: Family) -> Iterator[None]:
-    """Let the package know families for a while."""
+    """Register families with the package while the block runs."""
     for family in added:
         families.register(family)
     try:

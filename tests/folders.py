@@ -1,4 +1,4 @@
-"""What tests do to Hugging Face folders: convert them, change a setting, change tensors."""
+"""Changes to Hugging Face folders that tests need: convert them, change a setting, change tensors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def converted(parent: Path | Sequence[Path], output: Path, spec: UpcycleSpec = SPEC, **options: Any) -> Conversion:
-    """Convert a parent, or several."""
+    """Convert one parent, or several."""
     with open_dense(parent) as dense:
         return convert(dense, output, spec, progress=False, **options)
 
 
 def change_config(folder: Path, **changes: Any) -> Path:
-    """Change settings of a folder's config.json; what is `...` is left out."""
+    """Change settings in a folder's config.json; a value of `...` removes the setting."""
     settings = read_json(folder / "config.json") | changes
     write_json(folder / "config.json", {name: value for name, value in settings.items() if value is not ...})
     return folder
 
 
 def change_weights(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> Path:
-    """Change tensors of a folder's only file; what is None is left out."""
+    """Change tensors in a folder's only weights file; a value of None removes the tensor."""
     tensors = load_file(folder / "model.safetensors") | dict(changes)
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,9 +1,9 @@
-"""Text that a user may give as the name of anything, to break the file that it is written into."""
+"""Texts that a user may give as any name, and that try to break the file into which they are written."""
 
 from __future__ import annotations
 
 
-#: What it tries -> the text.
+#: Kind of attack -> text.
 HOSTILE = {
     "quotes": """it's "a" 'b'""",
     "code": 'a""";__import__("os").system("touch PWNED");"""',

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub: serves data sets of a few rows over HTTP, or the faults of real ones.
+"""A stand-in for the Hugging Face hub: serves small data sets over HTTP, or the faults of real ones.
 
-It speaks as much of the hub's protocol as `datasets` and fsspec's `hf://` use. `SETS` has the data set of every task
-that the paper's suite and the blends name, with the columns that lm-eval's task reads.
+It implements the part of the hub's protocol that `datasets` and fsspec's `hf://` use. `SETS` has the data set of every
+task of the paper's suite and of the blends, with the columns that lm-eval's task reads.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 
-#: Files of a data set by path; of its Parquet conversion under `NAME@refs/convert/parquet`.
+#: Data set -> its files by path. The Parquet conversion of a data set is named `NAME@refs/convert/parquet`.
 Repositories = dict[str, dict[str, bytes]]
 _WORDS = ("amber", "brook", "cedar", "delta", "ember", "flint", "grove", "haven", "inlet", "jetty", "knoll", "larch")
 
 
 def _sentence(*seed: object, words: int = 14) -> str:
-    """Return words that another seed does not give: no two questions share an n-gram."""
+    """Return words that are unique to a seed, so that no two questions share an n-gram."""
     digest = hashlib.sha256(repr(seed).encode()).digest()
     return " ".join(f"{_WORDS[byte % len(_WORDS)]}{byte}" for byte in digest[:words])
 
 
 def _row(kind: str, split: str, number: int) -> dict[str, Any]:
-    """Return a row with the columns of every kind of data set, those of its own kind as that has them."""
+    """Return a row with the columns of every kind of data set; a shared column has the form that this kind needs."""
     text = _sentence(kind, split, number)
     four = [f"answer {letter} of {number}" for letter in "abcd"]
     listed = {"text": [*four, "none"], "label": list("ABCDE")}
@@ -75,7 +75,7 @@ _ALL, _NO_TEST = ("train", "validation", "test"), ("train", "validation")
 
 
 def _subjects() -> tuple[str, ...]:
-    """Return the subjects of MMLU that lm-eval has task files for."""
+    """Return the MMLU subjects for which lm-eval has task files."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -83,7 +83,7 @@ def _subjects() -> tuple[str, ...]:
     return tuple(sorted(file.stem.removeprefix("mmlu_") for file in files))
 
 
-#: The data sets of the paper's suite and of the blends: kind of row, configurations (none: no name), splits.
+#: Data sets of the paper's suite and of the blends: kind of row, configurations (empty: unnamed), splits.
 SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cais/mmlu": ("mmlu", _subjects(), ("dev", "validation", "test")),
     "truthfulqa/truthful_qa": ("truthfulqa", ("multiple_choice",), ("validation",)),
@@ -99,7 +99,7 @@ SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "EleutherAI/drop": ("drop", (), _NO_TEST),
     "openlifescienceai/medmcqa": ("medmcqa", (), _NO_TEST),
 }
-#: The files of the blends' other sources: repository -> folder of its JSON lines.
+#: Repositories of the blends' other sources -> folder of their JSON lines.
 TEXTS = {
     "allenai/dolmino-mix-1124": "data/flan/",
     **{
@@ -107,12 +107,12 @@ TEXTS = {
         for name in ("data_provenance_initiative", "libretexts", "pressbooks", "oercommons", "arxiv_abstracts")
     },
 }
-#: Rows of a split to train on, from which up to 25 examples are drawn, and of another one.
+#: Rows of a training split, from which up to 25 examples are drawn, and of any other split.
 TRAINED, ROWS = 26, 6
 
 
 def repositories() -> Repositories:
-    """Return a hub's data sets: those of `SETS` and `TEXTS`, LogiQA as a script and as its Parquet conversion."""
+    """Return all data sets of the hub: `SETS`, `TEXTS`, and LogiQA both as a script and as its Parquet conversion."""
     made = {name: _repository(*described) for name, described in SETS.items()}
     for name, folder in TEXTS.items():
         made[name] = {f"{folder}part{n}.jsonl": _lines("text", f"{name}{n}") for n in range(2)}
@@ -126,12 +126,12 @@ def repositories() -> Repositories:
 
 
 def rows(kind: str, split: str) -> list[dict[str, Any]]:
-    """Return the rows of a split of a kind of data set."""
+    """Return the rows of a split, for a kind of data set."""
     return [_row(kind, split, number) for number in range(TRAINED if split.endswith("train") else ROWS)]
 
 
 def _repository(kind: str, configs: tuple[str, ...], splits: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the files of a data set: JSON lines, and a card that names them by configuration and split."""
+    """Return the files of a data set: JSON lines, and a card that lists them by configuration and split."""
     files, card = {}, []
     for config in configs or ("default",):
         named = []
@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def _found(self, name: str, revision: str) -> tuple[dict[str, bytes] | None, str]:
-        """Return the files of a data set's revision, None without it, and their commit."""
+        """Return the files and the commit of a data set's revision; the files are None if the revision is missing."""
         for key, files in self.server.repositories.items():
             repository, _, branch = key.partition("@")
             if repository == name and revision in (branch or "main", commit(key)):
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _tree(files: Mapping[str, bytes], folder: str, *, recursive: bool) -> list[dict[str, Any]]:
-    """Return the entries of a folder as the hub lists them."""
+    """Return the entries of a folder in the hub's form."""
     entries: dict[str, dict[str, Any]] = {}
     for path, content in files.items():
         if folder and not path.startswith(f"{folder}/"):
@@ -242,20 +242,20 @@ def _tree(files: Mapping[str, bytes], folder: str, *, recursive: bool) -> list[d
 
 
 def commit(key: str) -> str:
-    """Return the commit of a repository's branch."""
+    """Return the commit hash of a repository's branch."""
     return hashlib.sha1(key.encode()).hexdigest()
 
 
 class StandIn(ThreadingHTTPServer):
-    """A hub.
+    """A server that stands in for the hub.
 
     Args:
-        content: its data sets.
+        content: data sets to serve.
 
     Attributes:
-        repositories: that it serves.
-        broken: status of every answer about a data set.
-        asked: the requests.
+        repositories: data sets that are served.
+        broken: data set -> HTTP status of every answer about it.
+        asked: requests received so far.
     """
 
     daemon_threads = True
@@ -268,7 +268,7 @@ class StandIn(ThreadingHTTPServer):
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT is set to."""
+        """URL to set as HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
 

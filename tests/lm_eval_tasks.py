@@ -1,4 +1,4 @@
-"""Tasks of lm-eval's kind over files of their own."""
+"""Writes lm-eval tasks that read their own files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 
 def write_task(folder: Path, name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], **definition: Any) -> None:
-    """Write a task's definition and its rows by split; the file of a split without rows is not there."""
+    """Write a task's definition and its rows by split; a split without rows gets no file."""
     files = {split: folder / f"{name}.{split}.jsonl" for split in rows}
     for split, values in rows.items():
         if values:

@@ -1,7 +1,7 @@
-"""The planner's activations against Megatron's own layers, run forward on the meta device.
+"""Counts the activation memory of Megatron's own layers on the meta device, for comparison with the planner.
 
-A layer of each kind runs under a rank's groups. What its graph then holds for the backward pass is counted, each
-storage once, without parameters. Nothing is computed or allocated.
+A layer of each kind runs forward under a rank's groups. Then the storages that its graph keeps for the backward pass
+are counted, each once and without parameters. Nothing is computed or allocated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_upcycle.utils.attributes import temporarily_set
 from tests.megatron_ranks import transformer_config
 
 
-#: Megatron's modules, as regular expressions of their names in a layer -> the term of what they keep.
+#: Regular expression of module names in a Megatron layer -> memory term of the tensors that these modules keep.
 _TERMS = {
     r"input_layernorm|post_self_attn_layernorm": "attention norm",
     r"post_mlp_layernorm": "network norm",
@@ -42,15 +42,15 @@ _TERMS = {
     r"mlp.*\.linear_fc2": "fc2 input",
     r"mlp.*": "fc1 output",
 }
-#: Terms that the local modules cannot show: the rotary embedding's fused kernel keeps neither cosines nor sines, and
-#: Transformer Engine's permutation a map of 8 bytes for each token and expert, the local one 16 for each slot.
+#: Terms that Megatron's local modules cannot show. The fused rotary kernel keeps neither cosines nor sines.
+#: Transformer Engine's permutation keeps a map of 8 bytes per token and expert, the local one 16 bytes per slot.
 NOT_LOCAL = {"rotary", "dispatch"}
 
 
 def kept_by_stage(arch: Architecture, layout: Layout, work: Workload, stage: int) -> dict[str, tuple[float, float]]:
-    """Count what a stage's layers keep at the peak, term by term: bytes by the planner, and by Megatron's layers.
+    """Count the bytes that a stage's layers keep at the peak, by term: as planned, and as kept by Megatron's layers.
 
-    Both are in BF16: in FP8 linear layers keep smaller inputs, which only Transformer Engine's modules do, on a GPU.
+    Both counts are in BF16. In FP8, linear layers keep smaller inputs, which only Transformer Engine does, on a GPU.
     """
     work = replace(work, precision="bf16", low_params=False)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -63,14 +63,14 @@ def kept_by_stage(arch: Architecture, layout: Layout, work: Workload, stage: int
 
 
 def kept_by_layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> dict[str, float]:
-    """Run a layer of Megatron's forward for one micro-batch, and count the bytes that it keeps on a rank, by term.
+    """Run a Megatron layer forward for one micro-batch, and count the bytes that it keeps on a rank, by term.
 
-    Flash attention stands in for Megatron's local one, which keeps scores of s x s, and a norm that keeps its input,
-    as fused ones do, for PyTorch's, which off the GPU keeps copies in float32.
+    Two modules are replaced. Flash attention replaces Megatron's local attention, which keeps s x s scores. A norm
+    that keeps only its input, as fused norms do, replaces PyTorch's norm, which off the GPU keeps float32 copies.
     """
     from megatron.core import tensor_parallel
 
-    # A layer is the same on all stages of the pipeline.
+    # A layer is the same on every pipeline stage, so one stage is enough.
     layout = replace(layout, gpus=layout.gpus // layout.pp, pp=1, vp=1, first=None, last=None, embedding=0, loss=0)
     one_layer = replace(arch, num_layers=1, moe_pattern=None if moe or not arch.num_experts else (False,))
     length = work.seq_length // layout.cp
@@ -88,7 +88,7 @@ def kept_by_layer(arch: Architecture, layout: Layout, work: Workload, moe: bool)
                 tensor_parallel.checkpoint(forward, False, hidden) if work.recompute == "full" else forward(hidden)
             )
         terms = kept()
-        del output  # and with it the graph
+        del output  # frees the graph
     return terms
 
 
@@ -102,11 +102,11 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> Any
         "sequence_parallel": layout.tp > 1,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "masked_softmax_fusion": False,  # kernels of Megatron's own
+        "masked_softmax_fusion": False,  # needs Megatron's own kernels
         "bias_activation_fusion": arch.gated and (arch.activation == "silu" or not arch.num_experts),
     }
     if arch.num_experts:
-        # Slots that do not depend on what the router says; the loss of the recipes.
+        # Fix the number of slots, so that it does not depend on the router, and use the auxiliary loss of the recipes.
         settings |= {
             "moe_token_dispatcher_type": "alltoall",
             "moe_expert_capacity_factor": work.buffer_slots_per_token(arch, layout.ep) / (arch.top_k or 1),
@@ -128,19 +128,19 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> Any
     attention.core_attention = _FlashAttention
     with torch.device("meta"):
         layer: Any = build_module(spec, config=config, layer_number=1).bfloat16()
-    # Transformer Engine's other norms are one with a linear layer.
+    # Transformer Engine fuses every other norm into a linear layer, so only the norm before the experts is recomputed.
     layer.recompute_input_layernorm = False
     layer.recompute_pre_mlp_layernorm = moe and work.recomputes("layernorm")
     if moe:
-        layer.mlp.router.layer_number = None  # its loss is not logged
+        layer.mlp.router.layer_number = None  # so that its loss is not logged
     return layer
 
 
 @contextmanager
 def _without_cuda() -> Iterator[None]:
-    """Let Megatron's modules run on meta: nothing asks for CUDA or is compiled.
+    """Let Megatron's modules run on the meta device: nothing asks for CUDA, and nothing is compiled.
 
-    Without Transformer Engine, Megatron-Core 0.15 asks for some of its names that it never defined.
+    Without Transformer Engine, Megatron-Core 0.15 uses some of Transformer Engine's names that it never defined.
     """
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import random
@@ -164,7 +164,7 @@ def _without_cuda() -> Iterator[None]:
 
 
 class _Kept:
-    """A tensor that a graph keeps, and the module that ran; it lives as long as the graph needs it."""
+    """A tensor that a graph keeps, and the module that ran when it was saved. Lives as long as the graph needs it."""
 
     def __init__(self, tensor: torch.Tensor, module: str) -> None:
         self.tensor, self.module = tensor, module
@@ -172,13 +172,13 @@ class _Kept:
 
 @contextmanager
 def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, float]]]:
-    """Watch a layer run.
+    """Watch a layer while it runs.
 
     Yields:
-        A function that counts the bytes its graph keeps, by term; it is to be called while the output lives.
+        A function that counts the bytes kept by the layer's graph, by term. Call it while the output is alive.
     """
     running: list[str] = []
-    inputs: dict[int, str] = {}  # storages that have a term of their own
+    inputs: dict[int, str] = {}  # storages that have their own term
     packed: list[weakref.ref[_Kept]] = []
 
     def watch(name: str, module: torch.nn.Module) -> None:
@@ -194,7 +194,7 @@ def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, floa
         module.register_forward_hook(after)
 
     def pack(tensor: torch.Tensor) -> _Kept:
-        kept = _Kept(tensor, running[-1] if running else "input_layernorm")  # a whole layer's checkpoint
+        kept = _Kept(tensor, running[-1] if running else "input_layernorm")  # no module: checkpoint of a whole layer
         packed.append(weakref.ref(kept))
         return kept
 
@@ -219,7 +219,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _term(kept: _Kept, moe: bool) -> str:
-    """Name the term of a tensor, by the module that keeps it."""
+    """Name the memory term of a kept tensor, from the module that saved it."""
     if kept.module == "self_attention" and kept.tensor.shape[1:3] == (1, 1):
         return "rotary"
     if kept.module == "self_attention.core_attention" and kept.tensor.dtype == torch.float32:
@@ -230,13 +230,13 @@ def _term(kept: _Kept, moe: bool) -> str:
 
 
 class _FusedNorm(torch.nn.RMSNorm):
-    """A norm that keeps what those of Transformer Engine, and PyTorch's on a GPU, keep."""
+    """A norm that keeps the same tensors as Transformer Engine's norms, and as PyTorch's norm on a GPU."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps)
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Make a tensor of the input's shape."""
+        """Return a tensor of the input's shape."""
         normed: torch.Tensor = _KeepsInput.apply(tensor, self.weight)
         return normed
 
@@ -244,20 +244,20 @@ class _FusedNorm(torch.nn.RMSNorm):
 class _KeepsInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Keep the input, whole, and one number in float32 for each of its rows."""
+        """Keep the whole input, and one float32 number per row."""
         tensor = tensor.contiguous()
         ctx.save_for_backward(tensor, weight, tensor.new_empty(tensor.shape[:-1], dtype=torch.float32))
         return torch.empty_like(tensor)
 
 
 class _FlashAttention(torch.nn.Module):
-    """PyTorch's flash attention, in the place of Megatron's core of attention."""
+    """PyTorch's flash attention, in place of Megatron's core attention."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Make [S, B, H x K] of [S, B, H, K], each tensor contiguous, as Transformer Engine makes them."""
+        """Turn [S, B, H, K] into [S, B, H x K]; each tensor is made contiguous, as Transformer Engine does."""
         parts = (part.contiguous().flatten(1, 2)[None] for part in (query, key, value))
         length = query.shape[0]
         flash = torch.ops.aten._flash_attention_forward

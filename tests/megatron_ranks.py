@@ -1,6 +1,6 @@
 """Ranks of a simulated cluster: Megatron's own modules on the meta device, under a fake process group.
 
-Nothing is computed or allocated, so one core can stand for any rank of thousands.
+Nothing is computed or allocated, so one core can stand for any of thousands of ranks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nemo_upcycle.utils.attributes import temporarily_set
 from tests.models import PARALLEL
 
 
-#: Ways of building a rank besides Megatron's local spec: real Transformer Engine modules, without and with FP8.
+#: Ways to build a rank with real Transformer Engine modules, in BF16 and in FP8, besides Megatron's local spec.
 TRANSFORMER_ENGINE = ("bf16", "delayed", "tensorwise", "blockwise")
 
 
 def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
-    """Count the bytes of weights, gradients and optimizer states that Megatron-Core's wrapper gives a rank.
+    """Count the bytes of weights, gradients and optimizer states that Megatron-Core's wrapper allocates on a rank.
 
     Args:
-        chunks: the rank's, from `build_rank`; they become BF16.
-        gradients: what they are summed in: fp32 or bf16.
+        chunks: model chunks of the rank, from `build_rank`; they become BF16.
+        gradients: precision in which gradients are summed, fp32 or bf16.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -51,7 +51,7 @@ def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
 
 
 class GroupRanks(NamedTuple):
-    """A rank's number in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
+    """A rank's position in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
 
     tp: int
     cp: int
@@ -63,7 +63,7 @@ class GroupRanks(NamedTuple):
 
 
 def group_ranks(layout: Layout, rank: int) -> GroupRanks:
-    """Return the numbers of a rank in its groups, as Megatron orders them."""
+    """Return a rank's position in each of its groups, in Megatron's order."""
     tp, rest = rank % layout.tp, rank // layout.tp
     cp, rest = rest % layout.cp, rest // layout.cp
     dp, pp = rest % layout.dp, rest // layout.dp
@@ -73,12 +73,12 @@ def group_ranks(layout: Layout, rank: int) -> GroupRanks:
 
 
 def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:
-    """Build the chunks of the rank that this process stands for, each a `GPTModel` of Megatron on the meta device.
+    """Build the chunks of the rank that this process stands for, each a Megatron `GPTModel` on the meta device.
 
     Args:
-        arch: the model's shapes.
-        layout: the cluster's.
-        engine: one of `TRANSFORMER_ENGINE`; None for Megatron's own modules.
+        arch: shapes of the model.
+        layout: layout of the cluster.
+        engine: an entry of `TRANSFORMER_ENGINE`, or None for Megatron's own modules.
     """
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
@@ -92,13 +92,13 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
         meta = {"use_cpu_initialization": False, "init_model_with_meta_device": True}
         cut = {"sequence_parallel": layout.tp > 1, "context_parallel_size": layout.cp}
         config = replace(config, moe_grouped_gemm=grouped, **cut, **meta, **fp8)
-    # Megatron's routers make their biases on the current device, which only Transformer Engine's modules need.
+    # Megatron's routers create their biases on the current device. Only Transformer Engine's modules need a real one.
     current_device = (lambda: torch.device("meta")) if engine is None else torch.cuda.current_device
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
         block = decoder_layers(config, engine is not None, stage, **decoder_settings(arch))
-        # Tied embeddings stay where they are made: Megatron moves them to the GPU to make them equal on both stages.
+        # Keep tied embeddings on meta: Megatron would move them to the GPU, to make them equal on both stages.
         with (
             torch.device("meta"),
             temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
@@ -121,10 +121,10 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
 
 
 def transformer_config(arch: Architecture, layout: Layout) -> Any:
-    """Write Megatron's configuration of a model under a layout, for building it without initialising it."""
+    """Return Megatron's configuration of a model under a layout, for building it without initialising it."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    # The token dispatcher that asks for no CUDA stream.
+    # The all-gather dispatcher needs no CUDA stream.
     dispatcher = {"moe_token_dispatcher_type": "allgather"} if arch.num_experts else {}
     config = TransformerConfig(
         **megatron_fields(arch),
@@ -144,6 +144,6 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
         account_for_loss_in_pipeline_split=bool(layout.loss),
         sequence_parallel=layout.tp > 1,
     )
-    # They change no shape, and the local spec's norm and attention refuse them.
+    # These three settings change no shape, and the norm and attention of the local spec refuse them.
     config.sequence_parallel, config.context_parallel_size, config.layernorm_zero_centered_gamma = False, 1, False
     return config

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: serves models, and other files, as the hub's own client asks for them."""
+"""A stand-in for the Hugging Face hub: serves models and other files to the hub's own client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN = "hf_" + "a" * 34
 
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
-    """Serve the folders of a folder while the block runs; give what HF_ENDPOINT is set to."""
+    """Serve the subfolders of `root` while the block runs, and yield the URL to set as HF_ENDPOINT."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(ModelHub, root))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -28,13 +28,13 @@ def serving(root: Path) -> Iterator[str]:
 
 
 class ModelHub(BaseHTTPRequestHandler):
-    """Serves the folders of a folder, ORG/NAME, as the hub serves repositories."""
+    """Serves the folders ORG/NAME below a root folder, as the hub serves repositories."""
 
     def __init__(self, root: Path, *given: object) -> None:
         self.root = root
         super().__init__(*given)
 
-    #: What was asked for, and ends of the paths that get no answer.
+    #: Paths requested so far, and suffixes of paths that are not answered while they are listed.
     asked: ClassVar[list[str]] = []
     held: ClassVar[set[str]] = set()
 
@@ -67,7 +67,7 @@ class ModelHub(BaseHTTPRequestHandler):
         self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _is_refused(self) -> bool:
-        """Refuse a gated model to who has no token, or one without access."""
+        """Refuse a gated model if the token is missing (401) or has no access (403); return whether it was refused."""
         token = self.headers.get("Authorization")
         if "acme/gated" not in self.path or token == f"Bearer {TOKEN}":
             return False

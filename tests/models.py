@@ -1,4 +1,4 @@
-"""Small dense checkpoints with realistic activations, and the Megatron models that belong to them."""
+"""Small dense checkpoints with realistic activations, and the Megatron models for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: The `config.json` of Llama 3 8B, as far as it decides anything.
+#: The settings in Llama 3 8B's `config.json` that have an effect here.
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
@@ -37,7 +37,7 @@ LLAMA3_8B = {
     "rms_norm_eps": 1e-5,
 }
 
-#: Sizes of a layout -> Megatron's setting.
+#: Layout size -> Megatron's setting.
 PARALLEL = {
     "tp": "tensor_model_parallel_size",
     "cp": "context_parallel_size",
@@ -48,12 +48,12 @@ PARALLEL = {
 }
 
 
-#: That of Llama 3.1 8B.
+#: RoPE scaling of Llama 3.1 8B.
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}
 
 
-#: Kinds whose other configuration is that of a model that sees, too.
+#: Kinds whose `Config` class describes a multimodal model, so that `TextConfig` is needed for the text model.
 TEXT_CONFIGS = ("Gemma3", "Gemma4", "Qwen3_5")
 
 
@@ -62,15 +62,15 @@ def write_class(
 ) -> Path:
     """Write a random model of a class with Hugging Face's own writer: matrices of std 0.1, norms of 0.5 to 1.5.
 
-    Activations are then of order one.
+    With these weights, activations are of order one.
 
     Args:
         kind: name of the class, such as `Llama`.
-        folder: where it goes.
-        tied: whether the embedding is the output layer, too.
-        layers: their number.
-        shards: files that the weights are cut into.
-        changes: settings of its configuration, None for the class's default; `window`, None too, is `sliding_window`.
+        folder: folder to write.
+        tied: whether the output layer shares the embedding.
+        layers: number of layers.
+        shards: number of weight files.
+        changes: configuration settings; None means the class's default. `window` sets `sliding_window`, even to None.
     """
     import transformers
 
@@ -81,7 +81,7 @@ def write_class(
 
 
 def text_sizes(*, tied: bool = False, layers: int = 4, **changes: Any) -> dict[str, Any]:
-    """Return the settings of a small model's configuration, with changes as in `write_class`."""
+    """Return the configuration settings of a small model, with changes as in `write_class`."""
     sizes = {
         "vocab_size": 250,
         "hidden_size": 64,
@@ -102,7 +102,7 @@ def text_sizes(*, tied: bool = False, layers: int = 4, **changes: Any) -> dict[s
 
 
 def save_random(model: Any, folder: Path, shards: int = 1) -> Path:
-    """Give a model of transformers the numbers that `write_class` says, and save it in so many files."""
+    """Fill a transformers model with the random numbers described in `write_class`, and save it in `shards` files."""
     model = model.float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -110,7 +110,7 @@ def save_random(model: Any, folder: Path, shards: int = 1) -> Path:
         else:
             parameter.data.uniform_(0.5, 1.5)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # as large as a training makes them
+        if name.endswith("e_score_correction_bias"):  # as large as in trained models
             buffer.uniform_(7, 7.3)
         if name.endswith("layer_scalar"):
             buffer.uniform_(0.5, 1)
@@ -122,20 +122,20 @@ def save_random(model: Any, folder: Path, shards: int = 1) -> Path:
 write_llama = partial(write_class, "Llama")
 write_qwen2 = partial(write_class, "Qwen2", head_dim=None)
 write_qwen3 = partial(write_class, "Qwen3")
-#: Its attention sees `window` tokens.
+#: Mistral: attention sees `window` tokens.
 write_mistral = partial(write_class, "Mistral")
-#: Query, key and value are fused, and gate and up.
+#: Phi 3: query, key and value are fused, and so are gate and up.
 write_phi3 = partial(write_class, "Phi3", layers=2, head_dim=None, pad_token_id=0)
-#: Its norms stand after attention and network.
+#: OLMo 2: norms come after attention and after the network.
 write_olmo2 = partial(write_class, "Olmo2", layers=2, head_dim=None, pad_token_id=0)
-#: Every fourth layer has no positions.
+#: SmolLM3: every fourth layer has no positions.
 write_smollm3 = partial(write_class, "SmolLM3", tied=True, head_dim=None, pad_token_id=0)
-#: Attention sees a window but in every fourth layer.
+#: EXAONE 4: attention sees a window, except in every fourth layer.
 write_exaone4 = partial(write_class, "Exaone4", window=5, pad_token_id=0)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:
-    """Write a random Nemotron-H by the names of NVIDIA's checkpoints; weights of std 0.1 keep activations small."""
+    """Write a random Nemotron-H with NVIDIA's tensor names; weights of std 0.1 keep activations small."""
     from safetensors.torch import save_file
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
@@ -156,7 +156,7 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
 
 
 def as_transformers_5(folder: Path) -> Path:
-    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them."""
+    """Rewrite a folder saved by transformers 4 as 5.24 would save it: an environment has only one version."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
@@ -192,7 +192,7 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of all files of a Hugging Face folder: of its text model, if there are other parts."""
+    """Return all tensors of a Hugging Face folder, or only the text model's if the model is multimodal."""
     from safetensors.torch import load_file
 
     wrapper = wrapper_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -201,7 +201,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def require_same_weights(folder: Path, *others: Path) -> None:
-    """Check that Hugging Face folders hold the same tensors, bit by bit, in whichever files."""
+    """Check that Hugging Face folders hold bit-identical tensors, in whichever files."""
     wanted = weights_of(folder)
     for other in others:
         found = weights_of(other)
@@ -212,7 +212,7 @@ def require_same_weights(folder: Path, *others: Path) -> None:
 
 @torch.no_grad()
 def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor, *, strict: bool = False) -> torch.Tensor:
-    """Return a folder's logits in float32, [B, S, V]; `strict`: check that no tensor is missing and none too many."""
+    """Return a folder's logits in float32, [B, S, V]; `strict` checks that no tensor is missing or unexpected."""
     from nemo_upcycle.models.hf_model import errors_only, load_model
 
     with errors_only():
@@ -222,7 +222,7 @@ def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor, *, strict: bool =
 
 
 class MemorySource(DenseSource):
-    """A random dense checkpoint in memory, also one that no Hugging Face class holds; activations of order one."""
+    """A random dense checkpoint in memory, even for shapes of no Hugging Face class; activations are of order one."""
 
     bytes_read = 0
 
@@ -256,7 +256,7 @@ class MemorySource(DenseSource):
 
 
 def small_architecture(**changes: Any) -> Architecture:
-    """Return the shapes of a model that computes in milliseconds."""
+    """Return the shapes of a model that runs in milliseconds."""
     sizes: dict[str, Any] = {
         "hf_class": "LlamaForCausalLM",
         "num_layers": 2,
@@ -272,7 +272,7 @@ def small_architecture(**changes: Any) -> Architecture:
 
 
 def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
-    """Return what `build_chunks` needs for the model that a spec makes."""
+    """Return the arguments with which `build_chunks` builds the model that a spec describes."""
     fields = router_fields(spec) if arch.num_experts else moe_fields(spec, arch.ffn_size, arch.num_layers)
     fields["num_experts"], fields["top_k"] = fields.pop("num_moe_experts"), fields.pop("moe_router_topk")
     fields["moe_router_dtype"] = "fp32" if spec.needs_float32_routing else None
@@ -291,12 +291,12 @@ def build_chunks(
     """Initialise Megatron's groups for `layout` (tp, cp, pp, vp, ep, etp) and build this rank's chunks.
 
     Args:
-        dense: the parent's folder, or its shapes.
-        num_experts: None for a dense model.
-        top_k: of the router.
-        layout: sizes that are not 1. Context parallelism changes the groups only: the local attention refuses it.
-        model: arguments of Megatron's `GPTModel` beside its configuration.
-        changes: of the Megatron configuration; `moe_settings` gives those of a spec.
+        dense: folder of the parent, or its shapes.
+        num_experts: number of experts, None for a dense model.
+        top_k: experts per token.
+        layout: sizes other than 1. Context parallelism changes only the groups: the local attention refuses it.
+        model: arguments of Megatron's `GPTModel` besides its configuration.
+        changes: changed settings of the Megatron configuration; `moe_settings` returns the settings for a spec.
     """
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
@@ -353,7 +353,7 @@ def build_chunks(
                 **({"position_embedding_type": "rope"} | rotary | (model or {})),
             )
         )
-    if arch.rope_scaling:  # after building, which is when NeMo does it
+    if arch.rope_scaling:  # after building, as NeMo does
         for chunk in chunks:
             turn_as(chunk, arch)
     return chunks

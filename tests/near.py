@@ -1,4 +1,4 @@
-"""Texts that are nearly those of others: what is planted in the tests of near duplicates, and in their benchmark."""
+"""Changes that turn texts into near duplicates, for the tests of near duplicates and their benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def change_words(text: str, chance: random.Random, one_in: int = 0) -> str:
-    """Put another word in the place of one word, or of one in so many."""
+    """Replace one word, or one word in every `one_in`, by another word."""
     words = re.split(r"(\s+)", text)
     places = [place for place, word in enumerate(words) if word.strip()]
     for place in chance.sample(places, max(1, len(places) // one_in) if one_in else 1):
@@ -18,13 +18,13 @@ def change_words(text: str, chance: random.Random, one_in: int = 0) -> str:
 
 
 def add_sentence(text: str, chance: random.Random) -> str:
-    """Add a sentence in front or behind."""
+    """Add a sentence before or after the text."""
     added = "This sentence was added by hand, and stands nowhere else."
     return f"{added} {text}" if chance.random() < 0.5 else f"{text} {added}"
 
 
 def shuffle_paragraphs(text: str, chance: random.Random) -> str:
-    """Put the paragraphs into another order."""
+    """Reorder the paragraphs."""
     paragraphs = text.strip().split("\n\n")
     if len(paragraphs) < 2:
         return text
@@ -33,7 +33,7 @@ def shuffle_paragraphs(text: str, chance: random.Random) -> str:
 
 
 Change = Callable[[str, random.Random], str]
-#: What deduplication removes in any case, and what `near_duplicates` is for.
+#: Changes that exact deduplication ignores anyway; `NEAR` has the changes for which `near_duplicates` exists.
 EQUAL: dict[str, Change] = {
     "line ends of Windows": lambda text, _: text.replace("\n", "\r\n"),
     "letters and accents apart (NFD)": lambda text, _: unicodedata.normalize("NFD", text),

@@ -1,4 +1,4 @@
-"""Run a command where there is no network, only a loopback of its own: `python -m tests.no_network COMMAND ...`."""
+"""Run a command without a network, except its own loopback: `python -m tests.no_network COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 @cache
 def can_leave() -> bool:
-    """Return whether this kernel lets a process of this user leave the network."""
+    """Return whether the kernel lets this user's processes leave the network."""
     return subprocess.run([sys.executable, "-m", "tests.no_network", "true"], check=False).returncode == 0
 
 
 def leave() -> None:
-    """Leave the network, in a namespace of this process.
+    """Leave the network: put this process into its own namespace.
 
     Raises:
-        OSError: the kernel does not allow it.
+        OSError: The kernel does not allow it.
     """
     user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):

@@ -1,4 +1,4 @@
-"""Copy the package as it is installed, but leave out the modules that only NeMo needs."""
+"""Copies the package as it is installed, without the modules that only NeMo needs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def copy_without_nemo(folder: Path) -> Path:
-    """Copy the package without NeMo's folders and data modules; return the folder to put on Python's path.
+    """Copy the package without NeMo's folders and data modules, and return the folder to put on Python's path.
 
-    The data modules stand in `data/`, because the runs and checkpoints of earlier releases name them there.
+    The data modules are in `data/` because runs and checkpoints of earlier releases refer to them there.
     """
     tree = folder / "tree"
     shutil.copytree(ROOT / "nemo_upcycle", tree / "nemo_upcycle", ignore=shutil.ignore_patterns("__pycache__"))

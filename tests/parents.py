@@ -1,4 +1,4 @@
-"""Random checkpoints of further families, as `tests.models` writes a Llama."""
+"""Random checkpoints of further families, in the style of `tests.models`, which writes a Llama."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ from nemo_upcycle.models.mapping import mapping_of_hf
 from tests.models import save_random, text_sizes, write_class, write_qwen2
 
 
-#: Positions that a model was stretched to, four times as many as it was trained with, for texts of 32 tokens.
+#: YaRN from 16 trained positions to 64 (factor 4), so that texts of 32 tokens are longer than the training length.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-#: Attention sees a window but in every fourth layer.
+#: OLMo 3: attention sees a window, except in every fourth layer.
 write_olmo3 = partial(write_class, "Olmo3", window=5, head_dim=None, pad_token_id=0)
-#: Factors of a Granite, none of which is its class's default.
+#: Multipliers of a Granite; none is the default of its class.
 GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.22}
 GRANITE |= {"logits_scaling": 6.0}
 
 
 write_granite = partial(write_class, "Granite", layers=2, head_dim=None, pad_token_id=0, **GRANITE)
-#: Multiplies its embedding, and its norms are around one.
+#: Gemma: multiplies its embedding, and its norms are centred on one.
 write_gemma = partial(write_class, "Gemma", tied=True, layers=2)
-#: Layers but every sixth see a window and have another rotary base.
+#: Gemma 3: all layers except every sixth see a window and have another rotary base.
 write_gemma3 = partial(write_class, "Gemma3", window=5, tied=True, layers=6, query_pre_attn_scalar=24)
-#: Layers without a window have heads of their own; without the embeddings of each layer that E2B has.
+#: Gemma 4: layers without a window have their own head sizes. The per-layer embeddings of E2B are omitted.
 GEMMA4 = {"window": 5, "rope_theta": None, "global_head_dim": 32, "num_global_key_value_heads": 1, "pad_token_id": 0}
 GEMMA4 |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0}
 write_gemma4 = partial(write_class, "Gemma4", **{"tied": True, "layers": 6} | GEMMA4)
 _GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 _GROWING |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "max_position_embeddings": 256}
-#: Scores begin to grow at position 64: transformers 5 alone has the class.
+#: Attention scores grow from position 64 on. Only transformers 5 has the class.
 MINISTRAL3: dict[str, Any] = {"rope_parameters": _GROWING, "rope_theta": None, "max_position_embeddings": 256}
 write_ministral3 = partial(write_class, "Ministral3", layers=2, pad_token_id=0, **MINISTRAL3)
 
 
-#: Biases of query, key and value alone.
+#: Seed-OSS: only query, key and value have biases.
 write_seed_oss = partial(write_class, "SeedOss", pad_token_id=0)
-#: Granite's multipliers, but that logits are multiplied, and norms on both sides: transformers 5 alone has the class.
+#: Granite's multipliers, except that logits are multiplied; norms on both sides. Only transformers 5 has the class.
 CLOVA = GRANITE | {"logits_scaling": 0.15}
 write_hyperclovax = partial(write_class, "HyperCLOVAX", layers=2, head_dim=None, pad_token_id=0, **CLOVA)
-#: Networks without a gate.
+#: Arcee: networks without a gate.
 write_arcee = partial(write_class, "Arcee", layers=2, bos_token_id=1, eos_token_id=2)
-#: Attention sees a window but in every fourth layer, the first one included: transformers 5 alone has the class.
+#: CWM: attention sees a window, except in every fourth layer from the first on. Only transformers 5 has the class.
 write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
 
 
-#: Gated delta nets but in every fourth layer, which has a gate of attention: transformers 5 alone has the class.
+#: Qwen 3.5: gated delta nets, and gated attention in every fourth layer. Only transformers 5 has the class.
 _NETS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 32, "rope_theta": None}
 _NETS |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-#: Positions of a text are the same on all axes of a picture.
+#: In a text, positions are the same on all axes of a picture.
 _NETS_ROPE = {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 QWEN35: dict[str, Any] = _NETS | {"rope_parameters": _NETS_ROPE, "pad_token_id": 0}
 write_qwen35 = partial(write_class, "Qwen3_5", **QWEN35)
 
 
 def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Path:
-    """Write a random Llama as one of a class that transformers computes as it: under its names, as it is published.
+    """Write a random Llama under the class and tensor names of a family that computes like Llama.
 
-    Transformers that know its configuration write it as they do.
+    If transformers has the family's configuration class, transformers writes the model itself.
     """
     if hasattr(transformers, f"{kind}Config"):
         return write_class(kind, folder, layers=layers, pad_token_id=0, **changes)
@@ -92,7 +92,7 @@ write_internlm3, write_iquest_coder, write_exaone3 = (
 
 
 def write_mimo(folder: Path, *, predicts: bool = True, **changes: Any) -> Path:
-    """Write a random MiMo: a Qwen2 with a layer of multi-token prediction behind it, if it predicts further tokens."""
+    """Write a random MiMo: a Qwen2, followed by a layer of multi-token prediction if `predicts` is set."""
     write_qwen2(folder, **changes)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
@@ -106,22 +106,22 @@ def write_mimo(folder: Path, *, predicts: bool = True, **changes: Any) -> Path:
 
 
 def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **changes: Any) -> Path:
-    """Write a random Granite 4 without experts and Mamba layers."""
+    """Write a random Granite 4 without experts or Mamba layers."""
     changes = {"intermediate_size": 96} | GRANITE | changes
     changes |= {"shared_intermediate_size": changes.pop("intermediate_size"), "intermediate_size": 32}
     changes |= {"head_dim": None, "pad_token_id": 0, "num_local_experts": 0, "mamba_n_heads": 1}
     changes |= {
         "num_experts_per_tok": 0
-    }  # as granite-4.0-micro has it: llama.cpp takes others for models with experts
+    }  # as in granite-4.0-micro: llama.cpp takes any other value for a model with experts
     changes |= {"position_embedding_type": "rope", "layer_types": ["attention"] * layers}
     write_class("GraniteMoeHybrid", folder, tied=tied, layers=layers, **changes)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("time_step_limit", None)  # of Mamba layers: transformers 5 writes one that it does not read again
+    config.pop("time_step_limit", None)  # for Mamba layers: transformers 5 writes a value that it cannot read back
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-#: Class of models with experts -> settings that are not those of all, or not its defaults.
+#: Class of an MoE model -> settings that other classes do not have, or that differ from its defaults.
 _OF_MOE: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"moe_intermediate_size": 48, "norm_topk_prob": True},
     "Qwen2Moe": {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "head_dim": None},
@@ -136,7 +136,7 @@ _OF_MOE: dict[str, dict[str, Any]] = {
 
 
 def write_moe(folder: Path, kind: str, *, layers: int = 2, **changes: Any) -> Path:
-    """Write a random parent of 4 experts, 2 for a token."""
+    """Write a random MoE parent with 4 experts, 2 per token."""
     count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
     sizes = {count: 4, "num_experts_per_tok": 2} | _OF_MOE.get(kind, {})
     return write_class(kind, folder, layers=layers, **sizes | changes)
@@ -152,7 +152,7 @@ _SEES |= {"image_size": 28, "patch_size": 14}
 _OF_QWEN = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
 _OF_QWEN |= {"patch_size": 14, "fullatt_block_indexes": [1]}
 _AXES = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-#: Class around a text model -> class of that, settings of what sees, those of the text model, and of the whole.
+#: Multimodal class -> class of its text model, vision settings, text settings, settings of the whole model.
 WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Mistral3": ("Mistral", _SEES | {"head_dim": 16, "image_size": 56}, {"window": None}, {"image_token_index": 249}),
     "Llava": ("Llama", _SEES | {"projection_dim": 32}, {}, {"image_seq_length": 4, "image_token_index": 249}),
@@ -196,15 +196,15 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 def write_wrapped(
     folder: Path, kind: str, *, text: str = "", tied: bool = False, layers: int = 2, **changes: Any
 ) -> Path:
-    """Write a random text model with a vision tower and a projector, as transformers writes such a class.
+    """Write a random text model with a vision tower and a projector, in transformers' form for such a class.
 
     Args:
-        folder: where it goes.
+        folder: folder to write.
         kind: a key of `WRAPPED`.
-        text: class of the text model, if not that of `WRAPPED`.
+        text: class of the text model, if it differs from `WRAPPED`.
         tied: see `write_class`.
-        layers: those of the text model.
-        changes: its settings.
+        layers: number of text layers.
+        changes: settings of the text model.
     """
     import transformers
 

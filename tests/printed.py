@@ -1,4 +1,4 @@
-"""Find every command that the product prints: in pages, in texts of its sources, in comments of its settings."""
+"""Find every command that the product prints: in pages, in strings of its sources, in comments of its settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 
 ROOT = Path(__file__).parents[1]
-#: What stands for a value that a program puts in, and a value of a kind that most options take.
+#: Mark for a value that a program inserts, and a value that most options accept.
 FIELD, VALUE = "\N{REPLACEMENT CHARACTER}", "8"
 _START = r"(?:[A-Z_]+=\S* )*(?:nemo|nemo-upcycle|torchrun|make|python -m (?:nemo_upcycle|benchmarks|tests)\S*)(?: |$)"
 _COMMAND = re.compile(_START)
-#: Texts of sources that begin like a command.
+#: Strings in sources that begin like a command but are prose.
 _PROSE = re.compile(r"make (?!-C|[a-z-]+(?: [A-Z]+=\S*)*$)|nemo-upcycle (calibration|[^ ]+ with) ")
 
 
@@ -28,7 +28,7 @@ class Printed(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The words of its first command, placeholders filled in; without variables, and what goes on in a text."""
+        """The words of its first command, with placeholders filled in and without environment variables."""
         words = [word for word in shlex.split(self.line, comments=True) if word != "..."]
         end = next((number for number, word in enumerate(words) if word in ("&&", "|", ">", "#")), None)
         words = [word.replace(FIELD, VALUE) for word in words[:end]]
@@ -38,13 +38,13 @@ class Printed(NamedTuple):
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """List the files of the repository that match patterns."""
+    """List the files in the repository that match patterns."""
     names = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [ROOT / name for name in names.splitlines()]
 
 
 def printed() -> list[Printed]:
-    """List all commands, each once a file."""
+    """List all commands, each once per file."""
     found = []
     for path in tracked("*.md", ":!CHANGELOG.md", ":!benchmarks/results/answers*"):
         found += [Printed(str(path.relative_to(ROOT)), line) for line in _of_page(path.read_text(encoding="utf-8"))]
@@ -57,7 +57,7 @@ def printed() -> list[Printed]:
 
 
 def loose() -> list[Printed]:
-    """List the messages that print a command with arguments outside backticks, where nobody sees its end."""
+    """List the messages that print a command with arguments outside backticks, so that readers cannot see its end."""
     found = []
     pattern = re.compile(rf"(?:nemo-upcycle|nemo upcycle|nemo llm) [a-z]+ (?:{FIELD}|--|[A-Z]{{2,}}\b|[a-z_.]+=)")
     for path in tracked("nemo_upcycle/*.py"):
@@ -76,7 +76,7 @@ def _of_page(text: str) -> Iterator[str]:
 
 
 def _examples(text: str) -> str:
-    """Return the indented lines of a text, or a text that is one command."""
+    """Return the indented lines of a text, or the whole text if it is a single command."""
     indented = "\n".join(line for line in text.splitlines() if line[:1] in (" ", "$"))
     return text if "\n" not in text and " --" in text else indented
 
@@ -89,7 +89,7 @@ def _inline(text: str) -> Iterator[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Yield the commands that lines hold, as examples do; what explains one follows after blanks."""
+    """Yield the commands in lines of examples, without the explanation that follows after several blanks."""
     for line in text.replace("\\\n", " ").splitlines():
         command = re.sub(r"^\s*(?:\$ |docker run .* nemo-upcycle:\w+ )?", "", line)
         command = re.split(r"\s{2,}#|\s{4,}|\s+\(`", command.strip())[0]
@@ -99,7 +99,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _texts(source: str) -> Iterator[str]:
-    """Yield the texts of a module, with a mark for each value that is put in."""
+    """Yield the strings of a module, with a mark for each inserted value."""
     inside = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""Waits that end with what they wait for. No test asserts how long anything takes; `benchmarks/` measures that."""
+"""Waits that end as soon as a condition holds. No test asserts a duration; `benchmarks/` measures durations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 
 T = TypeVar("T")
-#: A limit against hanging alone, for waits and processes: far above what a slow and busy machine needs.
+#: Limit (s) that only stops hanging waits and processes: far above the time that a slow, busy machine needs.
 HANG_S = 900.0
 
 
@@ -20,13 +20,13 @@ def wait_until(
     *,
     poll_s: float = 0.05,
 ) -> T:
-    """Wait until something is there, and return it.
+    """Wait until a condition holds, and return its value.
 
     Args:
-        found: what is looked for; done when it is true.
-        process: what makes it, which must not end before.
-        said: what to show where it ended, or hangs.
-        poll_s: how often is looked.
+        found: condition to poll; the first true value ends the wait.
+        process: process that must not end before the condition holds.
+        said: text to show if the process ends or the wait hangs.
+        poll_s: polling interval (s).
     """
     deadline_s = time.monotonic() + HANG_S
     while not (value := found()):

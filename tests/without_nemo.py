@@ -1,7 +1,7 @@
-"""`--without-nemo`: NeMo, NeMo-Run and Lightning are as if they were not installed.
+"""`--without-nemo`: run tests as if NeMo, NeMo-Run and Lightning were not installed.
 
-A test file that imports one of them as it is imported is skipped, and so is a test that comes to import one later, in
-a function, a fixture or on ranks.
+A test file that imports one of them at module level is skipped. So is a test that imports one later, in a function, a
+fixture or on ranks.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NEMO = ("nemo", "nemo_run", "lightning")
 
 
 def hide_nemo() -> None:
-    """Let every import of NeMo in this process fail, and `find_spec` find nothing."""
+    """Make every import of NeMo in this process fail, and make `find_spec` find nothing."""
     sys.modules.update(dict.fromkeys(NEMO))  # type: ignore[arg-type]
 
 
 class WithoutNeMo:
-    """The hooks of pytest."""
+    """The pytest hooks that skip tests which need NeMo."""
 
     def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Module:
         return _Module.from_parent(parent, path=module_path)

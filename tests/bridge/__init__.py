@@ -1,1 +1,1 @@
-"""Tests in the environments of `make test-in`, `ENV=bridge` and `ENV=bridge-next`: Megatron-Bridge, transformers 5."""
+"""Tests for the environments `ENV=bridge` and `ENV=bridge-next` of `make test-in`: Megatron-Bridge, transformers 5."""

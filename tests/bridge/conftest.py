@@ -1,4 +1,4 @@
-"""What several files need of one process."""
+"""Fixtures that several files share in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.functional.tiny import write_finished_inputs
 from tests.models import write_llama
 
 
-#: `make test-in ENV=bridge` has an environment with it.
+#: `make test-in ENV=bridge` makes an environment that has it.
 collect_ignore_glob = [] if find_spec("megatron.bridge") else ["test_*.py"]
 
 
@@ -24,5 +24,5 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a parent, its tokenised texts and a suite."""
+    """A folder with a parent, its tokenised texts and a suite."""
     return write_finished_inputs(tmp_path_factory.mktemp("inputs"))

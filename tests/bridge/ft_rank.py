@@ -1,4 +1,4 @@
-"""A rank of a training stage under `ft_launcher`; it may hang once, after its third step."""
+"""A rank of a training stage under `ft_launcher` that can hang once, after its third step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def hang_after_third_step(run_dir: Path, once: Path) -> None:
-    """Stop this process for good when a step is written, unless it has been done before."""
+    """Stop this process (SIGSTOP) when the third step is written, and create `once`, so that it happens only once."""
     metrics = run_dir / "pretrain/metrics.jsonl"
     while True:
         lines = metrics.read_text().splitlines() if metrics.is_file() else []

@@ -1,4 +1,4 @@
-"""Recipes of a user's own, of a model that trains at many steps a second: named `tests.bridge.recipes:tiny`."""
+"""Recipes like a user's own, for a model that trains many steps per second; named `tests.bridge.recipes:tiny`."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ SEQUENCE, BATCH = 64, 4
 
 
 def tiny(dense: str) -> Any:
-    """An upcycled model on two ranks, with expert parallelism."""
+    """Return an upcycled model on two ranks, with expert parallelism."""
     return _tiny(dense, UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
 
 
 def tiny_hybrid(dense: str) -> Any:
-    """The same as a HybridModel."""
+    """Return the model of `tiny` as a HybridModel."""
     spec = UpcycleSpec(num_experts=4, top_k=2)
     return _tiny(dense, spec, expert_model_parallel_size=2, hybrid_layer_pattern="*E*E*E*E")
 
 
 def tiny_dense_ct(dense: str) -> Any:
-    """Its dense baseline, in two pipeline stages: the first rank has no loss of its own."""
+    """Return the dense baseline of `tiny` in two pipeline stages, so that the first rank computes no loss."""
     return _tiny(dense, None, pipeline_model_parallel_size=2)
 
 
 def tiny_grown(dense: str) -> Any:
-    """Twice the experts of a parent that has four, two for a token, on two ranks."""
+    """Return a parent with four experts, two per token, grown to eight on two ranks."""
     return _tiny(dense, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
 
 
 def moe(dense: str) -> Any:
-    """An upcycled model on one rank: `tests.contract.trainers` sets all else."""
+    """Return an upcycled model on one rank; `tests.contract.trainers` sets everything else."""
     return _tiny(dense, UpcycleSpec(num_experts=8, top_k=2))
 
 
 def dense_ct(dense: str) -> Any:
-    """Its dense baseline."""
+    """Return the dense baseline of `moe`."""
     return _tiny(dense, None)
 
 
 @on_gpus(1, tunes=True)
 def moe_sft(dense: str) -> Any:
-    """A tuning of the upcycled model on conversations."""
+    """Return a fine-tuning of the upcycled model on conversations."""
     return _tuned(moe(dense))
 
 
 @on_gpus(1, tunes=True)
 def dense_sft(dense: str) -> Any:
-    """That of the dense model."""
+    """Return a fine-tuning of the dense model on conversations."""
     return _tuned(dense_ct(dense))
 
 
 def tiny_builder(dense: str) -> Any:
-    """The same in the form of Bridge's builders."""
+    """Return the run of `tiny` in the form of Bridge's builders."""
     from megatron.bridge.recipes.common import _pretrain_common
 
     from nemo_upcycle.bridge import upcycled
@@ -73,7 +73,7 @@ def tiny_builder(dense: str) -> Any:
 
 
 def in_own_words(dense: Path, spec: UpcycleSpec | None, *branches: Path) -> Any:
-    """A run whose parent is written in, made of Bridge's own configuration; it names no tokenizer."""
+    """Return a run of Bridge's own configuration that has its parent set, but no tokenizer."""
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
     from nemo_upcycle.bridge import with_parent, with_upcycling
@@ -86,7 +86,7 @@ def in_own_words(dense: Path, spec: UpcycleSpec | None, *branches: Path) -> Any:
 
 
 def random() -> Any:
-    """A run that starts from random weights."""
+    """Return a run that starts from random weights."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.recipes.common import _pretrain_common
 

@@ -1,4 +1,4 @@
-"""Runs of Megatron-Bridge on this machine's processor: its own `pretrain`, from configuration to checkpoint."""
+"""Runs of Megatron-Bridge on this machine's CPU: its own `pretrain`, from configuration to checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models import PARALLEL
 
 
 SEQUENCE, VOCABULARY = 32, 256
-#: Fields of the spec of most runs.
+#: Spec fields of most runs.
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
@@ -38,20 +38,20 @@ def run_config(
     optimizer: dict[str, Any] | None = None,
     **layout: int,
 ) -> Any:
-    """Return a run of Bridge's that learns nothing, unless it is told to: its checkpoints are those of step 0.
+    """Return a Bridge run with a learning rate of zero by default, so that its checkpoints hold the weights of step 0.
 
     Args:
-        dense: the dense checkpoint.
-        folder: for the checkpoints.
-        spec: of the model.
-        style: `provider`, or `builder` for the configuration that is to replace it.
-        steps: to train.
-        vocab_size: of the model; rows that the parent does not have only pad.
-        pattern: the layers of a HybridModel; None: a GPTModel.
-        lr: the learning rate.
+        dense: dense checkpoint.
+        folder: folder for the checkpoints.
+        spec: spec of the model, None for the dense model.
+        style: `provider`, or `builder` for the configuration class that will replace providers.
+        steps: steps to train.
+        vocab_size: vocabulary of the model; rows beyond the parent's are padding.
+        pattern: layers of a HybridModel, or None for a GPTModel.
+        lr: learning rate.
         model: further settings of the model.
-        optimizer: of the optimizer; whether it is distributed is DDP's setting, too.
-        layout: sizes that are not 1.
+        optimizer: settings of the optimizer. Whether it is distributed is also set for DDP.
+        layout: layout sizes other than 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
 
@@ -91,7 +91,7 @@ def run_config(
 
 
 def as_builder(model: Any) -> Any:
-    """Return a provider's model in the form of a builder, as Bridge's main branch has its recipes."""
+    """Return a provider's model in the form of a builder, which Bridge's main branch uses in its recipes."""
     from dataclasses import fields
 
     from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
@@ -108,7 +108,7 @@ def as_builder(model: Any) -> Any:
 
 
 def bridges_pretrain() -> Callable[..., None]:
-    """Return Bridge's `pretrain`, for this rank's processor, of a configuration and callbacks."""
+    """Return Bridge's `pretrain` for this rank's CPU; it takes a configuration and callbacks."""
     use_cpu_backend()
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
@@ -129,18 +129,18 @@ def train(
     live: Path | None = None,
     **options: Any,
 ) -> None:
-    """Train on this rank, upcycled on start.
+    """Train on this rank, and upcycle on start.
 
     Args:
-        dense: the dense checkpoint.
-        folder: for the checkpoints.
-        fields: fields of the spec; None for the dense model.
-        load: another name of the folder, to go on from.
+        dense: dense checkpoint.
+        folder: folder for the checkpoints.
+        fields: fields of the spec, None for the dense model.
+        load: another name of the folder, from which to resume.
         async_save: whether checkpoints are written in the background.
-        save_later: another folder, set when all is configured, as from a command line.
-        starts: how often, each for a step more; before the second, the dense weights are deleted.
-        hf_source: a folder of the upcycled model's class: every checkpoint gets one like it.
-        live: with it, where the trained model is exported to at the end.
+        save_later: another folder, set after everything is configured, as a command line would set it.
+        starts: number of starts, each with one more step. Before the second, the dense weights are deleted.
+        hf_source: folder of the upcycled model's class; with it, every checkpoint also gets a Hugging Face folder.
+        live: with `hf_source`, folder to which the trained model is exported at the end.
         options: arguments of `run_config`.
     """
     pretrain = bridges_pretrain()
@@ -163,7 +163,7 @@ def train(
 def train_on_ranks(
     ranks: int, dense: Path, folder: Path, fields: dict[str, Any] | None = None, **options: Any
 ) -> None:
-    """Train as `train` does, on so many ranks."""
+    """Train as `train` does, on several ranks."""
     run_ranks(_train, ranks, dense, folder, fields, options, process_group=False)
 
 
@@ -172,7 +172,7 @@ def _train(dense: Path, folder: Path, fields: dict[str, Any] | None, options: di
 
 
 def export(dense: Path, run: Path, output: Path) -> Path:
-    """Export a run's last checkpoint by the command, in float32; return the folder."""
+    """Export a run's last checkpoint with the command, in float32; return the folder."""
     from nemo_upcycle.cli.main import main
 
     assert main(["export", str(run), str(output), "--dense", str(dense), "--dtype", "float32"]) == 0
@@ -187,13 +187,13 @@ def offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
 
 
 def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **options: Any) -> bool:
-    """Train on the ranks of a layout, and tell whether what is exported has the bits of an offline conversion.
+    """Train on the ranks of a layout, and return whether the export is bit-identical to an offline conversion.
 
     Args:
-        dense: the dense checkpoint.
-        run: the folder of the checkpoints.
-        fields: fields of the spec; None for the dense model, which has the bits of its checkpoint.
-        options: arguments of `train`; `parent` is what the run starts from, if not from `dense`.
+        dense: dense checkpoint.
+        run: folder for the checkpoints.
+        fields: fields of the spec. None for the dense model, whose export must be bit-identical to its checkpoint.
+        options: arguments of `train`; `parent` is the folder to start from, if it is not `dense`.
     """
     ranks = max(options.get("tp", 1) * options.get("pp", 1), options.get("ep", 1))
     train_on_ranks(ranks, options.pop("parent", dense), run, fields, **options)
@@ -203,7 +203,7 @@ def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **o
 
 
 def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
-    """Check that two steps and two more have the bits of four, and that two alone do not; return the model."""
+    """Check that 2 + 2 steps are bit-identical to 4 steps, and that 2 steps alone are not; return the model."""
     train_on_ranks(2, dense, folder / "whole", SPEC, steps=4, **options)
     for steps in (2, 4):
         train_on_ranks(2, dense, folder / "twice", SPEC, steps=steps, **options)
@@ -214,7 +214,7 @@ def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Name the tensors that are not the same bits in two folders, or in one of them alone."""
+    """Return the names of tensors that differ between two folders, or that only one of them has."""
     with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
         both = set(one.names()) & set(other.names())
         changed = {name for name in both if not torch.equal(one.read(name), other.read(name))}
@@ -222,7 +222,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def hooked(dense: Path, folder: Path | str, fields: dict[str, Any] | None, **options: Any) -> Any:
-    """Return a run's configuration that starts from a dense checkpoint."""
+    """Return the configuration of a run that starts from a dense checkpoint."""
     from nemo_upcycle.bridge import with_parent, with_upcycling
 
     config = run_config(dense, folder, None if fields is None else UpcycleSpec(**fields), **options)
@@ -230,13 +230,13 @@ def hooked(dense: Path, folder: Path | str, fields: dict[str, Any] | None, **opt
 
 
 def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str, Any], **options: Any) -> str:
-    """Change some settings of a run, and catch what refuses it before it starts.
+    """Change settings of a run, and return the message that refuses the run before its start.
 
     Args:
-        dense: the dense checkpoint.
-        folder: for the checkpoints.
-        fields: settings of the spec.
-        changes: part and field -> value.
+        dense: dense checkpoint.
+        folder: folder for the checkpoints.
+        fields: fields of the spec.
+        changes: PART.FIELD of the configuration -> value.
         options: arguments of `run_config`.
     """
     from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
@@ -255,23 +255,23 @@ def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str
 
 
 def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> Any:
-    """Build and fill a model on this rank, as a start does.
+    """Build and fill a model on this rank, as the start of a run does.
 
     Args:
-        parent: the dense checkpoint.
-        folder: for the receipt.
-        fields: fields of the spec; None for the dense model.
+        parent: dense checkpoint.
+        folder: folder for the receipt.
+        fields: fields of the spec, None for the dense model.
         options: arguments of `run_config`.
 
     Returns:
-        The chunk, and the provider that it was made by.
+        The chunk, and the provider that built it.
     """
     use_cpu_backend()
     from nemo_upcycle.trainers.bridge.upcycling import prepare
 
     config = hooked(parent, folder, fields, **options)
     prepare(config)
-    config._checkpoint_load_required = False  # as Bridge's pretrain sets it
+    config._checkpoint_load_required = False  # set by Bridge's pretrain otherwise
     config.model.finalize()
     config.model.initialize_model_parallel(seed=1)
     (chunk,) = config.model.provide_distributed_model(wrap_with_ddp=False)
@@ -279,11 +279,11 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
 
 
 def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Fill a dense model by the hook, and one by Bridge's own loader; return the parameters that differ.
+    """Fill one dense model by the hook and one by Bridge's own loader; return the parameters that differ.
 
     Args:
-        parent: the dense checkpoint.
-        folder: for the receipt.
+        parent: dense checkpoint.
+        folder: folder for the receipt.
         options: arguments of `run_config`.
     """
     ours, _ = fill(parent, folder, None, **options)

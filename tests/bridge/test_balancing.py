@@ -1,4 +1,4 @@
-"""Experts that are balanced in Bridge, by the loss of the global batch and by quantiles of their logits."""
+"""Load balancing in Bridge: by an auxiliary loss over the global batch, and by quantiles of the router logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUANTILES = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_lo
 
 
 def _train(dense: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Train on this rank; return weights and biases before the first step and after each."""
+    """Train on this rank; return the weights and biases before the first step and after every step."""
     pretrain = bridges_pretrain()
     from megatron.bridge.training.callbacks import Callback, CallbackContext
 
@@ -66,7 +66,7 @@ def test_the_receipt_says_how_the_global_loss_acts(dense: Path, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Four steps with biases by quantiles, on two ranks."""
+    """Four steps on two ranks with quantile balancing: the run's folder, and the values seen by each rank."""
     folder = tmp_path_factory.mktemp("quantiles") / "run"
     return folder, _trained(dense, folder, steps=4, model=QUANTILES)
 

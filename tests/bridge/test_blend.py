@@ -1,4 +1,4 @@
-"""Finished data folders in Megatron-Bridge: epoch by epoch, in NeMo's order, however long the run is."""
+"""Megatron-Bridge reads finished data folders epoch by epoch, in NeMo's order, however long the run is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_order_is_that_of_nemo(tmp_path: Path) -> None:
 
 
 def _read(folder: Path, steps: int) -> list[str]:
-    """Read what training reads on this rank."""
+    """Return the token hashes of all samples that training reads on this rank."""
     from megatron.bridge.data.base import DatasetBuildContext
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer

@@ -1,4 +1,4 @@
-"""What Bridge's side alone has of the chain: a HybridModel, any layout at step 0, ends by faults."""
+"""Chain tests that only Bridge needs: HybridModels, any layout at step 0, trainings that end with an error."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def _build_for_step_0(parent: Path, settings: dict[str, object]) -> int:
         return len(paged.model.decoder.layers)
 
 
-#: Stages before the training, which then gets a process of its own.
+#: Stages before the training, which then runs in its own process.
 BEFORE = ("import", "data", "upcycle")
 ALONE = ("train.exit_signal_handler=true", "model.expert_model_parallel_size=1", "validation.eval_iters=0")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) -> None:
-    """Its loaders, too, which have been told that SIGTERM is not for them."""
+    """Its data loaders end too, although they were told to ignore SIGTERM."""
     settings = [*ALONE, f"dataset.num_workers={workers}", "checkpoint.save_interval=1"]
     plan_of(inputs, tmp_path, *settings, *([] if workers else ["dataset.persistent_workers=false"]))
     run_stages(tmp_path, BEFORE)
@@ -106,7 +106,7 @@ def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) 
 
 
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
-    """With a recipe of a user's own, which names the parent by a link, and no tokenizer."""
+    """Use a user's own recipe that names the parent by a symbolic link and sets no tokenizer."""
     (tmp_path / "link").symlink_to(inputs / "parent")
     (tmp_path / "own.py").write_text(OWN.replace("FILES", str(tmp_path)))
     words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
@@ -129,7 +129,7 @@ def test_a_baseline_of_a_parent_with_experts_keeps_them(tmp_path: Path) -> None:
 
 
 def test_a_recipe_named_again_trains_its_parent_as_the_baseline(inputs: Path, tmp_path: Path) -> None:
-    recipe, settings = "tests.bridge.recipes:tiny", ("train.train_iters=2",)  # it has expert parallelism
+    recipe, settings = "tests.bridge.recipes:tiny", ("train.train_iters=2",)  # the recipe uses expert parallelism
     trained = {}
     for changes in ("{}", "null"):
         training = BridgeTraining(recipe, settings, ranks_per_node=2, changes=changes)

@@ -1,4 +1,4 @@
-"""The table of fields has all of Megatron-Core 0.19's and of Bridge's configurations."""
+"""The table of fields covers every configuration field of Megatron-Core 0.19 and of Bridge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3.5 in Bridge: gated delta nets are filled with the bits of Bridge's own loader, saved, resumed and exported."""
+"""Qwen3.5 in Bridge: gated delta nets are filled as by Bridge's own loader, bit by bit, saved, resumed, exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was upcycled in Bridge is fine-tuned by Bridge: it starts with the run's weights and vocabulary."""
+"""Bridge fine-tunes a model that was upcycled in Bridge, starting with the run's weights and vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from tests.distributed.ranks import run_ranks
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
 def test_finetuning_starts_with_the_runs_weights(dense: Path, tmp_path: Path, style: str) -> None:
-    """Its learning rate is zero, and Bridge's recipes would give it the tokenizer's vocabulary, padded to 384 rows."""
+    """Train with a learning rate of zero.
+
+    Bridge's recipes would give the model the tokenizer's vocabulary, padded to 384 rows.
+    """
     train_on_ranks(1, dense, tmp_path / "run", SPEC, style=style)
     run_ranks(_finetune, 1, dense, tmp_path / "sft", tmp_path / "run", process_group=False)
     before, after = (DistributedCheckpoint(tmp_path / name / "iter_0000001") for name in ("run", "sft"))
@@ -44,7 +47,7 @@ def test_a_folder_that_was_not_upcycled_is_refused(dense: Path, tmp_path: Path) 
 
 
 def test_lora_adapters_train_resume_and_are_exported(dense: Path, tmp_path: Path) -> None:
-    """The exported model loses on the batch behind the checkpoint what Bridge says of its step."""
+    """The exported model has the loss that Bridge reports for the step after the checkpoint."""
     train_on_ranks(1, dense, tmp_path / "run", SPEC)
     for name, stops in (("whole", [None]), ("parts", [2, None])):
         for stop in stops:
@@ -80,7 +83,7 @@ class _Windows(torch.utils.data.Dataset[Any]):
 
 
 def _windows() -> Any:
-    """Return Bridge's provider of `_Windows`."""
+    """Return a data provider for Bridge that gives `_Windows`."""
     from megatron.bridge.data.base import DatasetProvider
 
     @dataclass(kw_only=True)
@@ -97,7 +100,7 @@ def _windows() -> Any:
 def _finetune(
     dense: Path, folder: Path, run: Path | None, adapters: bool = False, exit_interval: int | None = None
 ) -> None:
-    """Run Bridge's finetune; without a run to start from, with a hook that upcycles."""
+    """Run Bridge's finetune; if there is no run to start from, use a configuration with the upcycling hook."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -117,5 +120,5 @@ def _finetune(
         config.dataset, config.peft = _windows(), LoRA(dim=4, alpha=8)
         config.train.exit_interval, config.checkpoint.save_interval = exit_interval, 2
     finetune_from(config, run, bf16=False, params_dtype=torch.float32, pipeline_dtype=torch.float32)
-    with suppress(SystemExit):  # of what stops
+    with suppress(SystemExit):  # raised if training exits early
         finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))

@@ -1,4 +1,4 @@
-"""In Megatron-Bridge a parent with experts gets more of them: the bits of `convert`, and so of NeMo."""
+"""Growing a parent that already has experts in Megatron-Bridge: bit-identical to `convert`, and so to NeMo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.bridge.runs import VOCABULARY, ends_as_converted
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
 
 
-#: Biases that choose experts are no weights: a learning rate of zero moves them all the same.
+#: Expert-selection biases are not weights: a learning rate of zero would not stop them from moving.
 STAYS: dict[str, Any] = {"model": {"moe_router_bias_update_rate": 0.0}}
 WRITE: dict[str, Callable[[Path], Path]] = {
     "Mixtral": partial(write_mixtral, vocab_size=VOCABULARY),
@@ -28,13 +28,13 @@ WRITE: dict[str, Callable[[Path], Path]] = {
 
 
 MIXED = {"tp": 2, "ep": 2, "etp": 1}
-#: One layout for each parent, and every layout for a parent with a dense layer.
+#: One layout for each parent, and two further layouts for a parent with a dense layer.
 CASES = [*((name, MIXED) for name in WRITE), ("Qwen3-MoE", {"ep": 4}), ("Qwen3-MoE", {"pp": 2})]
 
 
 @pytest.fixture(scope="module")
 def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parent of four experts, two for a token."""
+    """A parent with four experts, two per token."""
     return WRITE[request.param](tmp_path_factory.mktemp("parent") / "dense")
 
 

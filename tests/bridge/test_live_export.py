@@ -1,4 +1,4 @@
-"""What Bridge's own commands write of an upcycled run is what `convert` writes, bit by bit."""
+"""Bridge's own export commands write an upcycled run bit-identically to `convert`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models import write_llama, write_qwen2, write_qwen3, write_tokenizer
 from tests.tiers import every_pair
 
 
-#: Class -> its dense parent, and fields of the spec.
+#: Class -> writer of its dense parent, and fields of the spec.
 CLASSES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "MixtralForCausalLM": (write_llama, SPEC),
     "Qwen3MoeForCausalLM": (write_qwen3, SPEC),
@@ -43,7 +43,7 @@ def test_bridge_exports_of_a_run_have_the_bits_of_convert(
     train_on_ranks(4, dense, tmp_path / "run", fields, **options)
     (saved,) = (tmp_path / "run").glob("iter_*/hf*")
     exports = [saved, tmp_path / "live"]
-    if style == "provider":  # Bridge reads back no model of its builders: docs/bridge_reference.md
+    if style == "provider":  # Bridge cannot read back the models of its builders: docs/bridge_reference.md
         run_ranks(_export_ckpt, 1, converted, tmp_path / "run", tmp_path / "after", process_group=False)
         exports.append(tmp_path / "after")
     for exported in exports:
@@ -62,7 +62,7 @@ def test_biases_that_balance_experts_are_exported_alike(tmp_path: Path) -> None:
     assert differences(saved, own) == differences(tmp_path / "live", own) == []
     names = [name for name in SafetensorsFolder(own).names() if name.endswith("e_score_correction_bias")]
     assert differences(own, converted) == names
-    for name in names:  # after one step, of 0.001
+    for name in names:  # after one update of size 0.001
         assert set(SafetensorsFolder(own).read(name).mul(1000).round().tolist()) <= {-1.0, 0.0, 1.0}
 
 

@@ -1,4 +1,4 @@
-"""What is refused by name: parents that Bridge's classes cannot be, models that nothing filled, no tokenizer."""
+"""Refusals by name: parents that Bridge's classes cannot represent, models without weights, missing tokenizers."""
 
 from __future__ import annotations
 

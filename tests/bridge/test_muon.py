@@ -1,4 +1,4 @@
-"""Muon, of Megatron's emerging optimizers: filled, trained, saved and resumed to the bit; experts beside all else."""
+"""Muon, one of Megatron's emerging optimizers: a resumed run is bit-identical, and the planner counts its states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.distributed.ranks import run_ranks
 from tests.megatron_ranks import build_rank, group_ranks
 
 
-#: It has no distributed optimizer of Megatron's.
+#: Muon cannot use Megatron's distributed optimizer.
 MUON = {"optimizer": "muon", "use_distributed_optimizer": False}
 
 
@@ -30,12 +30,12 @@ def test_a_resumed_training_has_the_same_bits(dense: Path, tmp_path: Path) -> No
 
 
 def test_an_optimizer_in_bf16_of_weights_in_float32_is_refused(dense: Path, tmp_path: Path) -> None:
-    """The bits of its states would be saved for no parameter, which Megatron finds at the first checkpoint."""
+    """Otherwise its states would be saved for no parameter, and Megatron would fail only at the first checkpoint."""
     said = refusal(dense, tmp_path / "run", SPEC, {f"optimizer.{name}": value for name, value in MUON.items()})
     assert "config.optimizer.bf16 cannot be set: weights are in float32" in said
 
 
-#: Layout, GPUs: every way in which ranks share parameters, or do not.
+#: Layout and number of GPUs. Together they cover every way in which ranks share parameters, or do not.
 LAYOUTS = (("tp=2,pp=2,ep=2", 8), ("ep=2", 6), ("tp=1", 3), ("tp=2", 2), ("tp=2,etp=1,ep=2", 4))
 
 
@@ -64,12 +64,12 @@ def _compare_with_plan(optimizer: str) -> None:
 
 
 def _allocated(chunks: list[Any], name: str) -> tuple[int, int, int]:
-    """Count the bytes of weights, gradients and of all states that Megatron's optimizer makes of a rank's chunks."""
+    """Count the bytes of weights, gradients and optimizer states that Megatron allocates for a rank's chunks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    for chunk in chunks:  # marks of parameters are lost on the way to the CPU
+    for chunk in chunks:  # moving to the CPU loses the attributes of parameters
         marks = [dict(vars(parameter)) for parameter in chunk.parameters()]
         for parameter, marked in zip(chunk.to_empty(device="cpu").parameters(), marks, strict=True):
             vars(parameter).update(marked)

@@ -1,4 +1,4 @@
-"""Parents that Bridge has a bridge for, filled beside its own loader; and those that it alone could read."""
+"""Parents that Bridge can convert are filled as by its own loader. Parents that only Bridge can read are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.parents import write_gemma, write_mimo
 
 
 class MiMoConfig(transformers.Qwen2Config):  # type: ignore[misc]
-    """The configuration that MiMo's own repository has as code."""
+    """The configuration class that MiMo's own repository ships as code."""
 
     model_type = "mimo"
 
@@ -36,7 +36,7 @@ def test_a_parent_has_the_bits_of_bridges_own_loader(tmp_path: Path, name: str, 
 
 
 def _fill_twice(parent: Path, folder: Path, layout: dict[str, int]) -> list[str]:
-    """Fill as `fill_twice` does, in a process that has imported this module and so knows MiMo's configuration."""
+    """Call `fill_twice` in a process that imported this module, so that MiMo's configuration is registered."""
     return fill_twice(parent, folder, layout)
 
 

@@ -1,4 +1,4 @@
-"""Recipes by Bridge's naming: found by Bridge, complete, and of the model that they name."""
+"""Recipes with Bridge's naming: Bridge finds them, and they are complete and build the model in their name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.functional.tiny import write_parent
 )
 def test_a_recipe_is_found_under_bridges_own(name: str) -> None:
     register(bridge_functions())
-    config = getattr(importlib.import_module("megatron.bridge.recipes"), name)()  # where its run_recipe.py looks
+    config = getattr(importlib.import_module("megatron.bridge.recipes"), name)()  # Bridge's run_recipe.py looks here
     model = config.model
     assert (model.num_layers, model.num_moe_experts, model.moe_router_topk, model.vocab_size) == (32, 8, 2, 128256)
     assert config.checkpoint.load == config.checkpoint.save
@@ -63,7 +63,7 @@ def test_the_command_line_replaces_a_recipes_parent(dense: Path) -> None:
     assert (config.model.hidden_size, config.model.num_moe_experts, config.model.seq_length) == (64, 8, 8192)
 
 
-#: What stands for `run_recipe.py`, which is not in Bridge's package.
+#: Replaces `run_recipe.py`, which is missing in Bridge's package.
 _RUN_RECIPE = """
 import sys
 from megatron.bridge.training.gpt_step import forward_step

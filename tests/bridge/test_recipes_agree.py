@@ -1,4 +1,4 @@
-"""Recipes by Bridge's naming have the numbers of NeMo's, and fit the GPUs that they name by the planner."""
+"""Recipes with Bridge's naming have the same numbers as NeMo's, and the planner fits them on the GPUs they name."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NAME = re.compile(
 
 
 ALL = list(bridge_functions())
-#: The others are of models that NeMo cannot be.
+#: Recipes of models that NeMo can build.
 PAIRED = [name for name in ALL if not name.startswith("qwen35")]
 FAST = [name for name in ALL if "_fp8mx_" in name]
-#: NeMo has no such dispatcher; the training is that of its recipe, and nothing is dropped without a capacity.
+#: Recipes with a dispatcher that NeMo lacks. They train like NeMo's recipe: without a capacity, no token is dropped.
 WITH_HYBRIDEP = [name for name in ALL if "_hybridep_" in name or ("_gb200_" in name and "_e8t2_" in name)]
 _OF_MODEL = (
     *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_hybridep_num_sms"),
@@ -38,20 +38,20 @@ _OF_MODEL = (
     *("moe_expert_capacity_factor", "recompute_granularity", "cuda_graph_impl", "cuda_graph_scope"),
     "use_te_rng_tracker",
 )
-#: What Bridge's own recipe for GB200 sets, and ours too.
+#: Settings that must be equal in Bridge's own recipe for GB200 and in ours.
 OF_BRIDGES = (
     *(f"model.{name}" for name in _OF_MODEL),
     *("rng.te_rng_tracker", "comm_overlap.overlap_moe_expert_parallel_comm", "comm_overlap.delay_wgrad_compute"),
     *("ddp.grad_reduce_in_fp32", "mixed_precision.fp8", "mixed_precision.fp8_recipe"),
     *("mixed_precision.fp8_dot_product_attention", "mixed_precision.grad_reduce_in_fp32"),
 )
-#: 73.1 of 79.1 GiB, in NeMo's layout.
+#: Recipes that need 73.1 of 79.1 GiB, in NeMo's layout.
 TIGHT = {"qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config", "qwen3_8b_dense_sft_64gpu_h100_bf16_config"}
 
 
 @pytest.fixture
 def parent(name: str, tmp_path: Path) -> Path:
-    """The folder of a recipe's parent with its configuration: nothing is read of the weights before the start."""
+    """A folder with the configuration of a recipe's parent; before the start, no weights are read."""
     shape = known_recipe(_part(name, "recipe")).dense
     config: dict[str, Any] = LLAMA3_8B | {
         "model_type": "qwen3_5_text" if shape.delta else "llama",
@@ -76,7 +76,7 @@ def parent(name: str, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def numbers() -> dict[str, Any]:
-    """NeMo's settings by recipe; the fast run of one has `-fast` behind its name."""
+    """NeMo's settings by recipe; the fast run of a recipe has the suffix `-fast`."""
     lines = PAIRS.read_text(encoding="utf-8").splitlines()[1:]
     return {name: json.loads(values) for name, _, values in (line.partition(": ") for line in lines)}
 
@@ -87,12 +87,12 @@ def test_a_recipe_has_the_numbers_of_nemos(name: str, numbers: dict[str, Any]) -
 
     nemo, on_h100 = numbers[_pair(name)], _part(name, "gpu") == "h100"
     config = bridge_functions()[name]()
-    same = TRAINING | (LAYOUT if on_h100 else {})  # layouts for others are the planner's
+    same = TRAINING | (LAYOUT if on_h100 else {})  # on other GPUs, the planner chose the layout
     expected = {ours: nemo.get(theirs) or None for ours, theirs in same.items()}
-    if "_sft_" in name:  # all packs that are held back: no more than there are, in Bridge
+    if "_sft_" in name:  # NeMo uses all held-out packs; Bridge uses at most 32 batches, fewer if there are fewer packs
         assert expected.pop("validation.eval_iters") == 1.0
         assert config.validation.eval_iters == 32
-    if name in WITH_HYBRIDEP:  # 8 experts, top-2: a factor of 4 drops nothing
+    if name in WITH_HYBRIDEP:  # 8 experts, top-2: a capacity factor of 4 drops nothing
         assert expected.pop("model.moe_expert_capacity_factor") == (1.0 if name in FAST else 4.0)
         assert config.model.moe_expert_capacity_factor is None
     if name in FAST:
@@ -142,7 +142,7 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
     from transformers import Qwen3MoeConfig
 
     model = AutoBridge.from_hf_config(Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
-    monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # which would ask the hub
+    monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # the original would ask the hub
     ours, theirs = (
         bridge_functions()[name](str(parent)),
         qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config(),
@@ -158,7 +158,7 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
 def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
     name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that they check before the start, on the first of as many ranks; the GPU is not there, and is described."""
+    """Run all their checks before a start, as the first of that many ranks, on a GPU that is only described."""
     from megatron.bridge.training.config import runtime_config_update
 
     for variable, value in (("WORLD_SIZE", int(_part(name, "gpus"))), ("RANK", 0)):
@@ -173,7 +173,7 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
         assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
         assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == experts
         assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
-    config.env_vars = {}  # they would go into this process
+    config.env_vars = {}  # they would be set in this process
     runtime_config_update(config)
     assert config.data_parallel_size * config.model.tensor_model_parallel_size <= int(_part(name, "gpus"))
     assert config.model.delay_wgrad_compute == (name in FAST)
@@ -191,7 +191,7 @@ def test_every_upcycled_model_has_a_chain_with_its_baseline(numbers: dict[str, A
         assert {one.recipe, one.dense_ct} <= set(ALL)
         dense = "_dense" if "_sft_" in one.recipe else "_dense_ct"
         assert _pair(one.dense_ct) == _pair(one.recipe).replace("_e8t2", dense)
-        if (pair := _pair(one.recipe)) in numbers:  # Qwen3.5 has none in NeMo
+        if (pair := _pair(one.recipe)) in numbers:  # Qwen3.5 has no pair in NeMo
             assert one.dense == numbers[pair]["resume.restore_config.path"]
 
 
@@ -202,5 +202,5 @@ def _part(name: str, part: str) -> str:
 
 
 def _pair(name: str) -> str:
-    """Name the recipe of NeMo's whose numbers one of Bridge's has."""
+    """Return the name of the NeMo recipe whose numbers a Bridge recipe has."""
     return _part(name, "recipe") + ("-fast" if "_fp8" in name else "")

@@ -1,4 +1,4 @@
-"""The script of docs/bridge.md on a recipe of Bridge's: it trains, resumes under another layout and is exported."""
+"""The script of docs/bridge.md with one of Bridge's recipes: trains, resumes under another layout and is exported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import write_llama
 
 
-#: What a small run on a CPU sets beside the script.
+#: Settings of a small CPU run, besides the script's own.
 SMALL = """
 mixed_precision=null {0}.bf16=false {0}.params_dtype=torch.float32 {0}.pipeline_dtype=torch.float32
 dataset.seq_length=32 dataset.num_workers=0 model.seq_length=32 train.global_batch_size=4 validation.eval_iters=0
@@ -34,7 +34,7 @@ def _script(form: str, dense: str, folder: str, settings: list[str]) -> None:
     from nemo_upcycle.bridge import with_upcycling
 
     of_folder = AutoBridge.from_hf_pretrained
-    AutoBridge.from_hf_pretrained = lambda name, **options: of_folder(dense, **options)  # which would ask the hub
+    AutoBridge.from_hf_pretrained = lambda name, **options: of_folder(dense, **options)  # would ask the hub otherwise
     config = llama32_1b_pretrain_1gpu_h100_bf16_config()
     if form == "builder":
         config.model = as_builder(config.model)

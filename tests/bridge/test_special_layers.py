@@ -1,4 +1,4 @@
-"""Parents whose layers are no Llama's compute in Bridge's GPTModel what they do in transformers, upcycled too."""
+"""Parents whose layers differ from Llama's compute the same in Bridge's GPTModel as in transformers, also upcycled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.parents import write_gemma, write_qwen35
 from tests.tiers import quick
 
 
-# Not OLMo 3 with YaRN, all of whose layers transformers 5.12 turns by it; 4.57 turns those alone that see all tokens:
-# tests/unit/models/test_parents.py. Ministral 3 has YaRN.
+# OLMo 3 with YaRN is excluded: transformers 5.12 applies YaRN to all layers, 4.57 only to layers with full attention
+# (tests/unit/models/test_parents.py). Ministral 3 covers YaRN.
 LLAMAS = ("Llama", "Qwen2", "Qwen3", "InternLM3", "IQuest-Coder")
 WRITERS = {name: write for name, write in PARENTS.items() if name not in (*LLAMAS, "Gemma 4")}
 WRITERS |= {"Qwen3.5": write_qwen35, "Gemma": write_gemma}
@@ -51,5 +51,5 @@ def test_bridges_model_computes_what_the_parent_does(
     folder = WRITERS[name](tmp_path / "dense")
     parts = run_ranks(_logits, tensor, folder, spec, tensor)
     wanted, got = hugging_face_logits(folder, sample_tokens(250)), torch.cat(parts, dim=-1)[..., :250]
-    # The sums of a gated delta net's chunks are in another order.
+    # Gated delta nets add up their chunks in another order.
     assert float((got - wanted).norm() / wanted.norm()) <= (4e-6 if name == "Qwen3.5" else 2e-6)

@@ -1,4 +1,4 @@
-"""One call makes a run of any configuration of Bridge's: parent, numbers of the paper, the layout that was there."""
+"""One call turns any Bridge configuration into an upcycling run: parent and rates are set, the layout is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.bridge.runs import SEQUENCE, as_builder
 
 
 def _recipe(folder: Path) -> Any:
-    """Make a configuration as Bridge's recipes are: of another model, from random weights, in a layout of its own."""
+    """Return a configuration in the style of Bridge's recipes: another model, random weights, its own layout."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.recipes.common import _pretrain_common
 

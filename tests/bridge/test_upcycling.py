@@ -1,4 +1,4 @@
-"""A run of Megatron-Bridge is upcycled when it starts, and only then: its own `pretrain`, on several ranks."""
+"""Megatron-Bridge's own `pretrain` upcycles a run when it starts, and only then, on several ranks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
 def test_a_second_start_does_not_upcycle_again(dense: Path, tmp_path: Path, style: str) -> None:
-    """As an in-process restart makes it: the same hook that has filled before; the dense weights are gone by then."""
+    """As in an in-process restart, the hook that filled the model runs again, after the dense weights are deleted."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     assert ends_as_converted(dense, tmp_path / "run", SPEC, parent=parent, starts=2, style=style)
     assert (tmp_path / "run/iter_0000002").is_dir()
@@ -113,7 +113,7 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     "precision", ["bf16_with_fp8_delayed_scaling_mixed", "bf16_with_mxfp8_mixed", "bf16_with_nvfp4_mixed"]
 )
 def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path, precision: str) -> None:
-    """But not with master weights of 8 bits."""
+    """With FP8 parameters and delayed scaling, only 8-bit master weights are refused."""
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
     from nemo_upcycle.trainers.bridge.upcycling import check
@@ -140,7 +140,7 @@ def test_a_parent_that_is_not_there_is_refused(dense: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("has_source", [False, True])
 def test_bridges_own_export_wants_a_folder_of_the_models_class(dense: Path, tmp_path: Path, has_source: bool) -> None:
-    """From the parent's it would write a model without experts, and say nothing."""
+    """With the parent's folder, Bridge would write a model without experts and say nothing."""
     changes = {"checkpoint.also_save_hf_checkpoint": True, "tokenizer.tokenizer_model": str(dense)}
     changes |= {"checkpoint.hf_source_path": str(dense) if has_source else None}
     said = refusal(dense, tmp_path, SPEC, changes)
@@ -213,7 +213,7 @@ def test_a_copy_of_a_run_fills_its_own_model(dense: Path, tmp_path: Path) -> Non
 
 
 def test_paths_are_compared_resolved(dense: Path, tmp_path: Path) -> None:
-    """A run goes on where its parent is named through a link, and its folder from the present one."""
+    """A run resumes if its parent is named by a symbolic link and its folder by a relative path."""
     link = tmp_path / "link"
     link.symlink_to(dense)
     train_on_ranks(1, link, tmp_path / "run", SPEC)
@@ -253,7 +253,7 @@ def _train_in_store(dense: Path, profiles: Path, folder: Path, steps: int) -> No
 
 
 def test_a_start_shows_its_schedule_and_likely_mistakes(dense: Path, tmp_path: Path) -> None:
-    """Megatron's loss counts the rows that only pad a vocabulary."""
+    """Megatron's loss counts rows that only pad the vocabulary, so a padded model is not exact."""
     (said,) = run_ranks(_messages_of_a_run, 1, dense, tmp_path / "run", process_group=False)
     receipt = read_json(tmp_path / "run/receipt.json")
     (reason,) = receipt["inexact_because"]
@@ -278,13 +278,13 @@ def _messages_of_a_run(dense: Path, run: Path) -> list[str]:
 
 
 def test_asynchronous_saving_is_refused_without_a_gpu(dense: Path, tmp_path: Path) -> None:
-    """Bridge ends with a ZeroDivisionError on one rank, and the others wait."""
+    """Otherwise Bridge ends with a ZeroDivisionError on one rank while the others wait."""
     with pytest.raises(RuntimeError, match=r"async_save is True; expected False without a GPU"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, async_save=True)
 
 
 def test_refuses_settings_that_come_after_the_recipe(dense: Path, tmp_path: Path) -> None:
-    """`--save_dir` alone, say: Bridge reads the command line when the recipe has been made."""
+    """For example `--save_dir` alone: Bridge reads the command line only after the recipe was built."""
     with pytest.raises(RuntimeError, match=r"checkpoint\.load is .*run; expected checkpoint\.save"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, save_later=tmp_path / "other")
     assert not (tmp_path / "other").exists()

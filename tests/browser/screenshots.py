@@ -1,8 +1,8 @@
-"""Open pages in Chromium (Qt's), each at some widths: a screenshot, and what the page measures of itself, as JSON.
+"""Open pages in Qt's Chromium at several widths: save a screenshot each, and print the page's measurements as JSON.
 
     .venv-browser/bin/python -m tests.browser.screenshots light|dark FOLDER WIDTH,WIDTH PAGE...
 
-Screenshots are FOLDER/PAGE-WIDTH-light.png.
+Screenshots are saved as FOLDER/PAGE-WIDTH-light.png or FOLDER/PAGE-WIDTH-dark.png.
 """
 
 import json
@@ -21,7 +21,7 @@ from PySide6.QtWidgets import QApplication  # noqa: E402
 
 
 HEIGHT = 900
-#: Milliseconds from a page's load until it is painted.
+#: Time (ms) between loading a page and its painting.
 PAINTED_MS = 400
 MEASURE = """(() => {
   const all = [...document.querySelectorAll('body *')], box = e => e.getBoundingClientRect();

@@ -1,4 +1,4 @@
-"""The page of a run that is under way and the report, in a real browser: a phone's width, a desk's, light, dark."""
+"""The page of a running run and its report in a real browser: at a phone's and a desktop's width, light and dark."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.waiting import HANG_S
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-browser/bin/python"
 WIDTHS = {420, 1280}
-#: What a first screen shows, and pixels of a figure's smallest letters.
+#: Height of a first screen, and minimum height of the smallest letters in a figure (px).
 HEIGHT, LETTERS = 900, 9
-#: Where screenshots are kept, to be looked at.
+#: Folder that keeps the screenshots for inspection.
 PICTURES = ROOT / "runs/test-browser"
 
 UNBROKEN = "unbroken" * 30
@@ -39,14 +39,14 @@ pytestmark = [
 
 
 def _write_wide_run(folder: Path) -> Path:
-    """Write a run whose report has what could be cut: long names, wide tables, unbroken words, all figures."""
+    """Write a run whose report has all that could be cut off: long names and words, wide tables, all figures."""
     write_run(folder)
     (folder / "command.txt").write_text(f"nemo upcycle pipeline --factory {UNBROKEN} dir={folder} --yes\n")
     for name, value in EVALUATIONS.items():
         texts = dict.fromkeys(("document", "prompt", "goes_on", "continuation"), UNBROKEN)
         (folder / f"evaluation/{name}.json").write_text(json.dumps(value | {"samples": [texts]}))
     for stage in ("pretrain", "dense_ct"):
-        lines = metrics(stage)[::2]  # of steps
+        lines = metrics(stage)[::2]  # every second line belongs to a step
         many = [{"step": 0, "validation_loss": 4.0}]
         for step in range(1, 401):
             line = lines[(step - 1) % 3] | {"step": step, "tokens": 1000 * step, "loss": 3 + 1 / step}
@@ -59,9 +59,9 @@ def _write_wide_run(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both pages measure of themselves at each width."""
+    """The measurements of both pages at each width."""
     run_dir = _write_wide_run(tmp_path_factory.mktemp("browser") / f"run_{'of_a_long_name' * 6}")
-    pages = [run_dir.parent / name for name in ("live.html", "report.html")]  # alone: nothing lies beside them
+    pages = [run_dir.parent / name for name in ("live.html", "report.html")]  # no other file lies beside them
     write_page(run_dir, read_progress(run_dir))
     shutil.copy(run_dir / "report.html", pages[0])
     write_report(run_dir)

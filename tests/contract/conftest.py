@@ -1,4 +1,4 @@
-"""What several files need of one process."""
+"""Fixtures that several files share in one process."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.functional.tiny import prepare
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent whose rows two ranks share, and its tokenised texts."""
+    """A parent whose vocabulary two ranks can share, and its tokenised texts."""
     return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)

@@ -1,6 +1,6 @@
-"""What is typed behind `nemo`, and words of the answer, in NeMo and beside Megatron-Bridge.
+"""Mistaken commands after `nemo` -> words of the answer, in NeMo and in Megatron-Bridge.
 
-FILES is a folder that `tests.contract.test_mistakes` fills.
+FILES stands for a folder that `tests.contract.test_mistakes` fills.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ DEMO = "upcycle pipeline --factory smollm2_135m_e8t2"
 LLM = "llm pretrain --factory smollm2_135m_e8t2"
 SLURM = "run.executor=slurm run.executor.account=me run.executor.partition=a run.executor.container_image=null"
 OF_NEMO = {
-    # what is not there
+    # missing inputs
     f"{DEMO} dense=/nope": "No model folder /nope. ",
     f"{DEMO} dense=asset://smollm2": "Did you mean 'smollm2-135m'?",
     f"{DEMO} dense=hf://nobody/nothing": "Download of nobody/nothing from the Hugging Face hub failed (",
@@ -21,7 +21,7 @@ OF_NEMO = {
     f"{DEMO} dir=FILES": "has other files: a.txt, ",
     f"{DEMO} pretrain=wrong_recipe.mine": "FILES/wrong_recipe.py, line 2 raises NameError: name 'llm' is not defined",
     f"{DEMO} dir=/dev/null/x": "/dev/null is a file. Choose another dir.",
-    # values
+    # invalid values
     f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes is 2; expected 1 on this machine",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "restore_config.spec is missing, and the stage upcycles",
     f"{DEMO} dir=a dir=b --dryrun": "Argument 'dir' is given twice: a and b",
@@ -93,7 +93,7 @@ OF_BRIDGE = {
     TINY.replace("FILES/parent", "/nope"): "No model folder /nope. ",
     TINY.replace("FILES/blend", "/nope"): "blend '/nope'",
     TINY.replace("FILES/evaluation.yaml", "dmo"): "'dmo' does not exist. Did you mean 'demo'?",
-    # a parent that is fetched before it can be opened
+    # a parent that must be downloaded before it can be opened
     f"{DEMO} pretrain.train.train_itres=4 dir=run": "train.train_itres=4: ",
     f"upcycle pipeline dense=asset://smollm2-135m recipe={SMALL.replace('e8t2', 'dense_ct')} dir=run": (
         "recipe is smollm2_135m_dense_ct_"

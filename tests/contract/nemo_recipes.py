@@ -1,6 +1,6 @@
-"""Factories of NeMo's side, as a user's own may be: `tests.bridge.recipes` has Bridge's of these names."""
+"""NeMo factories like a user's own; `tests.bridge.recipes` has the Bridge recipes of the same names."""
 
-# No postponed annotations: NeMo-Run reads those of factories.
+# No postponed annotations, because NeMo-Run reads the annotations of factories.
 
 import nemo_run as run
 
@@ -9,10 +9,10 @@ from tests.contract.trainers import training_text
 
 
 def moe() -> run.Partial:
-    """An upcycled model on two ranks."""
+    """Return an upcycled model on two ranks."""
     return load_recipe(training_text(ranks=2))
 
 
 def dense_ct() -> run.Partial:
-    """Its dense baseline."""
+    """Return the dense baseline of `moe`."""
     return load_recipe(training_text(kind="dense_ct", ranks=2))

@@ -1,4 +1,4 @@
-"""Packs of conversations for a tiny parent, and what the parent loses on them in transformers."""
+"""Packs of conversations for a tiny parent, and the parent's loss on them in transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import write_llama
 
 
 def write_packs(folder: Path) -> tuple[Path, Path]:
-    """Write a parent whose rows two ranks share, `sums.jsonl` and its packs; return two folders."""
+    """Write a parent whose vocabulary two ranks can share, `sums.jsonl` and its packs; return parent and packs."""
     parent = write_chat_tokenizer(write_llama(folder / "parent", tied=True, vocab_size=260))
     lines = write_lines(folder / "sums.jsonl", sums(60))
     values = [f"tokenizer={parent}", f"seq_length={SEQUENCE}", "validation=0.1", "heldout=0.1"]
@@ -27,11 +27,11 @@ def write_packs(folder: Path) -> tuple[Path, Path]:
 
 @torch.no_grad()
 def answer_loss(parent: Path, packs: Path) -> float:
-    """Return the mean loss, over the tokens that count, of a model in transformers that reads one conversation a time.
+    """Return the mean loss over the scored tokens of a transformers model that reads one conversation at a time.
 
     Args:
-        parent: its folder.
-        packs: the file of conversations.
+        parent: folder of the model.
+        packs: file of packed conversations.
     """
     model, total, count = load_model(parent, dtype=torch.float32).eval(), 0.0, 0
     for row in np.load(packs, allow_pickle=True):

@@ -32,7 +32,7 @@ CELLS = [f"{arm}-seed{seed}" for arm in ("dense", "moe") for seed in (1, 2)]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The grid's folder, two cells at a time."""
+    """The folder of a finished grid, run two cells at a time."""
     folder = write_finished_inputs(tmp_path_factory.mktemp("ablate"))
     (folder / "suite.yaml").write_text(SUITE)
     (folder / "grid.yaml").write_text(GRID.replace("FOLDER", str(folder)))

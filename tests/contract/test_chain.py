@@ -1,4 +1,4 @@
-"""The chain of stages around trainings: killed, told to stop, run again, with other settings, with more steps."""
+"""The chain of stages around a training: killed, stopped, run again, with other settings, with more steps."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
-#: What a plan names of the inputs.
+#: Inputs that a plan names.
 NAMED = ("parent", "blend", "evaluation.yaml")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a parent, its tokenised texts and a suite."""
+    """A folder with a parent, its tokenised texts and a suite."""
     return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _plan(inputs: Path, run_dir: Path, **changes: float) -> None:
-    """Write the plan of a chain on two ranks: the baseline's first has no loss of its own."""
+    """Write the plan of a chain on two ranks; the first rank of the baseline computes no loss."""
     texts = [training_text({"ep": 2} | changes, ranks=2), training_text({"pp": 2}, kind="dense_ct", ranks=2)]
     write_plan(run_dir, *(inputs / name for name in NAMED), *texts)
 
@@ -95,7 +95,7 @@ def test_the_report_shows_the_training_and_samples(finished: Path) -> None:
 
 
 def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:
-    """A comment in a settings file changes nothing."""
+    """Change a comment in a settings file, which must not make any stage run again."""
     with (inputs / "evaluation.yaml").open("a") as settings:
         settings.write("# a comment\n")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -119,7 +119,7 @@ def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Pa
 def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished, tmp_path / "run")
     _plan(inputs, run_dir, lr=5e-4)
-    answer = run_in_own_process("pretrain", run_dir)  # the first rank's, before the others would be waited for
+    answer = run_in_own_process("pretrain", run_dir)  # only the first rank: it refuses before it waits for others
     assert answer.status == 2
     assert f"work started from other inputs (pretrain.{setting_name('lr')} was " in answer.text
     assert f"delete {run_dir / 'pretrain'} to lose that work" in answer.text
@@ -152,14 +152,14 @@ def _with_loaders() -> str:
     from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
 
     recipe = load_recipe(text)
-    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # behind what writes a step's line
+    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # after the callback that writes a step's line
     return dump_recipe(recipe)
 
 
 @pytest.mark.full
 @pytest.mark.weekly
 def test_a_stopped_job_with_loaders_saves_and_resumes(inputs: Path, tmp_path: Path) -> None:
-    """A scheduler's SIGTERM reaches every process of a job; loaders of data last until the checkpoint is there."""
+    """A scheduler's SIGTERM reaches all processes of a job, but data loaders must last until the checkpoint exists."""
     run_dir = tmp_path / "run"
     write_plan(run_dir, *(inputs / name for name in NAMED), _with_loaders())
     run_stages(run_dir, STAGES[:3])
@@ -180,7 +180,7 @@ def test_a_stopped_job_with_loaders_saves_and_resumes(inputs: Path, tmp_path: Pa
 
 
 def _calibrated(folder: Path) -> str:
-    """Write a prompt for each of eight copies; return a training whose router is made of them."""
+    """Write a prompt for each of eight expert copies; return a training whose router is made from the prompts."""
     (folder / "prompts.yaml").write_text("".join(f"- the {word} of it\n" for word in "abcdefgh"))
     settings: dict[str, Any] = {"spec.router_init": "prompts", "spec.router_prompts": str(folder / "prompts.yaml")}
     return training_text(settings | {"spec.router_spread": 0.5, "steps": 2}, ranks=2)
@@ -206,7 +206,7 @@ def test_the_first_rank_makes_the_file(inputs: Path, tmp_path: Path) -> None:
 
 
 def _grown(parent: Path) -> list[str]:
-    """Make the training of twice a parent's four experts, in Bridge on two ranks, and that of the parent as it is."""
+    """Return two trainings (in Bridge on two ranks): a parent's four experts grown to eight, and the parent itself."""
     if IS_BRIDGE:
         return [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe

@@ -1,4 +1,4 @@
-"""Every printed command of `nemo`, as far as its words: the installed trainer's own parser takes them."""
+"""The installed trainer's own parser accepts the words of every `nemo` command that the product prints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.printed import ROOT, Printed, printed
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-#: Recipes that a page lets its reader write; the tests of the how-tos and examples have them.
+#: Recipes that readers of a page write themselves; the tests of the how-tos and examples cover them.
 _OWN = re.compile(
     r"--factory \"?(my_recipes|recipe|my_llama32|stock_llama32|smollm2_135m_e16t4|\N{REPLACEMENT CHARACTER})"
 )
-#: What Bridge alone takes.
+#: Words that only Bridge accepts.
 _BRIDGES = re.compile(r"\brecipe=|\btrain\.train_iters|pretrain\.upcycling\.")
 #: The module of `nemo upcycle pipeline`, which registers its recipes.
 _PIPELINE = "nemo_upcycle.pipeline.bridge.pipeline" if IS_BRIDGE else "nemo_upcycle.pipeline.nemo.recipes"
-#: Stands for a recipe in a help text.
+#: Recipe that replaces NAME in help texts.
 _NAME = "qwen3_600m_e8t2"
 
 
@@ -40,7 +40,7 @@ HERE = [command for command in printed() if _is_typed_here(command)]
 
 
 def _parse(words: list[str]) -> Any:
-    """Parse the words behind `nemo`, and start nothing."""
+    """Parse the words after `nemo` without starting anything."""
     from nemo_upcycle.pipeline.ablations.launch import ablate
     from nemo_upcycle.pipeline.context import CheckedContext, _check_words
 

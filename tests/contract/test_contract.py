@@ -1,4 +1,4 @@
-"""What everything outside the trainers asks of a training before it starts: facts, settings, checks."""
+"""The facts, settings and checks that the rest of the package asks of a training before it starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=2)
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dense parent."""
-    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # which two ranks share
+    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # two ranks can share its rows
 
 
 def _training(settings: dict[str, Any] | None = None, **options: Any) -> Training:
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: d
     assert caught.value.parts[0].field == f"pretrain.{setting_name(name)}"
 
 
-#: Values that end a job before its first step, by the names of its trainer. A group lists its values together.
+#: Settings with values that would end a job before its first step. Each group is listed together.
 WRONG: list[dict[str, Any]]
 #: Setting, value, and words of the trainer's own error.
 FATAL: tuple[str, Any, str]
@@ -170,7 +170,7 @@ def test_facts_warn_of_likely_mistakes(parent: Path) -> None:
     assert "rises to 100" in high
     assert "never reaches its peak, 100: 6 steps of warm-up, 6 of training" in unreached
     longer = replace(facts, rate=replace(facts.rate, peak=1e-5), seq_length=facts.positions + 1)
-    unreached, long = longer.warnings  # 1e-5 is no high rate
+    unreached, long = longer.warnings  # 1e-5 is not a high rate
     assert "more than the" in long
 
 
@@ -179,7 +179,7 @@ def test_a_baseline_is_no_upcycled_model(parent: Path) -> None:
         _check(_training(kind="dense_ct"), "pretrain", parent)
 
 
-#: Bridge gives routers no mask of the tokens that pad a sequence.
+#: Bridge gives routers no mask of padding tokens, so it refuses this loss.
 OF_BRIDGE: dict[str, Any] = {"model.moe_router_load_balancing_type": "seq_aux_loss"}
 OF_PACKS = {"micro_batch": 2, "cp": 2} | (OF_BRIDGE if IS_BRIDGE else {})
 

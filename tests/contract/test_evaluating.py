@@ -1,4 +1,4 @@
-"""The live model is evaluated on its own ranks: as its checkpoint is, and without a trace in the training."""
+"""The live model is evaluated on its own ranks, with its checkpoint's scores and without effect on the training."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tests.tiers import quick
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 SUITE = "tasks: {heldout_perplexity: [0]}\nheldout: {window_bytes: 60, windows: 9}\ndtype: float32\n"
 BITS = "heldout_perplexity/bits_per_byte"
-#: Drops tokens in training, which neither the evaluation nor the export may do.
+#: Settings that drop tokens in training; neither the evaluation nor the export may drop them.
 PADDED = {"ep": 2, "model.moe_expert_capacity_factor": 1.0, "model.moe_pad_expert_input_to_capacity": True}
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [(2, {"tp": 2}), (2, {"pp": 2}), (2, PADDED)]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and its tokenised texts, beside a suite."""
+    """A parent and its tokenised texts, next to a suite."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "suite.yaml").write_text(SUITE)
-    return prepare(folder, vocab_size=260 if IS_BRIDGE else 259)  # NeMo scores the rows of the tokenizer alone
+    return prepare(folder, vocab_size=260 if IS_BRIDGE else 259)  # NeMo scores only the tokenizer's rows
 
 
 def _train(
     inputs: tuple[Path, Path], folder: Path, layout: dict[str, Any], ranks: int = 1, every: int = 2, kill_at: int = 0
 ) -> Path:
-    """Train four steps, scored every few of them; 0 for none."""
+    """Train four steps, and evaluate every `every` steps, or never if `every` is 0."""
     watch = {"suite": str(inputs[0].parent / "suite.yaml"), "every_n_steps": every} if every else None
     text = training_text({"steps": 4} | layout, ranks=ranks, evaluate=watch)
     train(text, folder, *inputs, ranks=ranks, kill_at=kill_at)
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(
 def test_a_training_has_the_same_bits_with_and_without_it(
     inputs: tuple[Path, Path], tmp_path: Path, ranks: int, layout: dict[str, Any]
 ) -> None:
-    """With padded capacity the dispatchers keep how they exchange tokens, which an evaluation does otherwise."""
+    """With padded capacity, dispatchers keep how they exchange tokens; an evaluation exchanges them differently."""
     watched, alone = (_train(inputs, tmp_path / f"{every}", layout, ranks, every) for every in (1, 0))
     for name in ("loss", "grad_norm", "expert_load", "router"):
         assert losses(watched, name) == losses(alone, name), name
@@ -73,11 +73,11 @@ def test_a_training_has_the_same_bits_with_and_without_it(
 
 def test_an_unscored_step_is_scored_by_the_next_start(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for kill_at in (2, 5):  # before the first checkpoint, which forgets the line of step 0; and after it
+    for kill_at in (2, 5):  # before the first checkpoint, so that the line of step 0 is lost, and after it
         with pytest.raises(RuntimeError, match="rank 0 died"):
             _train(inputs, run, {}, kill_at=kill_at)
     (run / "evaluation/step=2.json").unlink()
-    (run / "evaluation/step=4.json").write_text("{}")  # of a future that is abandoned
+    (run / "evaluation/step=4.json").write_text("{}")  # left over from steps that are trained again
     _train(inputs, run, {})
     assert sorted({line["step"] for line in metrics(run, "evaluation")}) == [0, 2, 4]
     for step in (2, 4):

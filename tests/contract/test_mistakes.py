@@ -1,4 +1,4 @@
-"""What a user can get wrong on the command line: one message, status 2, nothing written."""
+"""Mistakes on the command line are answered with one message and status 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.functional.typed import Answer, type_commands
 
 pytestmark = pytest.mark.slow
 MISTAKES = OF_BRIDGE if IS_BRIDGE else OF_NEMO
-#: What is right, beside Bridge: a dry run, and one of a recipe that names the parent by a link.
+#: Correct commands for Bridge: a dry run, and one of a recipe that names the parent by a symbolic link.
 DRYRUN = f"{TINY} dense_ct=tests.bridge.recipes:tiny --dryrun --verbose"
 LINKED = f"{GIVEN} recipe=own:linked dense_ct={DENSE_CT} gpus=2 --dryrun"
-#: Recipes of a user's own for Bridge, with their parents written in.
+#: A user's own recipes for Bridge, with their parents set inside.
 OWN = """
 from pathlib import Path
 from nemo_upcycle import UpcycleSpec
@@ -44,10 +44,10 @@ if IS_BRIDGE:
     PREFIX, ARM = "model", 'recipe: "tests.bridge.recipes:tiny", gpus: 2'
 else:
     PREFIX, ARM = "model.config", "factory: tests.contract.nemo_recipes.moe"
-#: A mistake that only the construction of the model shows.
+#: A mistake that shows only when the model is constructed.
 UNTRIED = f"{ARM}, set: {{{PREFIX}.moe_router_group_topk: 2}}"
 WRONG = f"{ARM}, spec: {{router_int: zero}}" if IS_BRIDGE else "factory: llama_1m_e8t3"
-#: File -> its text, with a mistake in it.
+#: File -> its text; most have a mistake.
 FILES = {
     "wrong_recipe.py": "def mine():\n    return llm.llama3_8b.pretrain_recipe()\n",
     "wrong_import.py": "import no_such_module\n",
@@ -62,7 +62,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a parent, its tokenised texts and a suite, another parent of its shape, a link, and mistakes."""
+    """A folder with a parent, its tokenised texts, a suite, another parent of the same shape, a link, and mistakes."""
     folder = write_finished_inputs(tmp_path_factory.mktemp("files"))
     another = shutil.copytree(folder / "parent", folder / "another") / "model.safetensors"
     save_file({name: 2 * weights for name, weights in load_file(another).items()}, another, {"format": "pt"})
@@ -77,7 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
-    """What is answered to every mistake; the process has imported the trainer before."""
+    """The answer to every command, from one process that has already imported the trainer."""
     typed = [*MISTAKES, *([DRYRUN, LINKED] if IS_BRIDGE else [])]
     commands = [[*line.replace("FILES", str(files)).split(), "--yes"] for line in typed]
     folder = str(tmp_path_factory.mktemp("typed"))
@@ -95,7 +95,7 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(
     assert MISTAKES[typed].replace("FILES", str(files)) in said
     assert "Traceback" not in answer.text
     if "--dryrun" not in typed and not IS_BRIDGE:
-        several = re.match(r"(\d+) mistakes:", said)  # a line each
+        several = re.match(r"(\d+) mistakes:", said)  # one line each
         assert len(answer.text.splitlines()) <= 4 + int(several[1] if several else 0), answer.text
     assert [path for path in answer.written if "/run" in path or not IS_BRIDGE] == []
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on under another layout, with the states of its optimizer; of EP 1, too, and to it."""
+"""A stopped run resumes under another layout with its optimizer states, also from and to EP 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.full]
 RESHARDABLE = (
     "checkpoint.dist_ckpt_optim_fully_reshardable" if IS_BRIDGE else "trainer.strategy.ckpt_optim_fully_reshardable"
 )
-#: Ranks and sizes before, and after.
+#: Ranks and layout sizes before and after the change.
 CHANGES = [
     ((1, {}), (2, {"ep": 2})),
     ((2, {"ep": 2}), (1, {})),
@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_under_another_layout(
     before: tuple[int, dict[str, int]],
     after: tuple[int, dict[str, int]],
 ) -> None:
-    """Its weights are those of a run that nothing stopped, to what other sums leave; with new states they are not."""
+    """Its weights equal an uninterrupted run's except for rounding; with fresh optimizer states they would not."""
     run = tmp_path / "run"
     (ranks, layout), (ranks_after, layout_after) = before, after
     with pytest.raises(RuntimeError, match="died"):
@@ -54,5 +54,5 @@ def test_a_stopped_run_goes_on_under_another_layout(
     found, expected = weights(run), weights(alone)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-5)  # with new states 1e-3 and more
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-5)  # fresh states differ by 1e-3 and more
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)

@@ -1,4 +1,4 @@
-"""A training by the contract: its files, its layouts, a kill and a resume, in BF16's range and in FP8's."""
+"""A training through the contract: its files and layouts, a kill and a resume, in float32 and in FP8."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = [(2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2}), (8, {"tp": 2, "pp": 2
 
 @pytest.fixture(scope="module")
 def alone(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training of six steps on one rank that nothing stopped."""
+    """An uninterrupted training of six steps on one rank."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     train(training_text(), folder, *inputs)
     return folder
@@ -43,7 +43,7 @@ def test_every_step_has_a_complete_line(alone: Path) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     validated = {(line["step"], line["validation_loss"]) for line in metrics(alone, "validation_loss")}
     assert sorted(step for step, _ in validated)[-2:] == [3, 6]
-    assert len({step for step, _ in validated}) == len(validated)  # of one step they are the same, in Bridge too
+    assert len({step for step, _ in validated}) == len(validated)  # a repeated validation has the same loss
 
 
 def test_training_json_holds_the_settings_that_act(inputs: tuple[Path, Path], alone: Path) -> None:
@@ -77,7 +77,7 @@ def test_every_layout_starts_at_the_same_loss(
 
 
 def receipt_time(folder: Path) -> int:
-    """Return when the receipt was written; Bridge's lies beside the checkpoints, and is copied at the end."""
+    """Return the time of the first receipt; Bridge writes it beside the checkpoints and copies it at the end."""
     return min(folder.rglob("receipt.json")).stat().st_mtime_ns
 
 
@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_upcycled_again(inputs: tuple[Path, Path], alone: 
     assert (metrics(alone), receipt_time(alone)) == (before, receipt)
 
 
-#: Of float32, and recipes of FP8; Bridge has been tried with one.
+#: float32 and the recipes of FP8. Bridge is tested with one recipe.
 PRECISIONS = [
     "float32",
     pytest.param("delayed", marks=pytest.mark.full),
@@ -99,7 +99,7 @@ PRECISIONS = [
 def test_a_killed_run_ends_with_the_same_bits(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path, precision: str
 ) -> None:
-    """With delayed scaling the checkpoint keeps the scales."""
+    """With delayed scaling, the checkpoint must keep the scales."""
     whole, text = alone, training_text()
     if precision != "float32":
         whole, text = tmp_path / "whole", training_text(fp8(precision))

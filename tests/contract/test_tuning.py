@@ -1,4 +1,4 @@
-"""Tuning on packed conversations, on real ranks: what the loss is of, layouts, the chain, a kill and a resume."""
+"""Fine-tuning on packed conversations on real ranks: the tokens in the loss, layouts, the chain, kill and resume."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
-#: Without rows of padding, which a loss would count: NeMo pads, Bridge takes the parent's rows.
+#: Settings that avoid padding rows, which a loss would count. NeMo pads the vocabulary, Bridge keeps the parent's.
 UNPADDED = {} if IS_BRIDGE else {"model.make_vocab_size_divisible_by": 260}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and the packs of conversations for it."""
+    """A parent, and packs of conversations for it."""
     return write_packs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
 def one_rank(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps on one rank that nothing stopped."""
+    """The folder of four uninterrupted steps on one rank."""
     folder = tmp_path_factory.mktemp("one") / "run"
     train(training_text({"steps": 4}, kind="moe_sft"), folder, *inputs)
     return folder

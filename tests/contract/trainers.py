@@ -1,4 +1,4 @@
-"""Tiny trainings of the trainer that this environment has, NeMo or Megatron-Bridge, in words that both understand."""
+"""Tiny trainings of this environment's trainer, NeMo or Megatron-Bridge, in words that both understand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.functional.tiny import shrink
 
 IS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 TRAINER = "bridge" if IS_BRIDGE else "nemo"
-#: Kind of a training -> recipe of NeMo's side, to be cut down; `tests.bridge.recipes` has functions of these names.
+#: Kind of training -> NeMo recipe that is shrunk; `tests.bridge.recipes` has a function for each kind.
 RECIPES = {
     "moe": "smollm2_135m_e8t2",
     "dense_ct": "smollm2_135m_dense_ct",
@@ -33,12 +33,12 @@ RECIPES = {
     "dense_sft": "smollm2_135m_dense_sft",
 }
 WARMUP = next(row for row in SETTINGS if row.nemo == "optim.lr_scheduler.warmup_steps")
-#: Beginnings of settings: of the model, and of the spec.
+#: Prefixes of the settings of the model and of the spec.
 _GROUPS = {"nemo": {"model": "model.config", "spec": "resume.restore_config.spec"}, "bridge": {}}
 
 
 def setting_name(name: str) -> str:
-    """Name a setting as the trainer does.
+    """Return the trainer's own name of a setting.
 
     Args:
         name: the planner's name of a size; `steps`, `save_every`, `lr`, `min_lr`, `warmup`; `model.FIELD`,
@@ -52,7 +52,7 @@ def setting_name(name: str) -> str:
 
 
 def fp8(recipe: str) -> dict[str, Any]:
-    """Return the settings of a training in FP8, in NeMo without validations: scales remember what they see."""
+    """Return the settings of an FP8 training; NeMo gets no validations, because scales would remember them."""
     values = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_amax_history_len": 16}
     still = {} if IS_BRIDGE else {"trainer.limit_val_batches": 0, "trainer.val_check_interval": 1}
     return {f"{'model' if IS_BRIDGE else 'trainer.plugins'}.{name}": value for name, value in values.items()} | still
@@ -66,14 +66,14 @@ def training_text(
     evaluate: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> str:
-    """Make a training of six steps, with a checkpoint every second and a validation every third, as a plan has it.
+    """Return a training in a plan's form: six steps, a checkpoint every two steps and a validation every three.
 
     Args:
         settings: values by the names of `setting_name`.
         kind: `moe`, `dense_ct`, `moe_sft` or `dense_sft`.
-        ranks: on this machine.
-        evaluate: the suite that scores the live model, and `every_n_steps`.
-        arguments: of the recipe, in NeMo alone.
+        ranks: ranks on this machine.
+        evaluate: `suite` that scores the live model, and `every_n_steps`.
+        arguments: arguments of the recipe, only in NeMo.
     """
     given = {"steps": 6, "save_every": 2} | dict(settings or {})
     given |= {"sequence_parallel": True} if given.get("tp", 1) > 1 else {}
@@ -119,11 +119,11 @@ def write_plan(run_dir: Path, parent: Path, data: Path, evaluation: Path, *texts
     """Write the plan of a chain.
 
     Args:
-        run_dir: the run's folder.
-        parent: the dense parent.
+        run_dir: folder of the run.
+        parent: dense parent.
         data: finished data, or a file that names them.
-        evaluation: the suite's file.
-        texts: the training of the upcycled model, and that of its baseline.
+        evaluation: file of the suite.
+        texts: the training of the upcycled model, and the training of its baseline.
     """
     moe, *others = texts
     dense_ct = others[0] if others else None
@@ -134,15 +134,15 @@ def write_plan(run_dir: Path, parent: Path, data: Path, evaluation: Path, *texts
 
 
 def train(text: str, folder: Path, parent: Path, data: Path, *, ranks: int = 1, kill_at: int = 0) -> None:
-    """Train on as many ranks.
+    """Train on several ranks.
 
     Args:
-        text: of `training_text`.
-        folder: the stage's.
-        parent: the dense parent.
+        text: training in the form of `training_text`.
+        folder: folder of the stage.
+        parent: dense parent.
         data: finished data.
-        ranks: as many as the training has.
-        kill_at: lines of `metrics.jsonl` at which a rank kills itself.
+        ranks: number of ranks in the training.
+        kill_at: number of lines in `metrics.jsonl` at which a rank kills itself.
     """
     run_ranks(_train, ranks, text, folder, parent, data, kill_at, process_group=False)
 
@@ -157,18 +157,18 @@ def _train(text: str, folder: Path, parent: Path, data: Path, kill_at: int) -> N
 
 
 def metrics(folder: Path, name: str = "loss") -> list[dict[str, Any]]:
-    """Read the lines of a training's metrics that have a number."""
+    """Return the lines of a training's metrics that have a given value."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if name in line]
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:
-    """Read a number of each step, or of each validation."""
+    """Return a value of every step, or of every validation."""
     return [line[name] for line in metrics(folder, name)]
 
 
 def weights(folder: Path, steps: int | None = None) -> dict[str, torch.Tensor]:
-    """Read the model's tensors of the checkpoint after so many steps; None: of the last."""
+    """Read the model's tensors from the checkpoint after `steps` steps, or from the last checkpoint."""
     saved = by_step(folder / "checkpoints")
     checkpoint = next(one for one in saved if steps_in(one) == steps) if steps else last_checkpoint(folder)
     with DistributedCheckpoint(checkpoint if IS_BRIDGE else checkpoint / "weights") as tensors:
@@ -178,5 +178,5 @@ def weights(folder: Path, steps: int | None = None) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Name the tensors that are not the same bits in two checkpoints."""
+    """Return the names of tensors that are not bit-identical in two checkpoints."""
     return [name for name in one.keys() | other.keys() if not torch.equal(one[name], other[name])]

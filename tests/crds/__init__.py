@@ -1,4 +1,4 @@
-"""Published definitions of Kubeflow's training jobs, as `scripts/crd_schemas.py` reduces them (Apache-2.0)."""
+"""Published definitions of Kubeflow's training jobs, in the reduced form of `scripts/crd_schemas.py` (Apache-2.0)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecut
 from tests.golden.forecasts import jobs_of_chain
 
 
-#: A published definition: the kind of the executor that is for it.
+#: Published definition -> kind of executor that uses it.
 KINDS = {"trainjob-2.2": "trainjob", "trainjob-2.3": "trainjob", "pytorchjob-1.9": "pytorchjob"}
 RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 
 
 def published(name: str) -> dict[str, Any]:
-    """Return a definition."""
+    """Return a published definition."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))["crd"]
 
 
 def closed_schema(name: str) -> dict[str, Any]:
-    """Return a definition as a JSON schema in which a field that is not named is wrong; CEL rules are not in it."""
+    """Return a definition as a JSON schema that rejects unknown fields; CEL rules are not included."""
     return _closed(published(name)["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
 
 
@@ -40,7 +40,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def jobs_of(recipe: str, run_dir: Path) -> list[Job]:
-    """Return every stage of a recipe with its nodes and ranks."""
+    """Return every stage of a recipe, with its nodes and ranks."""
     from nemo_upcycle import recipes
 
     return jobs_of_chain(getattr(recipes, recipe).pipeline_recipe(dir=str(run_dir)), run_dir)
@@ -50,7 +50,7 @@ _PREFERENCE = {"weight": 1, "preference": {"matchExpressions": [{"key": "rack", 
 
 
 def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
-    """Return settings in which every field that a kind of job has is set."""
+    """Return executor settings that set every field of a kind of job."""
     kind = KINDS[definition]
     has = {
         "restarts": 3 if kind == "pytorchjob" else 0,

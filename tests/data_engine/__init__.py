@@ -1,4 +1,4 @@
-"""Tests of the data stage's engine, which runs in an environment of its own: elsewhere they are skipped."""
+"""Tests of the data stage's engine. It runs in its own environment; in others, these tests are skipped."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Small inputs for the engine."""
+"""Writes small inputs for the engine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from nemo_upcycle.data.suites.items import Item
 
 
 END = "<|endoftext|>"
-#: An evaluation item, as `write_index` has it.
+#: The evaluation item in the index that `write_index` writes.
 QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
-#: How near duplicates are found.
+#: Settings for finding near duplicates.
 MINHASH = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
 _TEXT = "the quick brown fox jumps over a lazy dog while Ünïcødé naïve café 123 4567 def f(x): return x"
 _WORDS = _TEXT.split()
 
 
 def sentence(number: int, words: int = 12) -> str:
-    """A text of its own for every number."""
+    """Return a text that is unique to a number."""
     picked = [_WORDS[(number * 7 + n * n + n // 3) % len(_WORDS)] for n in range(words)]
     return f"{number}: {' '.join(picked)}."
 
 
 @lru_cache
 def tokenizer_json() -> str:
-    """A byte-level BPE of 400 tokens; 0 ends a text."""
+    """Return a byte-level BPE with 400 tokens; token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def tokenizer_json() -> str:
         vocab_size=400, special_tokens=[END, "<pad>"], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator([sentence(n) for n in range(50)], trainer)
-    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])  # as GPT-NeoX has
+    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])  # like GPT-NeoX's
     return tokenizer.to_str()
 
 
@@ -64,7 +64,7 @@ def write_plan(folder: Path, tasks: Iterable[dict[str, Any]], **more: Any) -> Pa
 
 
 def jsonl(*many: object) -> bytes:
-    """Lines of JSON, each with a text."""
+    """Return JSON lines, each with a text."""
     return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in many)
 
 
@@ -76,7 +76,7 @@ def write_jsonl(path: Path, *many: str) -> str:
 
 
 def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) -> Path:
-    """A plan of six tasks whose inputs overlap, with bad lines."""
+    """Write a plan of six tasks with overlapping inputs and bad lines."""
     tasks = []
     for task in range(6):
         numbers = range(task * documents // 2, task * documents // 2 + documents)
@@ -89,7 +89,7 @@ def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) ->
 
 
 def write_index(folder: Path, short_words: int = 0) -> str:
-    """Write the index of one evaluation item, and return its path."""
+    """Write an index of one evaluation item, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=short_words).save(folder / "ngrams.npz")
     return str(folder / "ngrams.npz")

@@ -1,4 +1,4 @@
-"""The engine is run, and its output read back."""
+"""Runs the engine and reads its output."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.waiting import HANG_S
 
 
 def clear(plan: Path) -> None:
-    """Remove everything that runs of the plan wrote beside it."""
+    """Remove everything that runs of a plan wrote beside it."""
     subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
 
 
 def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
-    """Run the stages in this process, and return the folder of the output."""
+    """Run all stages in this process, and return the output folder."""
     plan = load_plan(plan_path.resolve())
     for stage in stages(plan, library):
         runs = executor(plan, stage, RunOn())
@@ -41,13 +41,13 @@ def command(plan_path: Path, *arguments: str) -> list[str]:
 
 
 def run(plan_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command."""
+    """Run the engine's command."""
     env = {**os.environ, **environment}
     return subprocess.run(command(plan_path, *arguments), capture_output=True, text=True, timeout=HANG_S, env=env)
 
 
 def tokens(work: Path, rank: int, split: str = "train") -> list[list[int]]:
-    """Read an indexed dataset as Megatron does: the documents' token ids."""
+    """Read an indexed dataset as Megatron does, and return the token ids of its documents."""
     raw = (work / "tokens" / f"{rank:05d}.{split}.idx").read_bytes()
     assert raw[:9] == b"MMIDIDX\x00\x00"
     version, kind, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
@@ -67,7 +67,7 @@ def tokens(work: Path, rank: int, split: str = "train") -> list[list[int]]:
 
 
 def texts(work: Path, rank: int = 0, split: str = "train") -> list[str]:
-    """Read the documents back; each must end with the end-of-text token and hold no other."""
+    """Read the documents back, and check that each ends with its only end-of-text token."""
     if not (work / "tokens" / f"{rank:05d}.{split}.idx").exists():
         return []
     tokenizer = Tokenizer.from_str(tokenizer_json())
@@ -77,12 +77,12 @@ def texts(work: Path, rank: int = 0, split: str = "train") -> list[str]:
 
 
 def stats(work: Path, rank: int = 0) -> dict[str, Any]:
-    """Read a task's counts, and check that they add up."""
+    """Return a task's counts, and check that they add up."""
     found = json.loads((work / "stats" / f"{rank:05d}.json").read_text(encoding="utf-8"))
     kept = None
     for step, counts in found["steps"].items():
         assert counts["in"] == counts["kept"] + sum(counts["removed"].values()), (step, counts)
-        if kept is not None and step != "tokenise":  # decontamination makes several documents of one
+        if kept is not None and step != "tokenise":  # decontamination can split a document
             assert counts["in"] == kept, step
         kept = counts["kept"]
     assert sum(split["documents"] for split in found["splits"].values()) == kept
@@ -95,32 +95,32 @@ def removed(work: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 
 def outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[tuple[str, int]]]:
-    """Run the engine on a file; return the texts that are left, and the reasons and lines of what is not."""
+    """Run the engine on a file; return the texts that remain, and the reason and line of every loss or note."""
     work = execute(write_plan(folder, [{"files": [str(file)], **task}]))
     counts, lost = stats(work), removed(work)
     assert counts["steps"]["read"]["removed"] == {
         reason: sum(line["reason"] == reason for line in lost)
-        for reason in {line["reason"] for line in lost} - {"NULs"}  # a note: the document stays
+        for reason in {line["reason"] for line in lost} - {"NULs"}  # only a note: the document stays
     }
     assert all(line["step"] == "read" and line["where"].startswith(f"{file}:") for line in lost)
     return texts(work), [(line["reason"], int(line["where"].rpartition(":")[2])) for line in lost]
 
 
 def everything(work: Path) -> dict[str, bytes]:
-    """All bytes of the output, but for the times in the counts."""
+    """Return all bytes of the output, without the times in the counts."""
     whole = (*work.glob("tokens/*"), *work.glob("removed/*"))
     found = {str(path.relative_to(work)): path.read_bytes() for path in whole}
     for path in sorted(work.glob("stats/*")):
         counts = json.loads(path.read_text(encoding="utf-8"))
         del counts["seconds"]
         for file in counts["files"].values():
-            file.pop("modified_ns", None)  # not of files at addresses
+            file.pop("modified_ns", None)  # remote files have none
         found[path.name] = json.dumps(counts).encode()
     return found
 
 
 class Slurm:
-    """Scripts that come first in the path; each counts its calls in a file."""
+    """Scripts at the front of PATH that stand in for Slurm's commands; each records its calls in a file."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder

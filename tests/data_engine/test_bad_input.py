@@ -1,4 +1,4 @@
-"""Bad input is counted and reported with its place; all that is good is kept."""
+"""Bad input is counted and reported with its position, and all good input is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOOD = [sentence(n) for n in range(6)]
 
 
 def _between(bad: bytes) -> bytes:
-    """Two good lines, a bad one, and the other good ones."""
+    """Return two good lines, a bad one, and the other good lines."""
     return jsonl(*GOOD[:2]) + bad + jsonl(*GOOD[2:])
 
 
@@ -39,7 +39,7 @@ def _between(bad: bytes) -> bytes:
         (json.dumps({"text": "\0" * 50 + "some words"}).encode() + b"\n", "not text"),
         ('{"text": "1 \ufffd\ufffd\ufffd\ufffd"}\n'.encode(), "not text"),
         ('{"text": "don\xe2\x80\x99t"}\n'.encode(), "not text"),  # UTF-8 read as Latin-1
-        ('{"text": "wide"}\n'.encode("utf-16-be"), "broken JSON"),  # ASCII with zeros between
+        ('{"text": "wide"}\n'.encode("utf-16-be"), "broken JSON"),  # ASCII letters with zeros between
         (b"[" * 100_000 + b"\n", "broken JSON"),
     ],
 )
@@ -84,7 +84,7 @@ def _zstd(content: bytes) -> bytes:
 def test_damage_costs_what_is_behind_it(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     many = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(6000)]  # several blocks
     content = jsonl(*many)
-    whole = compress(content[:2000]) + compress(content[2000:])  # two members, or frames
+    whole = compress(content[:2000]) + compress(content[2000:])  # two gzip members or zstd frames
     for name, stored, least in (("cut", whole[:-1000], 0.9), ("cut_early", whole[: len(whole) // 2], 0.4)):
         file = tmp_path / f"{name}.jsonl.{suffix}"
         file.write_bytes(stored)
@@ -101,7 +101,7 @@ def test_damage_costs_what_is_behind_it(tmp_path: Path, suffix: str, compress: C
     assert texts(work)[:good] == many[:good]
     counts = stats(work)
     assert counts["steps"]["read"]["removed"]["damaged compressed file"] == 1
-    assert 0.65 < counts["bytes_in"] / len(content) < 1.15  # what is lost is estimated
+    assert 0.65 < counts["bytes_in"] / len(content) < 1.15  # the size of the lost part is estimated
 
 
 @pytest.mark.parametrize("reader", ["jsonl", "text", "parquet", "redpajama_v2"])

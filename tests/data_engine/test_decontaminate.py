@@ -1,4 +1,4 @@
-"""Evaluation items in the documents of training are dropped or cut out; those of other splits stay."""
+"""Evaluation items are dropped or cut from training documents, and kept in documents of other splits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_short_ngrams_are_reported_in_what_is_left(tmp_path: Path) -> None:
     quoted = f"{AROUND[0]} {quote} {AROUND[1]} {QUESTION} {AROUND[1]} {quote} {AROUND[0]}"
     work = _run(tmp_path, FULL, quoted, sentence(1), on_hit="cut", short_words=8)
     counts = stats(work)
-    assert sum(quote in text for text in texts(work)) == 2  # before and behind the passage that is cut out
+    assert sum(quote in text for text in texts(work)) == 2  # before and after the passage that is cut out
     assert counts["contamination"]["rivers"]["documents"] == 2
     left = counts["report"]["rivers"]
     assert (left["documents"], left["passages"], left["items"], left["bytes"]) == (1, 2, ["17"], 0)

@@ -1,4 +1,4 @@
-"""What a file holds is told by its bytes, whatever its name says."""
+"""The engine tells a file's format and encoding from its bytes, whatever its name says."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _parquet(content: bytes) -> bytes:
 
 
 def _skippable(content: bytes) -> bytes:
-    """As pzstd writes it: a frame to skip, then two that hold the content."""
+    """Return the content as pzstd writes it: a frame to skip, then two frames of content."""
     frames = [zstandard.compress(part) for part in (content[:999], content[999:])]
     return b"\x50\x2a\x4d\x18\x04\0\0\0size" + b"".join(frames)
 
@@ -62,7 +62,7 @@ STORED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Return the texts of a file, and what was lost of it."""
+    """Return the texts of a file, and the losses."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     return outcome(folder, folder / name, reader=reader)
@@ -127,4 +127,4 @@ def test_big_file_is_not_held_in_memory(tmp_path: Path) -> None:
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == len(many)
-        assert peak_bytes < 5e6, store  # of 19 MB, and twice that in UTF-16
+        assert peak_bytes < 5e6, store  # the file has 19 MB, and twice as many in UTF-16

@@ -1,4 +1,4 @@
-"""The engine's command: the same bytes however it is run, interrupted or killed."""
+"""The engine's command writes the same bytes, however it is run, interrupted or killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.waiting import HANG_S, wait_until
 
 
 def _every_stage(folder: Path) -> Path:
-    """A plan whose tasks share texts, passages, nearly equal texts and evaluation items, and have a quota."""
+    """Write a plan with quotas whose tasks share texts, passages, near duplicates and evaluation items."""
     near = list(NEAR.values())
     tasks = []
     for task in range(4):
@@ -70,8 +70,8 @@ def test_output_does_not_depend_on_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("finders", [1, 3])
 def test_earlier_task_wins_over_lower_number(tmp_path: Path, finders: int) -> None:
     shared = [sentence(n) for n in range(40)]
-    first = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(100, 150)), *shared)  # high numbers there
-    second = write_jsonl(tmp_path / "2.jsonl", *(f" {text}\n" for text in shared))  # low numbers here
+    first = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(100, 150)), *shared)  # shared: high numbers
+    second = write_jsonl(tmp_path / "2.jsonl", *(f" {text}\n" for text in shared))  # shared: low numbers
     work = execute(write_plan(tmp_path, [{"files": [first]}, {"files": [second]}], finders=finders))
     assert texts(work, 0)[50:] == shared
     assert texts(work, 1) == []
@@ -170,7 +170,7 @@ def test_input_changed_between_the_passes_is_an_error(tmp_path: Path) -> None:
 
 
 def _limited(plan: Path, limit: str) -> subprocess.CompletedProcess[str]:
-    """Run the command under a limit of the shell."""
+    """Run the command under a `ulimit` of the shell."""
     words = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *command(plan, "--workers", "2")]
     return subprocess.run(words, capture_output=True, text=True, timeout=HANG_S)
 
@@ -186,7 +186,7 @@ def test_more_tasks_than_open_files(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
-    full = _limited(plan, "-f 20")  # KiB, of a file: the logs have no room either
+    full = _limited(plan, "-f 20")  # the largest file size (KiB), which also stops the logs
     assert full.returncode == 2
     assert full.stderr.startswith("error: ")
     assert "File too large" in full.stderr

@@ -1,4 +1,4 @@
-"""Held-out text that stands in training text: one of the two documents goes, and the shares are counted."""
+"""If held-out text also occurs in training text, one of the two documents is removed, and the overlap is counted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.data_engine.runs import execute, removed, stats, texts
 
 
 def words(seed: int, count: int = 300) -> str:
-    """Text of a seed's own words."""
+    """Return text whose words are unique to a seed."""
     return " ".join(random.Random(seed).choices([f"{seed}w{n}" for n in range(80)], k=count))
 
 
 HELD = [words(n) for n in range(4)]
-SHORT = f"{words(10, 20)} {HELD[0]}"  # most of it is held out: it goes
-LONG = f"{words(11, 900)} {HELD[1]}"  # most of it is its own: the held-out document goes
-QUOTE = f"{words(12, 900)} {' '.join(HELD[2].split()[:100])}"  # under half of either: both stay
+SHORT = f"{words(10, 20)} {HELD[0]}"  # mostly held-out text: removed
+LONG = f"{words(11, 900)} {HELD[1]}"  # mostly its own text: the held-out document is removed
+QUOTE = f"{words(12, 900)} {' '.join(HELD[2].split()[:100])}"  # under half of both documents: both stay
 OTHER = words(13)
 
 
@@ -58,7 +58,7 @@ def test_copies_leave_training_or_held_out_texts(tmp_path: Path) -> None:
 
 
 def _reworded(text: str, seed: int, share: float = 0.1) -> str:
-    """The text with some of its words changed."""
+    """Return the text with some of its words changed."""
     chance = random.Random(seed)
     return " ".join(f"other{n}" if chance.random() < share else word for n, word in enumerate(text.split()))
 
@@ -77,7 +77,7 @@ SIGNS = _chinese(1)
 STOCK_SIGNS = "".join(f"{_chinese(9 + at, 7)}{SIGNS[at : at + 12]}" for at in range(0, 240, 12))
 COPIED_SIGNS = "".join(chr(0x5FFF) if n % 25 == 5 else letter for n, letter in enumerate(SIGNS))
 FEW = words(7, 7)
-#: What is trained on, what is held out, and what is left of either.
+#: Case -> training texts, held-out texts, training texts that remain, held-out texts that remain.
 CASES = {
     "pieces of one all over training": (PIECES, HELD[:2], PIECES, HELD[1:2]),
     "copies with one word in ten changed": (
@@ -108,7 +108,7 @@ def test_one_removes_nothing_and_counts(tmp_path: Path) -> None:
 
 
 def test_duplicate_of_a_training_document_goes_alone(tmp_path: Path) -> None:
-    """The training document comes first here, so it must stay: what deduplication removes is not compared."""
+    """The training document comes first and must stay: the comparison ignores documents removed as duplicates."""
     first = write_jsonl(tmp_path / "1.jsonl", HELD[0], OTHER)
     second = write_jsonl(tmp_path / "2.jsonl", HELD[0].replace(" ", "  "), HELD[3])
     tasks = [{"files": [first]}, {"files": [second], "split": "heldout"}]

@@ -1,4 +1,4 @@
-"""Kills and signals: nothing goes on, and the same command ends with the same bytes."""
+"""Kills and signals: the engine stops with its workers and jobs, and says so in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import HANG_S, wait_until
 
 
 def _processes() -> dict[int, tuple[str, int]]:
-    """Return the state and the parent of every process."""
+    """Return the state and parent of every process."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -41,7 +41,7 @@ def _alive(pids: set[int]) -> set[int]:
 
 
 def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
-    """Start the command, and return it and its processes some time after the first one of its tasks began."""
+    """Start the command; return it and its processes `after_s` seconds after its first task began."""
     process = subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: _begun(plan), process, poll_s=0.01)
     time.sleep(after_s)
@@ -49,7 +49,7 @@ def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]
 
 
 def _begun(plan: Path) -> list[Path]:
-    """Find the logs of the tasks that began."""
+    """Return the logs of the tasks that have begun."""
     return list(plan.parent.glob("logs/*/logs/*.log"))
 
 
@@ -103,7 +103,7 @@ def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> 
 def test_second_engine_is_refused(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
     process, _ = _start(plan, 0)
-    process.send_signal(signal.SIGSTOP)  # it holds the folder until it is killed
+    process.send_signal(signal.SIGSTOP)  # so that it holds the folder until it is killed
     try:
         assert process.poll() is None
         refused = run(plan)

@@ -1,4 +1,4 @@
-"""A big file of JSON lines is cut between lines, for several workers, and gives what it gives in one piece."""
+"""A big file of JSON lines is cut between lines for several workers, with the same result as in one piece."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data_engine.runs import execute, removed, stats, texts
 
 
 def _write(path: Path, end: str = "\n") -> InputFile:
-    """A file with long, short, empty, broken and Latin-1 lines, and none at its end."""
+    """Write a file with long, short, empty, broken and Latin-1 lines, and no line end after the last."""
     lines = [json.dumps({"text": sentence(number, 5 + number % 40)}) for number in range(300)]
     lines[5:5] = ["", "{broken", json.dumps({"text": "long " * 2000})]
     content = end.join(lines).encode() + end.encode() + '{"text": "café"}'.encode("latin-1")
@@ -25,7 +25,7 @@ def _write(path: Path, end: str = "\n") -> InputFile:
 
 
 def _documents(folder: Path, tasks: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return what the engine makes of tasks: texts by split, and what is lost."""
+    """Return the engine's result: texts by split, and removed documents."""
     work = execute(write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.1}))
     ranks = range(len(tasks))
     for rank in ranks:

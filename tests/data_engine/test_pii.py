@@ -1,4 +1,4 @@
-"""Addresses and numbers of persons are replaced where a source asks for it, and nowhere else."""
+"""Personal addresses and numbers are replaced only in sources that ask for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.data_engine.runs import execute, stats, texts
 
 
 KINDS = ["email", "ip", "card", "ssn"]
-#: A text, what it becomes, and what was replaced.
+#: Text, the same text with replacements, and number of replacements by kind.
 CASES = [
     ("Write to jane.doe+x@mail.example.co.uk.", "Write to email@example.com.", {"email": 1}),
     ("from 8.8.8.8 and 1.1.1.1, not 192.168.0.1", "from 192.0.2.1 and 192.0.2.1, not 192.168.0.1", {"ip": 2}),

@@ -1,4 +1,4 @@
-"""A source gives the tokens that were asked of it, of what all removals leave."""
+"""A source gives the number of tokens that was asked of it, counted after all removals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.data_engine.runs import execute, stats, tokens
 
 
 def _plan(folder: Path, most: int | None, **more: object) -> Path:
-    """A source of three tasks, of which the second has mostly texts of the first, and the third evaluation items."""
+    """Write a source of three tasks: the second mostly repeats the first, and the third has evaluation items."""
     unique = [sentence(number, 5 + number % 30) for number in range(1500)]
     around = " ".join(f"word{n}" for n in range(60))
     asked = [f"{n} {around} {QUESTION if n % 2 else ''} {around[::-1]}" for n in range(200)]
@@ -38,7 +38,7 @@ def test_source_gives_what_was_asked_for_of_what_is_left(tmp_path: Path, dedupli
         assert int(part * there) - 30 < _total(work) <= int(part * there)
         for some, every in zip(_trained(work), _trained(whole), strict=True):
             rest = iter(every)
-            assert all(one in rest for one in some)  # in their order
+            assert all(one in rest for one in some)  # in the same order
             its_part = part * sum(map(len, every))
             assert sum(map(len, some)) == pytest.approx(its_part, rel=0.25)
         assert all(set(stats(work, rank)["steps"]["tokenise"]["removed"]) == {"max_tokens"} for rank in range(3))

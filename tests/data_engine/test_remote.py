@@ -1,4 +1,4 @@
-"""Files on servers: what passes is tried again, what does not pass is no mistake of the file's."""
+"""Files on servers: passing errors are retried, and lasting errors are not blamed on the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANY = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(40
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. What it does wrong stands in the name of a file."""
+    """Serves a folder. A file's name says which mistake the server makes."""
 
     daemon_threads = True
 
@@ -46,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         file, place = self.server.folder / self.path.lstrip("/"), self.headers.get("Range")

@@ -1,4 +1,4 @@
-"""The first documents are read as the engine reads them: with the same ids and bytes."""
+"""A sample reads the first documents as the engine does, with the same ids and bytes."""
 
 from __future__ import annotations
 

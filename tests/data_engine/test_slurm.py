@@ -1,4 +1,4 @@
-"""What Slurm's commands may answer, played by scripts, and the tasks as jobs of a real Slurm, where there is one.
+"""Possible answers of Slurm's commands, played by scripts, and tasks as jobs of a real Slurm if there is one.
 
 SLURM_PARTITION=debug make test-in ENV=data
 """

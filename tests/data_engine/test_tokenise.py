@@ -1,4 +1,4 @@
-"""Token ids and bytes: what Megatron reads, the same with both libraries."""
+"""Token ids and bytes are in the form that Megatron reads, and both libraries give the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _plan(folder: Path, **more: object) -> Path:
 
 
 def _changed_tokenizer(folder: Path, **changes: object) -> Path:
-    """A plan whose tokenizer.json has other values."""
+    """Write a plan whose tokenizer.json has changed values."""
     plan = _plan(folder)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Puts the shards of all ranks together, placed by Megatron's own checkpoint code."""
+"""Assembles the shards of all ranks, placed by Megatron's own checkpoint code."""
 
 from __future__ import annotations
 
 import torch
 
 
-#: One rank's shard: name in a checkpoint, offset, data.
+#: Shard of a rank: name in a checkpoint, offset, data.
 GlobalShard = tuple[str, tuple[int, ...], torch.Tensor]
 
 
@@ -25,7 +25,7 @@ def global_shards(chunks: list[torch.nn.Module]) -> list[GlobalShard]:
 
 
 def gather(ranks: list[list[GlobalShard]]) -> dict[str, torch.Tensor]:
-    """Put the shards of all ranks together; shards of the same place must have the same bits."""
+    """Assemble the shards of all ranks; shards at the same position must be bit-identical."""
     pieces: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     for shards in ranks:
         for key, offset, data in shards:

@@ -1,7 +1,7 @@
 """Run a module-level function on several gloo ranks of this machine.
 
-The ranks are forked from a server that has imported NeMo once, so a second call costs a fraction of a second and
-not the ten seconds of that import. Call `run_ranks` from a test, or under `if __name__ == "__main__"`.
+The ranks are forked from a server that has imported NeMo once. A second call therefore takes a fraction of a second,
+instead of the ten seconds of that import. Call `run_ranks` from a test, or under `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from nemo_upcycle.pipeline.executors.local import held_port
 from tests.waiting import HANG_S
 
 
-#: The first makes the others importable without CUDA. Of the last two an environment has one.
+#: Modules that the server imports. The first makes the others importable without CUDA. An environment has only one
+#: of the last two.
 _PRELOAD = ["nemo_upcycle.trainers", "torch", "nemo.collections.llm", "megatron.bridge.training.pretrain"]
 
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = HANG_S, process_group: bool = True
 ) -> list[Any]:
-    """Call `function(*args)` on `world_size` ranks and return what each gave back, in rank order.
+    """Call `function(*args)` on `world_size` ranks and return the ranks' results, in rank order.
 
-    On every rank the variables of torchrun are set, the default process group is there (gloo) and torch computes with
-    one thread. `torch.distributed.get_rank()` tells the ranks apart.
+    Every rank has torchrun's variables, the default process group (gloo), and one thread for torch.
+    `torch.distributed.get_rank()` tells the ranks apart.
 
     Args:
-        function: a function that can be pickled, so one at the top of a module.
-        world_size: the number of ranks.
-        args: handed to every rank, pickled.
-        timeout_s: after this long the ranks are killed; the stack of each is on stderr by then.
-        process_group: False for a function that runs a NeMo trainer: NeMo makes Megatron's groups only when it makes
-            the default group too.
+        function: function that can be pickled, so it must be at the top of a module.
+        world_size: number of ranks.
+        args: arguments for every rank, pickled.
+        timeout_s: time (s) after which the ranks are killed; just before, each writes its stack to stderr.
+        process_group: whether to make the default group. False for a function that runs a NeMo trainer, because NeMo
+            makes Megatron's groups only together with the default group.
 
     Raises:
-        RuntimeError: a rank raised (the text holds its traceback), died or ran out of time.
+        RuntimeError: A rank raised (the message has its traceback), died or ran out of time.
 
     Example:
         >>> run_ranks(torch.distributed.get_world_size, 2)  # doctest: +SKIP
@@ -71,16 +72,16 @@ def run_ranks(
             for pipe in pipes:
                 pipe.close()
             for process in processes:
-                process.join(timeout=5.0)  # time to end what the rank itself has started
+                process.join(timeout=5.0)  # time for the rank to end its own processes
                 process.kill()
                 process.join()
 
 
 def server() -> ForkServerContext:
-    """Return the context whose processes are forked from a server that has imported NeMo."""
+    """Return the context that forks processes from a server that has imported NeMo."""
     if "nemo" in sys.modules and sys.modules["nemo"] is None:  # hidden: see tests/without_nemo.py
         raise ModuleNotFoundError("the ranks import NeMo", name="nemo")
-    # Before the server starts: its children inherit what it read at import.
+    # Set them before the server starts: its children inherit the values that it reads at import.
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -94,7 +95,7 @@ def _torchrun_variables(world_size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": size,
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "ranks",  # Lightning takes it that the ranks are there and starts none itself
+        "TORCHELASTIC_RUN_ID": "ranks",  # so that Lightning does not start ranks itself
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -120,7 +121,7 @@ def _collect(pipes: list[Connection], deadline_s: float) -> list[Any]:
 
 def _rank_main(pipe: Connection, payload: bytes, variables: dict[str, str], group: bool, timeout_s: float) -> None:
     faulthandler.dump_traceback_later(max(timeout_s - 5.0, 1.0), file=sys.__stderr__)
-    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron's choice for a model that was built before the fork
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # set by Megatron for a model that was built before the fork
         os.environ.pop(f"NVTE_{kernel}_ATTN", None)
     os.environ.update(variables)
     try:
@@ -129,9 +130,9 @@ def _rank_main(pipe: Connection, payload: bytes, variables: dict[str, str], grou
         answer = (False, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(BrokenPipeError):  # another rank has failed before this one
+    with contextlib.suppress(BrokenPipeError):  # another rank failed first
         pipe.send_bytes(pickle.dumps(answer))
-        # Stay until the caller ends all ranks together: the first one holds the store that the others may still ask.
+        # Stay until the caller ends all ranks: the first rank holds the store, which the others may still query.
         multiprocessing.connection.wait([pipe], timeout=timeout_s)
 
 

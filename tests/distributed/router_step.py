@@ -1,10 +1,10 @@
-"""A step of a small MoE model on real ranks: what it does to its routers, and what is measured of them.
+"""Takes one step of a small MoE model on real ranks, and returns router gradients, biases and health.
 
-Real Megatron models, schedules, gradient buffers and gloo groups. Every layout cuts the batch into the same cells (one
-micro-batch of one data-parallel rank), because balancing is no sum over tokens.
+Megatron's models, schedules, gradient buffers and gloo groups are real. Every layout cuts the batch into the same
+cells (one micro-batch of one data-parallel rank), because balancing is not a sum over tokens.
 
-Attention without Transformer Engine knows no context parallelism. Its output projection is zero here, so that each
-token goes its own way, wherever it is computed.
+Attention without Transformer Engine does not support context parallelism. Its output projection is zero here, so that
+tokens do not influence each other, wherever they are computed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens
 
 
 ARCH = small_architecture(num_layers=4)
-#: Sequences of a cell, tokens of a sequence, cells of a step.
+#: Sequences per cell, tokens per sequence, cells per step.
 BATCH, LENGTH, CELLS = 2, 8, 4
-#: Megatron of NeMo 2.7; from 0.16 on it scales auxiliary losses by the context-parallel size itself.
+#: Whether this is the Megatron of NeMo 2.7. From 0.16 on, Megatron scales auxiliary losses by context parallelism.
 IS_015 = version("megatron-core").startswith("0.15.")
-LOSS_SCALE = 1024.0  # of FP16
+LOSS_SCALE = 1024.0  # as in FP16
 
 
 def take_step(
@@ -34,18 +34,18 @@ def take_step(
     micro_batches: int | None = None,
     prepare: Callable[[list[Any], Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """Take one step; the language model's loss has no weight: routers have the gradient of the auxiliary losses alone.
+    """Take one step in which only the auxiliary losses give gradients: the language model's loss has no weight.
 
     Args:
-        layout: sizes that are not 1.
-        settings: of the Megatron model.
-        spec: of the model.
-        micro_batches: of the step, on each data-parallel rank; None for one a cell.
-        prepare: called with the chunks and their configuration before the step.
+        layout: layout sizes other than 1.
+        settings: settings of the Megatron model.
+        spec: spec of the model.
+        micro_batches: micro-batches per step on each data-parallel rank, or None for one per cell.
+        prepare: function to call with the chunks and their configuration before the step.
 
     Returns:
-        `gradients` of this rank's routers by layer; `biases` that balance their experts, likewise; `health` of all
-        layers, on the first rank; `prepared`: what `prepare` gave; `receipt`: what it says of the biases.
+        `gradients` of this rank's routers by layer; `biases` that balance their experts by layer; `health` of all
+        layers, on the first rank; `prepared`, the result of `prepare`; `receipt`, its entry about the biases.
     """
     from megatron.core import num_microbatches_calculator
     from megatron.core import parallel_state as ps
@@ -115,8 +115,8 @@ def by_layer(ranks: list[dict[str, Any]], what: str) -> torch.Tensor:
     """Return `gradients` or `biases` of all layers, [L, ...]; ranks that hold the same layer must agree.
 
     Args:
-        ranks: what each rank's step gave.
-        what: name of it.
+        ranks: result of each rank's step.
+        what: `gradients` or `biases`.
     """
     whole: dict[int, torch.Tensor] = {}
     for rank in ranks:

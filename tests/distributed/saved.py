@@ -1,4 +1,4 @@
-"""Checkpoints of models that were upcycled on several ranks."""
+"""Saves checkpoints of models that were upcycled on several ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.models import build_chunks, moe_settings
 
 
 def save_upcycled(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: Any = None) -> None:
-    """Save a model that was not trained; biases that balance experts, where its parent has none, are made some."""
+    """Save an untrained upcycled model, with nonzero balancing biases if it has some and its parent has none."""
     from megatron.core import dist_checkpointing
 
     with open_dense(folder) as dense:

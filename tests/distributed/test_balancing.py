@@ -1,6 +1,6 @@
-"""What balances the experts does the same on every layout as on one rank: losses by their gradients, biases by moving.
+"""Load balancing acts on every layout as on one rank: losses through gradients, biases through their updates.
 
-See `router_step.py`; with Megatron-Core 0.15 and with Bridge's.
+See `router_step.py`. These tests run with Megatron-Core 0.15 and with Bridge's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.tiers import quick
 
 pytestmark = pytest.mark.full
 SPEC = UpcycleSpec(num_experts=4, top_k=2, router_std=0.5)
-#: Of four ranks.
+#: Layouts of four ranks.
 LAYOUTS: dict[str, dict[str, int]] = {
     "dp4": {},
     "tp2 dp2, ep2": {"tp": 2, "ep": 2},
@@ -35,7 +35,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 KIND, COEFFICIENT = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
 _EVERY_LOSS = {KIND: ["aux_loss", "seq_aux_loss"], COEFFICIENT: [0.01, 0.03], "moe_z_loss_coeff": 0.02}
-#: Of the global batch, so with fewer and larger micro-batches on one rank: those of all data-parallel ranks together.
+#: A loss over the global batch. One rank therefore takes fewer, larger micro-batches: each holds the micro-batches of
+#: all data-parallel ranks.
 _GLOBAL = {KIND: "global_aux_loss", COEFFICIENT: 0.01}
 LOSSES: dict[str, dict[str, Any]] = {
     "every loss": _EVERY_LOSS,
@@ -46,7 +47,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 SET = {"every loss": {"aux_loss": 0.01, "seq_aux_loss": 0.03, "z_loss": 0.02}, "global": {"global_aux_loss": 0.01}}
 RATE = 0.01
 BY_SIGNS = {"moe_router_bias_update_rate": RATE}
-#: Balancing by biases -> spec, settings, what the receipt says.
+#: Balancing by biases -> spec, settings, biases in the receipt.
 BIASES: dict[str, tuple[UpcycleSpec, dict[str, Any], dict[str, float]]] = {
     "signs": (
         replace(SPEC, router_score="sigmoid"),
@@ -79,7 +80,7 @@ def _corrected(_: Any, config: Any) -> Any:
 
 
 def _alone() -> Steps:
-    """Return the step of one rank, for each case and number of micro-batches."""
+    """Return the steps of one rank, for each case and number of micro-batches."""
     found: Steps = {
         (case, micro_batches): take_step({}, settings, SPEC, micro_batches)
         for micro_batches in (1, 2, 4)
@@ -91,7 +92,7 @@ def _alone() -> Steps:
 
 
 def _together(layout: str) -> Steps:
-    """Measure each case on one of four ranks."""
+    """Return the step of each case on one of four ranks."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -116,7 +117,7 @@ def ranks() -> Ranks:
 
 
 def _of_one_rank(alone: Steps, layout: str, case: str) -> dict[str, Any]:
-    """Return what one rank finds in the same cells."""
+    """Return one rank's result for the same cells."""
     return alone[case, CELLS // _size(layout, "dp") if _kind(case) == "global" else CELLS]
 
 
@@ -126,7 +127,7 @@ EVERY_LAYOUT = pytest.mark.parametrize("layout", quick(LAYOUTS, "tp2 cp2", "tp2 
 @EVERY_LAYOUT
 @pytest.mark.parametrize("case", LOSSES)
 def test_coefficients_act_as_set_on_every_layout(alone: Steps, ranks: Ranks, layout: str, case: str) -> None:
-    """The receipt names what is undone: Megatron alone divides losses by sizes of the layout."""
+    """The receipt says which division was undone, because Megatron alone divides losses by layout sizes."""
     found, of_one_rank = [rank[case] for rank in ranks(layout)], _of_one_rank(alone, layout, case)
     gradients, wanted = by_layer(found, "gradients"), by_layer([of_one_rank], "gradients")
     assert float((gradients - wanted).norm() / wanted.norm()) < 2e-5
@@ -160,14 +161,14 @@ def test_biases_move_on_every_layout_as_on_one_rank(alone: Steps, ranks: Ranks, 
 
 @pytest.mark.skipif(find_spec("nemo") is None, reason="it trains in NeMo")
 def test_a_recipe_on_two_ranks_trains_as_on_one(tmp_path: Path) -> None:
-    """With tokens counted, Megatron loses the tensor-parallel size; context parallelism has no attention here."""
+    """With losses per token, Megatron divides by the tensor-parallel size; no attention here supports CP."""
     from tests.functional.runs import Runs
 
     runs, lines, receipts = Runs(tmp_path), {}, {}
     settings = {
         "model.config.calculate_per_token_loss": True,
-        "model.config.moe_aux_loss_coeff": 5.0,  # outweighs the rest
-        "trainer.strategy.ddp.average_in_collective": False,  # Megatron counts tokens instead
+        "model.config.moe_aux_loss_coeff": 5.0,  # outweighs the other losses
+        "trainer.strategy.ddp.average_in_collective": False,  # because Megatron counts tokens instead
     }
     for ranks in (1, 2):
         lines[ranks] = runs.train(f"{ranks}", ranks, steps=3, tp=ranks, settings=settings)

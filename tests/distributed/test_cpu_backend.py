@@ -1,4 +1,4 @@
-"""A recipe's training on gloo ranks, without CUDA: every layout gives the numbers of one rank."""
+"""A recipe trains on gloo ranks without CUDA, and every layout gives the same numbers as one rank."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.tiers import quick
 
 pytestmark = pytest.mark.full
 SPEC = "resume.restore_config.spec"
-#: Experts that differ.
+#: Settings that make experts differ.
 NOISE = {f"{SPEC}.method": "noise", f"{SPEC}.noise_std": 0.5}
 PLAIN = {f"{holder}.use_distributed_optimizer": False for holder in ("optim.config", "trainer.strategy.ddp")}
 LAYOUTS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"tp": 2}, {}),
-    # Two stages interleaved: two messages at a time between the same two ranks.
+    # Two interleaved stages send two messages at a time between the same two ranks.
     (2, {"pp": 2}, {"trainer.strategy.virtual_pipeline_model_parallel_size": 2}),
     (2, {"ep": 2}, {}),
     (2, {"ep": 2}, {"model.config.moe_token_dispatcher_type": "allgather"}),
@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def _train(runs: Runs, world_size: int, settings: dict[str, Any], steps: int = 2, **layout: int) -> list[list[float]]:
-    """Return loss and norm of the gradients of each step."""
+    """Return the loss and the gradient norm of each step."""
     name = f"run {len([*runs.folder.iterdir()])}"
     lines = runs.train(name, world_size, steps=steps, settings=NOISE | settings, **layout)
     return [[line["loss"], line["grad_norm"]] for line in lines]
@@ -82,7 +82,7 @@ def test_dropout_is_repeated_by_recomputation(runs: Runs, alone: list[list[float
 
 
 def _gradient_that_one_rank_has_late(distributed: bool) -> float:
-    """Return a gradient of ones, summed over the ranks while the backward pass goes on."""
+    """Return a gradient of ones, reduced over the ranks during the backward pass, although one rank is late."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig

@@ -1,4 +1,4 @@
-"""Megatron's layers in FP8: what computes in it, with which numbers, when scales move, on one rank and several."""
+"""Megatron's layers in FP8: which products are in FP8, their values, and when scales move, on one or more ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _model(recipe: str | None, *, layout: dict[str, int] | None = None, **change
 
 
 def _loss(model: Any, seed: int = 0) -> torch.Tensor:
-    """Return the loss of 2 x 32 tokens; rows are the same on every rank."""
+    """Return the loss of 2 x 32 tokens; every rank has the same rows."""
     numbers = torch.Generator().manual_seed(seed)
     tokens_BS = torch.randint(0, 250, (2, 32), generator=numbers)
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).triu(1)
@@ -45,7 +45,7 @@ def _step(model: Any, seed: int = 0, first: bool = True) -> float:
 
 
 def _recorded(recipe: str | None, **changes: Any) -> dict[str, list[str]]:
-    """Return the linear layers and their output layer by what their products were, in one pass."""
+    """Return the linear layers and the output layer of one pass, by the kind of their products: `fp8` or `plain`."""
     from megatron.core.tensor_parallel import layers
 
     from nemo_upcycle.cpu import fp8_linear
@@ -85,7 +85,7 @@ def test_first_and_last_layers_can_be_excluded() -> None:
 
 
 def _products(recipe: str) -> dict[str, float]:
-    """Compare a layer's three products with those of its quantised operands in float64."""
+    """Compare a layer's three products with float64 products of its quantised operands."""
     from nemo_upcycle.cpu.fp8_linear import computing
     from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, Fp8Recipe
 
@@ -117,7 +117,7 @@ def test_products_are_those_of_the_quantised_operands(recipe: str) -> None:
 
 
 def _delayed(**changes: Any) -> dict[str, Any]:
-    """Return what delayed scaling does in two steps of two micro-batches each."""
+    """Return losses, scales and gradients of two steps with delayed scaling, with two micro-batches each."""
     model = _model("delayed", **changes)
     layer = model.decoder.layers[0].self_attention.linear_qkv
     losses, scales = [], []
@@ -135,12 +135,12 @@ def test_scales_move_after_each_pass() -> None:
     assert 1 not in (*inputs, *weights, *gradients)
     assert weights == (pytest.approx(448 / found["weight"]),) * 4
     assert used == (1, 1, *weights[:2])
-    assert inputs[0] >= inputs[1] >= inputs[2]  # the largest of the history
-    assert gradients[0] > 1e3  # a step at scale 1 would have lost most of them
+    assert inputs[0] >= inputs[1] >= inputs[2]  # scales follow the largest value of the history
+    assert gradients[0] > 1e3  # at scale 1, a step would lose most gradients
 
 
 def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
-    """With the same gradients, to the bit, and each number taken up once."""
+    """Gradients are bit-identical, and each value enters the history only once."""
     whole = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     part = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     (plain,), (full,), (moe,) = (run_ranks(functools.partial(_delayed, **kind), 1) for kind in ({}, whole, part))
@@ -151,7 +151,7 @@ def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
 
 
 def _first_losses(layout: dict[str, int]) -> dict[str, float]:
-    """Return the loss of one rank's part of a model that all ranks fill alike, by recipe."""
+    """Return this rank's loss by recipe, with a model that all ranks fill alike."""
     losses, spec = {}, UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.5)
     for recipe in RECIPES:
         model = _model(recipe, layout=layout)
@@ -161,7 +161,7 @@ def _first_losses(layout: dict[str, int]) -> dict[str, float]:
 
 
 def test_ranks_that_share_the_experts_compute_as_one() -> None:
-    """Step 0, before scales of experts on other ranks are shared: the same loss."""
+    """Compare the losses of step 0, before ranks share the scales of their experts."""
     (alone,) = run_ranks(_first_losses, 1, {})
     for losses in run_ranks(_first_losses, 2, {"ep": 2}):
         assert losses == pytest.approx(alone, rel=1e-5)
@@ -175,7 +175,7 @@ def _shared_scales() -> list[list[float]]:
 
 
 def test_ranks_share_the_scales_of_delayed_scaling() -> None:
-    """As Transformer Engine does: an expert's with those of the experts in its place on other ranks."""
+    """As in Transformer Engine, an expert shares scales with the experts at the same position on other ranks."""
     first, second = run_ranks(_shared_scales, 2)
     assert len(first) == 3 * (2 + 2 * 2)
     assert first == second

@@ -1,4 +1,4 @@
-"""lm-eval asks a checkpoint on real gloo ranks, and gets what it gets of the exported folder."""
+"""lm-eval gets the same answers from a checkpoint on real gloo ranks as from its exported folder."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SPEC_FIELDS = {name: getattr(SPEC, name) for name in ("num_experts", "top_k", "r
 
 
 def _evaluate(folder: str, layout: dict[str, int], part: str = "", damage: Any = None) -> dict[str, Any] | str:
-    """Evaluate the checkpoint; return what the first rank gets, the others serve it.
+    """Evaluate the checkpoint and return the first rank's result; the other ranks serve the first.
 
     Args:
-        folder: of the checkpoint and its parent.
-        layout: sizes that are not 1.
-        part: what the evaluation loads, by its name in `evaluation.megatron.lm`, to be damaged.
-        damage: called with what that gives.
+        folder: folder of the checkpoint and its parent.
+        layout: layout sizes other than 1.
+        part: loader in `evaluation.megatron.lm` whose result is damaged.
+        damage: function that damages the loader's result.
     """
     from nemo_upcycle.evaluation.megatron import lm
 

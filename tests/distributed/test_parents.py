@@ -1,8 +1,8 @@
-"""What an engineer trusts after a training: evaluation computes what the dense parent computes.
+"""An upcycled checkpoint evaluates as its dense parent does: this is the check that an engineer trusts.
 
-The parent in Hugging Face's own implementation is the reference, not the export: both read a checkpoint by the same
-table of parameters, and would be wrong together. Copied experts make the upcycled model the parent's function.
-`tests/unit/models/test_parents.py` has the export.
+The reference is the parent in Hugging Face's own implementation, not the export. Export and evaluation read a
+checkpoint through the same table of parameters, and could be wrong together. With copied experts, the upcycled model
+computes the parent's function. `tests/unit/models/test_parents.py` tests the export.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from tests.tiers import quick
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 VOCAB, LENGTH, MOST = 250, 24, 4
-#: Tokens of each prompt, and after how many its continuation ends, if it may be as long.
+#: Tokens of each prompt, and tokens after which its continuation ends, unless it reaches `MOST` first.
 PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 3, 8, 1, 2]
 LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (2, {"tp": 2}), (2, {"ep": 2}), (2, {"pp": 2})]
 PARENTS = {
-    "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
-    "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
-    "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism cuts
+    "qwen3": write_qwen3,  # norms of query and key, each with its own weights
+    "mistral": lambda folder: write_mistral(folder, window=5),  # a window shorter than the texts and the prompts
+    "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism splits
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
-    "mixtral": write_mixtral,  # has experts, which become more
+    "mixtral": write_mixtral,  # has experts, which are grown
     "qwen3_moe": write_qwen3_moe,
     "qwen2_moe": partial(write_moe, kind="Qwen2Moe"),  # a shared expert with a gate
-    "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # biases that choose experts, a dense layer
+    "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # expert-selection biases, a dense layer
     "flex_olmo": partial(write_moe, kind="FlexOlmo"),
-    "olmo3": write_olmo3,  # the same in some layers
+    "olmo3": write_olmo3,  # norms over all heads, a window in some layers
     "llava": partial(write_wrapped, kind="Llava", tied=True),  # a text model among other parts
-    "granite": write_granite,  # factors at both ends of a pipeline, and in between
+    "granite": write_granite,  # factors at both ends of a pipeline and in between
 }
 
 
-#: What `make test` asks: attention in a window, experts, layers that are dense or not, factors.
+#: Parents that `make test` runs: windowed attention, experts, layers that are dense or not, factors.
 DAILY = {"mistral", "mixtral", "glm4_moe", "granite"}
 
 
@@ -55,7 +55,7 @@ DAILY = {"mistral", "mixtral", "glm4_moe", "granite"}
     scope="module", params=[pytest.param(name, marks=() if name in DAILY else pytest.mark.full) for name in PARENTS]
 )
 def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parent; beside it a checkpoint of the model that is upcycled from it."""
+    """A parent, next to a checkpoint of the model that is upcycled from it."""
     folder = tmp_path_factory.mktemp(request.param)
     PARENTS[request.param](folder / "dense")
     dense = folder / "dense"
@@ -73,7 +73,7 @@ def _texts() -> list[list[int]]:
 
 
 def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list[list[int]]]:
-    """Return the log-likelihoods of texts, and the continuations of their beginnings."""
+    """Return the log-likelihoods of texts, and continuations of their beginnings."""
     dense = Path(parent)
     chunks, arch = load_chunks(dense.parent / "saved", dense, _spec_of(dense), layout_here(**layout), torch.float32)
     scored = score(chunks, [(text, LENGTH - 1) for text in _texts()], vocab_size=arch.vocab_size)

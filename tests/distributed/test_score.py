@@ -1,4 +1,4 @@
-"""A checkpoint evaluated on real gloo ranks: whatever the layout, the log-likelihoods of the exported folder."""
+"""A checkpoint on real gloo ranks has the log-likelihoods of the exported folder, whatever the layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiers import quick
 
 
 VOCAB = 250
-#: `router_std` and noise make models that depend on every expert and on the routing.
+#: `router_std` and noise make the result depend on every expert and on the routing.
 NOISE = UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0)
 SPECS = {
     "moe": NOISE,
@@ -31,9 +31,9 @@ SPECS = {
     "mixed": replace(NOISE, num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers=(0, 3)),
     "balanced": replace(NOISE, router_std=0.3, router_score="sigmoid"),
 }
-#: Their trainings balance experts by biases, not by a loss.
+#: Settings of trainings that balance experts by biases instead of a loss.
 BALANCED = {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
-#: What `make test` runs: a model on a layout of so many ranks.
+#: Rows that `make test` runs: model, number of ranks, layout.
 DAILY: list[tuple[str, int, dict[str, int]]] = [
     ("moe", 1, {}),
     ("moe", 4, {"tp": 2, "ep": 2}),
@@ -42,7 +42,7 @@ DAILY: list[tuple[str, int, dict[str, int]]] = [
     ("mixed", 2, {"pp": 2}),
     ("balanced", 2, {"ep": 2}),
 ]
-#: One model on every other layout, the other models on layouts of two kinds.
+#: Further rows: one model on every other layout, the other models on layouts of two kinds.
 WEEKLY: list[tuple[str, int, dict[str, int]]] = [
     ("moe", 2, {}),
     ("moe", 2, {"tp": 2}),
@@ -54,7 +54,7 @@ WEEKLY: list[tuple[str, int, dict[str, int]]] = [
 
 
 def _sequences() -> list[tuple[list[int], int]]:
-    """Return texts of many lengths, some of which differ in their last token alone."""
+    """Return texts of many lengths; some differ only in their last token."""
     numbers = random.Random(5)
     found = []
     for _ in range(23):
@@ -97,7 +97,7 @@ def _by_transformers(folder: Path, tokens: list[int], predicted: int) -> tuple[l
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
-    """Return what transformers finds, sequence by sequence, of the exported folders."""
+    """Return the results of transformers for every sequence, with the exported folders."""
     return {case: [_by_transformers(folder / case / "hf", *one) for one in _sequences()] for case in SPECS}
 
 

@@ -1,7 +1,7 @@
-"""Online upcycling on real gloo ranks: whatever the layout, the gathered model has the same bits.
+"""Online upcycling on real gloo ranks: the gathered model is bit-identical under every layout.
 
-Every layout is started once and upcycles all `CASES`. The networks are wider than a block of random numbers, and the
-layouts cut blocks in their middle. The vocabulary's padding is another for each tensor-parallel size.
+Every layout is started once and upcycles all `CASES`. The networks are wider than a block of random numbers, and
+layouts cut blocks in the middle. The padding of the vocabulary differs for each tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARENTS = {"untied": {}, "tied": {"tied": True}, "biases": {"attention_bias": Tr
 
 
 def _four_heads(write: Callable[..., Path], folder: Path, **settings: Any) -> Path:
-    """Write one whose heads make up the hidden size, as its class wants them."""
+    """Write a model whose heads make up the hidden size, as its class requires."""
     return write(folder, **(settings | {"num_attention_heads": 4}))
 
 
@@ -47,7 +47,7 @@ WRITERS = {
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=WIDTH),
     "qwen2_moe": partial(_four_heads, write_moe, kind="Qwen2Moe"),
 }
-#: Text models among other parts, and the class of the text model where it is not the usual one.
+#: Class of a multimodal model, or of its text model -> the multimodal class, if the text model is not the usual one.
 SEEING = {"Mistral3": "", "Ministral3": "Mistral3", "Qwen2_5_VL": "", "Qwen3VL": "", "Gemma3": "", "Exaone4_5_": ""}
 SEEING = {name: around for name, around in SEEING.items() if hasattr(transformers, f"{name}Config")}
 WRITERS |= {
@@ -56,7 +56,7 @@ WRITERS |= {
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
-#: Its calibration is made of the untied parent, and lies in the folder of the parents.
+#: The calibration is made from the untied parent, and is in the folder of the parents.
 FROM_DATA = UpcycleSpec(**GRANULAR, shared_experts=1, router_init="prompts", calibration="untied.file")
 CASES = {
     "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
@@ -77,7 +77,7 @@ CASES = {
 } | {name: (name, UpcycleSpec(**COPIES)) for name in SEEING}
 LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {}, {}),  # two data-parallel replicas
-    (2, {"tp": 2}, {}),  # with sequence parallelism, as every layout with tensor parallelism here
+    (2, {"tp": 2}, {}),  # with sequence parallelism, like every layout with tensor parallelism here
     (2, {"cp": 2}, {}),
     (2, {"pp": 2, "vp": 2}, {}),
     (2, {"ep": 2}, {}),
@@ -93,7 +93,7 @@ LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
 
 
 def _cases(layout: dict[str, int]) -> dict[str, tuple[str, UpcycleSpec]]:
-    """Return the cases that Megatron builds: it has biases in experts only without expert-tensor parallelism."""
+    """Return the cases that Megatron can build: experts have biases only without expert-tensor parallelism."""
     return {name: case for name, case in CASES.items() if case[0] != "biases" or layout.get("etp", 1) == 1}
 
 
@@ -112,7 +112,7 @@ def _upcycle(folder: str, layout: dict[str, int], changes: dict[str, Any], cases
 
 
 def _fit(whole: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Cut vocabulary padding, which depends on the tensor-parallel size and must be zero."""
+    """Cut off the vocabulary padding, which depends on the tensor-parallel size and must be zero."""
     if whole.shape != reference.shape:
         assert whole[reference.shape[0] :].abs().sum() == 0
         return whole[: reference.shape[0]]
@@ -155,13 +155,13 @@ def test_gathered_bits_do_not_depend_on_the_layout(
             embedding = gathered["embedding.word_embeddings.weight"]
             assert torch.equal(gathered[key], embedding), f"{key} of {case}"
         for answer in answers:
-            # Noise and drop look at whole matrices of which tensor parallelism leaves a rank a part.
+            # Noise and drop read whole matrices, although tensor parallelism leaves a rank only a part.
             read, needed = answer[case]["read"]
             assert read == needed or spec.method != "copy"
 
 
 def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalShard], list[GlobalShard]]:
-    """Upcycle a model whose parameters lie in the optimizer's buffers; let the optimizer step by nothing."""
+    """Upcycle a model whose parameters are in the optimizer's buffers, and take a step at learning rate zero."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -193,5 +193,5 @@ def test_parameters_in_an_optimizers_buffers_are_filled(folder: Path, reference:
     assert before.keys() == after.keys() == reference["shared"].keys()
     for key, value in before.items():
         assert torch.equal(value, after[key]), key
-        if "experts" not in key:  # what is scaled, or drawn anew from bfloat16 statistics, rounds otherwise
+        if "experts" not in key:  # experts are scaled, or redrawn from bfloat16 statistics, and round differently
             assert torch.equal(value, reference["shared"][key].bfloat16().float()), key

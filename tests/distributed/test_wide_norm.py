@@ -1,4 +1,4 @@
-"""A norm over all heads is one norm on several ranks, forward and backward, and what PyTorch's own computes."""
+"""A norm over all heads is one norm on several ranks, forward and backward, and equals PyTorch's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS, DIM = 4, 8
 
 
 def _normed(gradient_SBHK: torch.Tensor, heads_SBHK: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Return this rank's heads, normalised, and the gradients of its heads and of the weight."""
+    """Return this rank's normalised heads, and the gradients of its heads and of the weight."""
     from megatron.core import parallel_state
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -28,7 +28,7 @@ def _normed(gradient_SBHK: torch.Tensor, heads_SBHK: torch.Tensor, weight: torch
     mine = heads_SBHK.chunk(ranks, dim=2)[rank].clone().requires_grad_()
     normed = norm(mine)
     normed.backward(gradient_SBHK.chunk(ranks, dim=2)[rank])
-    torch.distributed.all_reduce(norm.weight.grad)  # as Megatron does it with every norm of query and key
+    torch.distributed.all_reduce(norm.weight.grad)  # as Megatron does for every norm of query and key
     return [normed.detach(), mine.grad, norm.weight.grad]
 
 

@@ -1,4 +1,4 @@
-"""`kill -9` of a process by itself, at a moment that is aimed at: the n-th time that it opens, renames or removes."""
+"""`kill -9` of a process by itself at a chosen moment: the n-th time that it opens, renames or removes a path."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Strike:
-    """When a process is killed.
+    """The moment at which a process is killed.
 
     Args:
-        event: an audit event of Python's that names a path: `open`, `os.rename`, `os.remove`; "" for `delay_s` alone.
+        event: Python audit event that names a path: `open`, `os.rename`, `os.remove`; "" to use `delay_s` alone.
         where: part of the path.
-        count: the how many-th such event, before it happens.
-        inside_removal: count no event before the removal of a folder under `where` has begun; then all of them.
-        delay_s: seconds after `arm`, without an event.
-        rank: which rank is killed; the others fail by themselves, or are killed by whoever waits for them.
+        count: number of the event; the kill comes before this event happens.
+        inside_removal: count events only after the removal of a folder under `where` has begun, and then all events.
+        delay_s: delay (s) after `arm`, without an event.
+        rank: rank to kill; the others fail by themselves, or are killed by the process that waits for them.
 
     Example:
         >>> Strike("open", ".distcp", count=2)  # while the second file of the first checkpoint is written
@@ -36,7 +36,7 @@ class Strike:
 
 
 def arm(strike: Strike) -> None:
-    """Wait for the moment, in this process and in those that it forks; then kill this one and that."""
+    """Wait for the moment in this process and in processes that it forks, then kill both."""
     if int(os.environ.get("RANK", "0")) != strike.rank:
         return
     victim, seen, removing = os.getpid(), 0, not strike.inside_removal

@@ -1,4 +1,4 @@
-"""A stand-in for Kubeflow's Trainer: runs the command of every TrainJob as processes of this machine, one a node."""
+"""A stand-in for Kubeflow's Trainer: runs the command of every TrainJob as local processes, one per node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Operator(threading.Thread):
     """Watches the jobs of the namespace `default` until it is stopped.
 
     Args:
-        kubeconfig: of the server.
+        kubeconfig: kubeconfig of the server.
     """
 
     def __init__(self, kubeconfig: Path) -> None:
@@ -34,7 +34,7 @@ class Operator(threading.Thread):
         self.environment: dict[str, str] = {}
 
     def run(self) -> None:
-        """Start jobs, report on them, and end those that were deleted."""
+        """Start jobs, report their state, and end deleted jobs."""
         while not self._stopped.wait(0.3):
             jobs = {
                 job["metadata"]["name"]: job for job in self._api.list_namespaced_custom_object(*_ADDRESS)["items"]
@@ -54,7 +54,7 @@ class Operator(threading.Thread):
                     self._report(name, {"conditions": [_condition(kind, f"exit statuses {statuses}")]})
 
     def stop(self) -> None:
-        """End it, and all pods."""
+        """Stop the operator and all pods."""
         self._stopped.set()
         self.join()
         for name in list(self.pods):

@@ -1,6 +1,6 @@
-"""A Kubernetes API server on this machine: custom resources with their real validation; no pods, no controllers.
+"""A Kubernetes API server on this machine: custom resources with real validation, but no pods and no controllers.
 
-`scripts/k8s_apiserver.sh` builds it. It knows no core types, so nothing here tries claims or namespaces.
+`scripts/k8s_apiserver.sh` builds it. It has no core types, so claims and namespaces cannot be tested here.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _PLUGINS = (
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Path]:
-    """Run a server while the block runs, and give the kubeconfig of its administrator."""
-    # The group is the one that needs no other server to say what it may do.
+    """Run a server while the block runs, and yield the kubeconfig of its administrator."""
+    # Only this group may do everything without asking another server.
     subject = ["-subj", "/O=system:masters/CN=test", "-addext", "extendedKeyUsage=clientAuth"]
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", folder / "client.key"]
     request = ["openssl", "req", "-x509", "-nodes", "-days", "2", *key, "-out", folder / "client.crt", *subject]
@@ -69,7 +69,7 @@ def server(folder: Path) -> Iterator[Path]:
 
 
 def define(kubeconfig: Path, name: str) -> None:
-    """Let the server know a published definition, in place of another of the same kind; objects are lost."""
+    """Install a published definition in the server; an installed one of the same kind and its objects are deleted."""
     definitions, crd = _definitions(kubeconfig), published(name)
     plural = crd["metadata"]["name"]
     if _state(kubeconfig, plural):
@@ -77,11 +77,11 @@ def define(kubeconfig: Path, name: str) -> None:
         wait_for(lambda: not _state(kubeconfig, plural))
     definitions.create_custom_resource_definition(crd)
     wait_for(lambda: _state(kubeconfig, plural).get("Established"))
-    time.sleep(1)  # it serves a moment after it says so
+    time.sleep(1)  # the server serves it a moment after it says so
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, errors aside, and return its value."""
+    """Wait until a condition holds, ignoring errors, and return its value."""
 
     def found() -> Any:
         with contextlib.suppress(Exception):
@@ -98,7 +98,7 @@ def _definitions(kubeconfig: Path) -> Any:
 
 
 def _state(kubeconfig: Path, plural: str) -> dict[str, bool]:
-    """Return the true conditions of a definition; nothing if there is none."""
+    """Return the true conditions of a definition, or nothing if it is missing."""
     for found in _definitions(kubeconfig).list_custom_resource_definition().items:
         if found.metadata.name == plural:
             conditions = found.status.conditions if found.status else None

@@ -1,12 +1,12 @@
-"""Settings that a job would reject, and words of the answer to each; what is typed behind `nemo upcycle pipeline`.
+"""Settings that a job would reject, typed after `nemo upcycle pipeline` -> words of the answer.
 
-FILES is a folder that `tests.functional.test_rejected` fills.
+FILES stands for a folder that `tests.functional.test_rejected` fills.
 """
 
 from __future__ import annotations
 
 
-#: Site -> what names it; the folder of the run is added. `here` has no files to render.
+#: Site -> settings that select it; the run's folder is added. `here` has no files to render.
 SITES = {
     "slurm": "run.executor=slurm run.executor.account=me run.executor.partition=a run.executor.container_image=null",
     "kubernetes": (
@@ -15,7 +15,7 @@ SITES = {
     ),
     "here": "",
 }
-#: A file that asks for GPUs for one of three stages that need some.
+#: An executor file that requests GPUs for only one of three stages that need them.
 OLD = """
 executor: slurm
 container_mounts: ["/shared:/shared"]
@@ -26,12 +26,12 @@ stages:
 GPUS = "pretrain.trainer.accelerator=gpu dense_ct.trainer.accelerator=gpu"
 _STAGE = "run.executor.stages"
 OF_SLURM = {
-    # what no stage has
+    # settings that no stage has
     "run.executor.array=0-3": "run.executor.array cannot be set here",
     "run.executor.heterogeneous=true": "run.executor.heterogeneous cannot be set here",
     "run.executor.launcher=torchrun": "run.executor.launcher cannot be set here",
     f"{_STAGE}.pretrain.write_gib_s=1": f"{_STAGE}.pretrain.write_gib_s cannot differ between stages",
-    # values
+    # invalid values
     "run.executor.env_vars.A-B=1": "run.executor.env_vars is 'A-B'",
     "run.executor.time=08:00:00": "run.executor.time has no effect: conf/exec",
     f"{_STAGE}.data.time=tomorrow": f"{_STAGE}.data.time is 'tomorrow'; expected minutes, HH:MM:SS",
@@ -82,7 +82,7 @@ OF_KUBERNETES = {
     f"LARGE {_STAGE}.pretrain.active_deadline_s=600": f"{_STAGE}.pretrain.active_deadline_s 600s is too short",
     "--detach": "--detach needs a cluster's executor",
 }
-#: What every site rejects; typed for Slurm.
+#: Settings that every site rejects, typed for Slurm.
 OF_ALL = {
     # settings that the chain would replace
     "pretrain.log.log_dir=/scratch/fast": "pretrain.log.log_dir cannot be set: the run's folder decides it",
@@ -111,7 +111,7 @@ OF_ALL = {
     "evaluation=answers": "Suite answers has the task ",
     "trained_on=300B": "setting 'trained_on' was removed in 0.3.0",  # a command line of 0.2
     "--from pretrain": "Stage 'import' in ",
-    # several at once
+    # several mistakes at once
     "run.executor.partition=??? pretrain.optim.config.lr=-1 data=bogus": "run.executor.partition is missing",
     "run.executor.array=0-3 pretrain.optim.config.lr=-1 dense=/nope": "4 mistakes:",
 }

@@ -1,4 +1,4 @@
-"""Runs of the demo's recipe on the tiny model, on real ranks."""
+"""Runs of the demo's recipe with the tiny model, on real ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.functional.tiny import prepare, shrink
 
 
 class Send(pl.Callback):
-    """Sends a signal to its own process, on some ranks, in the middle of a step; or before training, at step -1."""
+    """Sends a signal to its own process, on some ranks, in the middle of a step, or before training at step -1."""
 
     def __init__(self, step: int, ranks: list[int], number: int = signal.SIGTERM) -> None:
         self.step, self.ranks, self.number = step, ranks, number
@@ -35,7 +35,7 @@ class Send(pl.Callback):
 
 
 class Hang(pl.Callback):
-    """Lets the last rank sleep for good in a step, the first time that it comes there."""
+    """Makes the last rank sleep forever in a step, the first time that it gets there."""
 
     def __init__(self, step: int, once: str) -> None:
         self.step, self.once = step, Path(once)
@@ -49,7 +49,7 @@ class Hang(pl.Callback):
 
 
 class Poison(pl.Callback):
-    """Makes a weight of the last rank not a number, before a step."""
+    """Sets a weight of the last rank to NaN before a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -60,7 +60,7 @@ class Poison(pl.Callback):
 
 
 class Record(pl.Callback):
-    """Appends the hash of every training sample that a rank reads, to a file of that rank."""
+    """Appends the hash of every training sample that a rank reads to that rank's file."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class Record(pl.Callback):
 
 
 class Recorded:
-    """A dataset whose samples are recorded as they are read."""
+    """A dataset that records each sample when it is read."""
 
     def __init__(self, dataset: Any, path: str) -> None:
         self.dataset, self.path = dataset, path
@@ -87,7 +87,7 @@ class Recorded:
 
 
 def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
-    """Return the demo's recipe for this process's ranks, cut down, and pointed to inputs and to the run's folder."""
+    """Return the demo's recipe for this process's ranks, shrunk, with its inputs and the run's folder set."""
     import nemo.utils
     import nemo_run as run
 
@@ -122,7 +122,7 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
 
 
 def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
-    """Build the recipe and call it: what `nemo llm pretrain` does on every rank."""
+    """Build the recipe and call it, as `nemo llm pretrain` does on every rank."""
     import fiddle as fdl
 
     from nemo_upcycle.trainers.nemo.checks import check_recipe
@@ -139,7 +139,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
 
 
 def ending_of_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> tuple[Any, int]:
-    """Train as `train_rank` does; return the status or error that this rank ends with, and the steps that are kept."""
+    """Train as `train_rank` does; return this rank's exit status or error, and the number of steps kept."""
     from nemo_upcycle.errors import UpcycleError
     from nemo_upcycle.trainers.nemo.stopping import step_kept
 
@@ -166,7 +166,7 @@ class Runs:
         return self.metrics(name)
 
     def endings(self, name: str, world_size: int, **options: Any) -> list[tuple[Any, int]]:
-        """Train, and return how each rank ends, and the steps that it finds kept."""
+        """Train, and return each rank's exit status or error, and the number of steps that it finds kept."""
         return self._run(ending_of_rank, name, world_size, options)
 
     def _run(self, function: Any, name: str, world_size: int, options: dict[str, Any]) -> list[Any]:

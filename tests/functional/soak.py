@@ -1,10 +1,10 @@
-"""Kills runs at many moments, starts them again, and compares what comes out with a run that nobody disturbed.
+"""Kill runs at many moments, start them again, and compare their results with an undisturbed run.
 
     python -m tests.functional.soak --kills 60 training pipeline        (`make weekly`)
 
 Half of the kills are aimed: inside the first save, inside the removal of an old checkpoint, between a stage's work and
-its marker; the others come after a random time. A run that cannot finish afterwards, or whose result differs by a
-bit, ends the soak.
+its marker. The others come after a random time. The soak ends if a run cannot finish afterwards, or if its result is
+not bit-identical.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tests.functional.tiny import write_plan
 
 
 STEPS, EVERY = 6, 2
-#: Ranks, and whether they save asynchronously.
+#: Number of ranks, and whether they save asynchronously.
 TRAININGS = ((1, False), (1, True), (2, True))
 TRAINING_AIMS = (
     Strike("open", ".distcp"),  # inside the first save
-    Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the one before
-    Strike("os.rename", ".metadata"),  # all is written, but for the last name
-    Strike("os.remove", "-unfinished"),  # all is there, and still marked
+    Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the previous one
+    Strike("os.rename", ".metadata"),  # everything is written, except the last name
+    Strike("os.remove", "-unfinished"),  # everything is there, but still marked as unfinished
     Strike("os.remove", "checkpoints", inside_removal=True),
     Strike("open", ".distcp", count=2),
     Strike("open", "-unfinished"),  # nothing is written yet
@@ -52,7 +52,7 @@ TRAINING_AIMS = (
 
 
 def aims(aimed: Sequence[Strike], latest_s: float, ranks: int = 1) -> Iterator[Strike]:
-    """Yield kills without end: every second one aimed, the others at a random time."""
+    """Yield kills without end: every second one is aimed, the others come at a random time."""
     numbers = random.Random(ranks)
     for aim in itertools.cycle(aimed):
         yield aim
@@ -60,7 +60,7 @@ def aims(aimed: Sequence[Strike], latest_s: float, ranks: int = 1) -> Iterator[S
 
 
 def training_result(folder: Path) -> dict[str, Any]:
-    """Return what a finished training run holds: hashes of every tensor, and its metrics but for the clock."""
+    """Return the result of a finished training: hashes of all tensors, and its metrics without times and memory."""
     from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 
     kept = newest_checkpoint(folder / "checkpoints")
@@ -83,10 +83,10 @@ def survive(start: Callable[[Strike | None], bool], strikes: Iterator[Strike], k
     """Start a run again and again until it has been killed `kills` times, then let it finish.
 
     Args:
-        start: starts it with a strike or without; returns whether it finished.
-        strikes: what to kill it by, one after the other; one whose moment does not come ends the run alive.
-        kills: how many.
-        seen: counts kills by kind.
+        start: function that starts the run, with or without a strike, and returns whether it finished.
+        strikes: strikes to use one after the other. If the moment of a strike does not come, the run ends alive.
+        kills: number of kills.
+        seen: counter of kills by kind.
     """
     for strike in itertools.islice(strikes, kills):
         if start(strike):
@@ -105,19 +105,19 @@ def soak(
     stages: Sequence[str] = ("pretrain",),
     kills_a_stage: int = 4,
 ) -> Counter[str]:
-    """Kill runs so many times; every one must end bit-equal to an undisturbed one.
+    """Kill runs `kills` times in all; every run must end bit-identical to an undisturbed run.
 
     Args:
-        folder: of the runs.
-        kills: how many.
-        strikes: what to kill them by.
-        start: runs a stage of the run in a folder, with a strike or without.
-        result: reads what a finished run holds.
-        stages: of a run, in their order.
-        kills_a_stage: what a stage has to survive before it is left alone.
+        folder: folder for the runs.
+        kills: number of kills.
+        strikes: strikes that kill the runs.
+        start: function that runs a stage of the run in a folder, with or without a strike.
+        result: function that reads the result of a finished run.
+        stages: stages of a run, in order.
+        kills_a_stage: number of kills that a stage must survive before it is left alone.
 
     Raises:
-        AssertionError: a run ended otherwise, or could not go on.
+        AssertionError: A run ended differently, or could not resume.
     """
     seen: Counter[str] = Counter()
 
@@ -159,12 +159,12 @@ def _finishes(train: Callable[[], Any]) -> bool:
     """Return whether a run finished; False if one of its ranks was killed.
 
     Raises:
-        RuntimeError: it failed by itself.
+        RuntimeError: The run failed by itself.
     """
     try:
         train()
     except RuntimeError as error:
-        # the last two where a rank that waited for the one that was killed answered first
+        # The last two occur if a rank that waited for the killed rank answers first.
         killed = ("died without an answer", "Connection closed by peer", "Connection reset by peer")
         if not any(words in str(error) for words in killed):
             raise
@@ -173,9 +173,9 @@ def _finishes(train: Callable[[], Any]) -> bool:
 
 
 PIPELINE_AIMS = (
-    Strike("os.rename", "_SUCCESS.json"),  # the stage's work is done, its marker is not there
-    Strike("os.rename", "nemo_upcycle.json"),  # the same of a model's folder
-    Strike("os.rename", ".partial"),  # a folder is complete, but for its name
+    Strike("os.rename", "_SUCCESS.json"),  # the stage's work is done, but its marker is missing
+    Strike("os.rename", "nemo_upcycle.json"),  # the same for a model's folder
+    Strike("os.rename", ".partial"),  # a folder is complete, except for its name
     Strike("open", "safetensors"),
     Strike("os.rename", "receipt.json"),
     Strike("os.rename", "results.json"),
@@ -186,7 +186,7 @@ PIPELINE_AIMS = (
 
 
 def pipeline_result(run_dir: Path) -> dict[str, Any]:
-    """Return what a finished pipeline leaves: hashes of both exports, training's metrics, scores."""
+    """Return the result of a finished pipeline: hashes of the exported weights, training metrics, scores."""
     folders = {"trained": "hf", "dense_ct": "dense_ct/hf", "step0": "upcycle/hf"}
     weights = {
         f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
@@ -210,7 +210,7 @@ def soak_pipeline(folder: Path, kills: int) -> Counter[str]:
 
 
 def main() -> None:
-    """Soak what the command line names, and print how many kills of which kind were survived."""
+    """Soak the parts named on the command line, and print the number of survived kills of each kind."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=60, help="of each part (default: 60)")
     parser.add_argument("parts", nargs="*", default=["training", "pipeline"], help="training, pipeline")

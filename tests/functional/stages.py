@@ -1,4 +1,4 @@
-"""Stages of a run, each in its own process, with whatever trains: finished, or killed in the middle."""
+"""Stages of a run, each in its own process, with any trainer: finished, or killed in the middle."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TRAININGS = ("pretrain", "dense_ct")
 
 
 class Answer(NamedTuple):
-    """How a stage's process ended, and what it wrote to the console."""
+    """Exit status and console output of a stage's process."""
 
     status: int
     text: str
 
 
 def kill_when(path: Path, lines: int = 0) -> None:
-    """End this process as `kill -9` does, once `path` is there and, if a file, has so many lines."""
+    """Kill this process as `kill -9` does, once `path` exists and, if `lines` is set, has that many lines."""
     while True:
         with contextlib.suppress(OSError):
             if path.exists() and (not lines or path.read_text().count("\n") >= lines):
@@ -41,7 +41,7 @@ def kill_when(path: Path, lines: int = 0) -> None:
 
 
 def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | Strike | None) -> Answer:
-    sys.stderr = io.StringIO()  # where messages and progress go
+    sys.stderr = io.StringIO()  # receives messages and progress
     from nemo_upcycle.pipeline.runner import run_stage
 
     if isinstance(kill_at, Strike):
@@ -59,7 +59,7 @@ def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | Strike | None) ->
 def run_in_own_process(
     name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[str, int] | Strike | None = None
 ) -> Answer:
-    """Run a stage as NeMo-Run's task does, and kill it where that is asked for; return the first rank's answer."""
+    """Run a stage as NeMo-Run's task does, kill it if asked, and return the first rank's answer."""
     return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
 
 
@@ -69,13 +69,13 @@ def run_stages(
     ranks: int = 1,
     killed: Mapping[str, tuple[str, int]] | None = None,
 ) -> None:
-    """Run stages, which all must work.
+    """Run stages, all of which must succeed.
 
     Args:
-        run_dir: the folder of a chain whose plan is written.
-        names: the stages, in order.
-        ranks: those of a training.
-        killed: stage -> file or folder and lines at which it is killed, before it is run again.
+        run_dir: folder of a chain with a written plan.
+        names: stages, in order.
+        ranks: number of ranks of a training.
+        killed: stage -> path and number of lines at which the stage is killed, before it is run again.
     """
     for name in names:
         count = ranks if name in TRAININGS else 1

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, to be waited for and to be sent signals."""
+"""Commands in their own processes, for tests that wait for them and send them signals."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.waiting import HANG_S, wait_until
 ROOT = Path(__file__).parents[2]
 STAGE = (sys.executable, "-m", "nemo_upcycle.pipeline")
 NEMO = str(Path(sys.executable).with_name("nemo"))
-#: `nemo upcycle pipeline` as a script of a user's.
+#: `nemo upcycle pipeline` as a user's own script.
 CHAIN = ROOT / "tests/functional/tiny_pipeline.py"
 
 
 class Command:
-    """A script of Python's with its words, in a session of its own and in the folder of its log.
+    """A Python script with its arguments, in its own session and in the folder of its log.
 
     Args:
-        log: where it says what it says; a further start adds to it.
-        words: the script and what is typed behind it.
-        variables: beside those of this process that are not of a rank.
+        log: file for the output; a further start appends to it.
+        words: the script and its arguments.
+        variables: environment variables to add to this process's own; a rank's variables are removed.
     """
 
     def __init__(self, log: Path, *words: object, **variables: str) -> None:
@@ -33,7 +33,7 @@ class Command:
 
     @classmethod
     def pasted(cls, log: Path, line: str, **variables: str) -> Command:
-        """Start a line that the product printed, in a shell that knows neither its environment nor its modules."""
+        """Run a line that the product printed, in a shell without PYTHONPATH."""
         command = cls.__new__(cls)
         plain = {name: value for name, value in _plain().items() if name != "PYTHONPATH"}
         command._start(log, ["bash", "-c", line], plain | variables)
@@ -57,20 +57,20 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def wait(self) -> int:
-        """Return its exit status."""
+        """Wait for the end, and return the exit status."""
         return self.process.wait(timeout=2 * HANG_S)
 
     def wait_for(self, found: Callable[[], object]) -> None:
-        """Wait for something while it runs."""
+        """Wait until a condition holds while the command runs."""
         wait_until(found, self.process, self.text)
 
     def wait_for_lines(self, path: Path, lines: int) -> None:
-        """Wait until it has written a file of so many lines."""
+        """Wait until the command has written a file with `lines` lines."""
         self.wait_for(lambda: path.is_file() and path.read_text().count("\n") >= lines)
 
 
 def under_ft_launcher(module: str, *words: object) -> subprocess.Popen[str]:
-    """Start a module on two ranks as on a node outside Slurm."""
+    """Start a module on two ranks under ft_launcher, as on a node outside Slurm."""
     rank = (sys.executable, "-m", module, *map(str, words))
     command = ft_command(rank, 1, 2, silence_s=20.0, save_s=60.0, restarts=2)
     variables = _plain() | {"GROUP_RANK": "0"}
@@ -80,19 +80,19 @@ def under_ft_launcher(module: str, *words: object) -> subprocess.Popen[str]:
 
 
 def _plain() -> dict[str, str]:
-    """Return this process's variables but those of a launcher, and where these tests are."""
+    """Return this process's variables without a launcher's variables, and with the repository in PYTHONPATH."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
     return plain | {"PYTHONPATH": str(ROOT)}
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of a rank that no launcher starts, with a port that no other test has."""
+    """Return the variables of a rank that no launcher starts, with a port that no other test uses."""
     port = 20_000 + os.getpid() % 10_000
     return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(port)}
 
 
 def start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
-    """Start the stage `pretrain` in a session of its own; return it after so many steps."""
+    """Start the stage `pretrain` in its own session, and return it after `until_step` steps."""
     job = subprocess.Popen(
         [*STAGE, "pretrain", run_dir], stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )

@@ -1,6 +1,6 @@
 """The recipes of `examples/` at toy width: factories for `nemo llm pretrain`."""
 
-# No postponed annotations: NeMo-Run reads those of factories.
+# No postponed annotations, because NeMo-Run reads the annotations of factories.
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def cut(recipe: run.Partial, **sizes: Any) -> run.Partial:
-    """Cut a recipe down to toy width and three small steps, for a machine without a GPU; all else is NeMo's."""
+    """Shrink a recipe to toy width and three small steps without a GPU; all other settings stay NeMo's."""
     for name, value in ({**SIZES, **sizes, "apply_rope_fusion": False}).items():
         setattr(recipe.model.config, name, value)
     recipe.data.seq_length, recipe.data.global_batch_size, recipe.data.num_workers = SEQUENCE, BATCH, 0
@@ -30,17 +30,17 @@ def cut(recipe: run.Partial, **sizes: Any) -> run.Partial:
 
 
 def in_float32(recipe: run.Partial) -> run.Partial:
-    """Let a recipe compute in float32, whatever the processor has."""
+    """Make a recipe compute in float32, whatever the processor supports."""
     recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
     return recipe
 
 
 def made_from(parent: str, spec: UpcycleSpec | None, **others: Any) -> run.Partial:
-    """Make a training of three small steps from a parent's folder."""
+    """Return a training of three small steps from a parent's folder."""
     sizes = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 3, "lr": 1e-4}
     return in_float32(upcycled_from(parent, spec=spec, **sizes | others))
 
 
 def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
-    """NeMo's recipe of Llama 3.2 1B, upcycled."""
+    """Return NeMo's recipe of Llama 3.2 1B, upcycled."""
     return cut(stock_nemo_recipe.stock_llama32_e8t2(parent, dir, data or None))

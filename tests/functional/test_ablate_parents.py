@@ -1,4 +1,4 @@
-"""A grid that trains its parents, from nothing and from what an arm above it left."""
+"""A grid that trains its parents, from random weights and from the result of an earlier arm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.functional.started import NEMO, Command
 from tests.functional.tiny import write_texts
 
 
-# A smaller grid is in tests/contract/test_ablate.py.
+# tests/contract/test_ablate.py has a smaller grid.
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.weekly]
 _SET = "data.global_batch_size: 4, data.micro_batch_size: 4, data.seq_length: 64, model.config.seq_length: 64"
 GRID = f"""
@@ -52,6 +52,6 @@ def test_both_arms_start_where_their_parent_ended(tmp_path: Path) -> None:
     untrained, parent = (_bits(nothing, step) for step in (0, 4))
     assert untrained > parent
     for cell in (dense, moe):
-        assert _bits(cell, 0) == pytest.approx(parent, abs=2e-3)  # the checkpoint is of bfloat16
+        assert _bits(cell, 0) == pytest.approx(parent, abs=2e-3)  # the checkpoint is in bfloat16
     assert _bits(own, 0) == pytest.approx(untrained, rel=0.02)
     assert json.loads((own / "receipt.json").read_text())["spec"]["drop_ratio"] == 1.0

@@ -1,4 +1,4 @@
-"""The demo's chain, cut down, where there is no network: after `nemo-upcycle fetch`, from what that has fetched."""
+"""The demo's chain, shrunk, runs without a network, from the files that `nemo-upcycle fetch` has downloaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPlan]:
-    """A tiny run whose parent is on a hub, which serves while the stages run, and its texts on a server."""
+    """A tiny run whose parent is on a hub that serves while the stages run, and whose texts are on a server."""
     folder = tmp_path_factory.mktemp("site")
     local = write_plan(folder)
     shutil.move(folder / "parent", folder / "hub/acme/tiny")

@@ -1,4 +1,4 @@
-"""`nemo-upcycle data` from texts to a folder that training opens, with the real engine in its own environment."""
+"""`nemo-upcycle data` turns texts into a folder that training opens, with the real engine in its own environment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 _WORDS = [f"word{number}" for number in range(500)]
-#: Three sources, with everything in them that is removed, without questions of tasks of the user's own.
+#: Three sources with everything that gets removed. The questions of one of the user's own tasks are missing.
 BLEND = """
 sources:
   web: {train: ["web/*.jsonl.gz"], weight: 0.6, license: CC0, tokens: 100000}
@@ -55,7 +55,7 @@ def _text(seed: int, words: int = 60) -> str:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The texts of both blends, and the tasks of a suite; the file of one, `lost`, is not there."""
+    """The texts of both blends, and the tasks of a suite; the file of one task, `lost`, is missing."""
     folder = tmp_path_factory.mktemp("texts")
     write_parent(folder / "parent")
     for name in ("web", "mine", "small", "tasks"):
@@ -70,7 +70,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine/again.txt").write_text(_text(9001))
     (folder / "mine/own.txt").write_text(_text(9002))
     (folder / "small/own.txt").write_text(_text(9002))
-    (folder / "held.txt").write_text(_text(9001))  # held out, so the copy to train on goes
+    (folder / "held.txt").write_text(_text(9001))  # held out, so the copy in the training texts is removed
     (folder / "watched.txt").write_text(_text(9003))
     form = {"output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:"}
     form |= {"doc_to_target": "{{answer}}"}
@@ -94,7 +94,7 @@ def _bytes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the blend of three sources."""
+    """The folder of the blend with three sources."""
     output = tmp_path_factory.mktemp("built") / "data"
     with redirect_stdout(io.StringIO()) as said:
         assert main(["data", str(texts / "mine.yaml"), str(output)]) == 0
@@ -105,9 +105,9 @@ def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the small blend; a test that changes it takes a copy.
+    """The folder of the small blend; a test that changes the folder must copy it.
 
-    Another blend was begun there, and stopped before it read a text.
+    Another blend was started there, and stopped before it read a text.
     """
     output = tmp_path_factory.mktemp("small") / "data"
     (output / "build").mkdir(parents=True)

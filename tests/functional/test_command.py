@@ -1,4 +1,4 @@
-"""The command that the package exists for, as typed, on threads: it saves as it goes, and stops when it is told to."""
+"""The package's main command, as typed, on two threads: it saves while it trains, and stops when it is told to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.waiting import wait_until
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-#: A matrix of 64 x 768 numbers; OpenMP shares out what has more than 32,768.
+#: FFN size. A matrix has 64 x 768 numbers, and OpenMP splits the work on more than 32,768.
 FFN = 768
 
 
 def _group(leader: int) -> list[psutil.Process]:
-    """Return the living processes of a group; killed ones that the system has still to reap do not count."""
+    """Return the living processes of a group, without killed processes that the system has yet to reap."""
     group = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -53,7 +53,7 @@ def test_the_command_saves_asynchronously_on_two_threads_and_obeys_sigint(tmp_pa
     assert (step_of(kept) or 0) >= 2
     said = command.text()
     assert "TPU available" not in said
-    assert "Total params" not in said  # Lightning's, of one rank
+    assert "Total params" not in said  # Lightning prints it, for one rank
     last_words = said.strip().splitlines()[-1]
     assert last_words.startswith("Stopped by SIGINT after step ")
     assert f"kept: {kept}. The same command resumes from there." in last_words

@@ -1,6 +1,6 @@
-"""`nemo upcycle pipeline ... --dryrun` and `--render` as a user types them: no cluster, no network, no dense model.
+"""`nemo upcycle pipeline ... --dryrun` and `--render`, typed without a cluster, a network or a dense model.
 
-`tests/golden/forecast` has what a forecast says, whole.
+`tests/golden/forecast` has complete forecasts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SITES = {
 
 
 def _type(folder: Path, *commands: tuple[str, ...], status: int = 0) -> list[Answer]:
-    """Type commands one after the other; each must end so, and show no secret."""
+    """Type commands one after the other; each must end with `status` and show no secret."""
     chain = ("upcycle", "pipeline", "--factory", "llama3_8b_e8t2", f"dir={folder}/run")
     typed = [[word.replace("DIR", str(folder)) for word in (*chain, *words)] for words in commands]
     (answers,) = run_ranks(type_commands, 1, typed, str(folder), str(folder), process_group=False)
@@ -53,7 +53,7 @@ def test_rendered_jobs_come_with_their_plan(tmp_path: Path) -> None:
     answers = _type(tmp_path, *((*words, SECRET, "--render", site, "--yes") for site, words in SITES.items()))
     for site, answer in zip(SITES, answers, strict=True):
         written = {path.name: path for path in (tmp_path / site).iterdir()}
-        assert len(written) == (10 if site == "slurm" else 9)  # eight stages, the plan, what submits them
+        assert len(written) == (10 if site == "slurm" else 9)  # eight stages, the plan, Slurm's submit.sh
         assert f"copy {site}/pipeline.json there before you submit them" in answer.text
         assert not (tmp_path / "run").exists()
         secret = [path for path in written.values() if "hf_abc" in path.read_text()]

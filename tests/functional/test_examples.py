@@ -18,7 +18,7 @@ from tests.tiers import quick
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-#: As in Llama 3.2 1B.
+#: RoPE settings of Llama 3.2 1B.
 ROTARY = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"factor": 32.0}}
 
 
@@ -67,7 +67,9 @@ def test_recipes_are_dry_run_and_say_what_they_changed(inputs: Path) -> None:
     commands.append([*chain, f"evaluation={inputs / 'evaluation.yaml'}", "--dryrun"])
     (answers,) = run_ranks(type_commands, 1, commands, str(inputs), str(inputs), process_group=False)
     for answer in answers:
-        assert answer.status == (answer is answers[3]), answer.text  # no machine of ours has what the chain asks for
+        assert answer.status == (answer is answers[3]), (
+            answer.text
+        )  # this machine lacks resources that the chain needs
         assert "model.config.num_moe_experts: None -> 8" in answer.text
         assert answer.written == []
     for answer in answers[:3]:

@@ -18,7 +18,7 @@ PER_STEP = {"load_min", "load_max", "load_cv", "load_entropy", "dead_experts", "
 
 
 class Witness(pl.Callback):
-    """Counts on its own what one rank's routers decide, and sees which layers recompute."""
+    """Counts the decisions of one rank's routers independently, and records which layers recompute."""
 
     def __init__(self) -> None:
         self.slots: list[torch.Tensor] = []
@@ -57,7 +57,7 @@ class Witness(pl.Callback):
 
 
 def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
-    """Train the demo's recipe, cut down; return what the witness saw."""
+    """Train the demo's recipe, shrunk, and return the witness's records."""
     import fiddle as fdl
     import nemo_run as run
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -68,7 +68,7 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     from nemo_upcycle.trainers.recipe_arguments import adjust
 
     recipe = tiny_recipe(parent, data, folder, {"steps": STEPS, **options})
-    recipe.trainer.strategy.ddp.overlap_param_gather = False  # else a sample may hold weights of the step before
+    recipe.trainer.strategy.ddp.overlap_param_gather = False  # otherwise a sample may hold the previous step's weights
     recipe.log.tensorboard = run.Config(TensorBoardLogger, save_dir="board", name="board")
     if moe_layers := options.get("moe_layers"):
         use_spec(recipe, UpcycleSpec(moe_layers=moe_layers))
@@ -82,10 +82,10 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
 
 
 class Jobs(Runs):
-    """Runs of which the first rank's witness tells what it saw."""
+    """Runs in which a witness watches the first rank."""
 
     def watched(self, name: str, world_size: int = 1, **options: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Train; return the lines of the metrics and what the witness saw."""
+        """Train; return the lines of the metrics and the first rank's records."""
         seen = self._run(_rank, name, world_size, options)
         return self.metrics(name), seen[0]
 
@@ -120,7 +120,7 @@ def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[
 
 
 def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
-    """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
+    """The second pipeline stage has only dense layers: it reports nothing, but takes part in the exchange."""
     lines, _ = jobs.watched("dense-stage", 2, pp=2, moe_layers=[0, 1])
     assert len(lines) == STEPS
     for line in lines:
@@ -146,7 +146,7 @@ def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, 
     for got, expected in zip(padded, dropping, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["router"]["dropped"] == pytest.approx(expected["router"]["dropped"], abs=5e-3)
-    # In front of the first router nothing has been dropped yet: it wants what it gets where there is no capacity.
+    # Nothing is dropped before the first router, so its demand is the same as without a capacity.
     capacity = SEQUENCE * TOP_K // EXPERTS // 2
     kept = sum(min(wanted, capacity) for micro_batch in alone[1]["first"] for wanted in micro_batch)
     assert dropping[0]["router"]["dropped"][0] == pytest.approx(1 - kept / (BATCH * SEQUENCE * TOP_K), abs=1e-6)

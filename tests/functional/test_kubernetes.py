@@ -1,6 +1,6 @@
-"""The Kubernetes executor against a real API server and the published definitions: what it accepts, and a whole chain.
+"""The Kubernetes executor with a real API server and published definitions: accepted jobs, and a whole chain.
 
-A stand-in for the operator runs the chain's commands; what needs pods, claims or webhooks is not tried here.
+A stand-in for the operator runs the chain's commands. Pods, claims and webhooks are not tested here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-in ENV=k8s` builds it"),
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
-    pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning"),  # the client, of urllib3's names
+    pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning"),  # raised by the client
 ]
 
 
@@ -98,7 +98,7 @@ def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -
 
 @pytest.fixture
 def operator(kubeconfig: Path) -> Iterator[Operator]:
-    """What runs the commands of jobs of the newest definition."""
+    """The stand-in that runs the commands of jobs of the newest definition."""
     define(kubeconfig, "trainjob-2.3")
     thread = Operator(kubeconfig)
     thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "2.0"}
@@ -113,7 +113,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _start(inputs: Path, kubeconfig: Path, name: str, *words: str) -> Command:
-    script = inputs / "cluster.py"  # which the pods have to see
+    script = inputs / "cluster.py"  # pods must see it
     shutil.copy(CHAIN, script)
     executor = {"image": "tests", "claim": "runs", "mount_path": inputs, "python": sys.executable}
     executor |= {"kubeconfig": kubeconfig, "report_within_s": 60}

@@ -1,4 +1,4 @@
-"""A chain of NeMo's that is refused, or stopped, when it has begun, and what is left to NeMo."""
+"""NeMo chains that are refused or stopped after they began, and commands that are left to NeMo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import HANG_S
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two parents, and a blend with one text in all splits."""
+    """Two parents, and a blend with the same text in all splits."""
     folder = tmp_path_factory.mktemp("files")
     for name in ("tiny", "other"):
         write_parent(folder / name)
@@ -41,7 +41,7 @@ def test_nemos_own_recipes_are_left_to_nemo(files: Path, tmp_path: Path) -> None
 
 
 def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
-    """Return a command whose one mistake, one text in all splits, is found when the texts are read."""
+    """Return a command with one mistake, the same text in all splits, which is found when the texts are read."""
     sizes = [f"pretrain.model.config.{name}={value}" for name, value in SIZES.items()]
     data = [f"pretrain.data.seq_length={SEQUENCE}", f"data={files}/same.yaml"]
     command = [*DEMO.split(), f"dir={folder}", f"dense={files}/tiny", "dense_ct=None"]

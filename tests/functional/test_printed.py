@@ -1,4 +1,4 @@
-"""Type the commands that a run printed in another folder: a recipe's run, a `start` run and a user's module."""
+"""Type, in another folder, the commands that a run printed: a recipe's run, a `start` run and a user's module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.started import PACKED, unpack
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-#: Folder of the user's module, in the one that commands are typed in.
+#: Folder of the user's module, inside the folder where commands are typed.
 MODULES = "my modules"
 _INPUTS = ("data=texts/blend.yaml", "evaluation=evaluation.yaml", "dir=runs/a")
 _TRAINING = {"trainer.max_steps": 4, "data.global_batch_size": BATCH, "data.seq_length": SEQUENCE}
@@ -36,7 +36,7 @@ def _of_both(settings: Mapping[str, object]) -> list[str]:
     return [f"{stage}.{name}={value}" for stage in ("pretrain", "dense_ct") for name, value in settings.items()]
 
 
-#: Kind of run -> what is typed behind `nemo upcycle pipeline` or `nemo-upcycle start`.
+#: Kind of run -> words after `nemo upcycle pipeline` or `nemo-upcycle start`.
 TYPED = {
     "recipe": [
         *("--factory", "smollm2_135m_e8t2", "dense=parent", *_INPUTS, "--until", "report", "--yes"),
@@ -50,7 +50,7 @@ TYPED = {
 }
 #: Kind of run -> its folder.
 PLACES = {"recipe": "runs/a", "start": "mine/parent_e8t2", "own module": "runs/a"}
-#: Way of a run to end -> part of the answer to the command that is printed then; the next are of `start` alone.
+#: End of a run -> part of the answer to the command that is printed then. `ENDINGS_OF_START` are only for `start`.
 ENDINGS = {
     "a trial": r" tokens +\S+ in 200 steps ",
     "a stop": r" in /.*/PLACE\. ",
@@ -62,7 +62,7 @@ ENDINGS_OF_START = {"its files": r" tokens +\S+ in 4 steps ", "refused files": r
 
 
 def _stop(_: object, run_dir: Path, plan: Any, *__: object) -> NoReturn:
-    """End as a chain does that Ctrl-C stops, in place of its stages."""
+    """Replace the stages of a chain: end as if Ctrl-C had stopped them."""
     from nemo_upcycle.pipeline.run_here import stopped
 
     sys.stderr.write(stopped(signal.SIGINT, [plan.stage("pretrain")], run_dir, plan))
@@ -70,14 +70,14 @@ def _stop(_: object, run_dir: Path, plan: Any, *__: object) -> NoReturn:
 
 
 def _nemo(words: Sequence[str], folder: str, path: str) -> Answer:
-    """Type a command of `nemo` in a folder, with a PYTHONPATH."""
+    """Type a `nemo` command in a folder, with a PYTHONPATH."""
     os.environ["PYTHONPATH"] = path
     sys.path[:0] = path.split(os.pathsep)
     return type_commands([list(words)], folder, folder)[0]
 
 
 def _start(*words: str) -> str:
-    """Type `nemo-upcycle start`; return what it says, then what the chain says that takes its place."""
+    """Type `nemo-upcycle start`; return its output, then the output of the chain that it becomes."""
     from nemo_upcycle.cli.main import main
 
     said, chain = io.StringIO(), []
@@ -93,7 +93,7 @@ def _start(*words: str) -> str:
 
 
 def _report(finished: Path, command: Path, steps: int) -> str:
-    """Write the report of a finished run as one of so many steps, started by a command; return the text."""
+    """Write the report of a finished run as if the run had `steps` steps and a given command; return the text."""
     from nemo_upcycle.reporting.report import compose
     from nemo_upcycle.reporting.results import collect_results
     from nemo_upcycle.reporting.run_folder import read_run
@@ -121,7 +121,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _printed(kind: str, folder: str) -> dict[str, str]:
-    """Start a run whose stages are left out; return the commands that it prints, by how it ends."""
+    """Start a run without its stages, and return the commands that it prints, by the end of the run."""
     from nemo_upcycle.pipeline import launch
     from nemo_upcycle.trainers.loss_spikes import how_to_go_on
 
@@ -147,7 +147,7 @@ def _printed(kind: str, folder: str) -> dict[str, str]:
 
 
 def _pasted(line: str, elsewhere: Path) -> tuple[str, str, list[str]]:
-    """Let a shell read a line; return the folder, PYTHONPATH and arguments that `nemo` would get."""
+    """Let a shell read a line, and return the folder, PYTHONPATH and arguments that `nemo` would get."""
     nemo = """nemo() { printf '%s\\0' "$PWD" "$PYTHONPATH" "$@"; }"""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     said = subprocess.run(["bash", "-ec", f"{nemo}\n{line}"], cwd=elsewhere, env=variables, stdout=-1, check=True)
@@ -157,7 +157,7 @@ def _pasted(line: str, elsewhere: Path) -> tuple[str, str, list[str]]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Every command that a run of each kind prints, by how it ends."""
+    """The commands that a run of each kind prints, by the end of the run."""
     page = (ROOT / "docs/own_model.md").read_text(encoding="utf-8")
     module = re.findall(r"^```python\n# my_recipes\.py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
     lines = {}

@@ -1,4 +1,4 @@
-"""Refuse what a job would reject, by `--dryrun`, `--render` and `--yes` alike, with the same words."""
+"""`--dryrun`, `--render` and `--yes` refuse settings that a job would reject, all with the same words."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.functional.rejected import OLD, REJECTED, SITES
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-#: How a command ends that refuses, by what is typed behind it.
+#: Option -> exit statuses of a command that is refused with this option.
 STATUSES = {"--dryrun": (1, 2), "--render": (2,), "--yes": (2,)}
-#: Recipes, of a model that a CPU can train and of a larger one.
+#: Recipe of a model that a CPU can train, and of a larger model.
 SMALL = "--factory smollm2_135m_e8t2"
 LARGE = "--factory llama3_8b_e8t2 dense=hf://meta-llama/Meta-Llama-3-8B data=sotu evaluation=demo"
 
 
 def _answers(typed: list[list[str]], folder: str) -> list[tuple[int, str]]:
-    """Type commands, each behind `nemo upcycle pipeline`; nobody confirms, so that nothing is started."""
+    """Type commands after `nemo upcycle pipeline`; the confirmation is denied, so nothing starts."""
     from nemo_run.cli.api import _load_entrypoints
 
     from nemo_upcycle.pipeline.context import PipelineContext
@@ -34,7 +34,7 @@ def _answers(typed: list[list[str]], folder: str) -> list[tuple[int, str]]:
         def confirm(self) -> bool:
             return False
 
-    _load_entrypoints()  # the recipes
+    _load_entrypoints()  # registers the recipes
     os.chdir(folder)
     answers = []
     for words in typed:
@@ -58,9 +58,9 @@ _FLAGS = (("dryrun", "--dryrun"), ("skip_confirmation", "--yes"), ("detach", "--
 
 
 def _words(site: str, typed: str, how: str, files: Path) -> list[str]:
-    """Write a command line: the recipe, the folder and the site's settings as far as a row does not name them."""
+    """Return a command line: a row's words, and the usual recipe, folder and site unless the row sets them."""
     given = shlex.split(typed.removeprefix("LARGE "))
-    baseline = "" if "dense_ct" in typed else "dense_ct=None"  # half the work
+    baseline = "" if "dense_ct" in typed else "dense_ct=None"  # saves half the work
     usual = shlex.split(f"{LARGE if 'LARGE' in typed else SMALL} {baseline} dir=FILES/run {SITES[site]}")
     names = {word.partition("=")[0] for word in given}
     words = [word for word in usual if word.partition("=")[0] not in names]
@@ -75,7 +75,7 @@ def _plain(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two files of the user's."""
+    """A folder with two files of a user."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "a.txt").touch()
     (folder / "old.yaml").write_text(OLD)
@@ -84,7 +84,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(files: Path) -> dict[tuple[str, str], dict[str, tuple[int, str]]]:
-    """The answers to each row, by what was typed behind it; all from one process."""
+    """The answers to each row, by option; all come from one process."""
     rows = [(site, typed) for site, typed, _ in REJECTED]
     keys = [(*row, how) for row in rows for how in STATUSES if how != "--render" or row[0] != "here"]
     commands = [_words(*key, files) for key in keys]

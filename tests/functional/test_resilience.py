@@ -1,4 +1,4 @@
-"""Training that is told to stop, or breaks down, on two ranks: what it saves, how it ends, how it goes on."""
+"""Trainings on two ranks that are told to stop or fail: their checkpoints, their ends, and how they resume."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_after_sigterm_the_run_resumes_bit_equal(
 ) -> None:
     name = f"told-{len(ranks)}-{asynchronous}"
     options = OPTIONS | {"asynchronous": asynchronous}
-    # In the third step; asynchronously, the checkpoint of the second one is being written then.
+    # The signal comes in the third step, while an asynchronous save still writes the second step's checkpoint.
     assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(STOPPED, 3)] * 2
     assert _trained(runs.metrics(name)) == undisturbed[:3]
     assert runs.endings(name, 2, **options) == [(0, STEPS)] * 2
@@ -78,7 +78,7 @@ def test_a_nan_loss_ends_all_ranks_unsaved(runs: Runs) -> None:
 
 @pytest.mark.weekly
 def test_ft_launcher_restarts_a_hung_rank_bit_equal(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
-    """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
+    """The second rank sleeps in the fourth step, when the checkpoint of the second step exists."""
     folder, once = runs.folder / "hung", runs.folder / "hung-once"
     options = OPTIONS | {"hang": {"step": 3, "once": str(once)}}
     process = under_ft_launcher(RANK, runs.parent, runs.data, folder, json.dumps(options))
@@ -101,7 +101,7 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
         said.append(line)
         if "step 2/500" in line:
             process.send_signal(signal.SIGTERM)
-    assert process.wait(HANG_S) == 1  # the launcher's, whatever its ranks end with
+    assert process.wait(HANG_S) == 1  # the launcher's status, whatever its ranks end with
     words = "".join(said)
     kept = step_kept(folder)
     assert kept >= 2

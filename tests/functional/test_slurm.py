@@ -1,6 +1,6 @@
-"""The chain as jobs of a real Slurm with two nodes: stopped in every way that a scheduler has, and gone on.
+"""The chain as jobs of a real Slurm with two nodes: stopped in every way that a scheduler can, and resumed.
 
-`make test-in ENV=slurm` does both of these:
+`make test-in ENV=slurm` runs both of these commands:
 
     scripts/slurm_cluster.sh start
     python -m pytest tests/functional/test_slurm.py
@@ -37,7 +37,7 @@ def _answer(*command: str) -> str | None:
 
 @cache
 def has_test_cluster() -> bool:
-    """Return whether the Slurm of scripts/slurm_cluster.sh answers here; one that is stopped is not waited for."""
+    """Return whether the Slurm of scripts/slurm_cluster.sh answers here, without waiting for a stopped one."""
     if _answer("pgrep", "-x", "slurmctld") is None:
         return False
     return {"batch", "low"} <= {*(_answer("sinfo", "--noheader", "--format=%R") or "").split()}
@@ -63,7 +63,7 @@ stages:
 
 
 class Run:
-    """The command on a run's folder."""
+    """The pipeline command in a run's folder."""
 
     def __init__(self, inputs: Path, run_dir: Path) -> None:
         self.inputs, self.run_dir = inputs, run_dir
@@ -91,7 +91,7 @@ class Run:
         return self
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until the upcycled model's training has done a step."""
+        """Wait until the upcycled model's training has finished a step."""
         self.command.wait_for_lines(self.run_dir / "pretrain/metrics.jsonl", step)
 
     def job(self, stage: str = "pretrain") -> str:
@@ -99,12 +99,12 @@ class Run:
         return str(read_json(self.run_dir / "jobs.json")["jobs"][stage])
 
     def starts(self) -> int:
-        """Return how often the training was started."""
+        """Return how many times the training was started."""
         return len(list((self.run_dir / "jobs/pretrain").glob("log-*")))
 
 
 def start_at_once(job: str) -> None:
-    """Let a requeued job start in a moment; Slurm waits for two minutes, and refuses it while nodes clean up."""
+    """Make a requeued job start soon. Slurm would wait two minutes, and refuses the change while nodes clean up."""
     asked = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     wait_until(lambda: (_answer(*asked) or "").strip() == "PENDING", poll_s=0.2)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"], check=True)
@@ -117,7 +117,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path) -> Run:
-    """The whole chain, with nothing in its way."""
+    """The whole chain, undisturbed."""
     run = Run(inputs, inputs / "undisturbed").start(slow=0.5)
     assert run.command.wait() == 0, run.command.text()
     return run
@@ -144,7 +144,7 @@ def test_every_stage_is_a_job(undisturbed: Run) -> None:
     assert "Report: " in undisturbed.command.text()
     again = Run(undisturbed.inputs, undisturbed.run_dir).start(slow=0.5)
     assert again.command.wait() == 0
-    assert again.command.text().count("submitted: ") == len(STAGES)  # those of the first start: nothing is done twice
+    assert again.command.text().count("submitted: ") == len(STAGES)  # by the first start: nothing is done twice
 
 
 PART = ("--from", "pretrain", "--until", "pretrain")
@@ -169,7 +169,7 @@ def _lose_a_node(run: Run) -> None:
 
 @contextmanager
 def _daemon_of_n2_killed() -> Iterator[None]:
-    """Take node n2 away: its daemon and what runs on it are killed, and the controller is told."""
+    """Take node n2 away: kill its daemon and its processes, and tell the controller."""
     victims = (_answer("pgrep", "-f", "slurmd -N n2") or "").split()
     stepd = (_answer("pgrep", "-f", r"slurmstepd: \[.*\.0\]") or "").split()
     for pid in [*victims, *stepd[-1:]]:
@@ -179,7 +179,7 @@ def _daemon_of_n2_killed() -> Iterator[None]:
         yield
     finally:
         subprocess.run(["slurmd", "-N", "n2"], check=True)
-        subprocess.run(["scontrol", "update", "NodeName=n2", "State=RESUME"], check=False)  # or it is back by itself
+        subprocess.run(["scontrol", "update", "NodeName=n2", "State=RESUME"], check=False)  # n2 may be back already
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_training_goes_on_with_the_same_bits(
     disturb(prepared)
     start_at_once(prepared.job())
     assert prepared.command.wait() == 0, prepared.command.text()
-    assert prepared.starts() >= 2  # one more where the ranks fail before Slurm misses the node
+    assert prepared.starts() >= 2  # one more if the ranks fail before Slurm notices the missing node
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
 
@@ -219,7 +219,7 @@ def test_a_time_limit_loses_nothing(
 
 
 def requeues(run: Run) -> int:
-    """Return how often the batch script has asked for another start."""
+    """Return how many times the batch script has asked for another start."""
     logs = (run.run_dir / "jobs/pretrain").glob("sbatch_*")
     return sum(path.read_text().count("to be requeued") for path in logs)
 
@@ -246,7 +246,7 @@ def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:
 
 def test_a_failed_stage_takes_the_rest_out_of_the_queue(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "same.txt").write_text("the state of our union")
-    (tmp_path / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
+    (tmp_path / "other.txt").write_text("the state of our union")  # held out, so nothing is left to train on
     (tmp_path / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
     run = Run(inputs, inputs / "failed").start(f"data={tmp_path}/same.yaml")
     assert run.command.wait() == 1

@@ -1,6 +1,6 @@
-"""Jobs of a real Slurm whose ranks are shell commands: what reaches them, and what follows from how they end.
+"""Jobs of a real Slurm whose ranks are shell commands: the environment of a rank, and the effects of its end.
 
-`make test-in ENV=slurm` does both of these:
+`make test-in ENV=slurm` runs both of these commands:
 
     scripts/slurm_cluster.sh start
     python -m pytest tests/functional/test_slurm_jobs.py
@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder, whose jobs are gone at the end."""
+    """A run's folder; its jobs are cancelled at the end."""
     folder = tmp_path / "run"
     folder.mkdir()
     yield folder
@@ -49,7 +49,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 def chain_of(run_dir: Path, commands: dict[str, str], **settings: object) -> Chain:
-    """Return a chain in which each stage needs the one before it; a stage is done when its marker is there."""
+    """Return a chain in which each stage needs the previous one; a stage is done when its marker exists."""
     stages = settings.pop("stages", {})
     executor = StagedSlurmExecutor(
         account="root", partition="batch", mem="100", time="00:05:00", stages=stages, python="bash", **settings
@@ -63,7 +63,7 @@ def chain_of(run_dir: Path, commands: dict[str, str], **settings: object) -> Cha
 
 
 def finish(chain: Chain) -> None:
-    """Check the chain, submit it and watch it until it is done."""
+    """Check the chain, submit it, and watch it until it is done."""
     chain.check()
     chain.submit()
     with StopSignals() as stop:
@@ -87,7 +87,7 @@ def test_the_message_has_slurms_reason_for_an_end(run_dir: Path, capfd: pytest.C
     assert "DUE TO TIME LIMIT" in str(caught.value)
     shown = capfd.readouterr().err
     assert "DUE TO TIME LIMIT" in shown
-    assert "+ mkdir" not in shown  # the script itself is not
+    assert "+ mkdir" not in shown  # the script itself is not shown
 
 
 @pytest.mark.parametrize("caller", [{"SBATCH_EXPORT": "NONE"}, {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100"}])
@@ -101,14 +101,14 @@ def test_variables_reach_the_ranks_whatever_the_callers_environment(
 
 
 def test_rank_gets_the_cpus_that_its_stage_asks_for(run_dir: Path) -> None:
-    """On a site that binds, also where srun inherits nothing, as in Slurm 22.05 to 24.05."""
+    """Test a site that binds CPUs, with an srun that inherits nothing, as in Slurm 22.05 to 24.05."""
     commands = {"import": "test $(nproc) = 2 && {done}", "data": "test $(nproc) = 1 && {done}"}
     like_them = {"setup_lines": "unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK", "srun_args": ["--cpu-bind=cores"]}
     finish(chain_of(run_dir, commands, cpus_per_task=2, stages={"data": {"cpus_per_task": 1}}, **like_them))
 
 
 def test_jobs_start_from_within_an_allocation(run_dir: Path) -> None:
-    """`sbatch` inside `salloc --mem-per-cpu`, by the rendered script, too."""
+    """Run `sbatch` inside `salloc --mem-per-cpu`, through the rendered script."""
     chain = chain_of(run_dir, {"import": "{done}"})
     rendered = run_dir / "rendered"
     (job,) = chain.jobs

@@ -1,4 +1,4 @@
-"""A small run that each release finished is gone on with: more steps, and export, evaluation and report after them."""
+"""A small run that each release finished is resumed: more steps, then export, evaluation and report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = SimpleNamespace(executor=None, detach=False, confirm=lambda: True)
 
 
 def _run_stages(jobs: Sequence[Job], run_dir: Path, *_: object) -> None:
-    """Run each in a process that has imported NeMo before."""
+    """Run each stage in a process that has already imported NeMo."""
     for job in jobs:
         answer = run_in_own_process(job.name, run_dir)
         sys.stderr.write(answer.text)

@@ -1,4 +1,4 @@
-"""What NeMo's recipe alone promises: validations, a full disk, trials, data in order, checkpoints of plain NeMo."""
+"""Promises of NeMo's recipe alone: validations, a full disk, trials, data order, checkpoints for plain NeMo."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs: Runs) -> list[dict[str, Any]]:
-    """What one rank does in six steps, with a checkpoint every second step."""
+    """The metrics of six steps on one rank, with a checkpoint every second step."""
     return runs.train("alone", 1, steps=6, every=2)
 
 
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
-    """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
+    """Step 0 is in the metrics once, also after a fresh start over a killed run, and does not change the training."""
     options = {"steps": 6, "every": 4, "validate_every": 2}
     with pytest.raises(RuntimeError, match="rank 0 died"):
         runs.train("validated", 1, send={"step": 1, "ranks": [0], "number": int(signal.SIGKILL)}, **options)
@@ -45,7 +45,7 @@ def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, 
 
 
 def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]) -> None:
-    """A checkpoint of 11 MiB fits, a second one beside it does not."""
+    """The disk has room for one checkpoint of 11 MiB, but not for a second one beside it."""
     disk = runs.folder / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "disk", disk], check=False).returncode:
@@ -66,23 +66,23 @@ def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]
 
 @pytest.mark.parametrize("options", [{"validate_every": 2000}, {}], ids=["a longer interval", "no validation"])
 def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, options: dict[str, int]) -> None:
-    """Lightning refused a longer interval once everything was built; without validations NeMo saves no end."""
+    """Lightning would refuse a longer interval after building everything; without validations, NeMo saves no end."""
     name = f"trial {len(options)}"
     lines = runs.train(name, 1, steps=3, every=2, **options)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert steps_in(last_checkpoint(runs.folder / name)) == 3
 
 
-#: Together about as many tokens as ten sequences.
+#: Sources that have about as many tokens together as ten sequences.
 SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {"train": [6], "validation": [8]})}
 
 
 def test_resumed_and_lengthened_run_reads_the_same_samples(runs: Runs, tmp_path: Path) -> None:
-    """The first half ends within the first epoch; Megatron alone would lay out both epochs anew."""
+    """The first half ends within the first epoch; Megatron alone would order both epochs anew."""
     blend = write_blend(tmp_path / "blend", runs.parent, SOURCES)
 
     def read(name: str, steps: int) -> list[str]:
-        """Train to a step; return the samples of the run so far, those of one rank after those of the other."""
+        """Train to a step; return all samples of the run so far, rank by rank."""
         record = tmp_path / f"{name}.samples"
         options = {"every": 2, "validate_every": 2, "blend": str(blend), "record": {"path": str(record)}}
         lines = runs.train(name, 2, ep=2, steps=steps, **options)

@@ -1,4 +1,4 @@
-"""Tuning in NeMo alone: LoRA, and a start from what another training left."""
+"""Fine-tuning that only NeMo has: LoRA, and a start from the result of another training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiers import quick
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 FROZEN = {"steps": 1, "lr": 0.0, "min_lr": 0.0}
-#: Without rows of padding, which no exported model has.
+#: Settings that avoid padding rows, which no exported model has.
 ADAPTED = {"steps": 4, "lr": 1e-2, "model.make_vocab_size_divisible_by": 260, "trainer.val_check_interval": 1}
 RECOMPUTED = {"model.recompute_granularity": "full", "model.recompute_method": "uniform"}
 RECOMPUTED |= {"model.recompute_num_layers": 1}
@@ -32,7 +32,7 @@ RECOMPUTED |= {"model.recompute_num_layers": 1}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and the packs of conversations for it."""
+    """A parent, and packs of conversations for it."""
     return write_packs(tmp_path_factory.mktemp("inputs"))
 
 
@@ -43,7 +43,7 @@ def _adapt(settings: dict[str, Any] | None = None, ranks: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def adapted(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of LoRA that nothing stopped."""
+    """The folder of an uninterrupted LoRA run."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
     train(_adapt(), folder, *inputs)
     return folder
@@ -70,7 +70,7 @@ def test_lora_trains_adapters_and_routers_and_keeps_all_other_bits(
 
 
 def test_an_export_adds_loras_adapters_up(inputs: tuple[Path, Path], adapted: Path, tmp_path: Path) -> None:
-    """Hugging Face computes with the exported weights what Megatron did with the adapters."""
+    """Hugging Face computes the same with the exported weights as Megatron with the adapters."""
     export_checkpoint(last_checkpoint(adapted), inputs[0], tmp_path / "hf", spec=SPEC, dtype=torch.float32)
     expected = answer_loss(tmp_path / "hf", inputs[1] / "validation.npy")
     assert losses(adapted, "validation_loss")[-1] == pytest.approx(expected, abs=2e-5)
@@ -85,7 +85,7 @@ def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], adapt
 
 @pytest.mark.parametrize(
     ("ranks", "change", "equal"),
-    # each stage draws adapters of its own, which add nothing at first
+    # each stage draws its own adapters, which add nothing at first
     [(2, {}, 4), (2, {"pp": 2}, 1), (1, RECOMPUTED, 4)],
     ids=["data", "pp", "recompute"],
 )

@@ -1,4 +1,4 @@
-"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command."""
+"""NeMo's stock recipes, upcycled: real trainings at toy width, with NeMo's command."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     assert len(losses(receipt.parent)) == 3
 
 
-#: Parents whose MoE hardly a Hugging Face class holds.
+#: Parents whose MoE hardly any Hugging Face class can represent.
 WRITERS: dict[str, Callable[..., Path]] = {"EXAONE 4": write_exaone4, "SmolLM3": write_smollm3, "Gemma": write_gemma}
 
 
 def _train_still(parent: str, data: str, folder: str) -> None:
-    """Train at a rate that moves no weight, so that the parent's function stays."""
+    """Train at a learning rate that moves no weight, so that the model keeps the parent's function."""
     import fiddle as fdl
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -90,7 +90,7 @@ def test_evaluates_a_saved_run_as_the_trained_model(tmp_path: Path, name: str) -
     assert float((got[..., :259] - wanted).norm() / wanted.norm()) <= 2e-6
 
 
-#: The recipe for H100s, without Transformer Engine: the run that `tests/gpu` makes on a card.
+#: Sizes for the recipe for H100s without Transformer Engine; `tests/gpu` makes the same run on a card.
 SMALL = Sizes(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, padded_vocab=512, sequence=64, steps=4)
 
 

@@ -1,4 +1,4 @@
-"""A tiny dense parent with texts, and the demo's recipes cut down to it."""
+"""A tiny dense parent with texts, and the demo's recipes shrunk to its size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models import write_llama, write_tokenizer
 
 
 SEQUENCE, BATCH, LAYERS, EXPERTS, PADDED_VOCAB = 64, 4, 4, 8, 512
-#: The demo's model in a size that trains at many steps a second.
+#: Sizes of the demo's model that train many steps per second.
 SIZES = {
     "num_layers": LAYERS,
     "hidden_size": 64,
@@ -22,10 +22,10 @@ SIZES = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "seq_length": SEQUENCE,
-    # Padding rows count in the loss: every layout must have as many, so pad to the same size under TP1 and TP2.
+    # Padding rows count in the loss, so every layout must have the same number: pad to one size under TP1 and TP2.
     "make_vocab_size_divisible_by": PADDED_VOCAB // 2,
 }
-#: A suite of what is held out, of so many WINDOWS.
+#: A suite on held-out text, with WINDOWS windows.
 EVALUATION = """
 tasks: {heldout_perplexity: [0]}
 local: true
@@ -39,7 +39,7 @@ _WORDS += ["learning"]
 
 
 def texts(words: int = 600) -> dict[str, list[str]]:
-    """Return the texts of each split, of that many words to train on."""
+    """Return the texts of each split; a training text has `words` words."""
     numbers = random.Random(0)
     sizes = {"train": words, "validation": words // 2, "heldout": 100}
     return {
@@ -49,7 +49,7 @@ def texts(words: int = 600) -> dict[str, list[str]]:
 
 
 def write_texts(folder: Path) -> Path:
-    """Write texts and the YAML file of the blend that names them; return the YAML file."""
+    """Write texts and the blend's YAML file, and return the YAML file."""
     for split, documents in texts().items():
         (folder / split).mkdir(parents=True)
         for number, text in enumerate(documents):
@@ -58,7 +58,7 @@ def write_texts(folder: Path) -> Path:
 
 
 def write_blend_file(folder: Path, *lines: str) -> Path:
-    """Write the YAML file of the blend of texts that lie in a folder, with further lines; return it."""
+    """Write the YAML file of a blend of the texts in a folder, with further lines; return the file."""
     splits = [f'    {split}: ["{folder / split}/*.txt"]' for split in texts()]
     config = folder / "blend.yaml"
     config.write_text("\n".join(["sources:", "  words:", *splits, *lines]) + "\n")
@@ -66,12 +66,12 @@ def write_blend_file(folder: Path, *lines: str) -> Path:
 
 
 def write_parent(folder: Path, **changes: Any) -> Path:
-    """Write the dense parent: tied embeddings, as the demo's."""
+    """Write the dense parent, with tied embeddings like the demo's."""
     return write_tokenizer(write_llama(folder, tied=True, **({"vocab_size": 259} | changes)))
 
 
 def write_inputs(folder: Path) -> Path:
-    """Write what `tiny_pipeline` and a chain's plan name: the parent, texts, and an evaluation; return the folder."""
+    """Write the inputs of `tiny_pipeline` and of a chain's plan: parent, texts and evaluation; return the folder."""
     write_parent(folder / "parent")
     write_texts(folder / "texts")
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
@@ -79,7 +79,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def write_finished_inputs(folder: Path, **changes: Any) -> Path:
-    """Write a parent, its tokenised texts (`blend`), which need no engine, and an evaluation; return the folder."""
+    """Write a parent, its tokenised texts (`blend`, without the engine) and an evaluation; return the folder."""
     write_blend(folder / "blend", write_parent(folder / "parent", **changes), texts=texts())
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
@@ -92,7 +92,7 @@ def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None) -> Any:
-    """Cut a recipe of the demo down to the tiny model, in place: no checkpoints when `checkpoint_every` is None."""
+    """Shrink a recipe of the demo to the tiny model, in place; if `checkpoint_every` is None, without checkpoints."""
     import nemo_run as run
     from nemo import lightning as nl
 
@@ -111,7 +111,7 @@ def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None) -> Any:
 
 
 def write_plan(folder: Path) -> RunPlan:
-    """Write the inputs of a tiny run of the demo; return its plan."""
+    """Write the inputs of a tiny run of the demo, and return its plan."""
     from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
@@ -125,7 +125,7 @@ def write_plan(folder: Path) -> RunPlan:
 
 
 def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:
-    """Return the demo's chain on the parent, texts and evaluation that lie in `inputs`, its recipes cut down."""
+    """Return the demo's chain on the parent, texts and evaluation in `inputs`, with shrunk recipes."""
     import nemo_run as run
 
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline

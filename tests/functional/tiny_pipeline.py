@@ -1,6 +1,6 @@
-"""`nemo upcycle pipeline` with the demo's recipes cut down, as a script of a user's: what tests start as a process."""
+"""`nemo upcycle pipeline` with the demo's recipes shrunk, as a user's script that tests start as a process."""
 
-# No postponed annotations: NeMo-Run reads those of factories.
+# No postponed annotations, because NeMo-Run reads the annotations of factories.
 
 import os
 import time
@@ -18,10 +18,10 @@ from tests.functional.tiny import tiny_pipeline
 
 
 class Disturb(Callback):
-    """Disturbs as variables say: a recipe that differed would be another run's.
+    """Disturbs as environment variables say, because a recipe that differs would belong to another run.
 
-    It fails in step FAIL_AT, goes on for good in step HOLD_AT, takes SLOW_S seconds after each step, and hangs once in
-    the fifth where HUNG names a file.
+    Fails in step FAIL_AT, waits forever in step HOLD_AT, sleeps SLOW_S seconds after each step, and hangs once in the
+    fifth step if HUNG names a file.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Disturb(Callback):
 
 @run.cli.factory(target=pipeline, name="tiny")
 def tiny(inputs: str, dir: str = "", nodes: int = 1) -> run.Partial:
-    """The chain on a tiny parent and two ranks; on two nodes its training saves when it is told to stop."""
+    """Return the chain for a tiny parent on two ranks; on two nodes, its training saves when it is told to stop."""
     sizes = {"num_nodes": nodes, "num_gpus_per_node": 2 // nodes}
     moe = smollm2_135m_e8t2.pretrain_recipe(**sizes, expert_parallelism=2)
     moe.trainer.callbacks.append(run.Config(Disturb))

@@ -1,4 +1,4 @@
-"""`nemo` and scripts with a list of command lines, in one process that has imported NeMo before."""
+"""Types command lines of `nemo` and of scripts in one process that has already imported NeMo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Answer(NamedTuple):
-    """How the command ended, what it said, and what it wrote."""
+    """Exit status, output and written files of a command."""
 
     status: int
     text: str
@@ -19,9 +19,9 @@ class Answer(NamedTuple):
 
 
 def type_commands(commands: list[list[str]], folder: str, watched: str) -> list[Answer]:
-    """Run `nemo`, or the script that is named first, with these words: one after the other, in this process.
+    """Run `nemo`, or the script that is named first, with each list of words, one after the other in this process.
 
-    Python finds the modules that lie in `watched`, as recipes of a user's.
+    Python finds modules in `watched`, for example a user's recipes.
     """
     from nemo_run.cli.api import create_cli
 
@@ -35,7 +35,7 @@ def type_commands(commands: list[list[str]], folder: str, watched: str) -> list[
         before = {*Path(folder).rglob("*"), *Path(watched).rglob("*")}
         status = 0
         with tempfile.TemporaryFile() as console:
-            for descriptor in (1, 2):  # of the stages' processes, too
+            for descriptor in (1, 2):  # also for the processes of stages
                 os.dup2(console.fileno(), descriptor)
             try:
                 runpy.run_path(words[0], run_name="__main__") if is_script else create_cli()()

@@ -1,9 +1,9 @@
-"""Resolved recipes as text, one setting a line, so that a change is seen and reviewed. After an intended change:
+"""Resolved recipes as text, one setting per line, so that changes are seen and reviewed. After an intended change:
 
     python -m tests.golden
 
-The keys are what an override on the command line calls the settings. Eight recipes are there whole; of each one that
-the files of `recipes/`, `pairs.yaml` has what its pair in Megatron-Bridge is compared with.
+The keys are the names of settings in command-line overrides. Eight recipes are complete. For each recipe in
+`recipes/`, `pairs.yaml` has the settings that are compared with its pair in Megatron-Bridge.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama3_70b_e8t2-fp8": ("llama3_70b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
 }
-#: Bridge's setting -> NeMo's, whose values are the same in a pair of recipes.
+#: Bridge's setting -> NeMo's (`LAYOUT` and `TRAINING`); a pair of recipes has the same values for both.
 _LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     *("context_parallel_size", "sequence_parallel"),
@@ -62,27 +62,27 @@ TRAINING = {
     "checkpoint.save_interval": "log.ckpt.every_n_train_steps",
     "checkpoint.most_recent_k": "log.ckpt.keep_last",
 }
-#: Further settings of NeMo's that the comparison asks for.
+#: Further NeMo settings that the comparison needs.
 _OTHERS = ("tokenizer", "resume.restore_config.path", "trainer.num_nodes", "trainer.devices")
-#: What NeMo's recipes leave out -> its default.
+#: Defaults of settings that NeMo's recipes omit.
 _SPEC = asdict(UpcycleSpec())
 _DEFAULTS = {"trainer.strategy.expert_model_parallel_size": 1, "data.micro_batch_size": 1}
 
 
 def golden_path(name: str) -> Path:
-    """Name the golden file of a key of `GOLDEN`."""
+    """Return the golden file of a key of `GOLDEN`."""
     return FOLDER / f"{name}.yaml"
 
 
 def text_of(name: str) -> str:
-    """Write what a golden file should hold: a YAML mapping of settings to values."""
+    """Return the expected content of a golden file: a YAML mapping of settings to values."""
     from nemo_upcycle import recipes
     from nemo_upcycle.trainers.nemo.recipes import every_setting
 
     recipe, arguments = GOLDEN[name]
     config = factory_of(getattr(recipes, recipe))(**arguments)
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    # What the processor can decides the demo's precision where there is no GPU.
+    # Without a GPU, the demo's precision depends on the processor, so it is omitted.
     lines = [
         f"{key}: {value}"
         for key, value in every_setting(config)
@@ -92,14 +92,14 @@ def text_of(name: str) -> str:
 
 
 def factory_of(module: Any) -> Any:
-    """Find what makes a module's recipe, a pretraining or a tuning."""
+    """Return the function that makes a module's recipe, for pretraining or fine-tuning."""
     return getattr(module, "pretrain_recipe", None) or module.finetune_recipe
 
 
 def pairs_text() -> str:
-    """Write what `pairs.yaml` should hold: recipe -> its settings in NeMo that its pair in Bridge has, in JSON.
+    """Return the expected content of `pairs.yaml`: recipe -> NeMo settings that its pair in Bridge has too, in JSON.
 
-    The fast run of an upcycled model has its name and `-fast`.
+    The fast run of an upcycled model has the suffix `-fast`.
     """
     from nemo_upcycle import recipes
 
@@ -115,7 +115,7 @@ def pairs_text() -> str:
 
 
 def paired(recipe: Any) -> dict[str, Any]:
-    """Take the settings of a recipe of NeMo's that its pair in Bridge has."""
+    """Return the settings of a NeMo recipe that its pair in Bridge has too."""
     from nemo_upcycle.trainers.nemo.recipes import every_setting, recipe_spec
 
     wanted = {*LAYOUT.values(), *TRAINING.values(), *_OTHERS}

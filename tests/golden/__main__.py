@@ -1,4 +1,4 @@
-"""Write all golden files anew: `python -m tests.golden`, then read the difference."""
+"""Write all golden files again: run `python -m tests.golden`, then read the diff."""
 
 from tests.golden import GOLDEN, PAIRS, forecasts, golden_path, messages, pairs_text, text_of
 

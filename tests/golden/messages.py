@@ -1,6 +1,6 @@
-"""Render every message of the package as its reader sees it, from the places in the source that raise it.
+"""Render every message of the package as its reader sees it, from the source code that raises it.
 
-The words are the source's own. A value that is known only at run time stands as its expression, in braces.
+The words come from the source. A value that is known only at run time is shown as its expression, in braces.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PACKAGE = Path(nemo_upcycle.__file__).parent
 _OTHERS = (BrokenWeights, TaskDataError, UnreachableError)
 _CLASSES = {kind.__name__: kind for kind in (*vars(errors).values(), *_OTHERS) if _is_error(kind)}
 _SPEC = {field.name for field in dataclasses.fields(UpcycleSpec)}
-#: Characters of an expression.
+#: Longest expression (characters).
 _LONGEST = 60
 
 
 def messages_text() -> str:
-    """Write all messages, file by file, each with its kind and the function that raises it.
+    """Return all messages, file by file, each with its kind and the function that raises it.
 
-    A message about a field of the spec has three lines: in Python, as an error of `nemo-upcycle`, and as a stage and
-    its report name the setting.
+    A message about a field of the spec has three lines: in Python, as an error of `nemo-upcycle`, and with the name
+    that a stage and its report give the setting.
     """
     lines = [
         "All messages, made by `python -m tests.golden`: in Python, then on the command line and in a stage, if other."
@@ -50,7 +50,7 @@ def messages_text() -> str:
 
 
 def _calls(path: Path) -> Iterator[tuple[ast.Call, ast.FunctionDef | ast.Module]]:
-    """Yield the constructions of errors in a file, each with the function around it."""
+    """Yield the calls that create errors in a file, each with the function around it."""
 
     def below(
         node: ast.AST, function: ast.FunctionDef | ast.Module
@@ -66,14 +66,14 @@ def _calls(path: Path) -> Iterator[tuple[ast.Call, ast.FunctionDef | ast.Module]
 
 
 def _class_and_maker(call: ast.Call) -> tuple[str, str]:
-    """Return the name of the class and of the class method that a call makes an error by."""
+    """Return the class, and the class method if there is one, with which a call creates an error."""
     name = ast.unparse(call.func)
     return name.partition(".")[0], name.partition(".")[2]
 
 
 def _lines(call: ast.Call, function: ast.FunctionDef | ast.Module) -> Iterator[str]:
     name, maker = _class_and_maker(call)
-    if maker == "together":  # lists messages of other places
+    if maker == "together":  # lists messages that other places make
         return
     values = {one.arg: _text(one.value, function, call) for one in call.keywords if one.arg}
     given = [_text(value, function, call) for value in call.args]
@@ -102,7 +102,7 @@ def _setting(field: str) -> str:
 
 
 def _text(value: ast.expr, function: ast.AST, call: ast.Call) -> str:
-    """Return the words of an expression: of a local name, those it was given last; of a choice, the first."""
+    """Return the words of an expression; for a local name its last words, for a choice the first ones."""
     if isinstance(value, ast.Constant):
         return str(value.value)
     if isinstance(value, ast.JoinedStr):
@@ -120,7 +120,7 @@ def _text(value: ast.expr, function: ast.AST, call: ast.Call) -> str:
 
 
 def _given(name: str, function: ast.AST, call: ast.Call) -> ast.expr | None:
-    """Return what a name was given last before a call, if words were."""
+    """Return the last value of a name before a call, if the value is made of words."""
     found = None
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and node.lineno < call.lineno:

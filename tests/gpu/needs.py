@@ -1,4 +1,4 @@
-"""What every test of this folder needs."""
+"""Marks of every test in this folder: it needs a CUDA device and Transformer Engine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Two layers of Llama 3 8B -> 8 experts, top-2, in their full width, trained by the recipe itself on one card.
+"""Two layers of Llama 3 8B -> 8 experts, top-2, at full width, trained by the recipe itself on one card.
 
     python -m tests.gpu.one_card DENSE DATA FOLDER PRECISION
 
-is one run, in a process of its own: what one precision holds of the card's memory is then not another's. Two layers
-and 32,768 logits are what fits 80 GB together with gradients and optimizer: 18 bytes for each of 3.1B parameters.
+makes one run in its own process, so that runs in other precisions do not share its memory on the card. Two layers and
+32,768 logits fit into 80 GB together with gradients and optimizer: 18 bytes for each of 3.1B parameters.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.functional.tiny import texts
 from tests.models import write_random, write_tokenizer
 
 
-#: The recipe's `fp8_recipe` by the planner's name of the precision.
+#: Precision by the planner's name -> the recipe's `fp8_recipe`.
 PRECISIONS = {"bf16": None, "fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 CAPACITY_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained: by default Llama 3 8B's width, in fewer layers and with a smaller vocabulary."""
+    """Sizes of the trained model: by default Llama 3 8B's width, with fewer layers and a smaller vocabulary."""
 
     layers: int = 2
     hidden: int = 4096
@@ -83,9 +83,9 @@ def cut_down(config: Any, sizes: Sizes) -> None:
 
 
 def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> Any:
-    """Return the recipe of Llama 3 8B, cut down to one card: the same kernels, data and optimizer settings.
+    """Return the recipe of Llama 3 8B, shrunk to one card, with the same kernels, data and optimizer settings.
 
-    A precision that ends with "+params" keeps its parameters in FP8, too.
+    A precision that ends with "+params" also keeps its parameters in FP8.
     """
     import nemo_run as run
 
@@ -111,7 +111,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
     recipe.data = run.Config(
         blend_data, dense=str(dense), seq_length=sizes.sequence, global_batch_size=sizes.batch, micro_batch_size=1
     )
-    recipe.trainer.accelerator = "auto"  # without a GPU the same code trains with the local modules
+    recipe.trainer.accelerator = "auto"  # without a GPU, the same code trains with the local modules
     recipe.trainer.max_steps = sizes.steps
     recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = 0, 1
     recipe.optim.config.lr = 1e-4
@@ -123,7 +123,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
 
 
 def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
-    """Return what the planner says that the card's allocator holds; the driver's own memory is not the allocator's."""
+    """Return the planned memory of the card's allocator by term (GiB), without the driver's own memory."""
     from nemo_upcycle.models.hf_config import architecture_from_config
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import stage_memory
@@ -139,10 +139,10 @@ def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
 
 
 def train(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> list[dict[str, Any]]:
-    """Train in a process of its own and return the lines of its metrics.
+    """Train in a separate process, and return the lines of its metrics.
 
     Raises:
-        RuntimeError: training failed; the text ends with what the process said.
+        RuntimeError: Training failed; the message ends with the output of the process.
     """
     command = [sys.executable, "-m", "tests.gpu.one_card", str(dense), str(data), str(folder), precision]
     done = subprocess.run([*command, json.dumps(asdict(sizes))], capture_output=True, text=True)

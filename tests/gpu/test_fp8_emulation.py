@@ -1,8 +1,8 @@
-"""The CPU's FP8 against the card's: the same bits from every quantizer, and the same products but for rounding.
+"""The CPU's FP8 against the card's: every quantizer gives the same bits, and products differ only by rounding.
 
     python -m pytest -m gpu tests/gpu/test_fp8_emulation.py
 
-Blockwise scaling is compared on Hopper, MXFP8 on Blackwell: elsewhere Transformer Engine has no kernels of it.
+Blockwise scaling is compared on Hopper, MXFP8 on Blackwell: other cards have no Transformer Engine kernels for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _require_kernels(recipe: str) -> None:
 
 
 def _card_numbers(recipe: str, role: str, x_RC: torch.Tensor, scale: torch.Tensor) -> Any:
-    """Return what the card's own quantizer makes of a matrix."""
+    """Quantise a matrix with the card's own quantizer."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
@@ -74,7 +74,7 @@ def _same_bits(ours: Quantized, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_linear_layer_gives_what_the_cards_gives(recipe: str) -> None:
-    """But for the order of sums, and Hopper's shorter accumulators: the card is nearer to it than to no FP8."""
+    """Only the order of sums and Hopper's shorter accumulators differ; without FP8, the distance at least doubles."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 

@@ -1,9 +1,9 @@
-"""What only a GPU can show: Transformer Engine's kernels in BF16 and FP8 under the recipe for H100s.
+"""Tests that need a GPU: Transformer Engine's kernels in BF16 and FP8 under the recipe for H100s.
 
     python -m pytest -m gpu tests/gpu
 
-on one H100 with Transformer Engine and NeMo (NVIDIA's NeMo container has both). `python -m benchmarks.one_card` makes
-the same runs and keeps the numbers.
+needs one H100 with Transformer Engine and NeMo (NVIDIA's NeMo container has both). `python -m benchmarks.one_card`
+makes the same runs and keeps the numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Runs = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def runs(inputs: tuple[Path, Path]) -> Runs:
-    """Metrics of one run in each precision, trained when they are first asked for."""
+    """Metrics of one run in each precision; a run is trained when it is first needed."""
     return cache(lambda precision: train(SIZES, *inputs, inputs[0].parent / precision, precision))
 
 

@@ -1,8 +1,8 @@
-"""What only a GPU can show of parameters in FP8 and FP4: Transformer Engine's quantizers, and a training with them.
+"""Tests of FP8 and FP4 parameters that need a GPU: Transformer Engine's quantizers, and a training with them.
 
     python -m pytest -m gpu tests/gpu/test_quantized.py
 
-on one H100, and on one B200 for MXFP8 and NVFP4. `tests/te/test_quantized.py` has the rest, without a GPU.
+needs one H100, and one B200 for MXFP8 and NVFP4. `tests/te/test_quantized.py` has the tests without a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.te.test_quantized import (
 
 pytestmark = NEEDS_CARD
 SPEC, ONE_RANK = UpcycleSpec(num_experts=4, top_k=2), Layout(gpus=1)
-#: Of a value and of the largest in its tensor: how far a format may be from it.
+#: Format -> largest error, relative to the value and relative to the largest value in its tensor; both may add up.
 TOLERANCES = {"nvfp4": (0.25, 0.1)}
 FP8_TOLERANCES = (1 / 16, 1 / 448 / 2**8)
 
@@ -77,7 +77,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "bf16"])
 def test_a_training_starts_where_it_does_with_parameters_in_bf16(inputs: tuple[Path, Path], precision: str) -> None:
-    """Products are of the same FP8 weights; with delayed scaling, BF16 ones are cast with a scale of 1 at first."""
+    """Both runs multiply the same FP8 weights, but delayed scaling at first casts BF16 weights with a scale of 1."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for name in (precision, f"{precision}+params"):
         runs[name] = train(Sizes(), *inputs, inputs[0].parent / name, name)

@@ -1,4 +1,4 @@
-"""Random dense parents and specs, and what transformers makes of the models converted from them."""
+"""Random dense parents and specs, and the results of transformers with the models converted from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.models import hugging_face_logits, sample_tokens
 
 
 VOCABULARY = 250
-#: A folder's logits, once it is sure that no tensor is missing and none too many.
+#: Returns a folder's logits, and checks that no tensor is missing or unexpected.
 logits = partial(hugging_face_logits, strict=True)
 PARENTS = {
     "Llama": models.write_llama,
@@ -48,15 +48,15 @@ PARENTS = {
     **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
     **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
-#: Those whose heads make up the hidden size.
+#: Parents whose heads make up the hidden size.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
 
 
 class Case(NamedTuple):
-    """A parent and what is made of it.
+    """A parent, and the spec of the model made from it.
 
     Args:
-        parent: a key of `PARENTS`.
+        parent: key of `PARENTS`.
         sizes: settings of the parent's configuration.
         spec: fields of the `UpcycleSpec`.
     """
@@ -67,13 +67,13 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
-    """Return a parent, one of these, and a spec that the seed decides."""
+    """Return a parent out of `kinds`, and a spec; the seed decides both."""
     draw = random.Random(seed)
     parent = draw.choice(kinds)
     groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 32])
     heads = groups * per_group
-    # transformers 5 wants the hidden size to be a multiple of the heads, which are as wide as they like.
+    # transformers 5 requires a hidden size that is a multiple of the number of heads; heads may have any width.
     hidden = heads * (head_dim if parent in _NO_HEAD_DIM else draw.choice([8, 16, head_dim]))
     sizes = {
         **{"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": hidden},
@@ -88,7 +88,7 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
     if parent.startswith(("Granite", "Hyper")):
         sizes |= {"attention_multiplier": draw.choice([0.0625, 0.3]), "embedding_multiplier": draw.choice([1.0, 12.0])}
         sizes |= {"residual_multiplier": draw.choice([1.0, 0.22]), "logits_scaling": draw.choice([1.0, 10.0])}
-    if parent == "Gemma 4":  # a base for each kind of layer
+    if parent == "Gemma 4":  # each kind of layer has its own base
         sizes["rope_theta"] = None
     if parent in _LAYERS_DIFFER:
         sizes |= _LAYERS_DIFFER[parent](draw, sizes["layers"])
@@ -119,7 +119,7 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
 
 
 def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
-    """Return what only a Phi-3 has: a part of its heads turned, LongRoPE shorter than the text, a window."""
+    """Return settings that only a Phi-3 has: partly rotated heads, LongRoPE shorter than the text, a window."""
     part = draw.choice([1.0, 1.0, 0.75])
     sizes: dict[str, Any] = {"partial_rotary_factor": part, "sliding_window": draw.choice([None, 7])}
     if draw.random() < 0.5:
@@ -131,19 +131,19 @@ def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
 
 
 def _kinds(draw: random.Random, layers: int) -> dict[str, Any]:
-    """Return where windows are: by default, everywhere, nowhere, or as it falls."""
+    """Return which layers have a window: the default ones, all, none, or random ones."""
     kinds = ("sliding_attention", "full_attention")
     chosen = draw.choice([None, [kinds[0]] * layers, [kinds[1]] * layers, [draw.choice(kinds) for _ in range(layers)]])
     return {"layer_types": chosen, "window": draw.choice([5, 9])}
 
 
 def _positions(draw: random.Random, layers: int) -> dict[str, Any]:
-    """Return in which layers a SmolLM3 has positions: by default, in all, or as it falls."""
+    """Return which layers of a SmolLM3 have positions: the default ones, all, or random ones."""
     chosen = [None, [1] * layers, [1] * layers, [draw.randint(0, 1) for _ in range(layers)]]
     return {"no_rope_layers": draw.choice(chosen), "no_rope_layer_interval": draw.choice([2, 4])}
 
 
-#: Parent -> what draws settings of its layers that differ.
+#: Parent -> function that draws settings for layers that differ.
 _LAYERS_DIFFER = {
     "OLMo 3": _kinds,
     "EXAONE 4": _kinds,
@@ -155,12 +155,12 @@ _LAYERS_DIFFER = {
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
+    """Result of a case.
 
     Args:
-        hf_class: of the converted model.
-        is_exact: whether it is said to compute the parent's function.
-        relative: distance of its logits from the parent's over their norm, in float32.
+        hf_class: class of the converted model.
+        is_exact: whether the conversion claims to compute the parent's function.
+        relative: distance of the logits from the parent's, relative to the norm of the parent's, in float32.
     """
 
     hf_class: str
@@ -169,18 +169,18 @@ class Outcome(NamedTuple):
 
 
 def outcome(case: Case, folder: Path) -> Outcome:
-    """Write the parent, convert it and compare the logits of both in transformers.
+    """Write the parent, convert it, and compare the logits of both in transformers.
 
     Raises:
-        SpecError: no class holds such a model.
-        AssertionError: a tensor is missing, or one too many.
+        SpecError: No class can represent the model.
+        AssertionError: A tensor is missing or unexpected.
     """
     dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     return outcome_of(dense, UpcycleSpec(**case.spec), folder)
 
 
 def outcome_of(dense: Path, spec: UpcycleSpec, folder: Path) -> Outcome:
-    """Convert a parent and compare the logits of both, see `outcome`."""
+    """Convert a parent and compare the logits of both; see `outcome`."""
     with open_dense(dense) as source:
         _check_read(source)
         done = convert(source, folder / "moe", spec, progress=False)
@@ -193,7 +193,7 @@ def outcome_of(dense: Path, spec: UpcycleSpec, folder: Path) -> Outcome:
 
 
 def _check_read(source: DenseSource) -> None:
-    """Check that the parent is read as transformers has it: its numbers, and in which layers what differs is."""
+    """Check that the parent is read as transformers reads it: tensors, and layers with windows or positions."""
     check_source(source)
     arch = source.architecture
     if (family := find_family(arch.hf_class)) and family.computed_as:
@@ -208,7 +208,7 @@ def _check_read(source: DenseSource) -> None:
 
 
 def _check_read_back(dense: Path, moe: Path, spec: UpcycleSpec) -> None:
-    """Check that the folder's configuration describes the model that was to be made."""
+    """Check that the folder's configuration describes the intended model."""
     wanted, found = read_architecture(dense).upcycled(spec), read_architecture(moe)
-    # Mixtral's configuration has one width, that of the experts.
+    # Mixtral's configuration has only one width, the width of the experts.
     assert found == replace(as_written(wanted), ffn_size=found.ffn_size)

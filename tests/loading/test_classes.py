@@ -1,7 +1,8 @@
-"""What `convert` writes loads in this transformers, whole, and computes the parent's function where it says so.
+"""Folders that `convert` writes load completely in this transformers, and compute the parent's function as promised.
 
-`make test-all` runs it under the release of the main environment, `make test-in ENV=tf5` under the newest one. The
-variable CASES is the number of random models, PARENTS their parents (`SmolLM3,EXAONE 4`); `make test` takes four.
+`make test-all` runs the tests with the release of the main environment, `make test-in ENV=tf5` with the newest one.
+The variable CASES is the number of random models, PARENTS names their parents (`SmolLM3,EXAONE 4`). `make test` takes
+four models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CASES = int(os.environ.get("CASES", "12"))
 PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
 TOLERANCE = 2e-6
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
-#: What becomes a model that stands alone and is exact.
+#: Rows that give an exact model, outside a multimodal model.
 EXACT = {
     name: row
     for name, row in (ROWS | WEEKLY).items()

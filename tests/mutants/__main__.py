@@ -1,4 +1,4 @@
-"""Let the tests meet wrong edits of the package: `python -m tests.mutants`."""
+"""Try wrong edits of the package against the tests: `python -m tests.mutants`."""
 
 from tests.mutants.runner import main
 

@@ -1,12 +1,12 @@
-"""Makes wrong edits of the package, one at a time in a copy of the working tree, and demands that a test fails.
+"""Makes wrong edits of the package, one at a time in a copy of the working tree, and requires that a test fails.
 
     python -m tests.mutants                          all of mutants.yaml
-    python -m tests.mutants --sample 5 --seed 3      some, for one seed the same
-    python -m tests.mutants jackknife_of_one_seed    these
+    python -m tests.mutants --sample 5 --seed 3      a sample, the same for the same seed
+    python -m tests.mutants jackknife_of_one_seed    only these
 
-A test file that no wrong edit fails protects nothing. Tests marked `weekly` are left out: a mutant has to die in
-`make test-all`. Before all, the tests of the chosen mutants must pass in an unchanged copy. Ends with 1 where a mutant
-survives or cannot be tried.
+A test file that no wrong edit fails protects nothing. Tests marked `weekly` are left out, because a mutant must die in
+`make test-all`. First of all, the tests of the chosen mutants must pass in an unchanged copy. The exit status is 1 if
+a mutant survives or cannot be tried.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("mutants.yaml")
-#: pytest's statuses where all tests pass, and where one fails.
+#: pytest's exit status if all tests pass, and if a test fails.
 PASSED, FAILED = 0, 1
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One wrong edit.
+    """A wrong edit.
 
     Args:
-        name: of the mutant.
-        file: the file that it changes, by its path in the repository.
-        old: the text that it replaces, which occurs there once.
-        new: the text in its place.
+        name: name of the mutant.
+        file: path in the repository of the file to change.
+        old: text to replace, which occurs once in the file.
+        new: text in its place.
         breaks: what goes wrong, in a sentence.
-        tests: the test files of which one must fail.
+        tests: test files; one of them must fail.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Mutant:
         """Return the text of the file with the edit.
 
         Raises:
-            ValueError: what is to be replaced does not occur once.
+            ValueError: The text to replace does not occur exactly once.
         """
         if (count := text.count(self.old)) != 1:
             raise ValueError(f"the old text occurs {count} times in {self.file}; expected once")
@@ -77,10 +77,10 @@ def read_mutants() -> dict[str, Mutant]:
 
 @contextmanager
 def copied_tree() -> Iterator[Path]:
-    """Give a copy of the working tree without what git ignores.
+    """Yield a copy of the working tree without the files that git ignores.
 
-    Python finds the package of the copy before an installed one by PYTHONPATH, and `recipes` and `conf`, which an
-    installation puts into the package, by links there.
+    PYTHONPATH makes Python prefer the copy's package to an installed one. `recipes` and `conf` are links in the copy's
+    package, because an installation puts them there.
     """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -96,14 +96,14 @@ def copied_tree() -> Iterator[Path]:
 
 
 def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Run test files of a copy until a test fails; return pytest's status and what it printed.
+    """Run test files of a copy until a test fails; return pytest's status and output.
 
     Args:
-        copy: of the working tree.
-        tests: the files.
+        copy: copy of the working tree.
+        tests: test files.
 
     Raises:
-        TimeoutError: they hang.
+        TimeoutError: The tests hang.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--color=no"]
     command += ["-m", "not weekly", *tests]
@@ -120,7 +120,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
             status = process.wait(HANG_S)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"the tests hang: {' '.join(tests)}") from None
-        finally:  # on Ctrl-C as well: no process that a test has started may go on in a folder that is removed
+        finally:  # also on Ctrl-C, because no process of a test may continue in a folder that is removed
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -129,11 +129,11 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def kill(mutant: Mutant) -> str:
-    """Try a mutant; return pytest's line of the test that notices it, empty if none does.
+    """Try a mutant; return pytest's line of the test that notices it, or "" if no test does.
 
     Raises:
-        ValueError: the edit does not fit the file, or pytest ends in another way than with a failed test.
-        TimeoutError: the tests hang.
+        ValueError: The edit does not fit the file, or pytest ends other than with a failed test.
+        TimeoutError: The tests hang.
     """
     with copied_tree() as copy:
         path = copy / mutant.file
@@ -147,11 +147,11 @@ def kill(mutant: Mutant) -> str:
 
 
 def require_passing(mutants: Sequence[Mutant]) -> None:
-    """Check that the tests of mutants pass in an unchanged copy: what fails anyway notices nothing.
+    """Check that the tests of mutants pass in an unchanged copy, because a test that always fails notices nothing.
 
     Raises:
-        ValueError: a file of them does not.
-        TimeoutError: the tests hang.
+        ValueError: A test file fails.
+        TimeoutError: The tests hang.
     """
     files = list(dict.fromkeys(file for mutant in mutants for file in mutant.tests))
     with copied_tree() as copy:
@@ -166,7 +166,7 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
     """Return the mutants that a command line names.
 
     Raises:
-        ValueError: one is not in the list.
+        ValueError: A name is not in the list.
     """
     mutants = read_mutants()
     if arguments.sample:
@@ -199,13 +199,13 @@ def _try_all(mutants: Sequence[Mutant]) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Try the mutants that a command line chooses; return its exit status."""
+    """Try the mutants that a command line chooses, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant of mutants.yaml; all without one")
     parser.add_argument("--sample", type=int, metavar="N", help="try N of all, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
     arguments = parser.parse_args(words)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a shell lets what it starts behind `&` ignore Ctrl-C
+    for signum in (signal.SIGINT, signal.SIGTERM):  # shells make background jobs (`&`) ignore Ctrl-C
         signal.signal(signum, signal.default_int_handler)
     try:
         mutants = chosen(arguments)

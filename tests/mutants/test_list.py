@@ -1,4 +1,4 @@
-"""Every mutant is one edit of the package as it is now; that tests notice them is for `python -m tests.mutants`."""
+"""Every mutant is one edit of the current package. `python -m tests.mutants` checks that tests notice it."""
 
 from __future__ import annotations
 

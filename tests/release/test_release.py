@@ -1,4 +1,4 @@
-"""A release as its users have it: an environment of the wheel and what pip fetches for it, and no clone."""
+"""A release as its users have it: an environment with the wheel and pip's downloads for it, without a clone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.functional import tiny
 
 
 ROOT = Path(__file__).parents[2]
-#: `make release` builds it anew.
+#: `make release` makes this environment again.
 BIN = ROOT / "build/release/.venv/bin"
 
 
@@ -25,7 +25,7 @@ def run(folder: Path, *words: object, statuses: tuple[int, ...] = (0,)) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small parent and texts, and nothing else."""
+    """A folder with a small parent and texts, and nothing else."""
     made = tmp_path_factory.mktemp("user")
     tiny.write_parent(made / "parent")
     tiny.write_texts(made / "texts")

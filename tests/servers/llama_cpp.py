@@ -1,4 +1,4 @@
-"""llama.cpp, as `scripts/llama_cpp.sh` fetches it: the greedy continuation of a Hugging Face folder, and a chat."""
+"""llama.cpp, as `scripts/llama_cpp.sh` downloads it: greedy continuations of Hugging Face folders, and chats."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ HOME = Path(os.environ.get("NEMO_UPCYCLE_LLAMA_CPP", Path(__file__).parents[2] /
 
 
 class NotServedError(Exception):
-    """Converting or loading failed; the text is the last line that was said."""
+    """Converting or loading failed; the text is the last line of the output."""
 
 
 def greedy(folder: Path, file: Path, dtype: str, prompt: Sequence[int], count: int) -> list[int]:
-    """Convert a Hugging Face folder, load it and return the likeliest tokens behind a prompt.
+    """Convert a Hugging Face folder, load the result, and return the likeliest tokens after a prompt.
 
     Args:
-        folder: the model, with a tokenizer that llama.cpp knows.
-        file: the GGUF to write.
+        folder: folder of the model, with a tokenizer that llama.cpp knows.
+        file: GGUF file to write.
         dtype: `f32` or `bf16`.
         prompt: token ids.
-        count: tokens to return; fewer if one of them ends the text.
+        count: number of tokens to return; fewer if one of them ends the text.
 
     Raises:
-        NotServedError: llama.cpp cannot convert it or cannot load it.
+        NotServedError: llama.cpp cannot convert the folder or cannot load the result.
     """
     to_gguf(folder, file, dtype)
     return list(_ask("greedy.mjs", file, count, *map(str, prompt)))
 
 
 def chat(file: Path, count: int, questions: Sequence[str]) -> list[dict[str, Any]]:
-    """Chat with the chat template that a GGUF carries, greedily; each question follows the answers before it.
+    """Chat greedily with the chat template of a GGUF file; each question follows the previous answers.
 
     Args:
-        file: the GGUF.
-        count: tokens of an answer, at most.
-        questions: of the user, one after the other.
+        file: GGUF file.
+        count: largest number of tokens in an answer.
+        questions: the user's questions, one after the other.
 
     Returns:
         For each question the tokens of its `prompt`, the answer's `tokens` and `text`, and whether it `ended` itself.
 
     Raises:
-        NotServedError: llama.cpp cannot load it, or it has no template.
+        NotServedError: llama.cpp cannot load the file, or the file has no template.
     """
     return list(_ask("chat.mjs", file, count, *questions))
 
@@ -57,7 +57,7 @@ def to_gguf(folder: Path, file: Path, dtype: str) -> None:
     """Convert a Hugging Face folder with llama.cpp's converter.
 
     Raises:
-        NotServedError: it cannot.
+        NotServedError: The conversion failed.
     """
     script = HOME / "llama.cpp/convert_hf_to_gguf.py"
     words = [script, folder.resolve(), "--outfile", file.resolve(), "--outtype", dtype]
@@ -71,7 +71,7 @@ def _ask(script: str, file: Path, count: int, *words: str) -> Any:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    # The tests' own modules, among them a package of the converter's, are not for it.
+    # Hide the tests' own modules, because a package among them has the name of one of the converter's.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The models that every server is asked to serve: parents, what is made of them, and what is to be answered."""
+"""The models that every server is asked to serve: parents, the specs for their MoEs, and the expected tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.unit.online.samples import calibrated
 
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-COUNT = 12  # tokens behind a prompt
+COUNT = 12  # tokens after a prompt
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
-#: Fields of the `UpcycleSpec`.
+#: Name of a spec -> fields of the `UpcycleSpec`.
 SPECS: dict[str, dict[str, Any]] = {
     "plain": {},
     "granular": FINE,
@@ -30,9 +30,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "from data": FINE | {"router_init": "prompts"},
     "sigmoid, from data": SIGMOID | {"router_init": "prompts", "moe_layers": "1"},
 }
-#: Specs whose routers choose parts of networks in 16 bits, where top-k mixes copies: docs/classes.md.
+#: Specs whose routers choose among parts of networks. In 16 bits, top-k mixes the copies: docs/classes.md.
 MIXED_IN_16_BITS = ("granular", "from data")
-#: Parent, tied -> names of specs.
+#: Parent, and whether its embeddings are tied -> names of specs.
 MODELS = {
     ("Llama", False): ["plain", "sigmoid, shared"],
     ("Llama", True): [
@@ -49,7 +49,7 @@ CASES = [(*parent, name) for parent, names in MODELS.items() for name in names]
 
 
 def spec_of(name: str, dense: Path, folder: Path) -> UpcycleSpec:
-    """Return a spec, with the calibration file that it needs made in a folder."""
+    """Return a spec; if it needs a calibration file, make the file in a folder."""
     fields = SPECS[name]
     if fields.get("router_init") == "prompts":
         drawn = {field: value for field, value in fields.items() if field != "router_init"}
@@ -59,10 +59,10 @@ def spec_of(name: str, dense: Path, folder: Path) -> UpcycleSpec:
 
 @torch.no_grad()
 def continuation(model: Any, prompt: list[int]) -> tuple[list[int], float]:
-    """Return the likeliest tokens behind a prompt, and how near the nearest rival came.
+    """Return the likeliest tokens after a prompt, and their smallest lead over a rival.
 
     Returns:
-        The tokens; the smallest lead of a token over the next one, in standard deviations of the logits.
+        The tokens, and the smallest lead of a token over the second-best one, in standard deviations of the logits.
     """
     tokens, lead = list(prompt), float("inf")
     for _ in range(COUNT):
@@ -74,10 +74,10 @@ def continuation(model: Any, prompt: list[int]) -> tuple[list[int], float]:
 
 
 def clear_prompt(folder: Path) -> tuple[list[int], list[int]]:
-    """Return a random prompt and its continuation in transformers and float32.
+    """Return a random prompt and its continuation by transformers in float32.
 
-    Of 300 prompts it is the one with the most tokens that differ, where rounding to 16 bits cannot change one: small
-    random models like to repeat themselves.
+    Of 300 prompts, keep those whose continuation cannot change by rounding to 16 bits. Then take the one with the most
+    different tokens, because small random models tend to repeat themselves.
     """
     draw, model = random.Random(0), load_model(folder, dtype=torch.float32).eval()
     prompts = [[draw.randrange(3, 200) for _ in range(5)] for _ in range(300)]

@@ -2,7 +2,7 @@
 
     python -m tests.servers.sglang_cpu FOLDER DTYPE COUNT TOKEN...
 
-A process of its own, because SGLang kills the one that it is in when its scheduler fails.
+The program is a separate process, because SGLang kills its own process if its scheduler fails.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def greedy(folder: Path, dtype: str, prompt: list[int], count: int) -> list[int]:
-    """Load a folder with SGLang's own loader and return the likeliest tokens behind a prompt.
+    """Load a folder with SGLang's own loader, and return the likeliest tokens after a prompt.
 
     Args:
-        folder: the model; its tokenizer is not read.
+        folder: folder of the model; its tokenizer is not read.
         dtype: `float32` or `bfloat16`.
         prompt: token ids.
-        count: tokens to return.
+        count: number of tokens to return.
     """
     command = [sys.executable, "-m", "tests.servers.sglang_cpu", str(folder), dtype, str(count), *map(str, prompt)]
     variables = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "TRITON_INTERPRET": "1"}
@@ -35,7 +35,7 @@ def main() -> None:
     import sglang
 
     folder, dtype, count, *prompt = sys.argv[1:]
-    # torch's own attention: SGLang's for CPUs wants AMX instructions.
+    # Use torch's attention, because SGLang's attention for CPUs needs AMX instructions.
     devices = {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
     sizes = {"context_length": 64, "max_total_tokens": 256, "mem_fraction_static": 0.1, "max_running_requests": 2}
     engine = sglang.Engine(

@@ -1,4 +1,4 @@
-"""Every target class in vLLM and in SGLang: the parent's greedy tokens at step 0, or the word that `convert` says."""
+"""Every target class in vLLM and SGLang gives the parent's greedy tokens at step 0, unless `convert` warns."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.loading.cases import PARENTS
 from tests.servers.models import CASES, COUNT, MODELS, TYPES, clear_prompt, spec_of
 
 
-#: The one that this environment has.
+#: The engine in this environment.
 ENGINE = next((name for name in ("vllm", "sglang") if find_spec(name)), None)
 pytestmark = pytest.mark.skipif(ENGINE is None, reason="`make test-in ENV=vllm` and `ENV=sglang` have one each")
 Parents = dict[tuple[str, bool], tuple[Path, list[int], list[int]]]
-#: vLLM's attention on a CPU wants heads of 32 numbers or more.
+#: vLLM's attention on a CPU needs heads with 32 numbers or more.
 SIZES = {"layers": 2, "head_dim": 32, "hidden_size": 128}
 
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Parents:
-    """Small random parents, a prompt and its continuation for each, which the server gives in both types."""
+    """Small random parents, each with a prompt and a continuation that the server gives in both types."""
     made = {}
     for parent, tied in MODELS:
         folder = PARENTS[parent](tmp_path_factory.mktemp(parent) / "dense", tied=tied, **SIZES)

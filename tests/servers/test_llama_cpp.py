@@ -1,4 +1,4 @@
-"""Every target class in llama.cpp: the parent's greedy tokens at step 0, or the word that `convert` says of it."""
+"""Every target class in llama.cpp gives the parent's greedy tokens at step 0, unless `convert` warns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="run m
 Parents = dict[tuple[str, bool], Path]
 Tokens = Callable[[str, bool, str], list[int]]
 PROMPT = [504, 3575, 282, 260, 3116]
-#: What `convert` says -> what llama.cpp's converter says.
+#: Words of a warning from `convert` -> words of llama.cpp's converter.
 REFUSALS = {
     "GLM's special tokens": r"\[gMASK\]",
     "no place for dense layers": "Can not map tensor",
@@ -41,14 +41,16 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Parents:
-    """Small random parents with that tokenizer."""
+    """Small random parents with the tokenizer of `smollm2`."""
     made = {}
     for parent, tied in MODELS:
         folder = tmp_path_factory.mktemp(parent) / "dense"
         PARENTS[parent](folder, tied=tied, layers=2, vocab_size=49152)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(smollm2 / name, folder / name)
-        if parent == "Granite 4":  # llama.cpp sizes the network by the experts, as wide in granite-4.0-micro
+        if (
+            parent == "Granite 4"
+        ):  # llama.cpp takes the network's width from the experts; granite-4.0-micro has them equal
             config = read_json(folder / "config.json")
             write_json(folder / "config.json", config | {"intermediate_size": config["shared_intermediate_size"]})
         made[parent, tied] = folder
@@ -57,7 +59,7 @@ def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Parents:
 
 @pytest.fixture(scope="module")
 def wanted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    """The tokens of a parent in llama.cpp, in each type; in float32 they are those of transformers."""
+    """The tokens of a parent in llama.cpp, in each type; in float32, transformers must give the same tokens."""
 
     @cache
     def tokens(parent: str, tied: bool, dtype: str) -> list[int]:

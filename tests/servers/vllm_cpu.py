@@ -10,13 +10,13 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 
 def greedy(folder: Path, dtype: str, prompt: list[int], count: int) -> list[int]:
-    """Load a folder with vLLM's own loader and return the likeliest tokens behind a prompt.
+    """Load a folder with vLLM's own loader, and return the likeliest tokens after a prompt.
 
     Args:
-        folder: the model; its tokenizer is not read.
+        folder: folder of the model; its tokenizer is not read.
         dtype: `float32` or `bfloat16`.
         prompt: token ids.
-        count: tokens to return.
+        count: number of tokens to return.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -1,4 +1,4 @@
-"""A small run that each release finished, as data: every later release of the same major number goes on with it."""
+"""A small finished run of each release, as data: every later release of the same major number must resume it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from nemo_upcycle.pipeline.markers import settings_hash
 
 
-#: By release: all that a run needs to go on, packed by `python -m tests.started`.
+#: Release -> everything that a run needs to resume, packed by `python -m tests.started`.
 PACKED = {release: Path(__file__).with_name(f"{release}.tar.gz") for release in ("0.2.0", "0.3.0")}
-#: Where the runs stood that were packed.
+#: Folder in which the packed runs were made.
 PLACE = "/started"
-#: Stages of the chain, and the notes of each that name the stages before it by the hashes of their settings.
+#: Stages of the chain, and the notes of a stage that identify the stages before it by hashes of their settings.
 _STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 _NOTES = ("_STARTED.json", "_SUCCESS.json")
 
 
 def unpack(release: str, folder: Path) -> Path:
-    """Unpack a run as if it had been started in `folder`; return the run's folder, beside what it was made from."""
+    """Unpack a run as if it had been started in `folder`; return the run's folder, which lies beside its inputs."""
     with tarfile.open(PACKED[release]) as tar:
         tar.extractall(folder, filter="data")
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -31,7 +31,7 @@ def unpack(release: str, folder: Path) -> Path:
         if PLACE in text:
             _write(path, text.replace(PLACE, str(folder)))
     run_dir = folder / "run"
-    for path in (run_dir / stage / name for stage in _STAGES for name in _NOTES):  # paths are part of what is hashed
+    for path in (run_dir / stage / name for stage in _STAGES for name in _NOTES):  # paths are part of the hashes
         notes = json.loads(path.read_text())
         for key in notes["inputs"]:
             if key.startswith("stage "):
@@ -42,7 +42,7 @@ def unpack(release: str, folder: Path) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file's text, and keep its time."""
+    """Replace a file's text, and keep its modification time."""
     written_ns = path.stat().st_mtime_ns
     path.write_text(text, encoding="utf-8")
     os.utime(path, ns=(written_ns, written_ns))

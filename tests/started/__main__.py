@@ -14,10 +14,10 @@ from tests.functional.stages import STAGES, run_in_own_process
 from tests.started import PLACE
 
 
-#: Smaller than the tiny model of other tests: the states of an optimizer cannot be compressed.
+#: Smaller than the tiny model of other tests, because optimizer states cannot be compressed.
 PARENT = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
 MODEL = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24}
-#: What no run needs to go on.
+#: Files that a run does not need to resume.
 LEFT_OUT = [
     "*.png",
     "*/report.html",
@@ -30,7 +30,7 @@ LEFT_OUT = [
 
 
 def write_run(folder: Path) -> None:
-    """Write what a run is made from, and run all stages."""
+    """Write the inputs of a run, and run all stages."""
     tiny.write_parent(folder / "parent", layers=2, **PARENT)
     tiny.write_texts(folder / "texts")
     (folder / "evaluation.yaml").write_text(tiny.EVALUATION.replace("WINDOWS", "4"))

@@ -1,7 +1,7 @@
 """Lets real Transformer Engine modules be built without a GPU, in the environment of `make test-in ENV=te`.
 
-They cannot compute there. But names, shapes, the way they are cut and what fills them do not depend on that: CUDA need
-only seem to be there, as an H100, while they are made.
+They cannot compute there. But their names, shapes, shards and filled values do not depend on computing, so CUDA needs
+only to seem available, as an H100, while the modules are built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 class _Stream:
-    """In the place of `torch.cuda.Stream`, whose instances are made with the attention and never used here."""
+    """Stands in for `torch.cuda.Stream`. Attention makes streams when it is built, and these tests never use them."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -37,18 +37,18 @@ _CUDA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _cuda_seems_to_be_there() -> Iterator[None]:
-    """Skip without Transformer Engine; put the stand-ins in place only for these modules, and only without CUDA."""
+    """Skip without Transformer Engine; install the stand-ins only for these modules, and only without CUDA."""
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not in this environment: `make test-in ENV=te` has one with it")
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             cuda = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")
             if cuda.is_dir():
-                patch.setenv("CUDA_HOME", str(cuda))  # where Transformer Engine looks for NVRTC, and torch for headers
+                patch.setenv("CUDA_HOME", str(cuda))  # Transformer Engine looks for NVRTC there, torch for headers
             patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # Megatron-Core compiles an extension when it is imported
             for name, stand_in in _CUDA.items():
                 patch.setattr(torch.cuda, name, stand_in)
-            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # tied embeddings, before they are summed
+            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # for tied embeddings, before their sum
         yield
 
 
@@ -60,6 +60,6 @@ def _local_norms(_cuda_seems_to_be_there: None) -> Iterator[None]:
     from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # to be put back
+        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # so that it is restored
         mark_norms_sequence_parallel()
         yield

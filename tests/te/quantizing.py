@@ -1,7 +1,8 @@
-"""In the place of Transformer Engine's kernels that quantize and dequantize, which need a GPU.
+"""Replaces Transformer Engine's kernels that quantize and dequantize, because they need a GPU.
 
-They write bytes of a cast to FP8 into the memory of the quantized tensor, so that a test sees what was written where.
-For one scale a tensor that is the real arithmetic; for scales of blocks the values are cast without them.
+The replacements write the bytes of an FP8 cast into the memory of the quantized tensor, so that a test sees which
+values were written where. With one scale per tensor, this is the real arithmetic. With scales of blocks, the values
+are cast without scales.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class OnCpu(TorchFunctionMode):
-    """Makes tensors in CPU memory that Transformer Engine asks CUDA for: scales, and what quantizers keep."""
+    """Makes tensors in CPU memory that Transformer Engine wants on CUDA: scales, and tensors that quantizers keep."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -26,18 +27,18 @@ class OnCpu(TorchFunctionMode):
 
 
 def buffer_of(tensor: Any) -> torch.Tensor:
-    """Return the memory of a quantized tensor's values."""
+    """Return the memory that holds a quantized tensor's values."""
     return tensor._data if hasattr(tensor, "_data") else tensor._rowwise_data
 
 
 def cast(values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Return the bytes of values in FP8, flat."""
+    """Return the bytes of values in FP8, flattened."""
     scaled = (values.float() * scale).clamp(-MOST, MOST)
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8).flatten()
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """Do what `transformer_engine_torch.quantize` does."""
+    """Replace `transformer_engine_torch.quantize`."""
     kind, scale = type(quantizer).__name__, 1.0
     if output is None and kind in ("Float8Quantizer", "Float8CurrentScalingQuantizer"):
         data = torch.empty(tensor.shape, dtype=torch.uint8)
@@ -51,12 +52,12 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: Any
     elif kind == "Float8CurrentScalingQuantizer" and 0 < largest < torch.inf:
         scale = (MOST / largest).item()
     buffer = buffer_of(output)
-    buffer.view(-1).copy_(cast(tensor.detach(), scale)[: buffer.numel()])  # of FP4, two values share a byte
+    buffer.view(-1).copy_(cast(tensor.detach(), scale)[: buffer.numel()])  # in FP4, two values share a byte
     if hasattr(output, "_scale_inv"):
         output._scale_inv.fill_(1 / scale)
     return output
 
 
 def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
-    """Do what `transformer_engine_torch.dequantize` does to a tensor with one scale."""
+    """Replace `transformer_engine_torch.dequantize` for a tensor with one scale."""
     return (tensor._data.view(torch.float8_e4m3fn).float() * tensor._scale_inv).bfloat16()

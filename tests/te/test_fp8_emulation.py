@@ -1,7 +1,7 @@
-"""The CPU's FP8 numbers are Transformer Engine's: bit for bit those of its own references, which run without a GPU.
+"""The CPU's FP8 numbers are bit-identical to Transformer Engine's own references, which run without a GPU.
 
-The reference of current scaling came with Transformer Engine 2.16, which `make test-in ENV=bridge` has. The tests that
-need it are skipped with an older one.
+The reference of current scaling came with Transformer Engine 2.16, which `make test-in ENV=bridge` has. With an older
+one, the tests that need the reference are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROLES = {"input": INPUT, "weight": WEIGHT, "grad_output": GRADIENT}
 
 
 def _numbers(shape: tuple[int, int], dtype: torch.dtype, spread: float) -> torch.Tensor:
-    """Return normal numbers, of magnitudes that span 2^-spread to 2^spread."""
+    """Return normal random numbers with magnitudes from 2^-spread to 2^spread."""
     torch.manual_seed(math.prod(shape))
     return (torch.randn(shape) * torch.exp2(spread * (2 * torch.rand(shape) - 1))).to(dtype)
 
@@ -57,14 +57,15 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", [1, 2, 16])
 @pytest.mark.parametrize("margin", [0, 2])
 def test_delayed_scaling_moves_as_theirs(margin: int, length: int, algorithm: str, monkeypatch: Any) -> None:
-    """By its update in Python, which is not the default: the kernel leaves alone what is not seen, and divides.
+    """Compare with Transformer Engine's update in Python, although its default is a kernel.
 
-    Torch multiplies a number by a tensor's reciprocal instead, which rounds once more; in float64 that does not show.
+    The kernel leaves the scales of unseen tensors alone, and it divides. Torch multiplies a number by a tensor's
+    reciprocal instead, which rounds once more; in float64 this does not show.
     """
     quantization = pytest.importorskip("transformer_engine.pytorch.quantization")
     from transformer_engine.common.recipe import DelayedScaling
 
-    compiled = quantization._default_sf_compute  # which asks for a CUDA device
+    compiled = quantization._default_sf_compute  # asks for a CUDA device
     monkeypatch.setattr(quantization, "_default_sf_compute", compiled.__wrapped__)
     theirs = DelayedScaling(margin=margin, amax_history_len=length, amax_compute_algo=algorithm)
     recipe, scales = Fp8Recipe("delayed", margin=margin, history=length, algorithm=algorithm), DelayedScales(length)

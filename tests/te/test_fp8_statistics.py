@@ -1,4 +1,4 @@
-"""Transformer Engine's statistics with the real nvdlfw-inspect, as far as both go without a GPU."""
+"""Transformer Engine's statistics with the real nvdlfw-inspect, as far as both work without a GPU."""
 
 from __future__ import annotations
 

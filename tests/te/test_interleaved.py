@@ -1,4 +1,4 @@
-"""Gate and up rows of experts filled interleaved: Megatron's own modules compute what they compute without it."""
+"""Experts with interleaved gate and up rows hold the same rows in another order, also in Bridge's checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _megatron_interleaves(_cuda_seems_to_be_there: None) -> None:
 
 
 def _apart(interleaved: torch.Tensor) -> torch.Tensor:
-    """Return rows of gate above rows of up, by Megatron's own function, which takes outputs [tokens, 2 F]."""
+    """Return gate rows above up rows, with Megatron's own function, which takes outputs [tokens, 2 F]."""
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     columns = interleaved.reshape(interleaved.shape[0], -1).T
@@ -89,7 +89,7 @@ def test_what_no_module_reads_so_is_refused(changes: dict[str, Any], words: str)
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=2, etp=2)], ids=str)
 def test_bridge_saves_gate_above_up_and_loads_them_taking_turns(layout: Layout) -> None:
-    """As `save_checkpoint` and `load_checkpoint` of Bridge do it, around Megatron's own factories."""
+    """Save and load as Bridge's `save_checkpoint` and `load_checkpoint` do, with Megatron's own factories inside."""
     checkpointing = pytest.importorskip("megatron.bridge.training.checkpointing")
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
@@ -108,7 +108,7 @@ def test_bridge_saves_gate_above_up_and_loads_them_taking_turns(layout: Layout) 
         store_contiguous()
         saved = checkpointing._process_state_dict_for_model_glu_interleaving(state[True], SIZE, None, interleave=False)
         factories = {key: value for key, value in saved.items() if isinstance(value, ShardedTensorFactory)}
-        assert len(factories) == 2 * 4  # fc1 of the experts of two layers
+        assert len(factories) == 2 * 4  # fc1 of the experts in two layers
         for key, factory in factories.items():
             wanted = state[False][key].build()
             for shard, same in zip(factory.build(), wanted, strict=True):

@@ -1,7 +1,7 @@
-"""A Nemotron-H, with Mamba layers, is upcycled into Megatron's HybridModel, parameter by parameter, in every layout.
+"""A Nemotron-H with Mamba layers is upcycled into Megatron's HybridModel, parameter by parameter, in every layout.
 
-Mamba's kernels compute on GPUs alone: modules are built and filled here, and nothing is computed. Every rank of a
-layout is built under a fake process group, for filling needs no communication.
+Mamba's kernels compute only on GPUs, so modules are built and filled here without computing. Every rank of a layout
+is built under a fake process group, because filling needs no communication.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.models import write_nemotron_h
 
 if importlib.util.find_spec("mamba_ssm") is None:
     pytest.skip("mamba-ssm is missing: run make test-in ENV=bridge", allow_module_level=True)
-#: Of the parent, and where its stages end.
+#: Layers of the parent, without and with the border of its pipeline stages.
 PATTERN, STAGES = "M-M*-M-*-", "M-M*|-M-*-"
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 ONE_RANK = Layout(gpus=1)
@@ -50,7 +50,7 @@ SPECS = {
 
 @pytest.fixture(autouse=True)
 def _random_numbers_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Mamba's layers draw the numbers that are overwritten without CUDA's generators."""
+    """Let Mamba's layers draw their initial numbers, which are overwritten, without CUDA's generators."""
     from megatron.core.ssm import mamba_mixer
 
     monkeypatch.setattr(mamba_mixer, "get_cuda_rng_tracker", lambda: SimpleNamespace(fork=nullcontext))
@@ -63,7 +63,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: Any) -> Any:
-    """Build this rank's HybridModel of Transformer Engine's modules, as Bridge's provider does."""
+    """Build this rank's HybridModel from Transformer Engine's modules, as Bridge's provider does."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -80,7 +80,7 @@ def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: An
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.tp > 1,
         "hybrid_layer_pattern": pattern,
-        "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
+        "moe_token_dispatcher_type": "allgather",  # the other dispatcher makes a tensor on the GPU
         **{"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32},
         **{"use_cpu_initialization": True, "gradient_accumulation_fusion": False},
     }
@@ -120,7 +120,7 @@ def _gathered(parent: Path, spec: UpcycleSpec, layout: Layout) -> Filled:
 
 
 def _by_bridge(parent: Path) -> Filled:
-    """Return the parameters of the dense model as Bridge's own loader fills them, on one rank."""
+    """Return the parameters of the dense model, filled by Bridge's own loader on one rank."""
     from megatron.bridge import AutoBridge
 
     with megatron_rank(ONE_RANK, 0):
@@ -130,7 +130,7 @@ def _by_bridge(parent: Path) -> Filled:
 
 
 def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
-    """Return what copies of the networks of some layers are called."""
+    """Return the tensors under the names that they have if some layers hold copies of their network as experts."""
     found = dict(dense)
     for layer in layers:
         inside = f"decoder.layers.{layer}."

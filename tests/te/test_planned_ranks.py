@@ -1,4 +1,4 @@
-"""The plan's parameters are those of real Transformer Engine modules, where it is installed; no GPU is needed."""
+"""Real Transformer Engine modules have the planned parameters, if it is installed; no GPU is needed."""
 
 from __future__ import annotations
 

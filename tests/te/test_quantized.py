@@ -1,7 +1,7 @@
 """Parameters that real Transformer Engine modules keep in FP8 and FP4 are filled, and master weights are exact.
 
-Modules, tensors, quantizers, Megatron's wrapper and its distributed optimizer are the real ones; what quantizes, and
-nothing else, is `tests/te/quantizing.py`. `tests/gpu/test_quantized.py` has the kernels.
+Modules, tensors, quantizers, Megatron's wrapper and its distributed optimizer are real. Only the quantizing kernels
+are replaced, by `tests/te/quantizing.py`. `tests/gpu/test_quantized.py` tests the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.te.quantizing import MOST, OnCpu, buffer_of, cast, dequantize, quanti
 from tests.te.test_upcycle import ONE_RANK, _local, _with_te
 
 
-ARCH = small_architecture(num_layers=2, ffn_size=128)  # MXFP8 takes multiples of 32 on every rank
+ARCH = small_architecture(num_layers=2, ffn_size=128)  # MXFP8 needs multiples of 32 on every rank
 CLASSES = {
     "delayed": "Float8Tensor",
     "tensorwise": "Float8Tensor",
@@ -50,7 +50,7 @@ def _quantized_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def keeps_values(recipe: str) -> bool:
-    """Whether this Megatron-Core lets Transformer Engine keep the values before: 0.15 does not with FP4."""
+    """Return whether Transformer Engine keeps the values before quantization: not with FP4 in Megatron-Core 0.15."""
     return recipe != "nvfp4" or not version("megatron-core").startswith("0.15.")
 
 
@@ -67,12 +67,12 @@ def build(
 
 
 def parameters_of(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of chunks by the number of the chunk and their name."""
+    """Return the parameters of chunks by chunk number and name."""
     return {f"{number}.{name}": each for number, chunk in enumerate(chunks) for name, each in chunk.named_parameters()}
 
 
 def exact_values(spec: UpcycleSpec, layout: Layout, **options: Any) -> dict[str, torch.Tensor]:
-    """Return the values of the same chunks in BF16."""
+    """Return the parameter values of the same chunks in BF16."""
     chunks = build(spec, layout, **options)
     upcycle_into(chunks, MemorySource(ARCH), spec)
     return {name: parameter.detach() for name, parameter in parameters_of(chunks).items()}
@@ -114,7 +114,7 @@ def test_delayed_scaling_starts_from_the_values_that_were_filled_in() -> None:
     with megatron_rank(ONE_RANK, 0):
         wanted, chunks = exact_values(spec, ONE_RANK), build(spec, ONE_RANK, "delayed")
         for parameter in filter(is_quantized, parameters_of(chunks).values()):
-            parameter._quantizer.amax.fill_(1e30)  # of memory that nothing had been written to
+            parameter._quantizer.amax.fill_(1e30)  # as in memory that was never written
         upcycle_into(chunks, MemorySource(ARCH), spec)
     for name, parameter in parameters_of(chunks).items():
         if not is_quantized(parameter):
@@ -127,7 +127,7 @@ def test_delayed_scaling_starts_from_the_values_that_were_filled_in() -> None:
 
 
 def optimizer_of(chunks: list[Any], recipe: str) -> Any:
-    """Return Megatron's distributed optimizer of chunks in its wrapper."""
+    """Return Megatron's distributed optimizer for wrapped chunks."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     fp8 = None if recipe == "nvfp4" else recipe
@@ -148,7 +148,7 @@ def wrapped_in_ddp(chunks: list[Any], recipe: str) -> list[Any]:
 
 
 def check_masters(optimizer: Any, chunks: list[Any], wanted: dict[str, torch.Tensor]) -> None:
-    """Check that every master weight is the part of these values that it is the master of."""
+    """Check that every master weight equals its own part of the wanted values."""
     names = {id(parameter): name for name, parameter in parameters_of(chunks).items()}
     seen = 0
     for part in optimizer.chained_optimizers:
@@ -178,7 +178,7 @@ def test_master_weights_are_the_dense_values(recipe: str, order: str) -> None:
                 upcycle_into(wrapped, MemorySource(ARCH), spec)
             check_masters(optimizer_of(wrapped, recipe), chunks, wanted)
             again = upcycle_into(wrapped, MemorySource(ARCH), spec)
-        assert not again.exact_masters  # the optimizer has taken the values that it made its masters of
+        assert not again.exact_masters  # the optimizer has taken the kept values for its master weights
 
 
 def test_a_model_for_inference_keeps_no_values() -> None:

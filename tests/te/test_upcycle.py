@@ -1,7 +1,7 @@
-"""Real Transformer Engine modules are filled with the same bits as Megatron's own, parameter by parameter.
+"""Real Transformer Engine modules are filled bit-identically to Megatron's own, parameter by parameter.
 
-Every rank of a layout is built under a fake process group: filling needs no communication. That the local modules hold
-the right bits in every layout is what the tests of `tests/unit` and `tests/distributed` are for.
+Every rank of a layout is built under a fake process group, because filling needs no communication. `tests/unit` and
+`tests/distributed` test that the local modules hold the right bits in every layout.
 """
 
 from __future__ import annotations
@@ -68,28 +68,28 @@ def _local(arch: Architecture, spec: UpcycleSpec | None, layout: Layout) -> list
 
 
 def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
-    """Build the same chunks with Transformer Engine's modules."""
+    """Build the same chunks from Transformer Engine's modules."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     chunks_te = []
     for chunk in chunks:
         config = replace(chunk.config, **changes)
-        # for every layer get_gpt_layer_with_transformer_engine_spec, with or without experts
+        # takes get_gpt_layer_with_transformer_engine_spec for every layer, with or without experts
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk.vp_stage)
         chunks_te.append(GPTModel(config, layers, **_rest(chunk)))
     return chunks_te
 
 
 def _rest(chunk: Any) -> dict[str, Any]:
-    """Make the arguments of another model in the place of a chunk, beside configuration and layers."""
+    """Return the arguments of another model in place of a chunk, except its configuration and layers."""
     names = ("vocab_size", "max_sequence_length", "pre_process", "post_process", "rotary_base", "vp_stage")
     names += ("share_embeddings_and_output_weights",)
     return {"position_embedding_type": "rope"} | {name: getattr(chunk, name) for name in names}
 
 
 def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -> dict[Any, torch.Tensor]:
-    """Fill chunks that hold NaN before; return their parameters by role, layer and local expert."""
+    """Set chunks to NaN, fill them, and return their parameters by role, layer and local expert."""
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         parameter.data.fill_(float("nan"))
     if spec:
@@ -111,7 +111,7 @@ def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -
 
 
 def _check_same(arch: Architecture, spec: UpcycleSpec | None, layout: Layout, build: Callable[..., list[Any]]) -> None:
-    """Check that what is built beside the local modules of a rank is filled with their bits."""
+    """Check that the chunks from `build` are filled with the same bits as a rank's local modules."""
     source = MemorySource(arch)
     for rank in range(layout.gpus):
         with megatron_rank(layout, rank):
@@ -124,7 +124,7 @@ def _check_same(arch: Architecture, spec: UpcycleSpec | None, layout: Layout, bu
 
 
 def _checked(local: list[Any], grouped: bool, **changes: Any) -> list[Any]:
-    """Build Transformer Engine's modules, and check that they are what the test is about."""
+    """Build Transformer Engine's modules, and check that they have the classes under test."""
     import transformer_engine.pytorch as te
     from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
@@ -140,7 +140,7 @@ def _checked(local: list[Any], grouped: bool, **changes: Any) -> list[Any]:
     return chunks
 
 
-#: Every kind of model on three layouts, a plain one on all.
+#: Every kind of model on three layouts, a plain model on all.
 KINDS = [
     *(("plain", layout) for layout in LAYOUTS),
     *((model, layout) for model in MODELS for layout in (ONE_RANK, Layout(gpus=4, tp=2, pp=2, ep=2), LAYOUTS[6])),
@@ -206,7 +206,7 @@ def test_fp8_changes_no_parameter(recipe: str, grouped: bool) -> None:
 
 
 def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
-    """List the tensors of a chunk that Megatron saves, by role, layer and place in the whole."""
+    """Return the tensors of a chunk that Megatron saves, by role, layer and offset in the whole."""
     saved = {}
     for key, offset, data in global_shards([chunk]):
         in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", key)
@@ -219,7 +219,7 @@ def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
 @GROUPED
 @pytest.mark.parametrize("model", ["shared", "mixed_shared", "biases"])
 def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
-    """The mapping table finds what was trained with Transformer Engine as it finds what the local spec saves."""
+    """The mapping table finds tensors of Transformer Engine's modules and of the local spec alike."""
     arch, spec = kind_of(model)
     layout, source = Layout(gpus=4, tp=2, ep=2), MemorySource(arch)
     with megatron_rank(layout, 3):

@@ -1,7 +1,7 @@
-"""Stands in for Transformer Engine where it is imported and never computes: `make test-in ENV=bridge-sample`.
+"""Stands in for Transformer Engine in tests that import it without computing: `make test-in ENV=bridge-sample`.
 
-Bridge does not import without it, and its binding takes minutes to compile. Whatever is asked of this package or of a
-part of it is an empty class, of which nothing is made; names that begin with an underscore are not there.
+Bridge cannot be imported without it, and compiling its binding takes minutes. Every attribute of this package and of
+its modules is an empty class that nobody instantiates. Names that begin with an underscore are missing.
 """
 
 import functools
@@ -27,13 +27,13 @@ class _Empty(type):
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    if name == "get_cpu_offload_context":  # every model of Megatron's calls it
+    if name == "get_cpu_offload_context":  # every Megatron model calls this function
         return lambda *_, **__: (nullcontext(), None)
     return _Empty(name, (Module,), {})
 
 
 class _Parts:
-    """Finds every module of the package."""
+    """Finds every module of the stand-in."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         is_part = name.startswith("transformer_engine.") and "._" not in name
