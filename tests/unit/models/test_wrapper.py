@@ -58,13 +58,13 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
         (_config("Llava", [1]), r"text_config is \[1\]; expected the settings"),
         (_config("InternVL", {"model_type": "gpt_oss"}), "class model_type gpt_oss is not supported"),
         (_config("Mistral3", SIZES, quantization_config={"quant_method": "fp8"}), r"has quantized weights \(fp8\)"),
-        (_config("New", {"model_type": "qwen3"}), "the class of its text model is Qwen3ForCausalLM\)\. .* WRAPPERS"),
+        (_config("New", {"model_type": "qwen3"}), r"the class of its text model is Qwen3ForCausalLM\)\. .* WRAPPERS"),
         (
             {"architectures": ["Qwen4ForCausalLM"]},
-            "class Qwen4ForCausalLM is not .* nearest class is Qwen3ForCausalLM\)\. .*add_family",
+            r"class Qwen4ForCausalLM is not .* nearest class is Qwen3ForCausalLM\)\. .*add_family",
         ),
         ({"model_type": "ministral4"}, "the nearest class is Ministral3ForCausalLM"),
-        ({"architectures": ["BloomForCausalLM"]}, "class BloomForCausalLM is not supported\. Use"),
+        ({"architectures": ["BloomForCausalLM"]}, r"class BloomForCausalLM is not supported\. Use"),
     ],
     ids=str,
 )

@@ -80,7 +80,10 @@ def test_overlap_and_recomputation_can_be_turned_off(recipes: Any) -> None:
         ({"dispatcher": "alltoal"}, "Did you mean 'alltoall'"),
         ({"router_order": "topk"}, "Valid: softmax_topk, topk_softmax"),
         ({"pad_to_capacity": True}, "every expert would compute every token"),
-        ({"pad_to_capacity": True, "capacity_factor": 0.0}, "capacity_factor is None; expected a number"),
+        (
+            {"pad_to_capacity": True, "capacity_factor": 0.0},
+            "capacity_factor is None; expected a number, because experts are padded",
+        ),
         ({"performance_mode": True, "dispatcher": "deepep"}, "deepep cannot pad experts"),
     ],
 )
