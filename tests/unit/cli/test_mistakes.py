@@ -1,4 +1,4 @@
-"""A mistake in a command line is named as it was typed, and nothing is made. Those of `plan` are in its own tests."""
+"""A mistake is named as it was typed, and nothing is written. Mistakes of `plan` are in test_plan.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
         ("start a b --steps 3 --epochs 2", "--epochs", "--steps as well"),
         ("convert a b --noise-std 0.1", "--noise-std", 0.1),
         ("convert a b --router-init zero --router-std 0.1", "--router-std", 0.1),
-        ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # beside others, a mistyped one
+        ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # the nearest name in a folder that exists
         ("convert asset://smollm2-135m b", "cache file/dense", "Not a directory"),
         ("convert a b --method copi", "--method", "copi"),
         ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),

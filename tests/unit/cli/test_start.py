@@ -1,4 +1,4 @@
-"""`nemo-upcycle start` as it is typed: one screen, files to edit, and all that is missing in one answer."""
+"""`nemo-upcycle start` on the command line: one screen, files to edit, and all missing things in one answer."""
 
 from __future__ import annotations
 

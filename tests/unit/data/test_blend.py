@@ -1,4 +1,4 @@
-"""Blends are read from YAML, overridden by key, and every mistake is named."""
+"""Blends are read from YAML and overridden by key, and every mistake is named."""
 
 from __future__ import annotations
 
