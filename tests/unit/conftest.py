@@ -1,4 +1,4 @@
-"""What several test modules need of one process."""
+"""Fixtures that several test modules of one process share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.models import write_llama
 
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
-    """Megatron's groups for this process alone; modules ask for it with `pytestmark`."""
+    """Set up Megatron's process groups for this process alone; modules request it with `pytestmark`."""
     from nemo_upcycle.cpu.one_rank import one_rank
 
     with one_rank():
@@ -21,5 +21,5 @@ def megatron() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama of two layers, which nobody may change."""
+    """A small two-layer Llama, shared by the tests of a module; do not modify."""
     return write_llama(tmp_path_factory.mktemp("dense"), layers=2)

@@ -1,4 +1,4 @@
-"""Every command that pages, helps, messages and examples print is one that its program takes."""
+"""Every command printed in pages, help texts, messages and examples is accepted by its program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.printed import ROOT, VALUE, Printed, loose, printed
 
 
 PRINTED = printed()
-#: Names that stand for a recipe, and the modules of recipes in pages and examples.
+#: Placeholders for recipes, and recipe modules of pages and examples.
 _ANY = re.compile(r"NAME|RECIPE|8|my_recipes\.\w+|recipe\.chain|smollm2_135m_e16t4|my_llama32|stock_llama32_e8t2")
 _RUN_OPTIONS = {"--yes", "--dryrun", "--detach", "--verbose", "--help", "--yaml", "--grid", *OPTIONS}
 _STAGES = {"pretrain", "dense_ct", "run", "arms"}
@@ -33,7 +33,7 @@ def _tool(words: list[str]) -> None:
 
 
 def _arguments(path: str, function: str) -> set[str]:
-    """Name the arguments of a function of a module, which is not imported."""
+    """Return the argument names of a module's function without importing the module."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     return {argument.arg for argument in found.args.args}
@@ -74,7 +74,7 @@ def _module(name: str) -> None:
 
 
 def _make(words: list[str]) -> None:
-    """Check the targets of a command of `make`, and the environment that it names."""
+    """Check the targets of a `make` command and the environment that the command names."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {word for word in words if re.fullmatch(r"[a-z-]+", word)} <= targets
     script = (ROOT / "scripts/test_in.sh").read_text()

@@ -1,4 +1,4 @@
-"""pip leaves NVIDIA's packages as they are. It is asked about stand-ins with their names and releases."""
+"""pip keeps NVIDIA's packages unchanged. Stand-ins have the packages' names and releases."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _metadata(name: str, release: str, lines: list[str]) -> str:
 
 
 def _container(folder: Path, pins: Path) -> Path:
-    """Make an environment with the names and releases of a container."""
+    """Make an environment with a container's package names and releases."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python3*/site-packages")
     for line in pins.read_text("utf-8").splitlines():
         if not line.startswith("#"):
             package, _, release = line.partition("==")
-            # NVIDIA overrides what Megatron-Bridge asks for: pip would replace packages to fulfil it, or refuse.
+            # NVIDIA overrides Megatron-Bridge's requirements. To fulfil them, pip would replace packages, or refuse.
             needs = ["Requires-Dist: not-in-the-container"] if package == "megatron-bridge" else []
             path = site / f"{package.replace('-', '_')}-{release}.dist-info" / "METADATA"
             path.parent.mkdir()
@@ -45,7 +45,7 @@ def _container(folder: Path, pins: Path) -> Path:
 
 
 def _wheel(folder: Path, name: str, release: str, lines: list[str]) -> None:
-    """Write a wheel that has nothing but metadata."""
+    """Write a wheel that has only metadata."""
     stem = f"{name.replace('-', '_')}-{release}"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{stem}.dist-info/METADATA", _metadata(name, release, lines))
@@ -54,7 +54,7 @@ def _wheel(folder: Path, name: str, release: str, lines: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package index: this package, and every package of this environment, in other releases than a container's."""
+    """A package index: this package, and every package of this environment in other releases than a container's."""
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     folder = tmp_path_factory.mktemp("index")
     for one in distributions():

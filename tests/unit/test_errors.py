@@ -1,4 +1,4 @@
-"""An error is data; its text is made of it."""
+"""An error is data, and its text is made from the data."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_errors_together_stay_data_each_once() -> None:
     ids=["its own", "of what it calls", "no Python"],
 )
 def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:
-    """Whatever a library made of it on the way."""
+    """A library may have wrapped the error on the way."""
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises((Exception,)) as caught:
@@ -98,5 +98,5 @@ def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: 
 def test_errors_in_python_itself_are_not_the_users() -> None:
     with pytest.raises(FileNotFoundError) as caught:
         runpy.run_path("/nope.py")
-    below = caught.value.with_traceback(caught.tb.tb_next)  # this file is not Python's
+    below = caught.value.with_traceback(caught.tb.tb_next)  # this file is not part of Python
     assert mistake_in_file(below) is None

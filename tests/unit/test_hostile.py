@@ -1,4 +1,4 @@
-"""Names that a user gives are values in every file that is written, and never code, keys, headings or tags."""
+"""A user's names are values in every written file, and never code, keys, headings or tags."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONFIG = {
     **{"num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5, "max_position_embeddings": 64},
 }
 hostile = pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in HOSTILE.items()])
-#: Without what is no Unicode: the files of a user are.
+#: Without surrogates, because users' files are valid Unicode.
 words = pytest.mark.parametrize(
     "text", [pytest.param(text, id=name) for name, text in HOSTILE.items() if name != "surrogate"]
 )
@@ -116,7 +116,7 @@ def _shown(text: str) -> str:
 
 
 def _markdown(text: str) -> tuple[list[str], list[list[str]], set[str]]:
-    """Return the headings, the cells of the tables' rows, and the kinds of tokens."""
+    """Return the headings, the cells of the table rows, and the kinds of tokens."""
     tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(text)
     headings, rows, kinds = [], list[list[str]](), set()
     for number, token in enumerate(tokens):
@@ -165,7 +165,7 @@ def test_a_card_shows_names_as_text(text: str, tmp_path: Path) -> None:
 
 
 def _tags(markdown: str) -> list[str]:
-    return [tag for tag, _ in Page(render_html(markdown, {})).tags if tag != "span"]  # around a number
+    return [tag for tag, _ in Page(render_html(markdown, {})).tags if tag != "span"]  # a span only wraps a number
 
 
 def _grid(text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The how-tos of docs/: a copy of the package gets their files and changes, then their commands are run."""
+"""The how-tos in docs/: a copy of the package gets their files and changes, then their commands are run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The package as it is installed, where a how-to may change it; `recipes` leads to the recipes in it."""
+    """A copy of the installed package that a how-to may change; `recipes` links to its recipes."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "nemo_upcycle", tmp_path / "nemo_upcycle", ignore=ignored)
     for name in ("recipes", "conf"):

@@ -1,4 +1,4 @@
-"""All messages stand in one file, to be read as their users read them."""
+"""All messages are in one file, to be read as users see them."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from tests.golden.messages import MESSAGES, messages_text
 
 
 def test_every_message_is_in_the_golden_file() -> None:
-    """After an intended change: `python -m tests.golden`, then read the difference."""
+    """After an intended change, run `python -m tests.golden`, then read the difference."""
     assert messages_text() == MESSAGES.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the repository promises about itself: commands that exist, YAML that loads, files that are in order."""
+"""The repository's promises about itself: commands exist, YAML loads, files are in order."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PAGES = _tracked("README.md", "docs/*.md")
 
 
 def _blocks(page: Path, language: str) -> list[str]:
-    """Return a page's blocks of code in a language."""
+    """Return a page's code blocks in a language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def _commands() -> list[str]:
-    """Return the commands of README and docs; the how-tos' name what is made there."""
+    """Return the commands of README and docs, except in how-tos, whose commands name things that they create."""
     pages = [page for page in PAGES if not page.name.startswith("add_")]
     blocks = [block.replace("\\\n", " ") for page in pages for block in _blocks(page, "bash")]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
@@ -56,7 +56,7 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
 
 
 def test_nemo_commands_of_the_pages_name_registered_recipes() -> None:
-    factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # with a dot it is of a module of a user
+    factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # a dot means a module of the user
     named = {match for command in _commands() if "nemo" in command for match in factory.findall(command)}
     assert {"smollm2_135m_e8t2", "llama3_8b_e8t2"} <= named
     assert named <= {*nemo_functions()}
@@ -83,7 +83,10 @@ def test_readme_is_short_and_index_has_every_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_of_the_pages_runs_without_a_card(page: Path) -> None:
-    """There Megatron-Core 0.15 imports only after this package; Bridge's is newer, recipes lie inside the package."""
+    """Without a GPU, Megatron-Core 0.15 imports only after this package.
+
+    Bridge's core is newer, and the recipes of add_recipe.md lie inside the package.
+    """
     for block in _blocks(page, "python"):
         lines = re.findall(r"^(?:from|import) (nemo_upcycle|nemo\.|megatron\.core)", block, flags=re.MULTILINE)
         if "nemo_upcycle" in lines and page.name != "add_recipe.md":
@@ -107,7 +110,7 @@ def test_tables_of_the_pages_are_those_of_the_code() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub and the documentation make them."""
+    """Return the anchors of a page's headings, as GitHub and the documentation build them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -139,7 +142,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_the_lock_is_of_these_dependencies() -> None:
-    """As `uv lock --check` says, without uv."""
+    """The check of `uv lock --check`, without uv."""
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     stated = tomllib.loads(PYPROJECT)
     packages = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
@@ -202,7 +205,7 @@ def test_files_can_be_read_in_one_sitting() -> None:
 
 
 def test_modules_import_without_cuda_and_without_nemo() -> None:
-    """The library layers start light: importing them pulls in neither Megatron nor NeMo nor transformers."""
+    """The library layers start fast: importing them loads neither Megatron nor NeMo nor transformers."""
     modules = "models.mapping init.router sources online.upcycle convert.export online.receipt"
     code = (
         "import sys, importlib\n"
@@ -214,7 +217,7 @@ def test_modules_import_without_cuda_and_without_nemo() -> None:
 
 
 def test_no_test_asserts_how_long_something_takes() -> None:
-    """A slow or busy machine passes; limits against hanging stand in one place each."""
+    """Tests must pass on a slow or busy machine. Limits against hanging stand in one place each."""
     limits = {"waiting.py", "ranks.py", "kubernetes_server.py", "soak.py", "runner.py"}
     clocks = re.compile(r"time\.(monotonic|perf_counter|process_time)\(|os\.times\(|getrusage|timeout=\d{2}")
     paths = [path for path in _tracked("tests/*.py", "tests/**/*.py") if path.name not in limits]

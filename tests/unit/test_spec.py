@@ -1,4 +1,4 @@
-"""`UpcycleSpec`: refuses what cannot work, and knows when it is exact."""
+"""`UpcycleSpec` refuses values that cannot work, and knows when it is exact."""
 
 from __future__ import annotations
 

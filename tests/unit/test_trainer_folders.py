@@ -1,4 +1,4 @@
-"""The folders of NeMo can be deleted: what is left works with Megatron-Bridge."""
+"""NeMo's folders can be deleted, and everything else works with Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from tests.package_copy import copy_without_nemo
 
 
-#: Import every module, as far as its libraries are installed here; print the recipes' files that were imported. The
-#: module behind `nemo` is left out: it asks whether NeMo is installed, and here it is.
+#: Import every module whose libraries are installed here, and print the recipe files that were imported. The module
+#: behind `nemo` is omitted: it checks whether NeMo is installed, and NeMo is installed here.
 IMPORTS = """
 import importlib, pkgutil, sys
 from nemo_upcycle import __path__

@@ -1,4 +1,4 @@
-"""`examples/upcycle.py` as a user runs it, beside `nemo-upcycle convert`: the same bytes, and clean errors."""
+"""`examples/upcycle.py` as a user runs it: the same bytes as `nemo-upcycle convert`, and clean errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command as it is typed: what it answers, and what it refuses."""
+"""Fixtures for `nemo-upcycle` on the command line: run a command, read its answer, expect a refusal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.models import LLAMA3_8B, write_llama, write_tokenizer
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama of two layers with a tokenizer, which nobody may change."""
+    """A small two-layer Llama with a tokenizer, shared by the tests of a module; do not modify."""
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, layers=2))
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A hub with a model, the same behind its terms, and texts: what it serves, and its address."""
+    """Serve a hub with a model, the same model gated, and texts; yield its folder and its address."""
     root = tmp_path_factory.mktemp("hub")
     for name in ("tiny", "gated"):
         dense = write_tokenizer(write_llama(root / f"acme/{name}", vocab_size=259, layers=1, shards=2))
@@ -37,18 +37,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
 
 
 class Command:
-    """`nemo-upcycle`, typed in this process."""
+    """Runs `nemo-upcycle` in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
     def text(self, *words: str, status: int = 0) -> str:
-        """Give the answer for people, blanks and line ends as one blank."""
+        """Return the text answer, with all whitespace collapsed to single blanks."""
         assert main(words) == status
         return " ".join(self._capsys.readouterr().out.split())
 
     def values(self, *words: str, status: int = 0) -> dict[str, Any]:
-        """Give the answer for machines."""
+        """Return the JSON answer."""
         assert main([*words, "--json"]) == status
         return dict(json.loads(self._capsys.readouterr().out))
 
@@ -59,13 +59,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def refused(*words: str) -> UpcycleError:
-    """Type what has to be refused; give the error, its fields called as they are typed."""
+    """Run a command that must be refused, and return the error with its fields named as on the command line."""
     with pytest.raises(UpcycleError) as caught:
         _run(list(words))
     return caught.value
 
 
 def write_config(folder: Path, **changes: Any) -> str:
-    """Write the `config.json` of Llama 3 8B, with changes."""
+    """Write the `config.json` of Llama 3 8B with some settings changed, and return its folder."""
     folder.joinpath("config.json").write_text(json.dumps(LLAMA3_8B | changes))
     return str(folder)

@@ -1,4 +1,4 @@
-"""`convert`: what is told of the result, and of a system that does not let it be written."""
+"""`convert`: the stated exactness of the result, and the errors if the system cannot write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nemo-upcycle data` as it is typed: overrides stand anywhere."""
+"""`nemo-upcycle data` on the command line: overrides may stand anywhere."""
 
 from __future__ import annotations
 

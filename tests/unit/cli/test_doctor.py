@@ -1,4 +1,4 @@
-"""`nemo-upcycle doctor`: what it finds, and the command that it prints for what is missing."""
+"""`nemo-upcycle doctor`: its findings, and the command that installs the missing packages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIP = f"{sys.executable} -m pip install"
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without GPUs, outside of containers, with an environment for data."""
+    """Simulate a machine without GPUs, outside containers, with the environment for data."""
     monkeypatch.setattr(doctor, "_gpus", list)
     monkeypatch.setattr(doctor, "_data_engine", lambda: "nemo-upcycle 0.2.0, datatrove 0.10.1")
     monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
@@ -35,7 +35,7 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
-    """Let the sources of Megatron-Core say that they are of a release."""
+    """Pretend that the sources of Megatron-Core are of this release."""
     said = requirements.value_in
     has = {"megatron.core": release}
     monkeypatch.setattr(requirements, "value_in", lambda name, *rest: has.get(name) or said(name, *rest))
@@ -91,7 +91,7 @@ def test_makes_the_environment_for_data(monkeypatch: pytest.MonkeyPatch, command
     found = command.values("doctor")
     assert found["data_engine"] is None
     assert f"/.venv-data/bin/pip install --no-deps -e {ROOT}" in found["fixes"][-1]
-    monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", sys.executable)  # without datatrove
+    monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", sys.executable)  # this environment lacks datatrove
     assert command.values("doctor")["data_engine"] is None
 
 
@@ -103,7 +103,7 @@ def test_one_command_adds_all_that_is_missing(monkeypatch: pytest.MonkeyPatch, c
 
 
 def _in_container(monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
-    """Let this be NVIDIA's NeMo container, with releases of its own."""
+    """Simulate NVIDIA's NeMo container, with the given releases of some packages."""
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.11")
     monkeypatch.setattr(doctor, "_has_torch_binding", lambda: True)
     _without(monkeypatch, "grpcio-tools")

@@ -1,4 +1,4 @@
-"""`export`: which checkpoint it takes, and what stands in a receipt, which is checked."""
+"""`export`: which checkpoint it reads, and how it uses and checks the receipt."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_runs_receipt_says_spec_and_parent(checkpoint: Path, dense: Path, tmp_
 
 
 def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Path, command: Command) -> None:
-    """Without context, arguments and receipt: a router of the other order would be off without a word."""
+    """The checkpoint has no context, arguments or receipt, so a wrong router order would go unnoticed."""
     assert refused(*typed, "--experts", "4").fix.startswith("add --top-k and --router-order, or --receipt FILE")
     assert not (tmp_path / "hf").exists()
     command.text(*typed, *SAID[:-1], "softmax_topk")
@@ -112,7 +112,7 @@ def test_options_and_receipt_must_agree_with_the_context(dense: Path, tmp_path: 
         error = refused(*typed, *words)
         assert (error.subject, error.got) == (field, 2)
         assert str(error.expected).startswith("3, as moe_router_topk in ")
-    command.text(*typed, "--experts", "4")  # an option less is no other value
+    command.text(*typed, "--experts", "4")  # an omitted option contradicts nothing
     assert json.loads((tmp_path / "hf/config.json").read_text())["num_experts_per_tok"] == 3
 
 
@@ -125,7 +125,7 @@ def test_rounding_is_named_in_json_and_marker(typed: tuple[str, ...], tmp_path: 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A run of the pipeline with checkpoints of steps 9 and 10, an older one, and one that was not finished."""
+    """A pipeline run: complete checkpoints of steps 9 and 10, one without its `common.pt`, one unfinished."""
     for stage in ("pretrain", "dense_ct"):
         folder = tmp_path / "runs/mine" / stage / "checkpoints"
         for step, ending in ((9, ""), (10, "-last"), (11, ""), (12, "-last")):

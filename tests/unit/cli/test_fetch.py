@@ -1,4 +1,4 @@
-"""`nemo-upcycle fetch`: what a run needs from networks comes into one folder."""
+"""`nemo-upcycle fetch` downloads everything that a run needs into one folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.waiting import wait_until
 
 
 class Site(NamedTuple):
-    """A hub with a model and texts, and a folder of a user's own."""
+    """A hub with a model and texts, and the user's own folder."""
 
     root: Path
     endpoint: str
     folder: Path
 
     def blend(self, license: str = "license: CC0") -> Path:
-        """Write a blend of the hub's texts, and a suite beside it."""
+        """Write a blend of the hub's texts and a suite beside it; return the blend's file."""
         entries = [f"{self.endpoint}/acme/texts/resolve/{COMMIT}/{name}.jsonl" for name in ("first", "second")]
         path = self.folder / "mine.yaml"
         path.write_text(f"sources:\n  web:\n    train: {json.dumps(entries)}\n    {license}\n")
@@ -39,12 +39,12 @@ class Site(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of a user whose caches are elsewhere."""
+        """The environment variables of a user whose caches lie elsewhere."""
         own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": "/nowhere"}
         return os.environ | own | {"NO_PROXY": "127.0.0.1"}
 
     def fetch(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run the command."""
+        """Run the command in the user's folder."""
         words, variables = tuple(self.command(*words)), self.environment
         return subprocess.run(words, env=variables, cwd=self.folder, capture_output=True, text=True, check=False)
 
@@ -158,7 +158,8 @@ def test_a_mistake_is_told_before_anything_is_fetched(
 def test_names_of_tasks_are_noted_once_for_all(tmp_path: Path) -> None:
     need = task_need("piqa")
     assert not need.is_in(Caches(tmp_path, None))
-    write_json(tmp_path / "fetched.json", {"fetched": {need.what: {"place": "a hub"}}, "files": {}})  # of 0.2
+    # The format of release 0.2.
+    write_json(tmp_path / "fetched.json", {"fetched": {need.what: {"place": "a hub"}}, "files": {}})
     assert need.is_in(Caches(tmp_path, None))
     note_fetched(tmp_path, ["model a/b"])
     assert read_json(tmp_path / "fetched.json") == {"fetched": [need.what, "model a/b"]}

@@ -1,4 +1,4 @@
-"""Models named as on the hub: fetched by the hub's own client, here from a server that speaks its protocol."""
+"""Models named as on the hub: the hub's own client downloads them, here from a server that speaks its protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 @pytest.fixture
 def hub(served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's client with this server, and an empty cache in the current folder, which it gives."""
+    """Point the hub's client at the server, with an empty cache in the current folder; return that folder."""
     _, server = served
     for name, value in (("ENDPOINT", server), ("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token")):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
@@ -76,7 +76,7 @@ def test_plan_reads_the_configuration_of_the_hub_alone(hub: Path, command: Comma
 @pytest.mark.usefixtures("hub")
 def test_the_ranks_of_a_node_ask_the_hub_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_LOCALID", "3")
-    first = ensure_dense("hf://acme/tiny")  # before the first rank: then this one fetches it
+    first = ensure_dense("hf://acme/tiny")  # rank 0 has not started yet, so this rank downloads
     assert (first / "model.safetensors.index.json").is_file()
     asked = len(ModelHub.asked)
     for rank, asks in (("1", False), ("0", True)):

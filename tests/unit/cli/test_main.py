@@ -1,4 +1,4 @@
-"""The command line: light, with help for every command, and an end of its own for signals and streams."""
+"""The command line itself: quick start, help for every command, and a clean end on signals and closed streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_help_begins_with_examples_that_parse(capsys: pytest.CaptureFixtur
         program, command, *words = shlex.split(example)
         assert (program, command) == ("nemo-upcycle", name)
         _, unknown = parser.parse_known_args(words)
-        assert [word for word in unknown if "=" not in word] == []  # of KEY=VALUE, which stands anywhere
+        assert [word for word in unknown if "=" not in word] == []  # KEY=VALUE overrides may stand anywhere
     assert [word for word in first.split() if word.startswith("examples/") and not (ROOT / word).exists()] == []
 
 
@@ -67,7 +67,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_it_answers_without_what_takes_time_to_import(tmp_path: Path, typed: list[str], heavy: str) -> None:
-    made = tmp_path / "cache/dense/smollm2-135m"  # an asset that an earlier command made
+    made = tmp_path / "cache/dense/smollm2-135m"  # an asset, as an earlier command left it
     made.mkdir(parents=True)
     shutil.copy(f"{write_config(tmp_path)}/config.json", made)
     (made / MARKER).touch()
@@ -84,14 +84,14 @@ def test_it_answers_without_what_takes_time_to_import(tmp_path: Path, typed: lis
 
 
 def _command(*words: str, **options: Any) -> subprocess.Popen[str]:
-    """Start the command as a process, its output read by this one."""
+    """Start the command as a process whose output this process reads."""
     command = [str(Path(sys.executable).parent / "nemo-upcycle"), *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(command, cwd=ROOT, text=True, **streams)
 
 
 def _answers(dense: Path, moe: Path) -> list[tuple[str, ...]]:
-    """List a command that makes something and one whose answer is all."""
+    """List two commands: one that writes a model, and one that only prints its answer."""
     return [("convert", str(dense), str(moe)), ("plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64")]
 
 

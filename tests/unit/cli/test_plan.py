@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan`: what it prints, its JSON, and what it refuses. The numbers themselves are planning's."""
+"""`nemo-upcycle plan`: its text, its JSON and its refusals. tests/unit/planning checks the numbers themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CURRENT, LOW = "--precision fp8-current", "--low-precision-params"
 
 
 def _typed(typed: str, folder: Path) -> list[str]:
-    """Give the words of a command; without a model, it is a Llama 3 8B's."""
+    """Return the words of a command; the model is Llama 3 8B unless the command names one."""
     words = shlex.split(typed)
     named = {"--model", "--recipe"} & {*words}
     return ["plan", *words, *([] if named else ["--model", write_config(folder)])]
@@ -123,7 +123,7 @@ def test_what_no_recipe_has_gets_no_command(command: Command, typed: str, why: s
     every_value(("1", "7", "96", "100", "5000"), ("llama3_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")),
 )
 def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever number of GPUs is given, by a refusal's fix or by the text."""
+    """Follow the advice in the refusal or in the text, for any number of GPUs."""
     words = ["plan", "--recipe", recipe, "--gpus", gpus, "--rows", "1"]
     if main(words):
         given = capsys.readouterr()
@@ -154,10 +154,10 @@ def test_it_stays_within_the_terminal(
     layout = "--global-batch 544 --layout tp=2,pp=17,ep=4,embedding=1,loss=1"
     main(["plan", *f"--recipe llama3_8b_e8t2 --gpus 136 --price-per-gpu-hour 2.5 {layout}".split()])
     text, _, command = capsys.readouterr().out.partition("row 1:\n")
-    heading, _, rest = text.partition("\n\n")  # behind it the table, which is as wide as its cells
+    heading, _, rest = text.partition("\n\n")  # the table follows; it is as wide as its cells need
     assert {"layout", "GiB", "cost"} < set(rest.partition("\n")[0].split())
     lines = [*heading.splitlines(), *rest.partition("\n\n")[2].splitlines(), *command.splitlines()]
-    for line in lines:  # a single word may be longer
+    for line in lines:  # only a single long word may exceed the width
         assert len(line) <= columns or len(shlex.split(line.removesuffix("\\"))) == 1
 
 
@@ -199,7 +199,7 @@ def test_newer_software_is_faster(command: Command) -> None:
 
 
 def test_low_precision_parameters_are_as_the_run_has_them(tmp_path: Path, command: Command) -> None:
-    """Of a model that no recipe of this package trains they are FP8, as NVIDIA's recipes keep them."""
+    """A model without a recipe in this package keeps its parameters in FP8 for mxfp8, as in NVIDIA's recipes."""
     options = ("--gpus", "64", "--gpu", "b200", "--precision", "mxfp8", "--layout", "tp=1")
 
     def memory(*more: str, **changes: Any) -> Any:
@@ -258,7 +258,7 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{DENSE} --capacity-factor 2", "--capacity-factor 2.0 is not for a dense model"),
         (f"{DENSE} --recompute moe_act", "--recompute moe_act is not for a dense model"),
         ("--recipe llama3_8b_e8t --gpus 8", "--recipe 'llama3_8b_e8t' does not exist"),
-        ("--gpus 8 --experts 8 --top-k 0", "--top-k is 0; expected"),  # a zero is a value
+        ("--gpus 8 --experts 8 --top-k 0", "--top-k is 0; expected"),  # zero is a value, not a missing option
         ("--gpus 8 --granularity 2", "--granularity 2 needs --experts"),
     ],
 )

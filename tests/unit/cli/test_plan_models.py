@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan --model`: checkpoints of a run."""
+"""`nemo-upcycle plan --model` with checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.sources.test_checkpoint_context import _megatron
 
 
 FINE = UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, router_order="softmax_topk")
-#: What `run_config.yaml` of Megatron-Bridge says of a model.
+#: The model section of Megatron-Bridge's `run_config.yaml`.
 BRIDGE: dict[str, Any] = {
     **{"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider", "num_layers": 2, "hidden_size": 64},
     **{"activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False, "_partial_": False}},
@@ -28,7 +28,7 @@ BRIDGE: dict[str, Any] = {
 
 
 def _bridge(folder: Path, dense: Path, **changes: Any) -> Path:
-    """Write a checkpoint as Bridge keeps it: `run_config.yaml` beside the weights."""
+    """Write a checkpoint as Bridge does, with `run_config.yaml` beside the weights."""
     weights = write_checkpoint(folder, dense, FINE, prefix="") / "weights"
     (weights / "run_config.yaml").write_text(yaml.safe_dump({"model": BRIDGE | changes}))
     return weights

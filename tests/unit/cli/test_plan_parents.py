@@ -1,4 +1,4 @@
-"""The planner knows every family's parents by their `config.json`: parameters as published, and a layout that fits."""
+"""The planner reads parents of every family from their `config.json`: published size, and a layout that fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.unit.cli.conftest import Command
 
 
 def _config(name: str, *sizes: int, **others: Any) -> dict[str, Any]:
-    """Make a parent's `config.json` of its sizes: vocabulary, hidden size, network, layers, heads, heads of keys."""
+    """Return a `config.json` with these sizes: vocabulary, hidden size, FFN size, layers, heads, key-value heads."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     found = dict(zip((*names, "num_key_value_heads"), sizes, strict=False))
     return {"architectures": [f"{name}ForCausalLM"]} | found | others
@@ -26,7 +26,7 @@ _PLAIN = {"rope_type": "default", "rope_theta": 5e5}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 _FULL, _WINDOW = "full_attention", "sliding_attention"
-#: Parent -> billions of parameters as its model card has them, and its `config.json` as far as it decides sizes.
+#: Parent -> parameters in billions as on its model card, and the settings of its `config.json` that decide sizes.
 PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
     "Qwen3 14B": (14.8, _config("Qwen3", 151936, 5120, 17408, 40, 40, 8, head_dim=128)),
     "Mistral Small 3 24B": (
@@ -43,7 +43,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"max_position_embeddings": 131072},
     ),
     "Granite 3.3 2B": (2.53, _config("Granite", 49152, 2048, 8192, 40, 32, 8, tie_word_embeddings=True)),
-    "Granite 4.0 Micro": (  # its card says 3B
+    "Granite 4.0 Micro": (  # its card rounds to 3B
         3.40,
         _config("GraniteMoeHybrid", 100352, 2560, 8192, 40, 40, 8, tie_word_embeddings=True, num_local_experts=0)
         | {"shared_intermediate_size": 8192, "position_embedding_type": "rope", "layer_types": ["attention"] * 40},
@@ -54,7 +54,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"rope_parameters": {_WINDOW: _PLAIN, _FULL: _YARN | {"rope_theta": 5e5}}},
     ),
     "Gemma 3 1B": (1.0, _config("Gemma3", 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512)),
-    "Qwen3.5 27B": (  # the text model: its card counts the vision tower, too
+    "Qwen3.5 27B": (  # the text model only; its card counts the vision tower as well
         26.9,
         _config("Qwen3_5", 248320, 5120, 17408, 64, 24, 4, head_dim=256, max_position_embeddings=262144)
         | {"model_type": "qwen3_5_text", "linear_num_value_heads": 48, "full_attention_interval": 4}
@@ -77,7 +77,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
     ),
-    "Gemma 3 4B": (  # a text model among other parts, which writes what is not its class's default
+    "Gemma 3 4B": (  # a text model inside a wrapper, which omits the defaults of its class
         3.88,
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
         | {"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}},
@@ -104,7 +104,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         _config("HyperCLOVAX", 110592, 6144, 14336, 38, 48, 8, head_dim=128, logits_scaling=0.125),
     ),
     "MiMo 7B": (
-        7.62,  # its model card counts 0.21 billion of a prediction layer, too
+        7.62,  # its card adds 0.21 billion for a multi-token prediction layer
         _config("MiMo", 151680, 4096, 11008, 36, 32, 8, attention_bias=True, num_nextn_predict_layers=1)
         | {"max_position_embeddings": 32768, "rope_theta": 640000},
     ),
@@ -134,5 +134,5 @@ def test_a_parent_is_planned_by_its_config(name: str, tmp_path: Path, command: C
 def test_every_family_has_a_parent_here() -> None:
     here = {config["architectures"][0] for _, config in PARENTS.values()} - {one.hf_class for one in WRAPPERS}
     elsewhere = {"LlamaForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "NemotronHForCausalLM"}
-    elsewhere |= {"Gemma4ForCausalLM"}  # which is not planned: no trainer builds it
+    elsewhere |= {"Gemma4ForCausalLM"}  # not planned, because no trainer builds it
     assert {family.hf_class for family in parents()} == here | elsewhere

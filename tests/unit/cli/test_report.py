@@ -1,4 +1,4 @@
-"""`report`: of a run, and of a grid's evidence."""
+"""`report` of a run, and of a grid's evidence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Comman
     (run_dir / "report/_STARTED.json").write_text("{}")
     (run_dir / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')
     assert command.text("report", str(run_dir), "--watch").endswith("report.html")
-    assert not (run_dir / "report.html").exists()  # the stage writes it
+    assert not (run_dir / "report.html").exists()  # the report stage writes it
     assert f"{run_dir.parent} has no pipeline.json" in str(refused("report", str(run_dir.parent), "--watch"))
 
 

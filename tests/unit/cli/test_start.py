@@ -1,4 +1,4 @@
-"""`nemo-upcycle start` as it is typed: one screen, files to edit, and all that is missing in one answer."""
+"""`nemo-upcycle start` on the command line: one screen, files to edit, and all missing things in one answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     assert all(word in error for word in ("config.json", "nosuch do not exist"))
 
 
-@pytest.mark.parametrize(("gpu", "said"), [("64", "'64' does not exist"), ("h100", "--gpu h100 needs the number of GPUs. Add --gpus N")])
+@pytest.mark.parametrize(
+    ("gpu", "said"), [("64", "'64' does not exist"), ("h100", "--gpu h100 needs the number of GPUs. Add --gpus N")]
+)
 def test_a_kind_of_gpus_needs_their_number(dense: Path, texts_folder: Path, gpu: str, said: str) -> None:
     words = ["start", str(dense), str(texts_folder), "--dir", str(texts_folder.parent / "run"), "--gpu", gpu]
     assert said in str(refused(*words))

@@ -1,4 +1,4 @@
-"""`verify`: what it answers, and what is wrong with the input, before the long work."""
+"""`verify`: its answers, and the input errors that it finds before the long comparison."""
 
 from __future__ import annotations
 

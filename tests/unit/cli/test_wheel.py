@@ -1,4 +1,4 @@
-"""What a user has who has no clone: a wheel, in an environment with nothing else, and the source distribution."""
+"""Installation without a clone: the wheel alone in an empty environment, and the source distribution."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of an environment with the wheel and the standard library."""
+    """Path of `nemo-upcycle` in an environment with only the wheel and the standard library."""
     environment = tmp_path_factory.mktemp("bare") / "venv"
     assert _run(sys.executable, "-m", "venv", "--without-pip", environment).returncode == 0
     install = ("--python", environment, "install", "--quiet", "--no-deps", "--no-index", wheel)
@@ -70,7 +70,7 @@ def test_the_archives_hold_data_files_and_no_dead_link(built: Path, wheel: Path)
 
 
 def test_no_message_names_a_page_that_only_a_clone_has() -> None:
-    """Docstrings may: they are read beside the source."""
+    """Docstrings may name such a page, because they are read beside the source."""
     for path in (ROOT / "nemo_upcycle").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -1,4 +1,4 @@
-"""A dense folder to convert, and checkpoints of models that were made of it."""
+"""A dense folder to convert, and checkpoints of models that were made from it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(dense: Path, tmp_path: Path) -> Path:
-    """A dense folder that the test may spoil."""
+    """A copy of the dense folder that a test may change."""
     return Path(shutil.copytree(dense, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
 def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of one model: Megatron's own on one rank, as NeMo keeps it on four; and of the dense parent."""
+    """Three checkpoints: an MoE model saved by Megatron on one rank and by NeMo on four, and its dense parent."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(save, 1, str(dense), str(folder / "one"), True, {}, "")
     run_ranks(save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")

@@ -1,4 +1,4 @@
-"""Checkpoints to export: of a small model as a layout saves it, and random ones of any spec."""
+"""Checkpoints to export: a small model saved under a layout, and random weights for any spec."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models import build_chunks
 
 
 def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
-    """Build and fill this rank's chunks; no two experts are alike."""
+    """Build and fill this rank's chunks, with every expert different."""
     chunks = build_chunks(folder, num_experts=4 if moe else None, layout=layout)
     with open_dense(folder) as source:
         if not moe:
@@ -48,7 +48,7 @@ def save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: st
 def write_checkpoint(
     folder: Path, dense: Path, spec: UpcycleSpec | None, factor: float = 1.0, prefix: str = "module.", **extra: Any
 ) -> Path:
-    """Write a random NeMo checkpoint, layer by layer, with torch's own writer: weights of std 0.1 times `factor`."""
+    """Write a random NeMo checkpoint, one layer at a time, with torch's writer; the weights' std is 0.1 * `factor`."""
     import torch.distributed.checkpoint as dcp
 
     arch = read_architecture(dense)

@@ -1,4 +1,4 @@
-"""A child that is not its parent's: settings that change the function are found where all weights are the same."""
+"""A child with all of its parent's weights but other settings does not pass as the parent's child."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_child_with_other_settings_is_not_the_parents(dense: Path, tmp_path: P
     "spec", [SPEC, UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)], ids=["mixtral", "qwen2_moe"]
 )
 def test_a_parent_with_default_settings_has_an_exact_child(tmp_path: Path, spec: UpcycleSpec) -> None:
-    """Llama 2's config has no rotary base: 10,000 for a Llama, a million for a Mixtral."""
+    """Llama 2's config omits the rotary base; the default is 10,000 in a Llama and a million in a Mixtral."""
     dense = write_llama(tmp_path / "dense", layers=2, rope_theta=10000.0, rms_norm_eps=1e-6)
     unsaid = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "max_position_embeddings", "head_dim")
     change_config(dense, **dict.fromkeys(unsaid, ...))

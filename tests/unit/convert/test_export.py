@@ -1,4 +1,4 @@
-"""Megatron weights to a Hugging Face folder: the same function, complete or absent."""
+"""Export Megatron weights to a Hugging Face folder: the same function, complete or absent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_layout_exports_to_the_same_bits(saved: Path, dense: Path, tmp_pat
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four", "live")}
     assert weights["one"] == weights["four"] == weights["live"]
     assert float((logits(tmp_path / "four", sample_tokens(259)) - expected).abs().max()) <= 1e-5
-    assert float((logits(dense, sample_tokens(259)) - expected).abs().max()) > 1e-2  # the experts do differ
+    assert float((logits(dense, sample_tokens(259)) - expected).abs().max()) > 1e-2  # the experts differ
     exact = load_file(tmp_path / "four/model.safetensors")
     marker = read_json(tmp_path / "four" / MODEL_MARKER)
     assert (marker["tensors"], marker["bytes"]) == (len(exact), arch.total_params * 4)
@@ -124,7 +124,9 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_pat
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for output in ("hf", "new"):
-        with _leaves_nothing(tmp_path, UpcycleError, r"Disk of .* has 1000 bytes free, and .* needs at least .*Free some space"):
+        with _leaves_nothing(
+            tmp_path, UpcycleError, r"Disk of .* has 1000 bytes free, and .* needs at least .*Free some space"
+        ):
             export_checkpoint(checkpoint, dense, tmp_path / output, spec=SPEC)
     assert is_complete(tmp_path / "hf")
 

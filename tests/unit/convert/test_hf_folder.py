@@ -1,4 +1,4 @@
-"""What travels from the parent's folder into ours: tokenizer and licences, never code, never a file from elsewhere."""
+"""Copy the tokenizer and licences from the parent's folder, but never code or files from outside that folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPANIONS = (
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    """A parent with everything that the hub has."""
+    """A parent with every file that the hub may have."""
     folder = write_tokenizer(write_llama(tmp_path / "dense", layers=2, vocab_size=259, eos_token_id=[258, 257]))
     for name in COMPANIONS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -54,7 +54,7 @@ def test_code_of_the_parents_does_not_travel_and_licences_do(dense: Path, tmp_pa
     baseline = write_checkpoint(tmp_path / "baseline", dense, None)
     export_checkpoint(baseline, dense, tmp_path / "dense-again")
     own = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    own |= {path.name for path in dense.glob("special_tokens_map.json")}  # transformers 5 writes none
+    own |= {path.name for path in dense.glob("special_tokens_map.json")}  # transformers 5 omits this file
     for name in ("export", "convert", "dense-again"):
         folder = tmp_path / name
         companions = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -158,10 +158,11 @@ def test_a_stopped_export_goes_on_with_the_same(dense: Path, tmp_path: Path, mon
     aside = tmp_path / ".hf.partial"
     kept = {path.name: path.stat().st_ino for path in aside.glob("*.safetensors")}
     assert len(kept) == 3
-    held = [path.open("rb") for path in aside.glob("*.safetensors")]  # so that no inode is given out again
-    (aside / "model-00009-of-00009.safetensors.unfinished").write_bytes(b"half")  # as a kill leaves it
+    # Open files keep their inode numbers from being reused.
+    held = [path.open("rb") for path in aside.glob("*.safetensors")]
+    (aside / "model-00009-of-00009.safetensors.unfinished").write_bytes(b"half")  # a file that a killed process left
     if not same:
-        os.utime(checkpoint / "weights/.metadata")  # another checkpoint of the same name and sizes
+        os.utime(checkpoint / "weights/.metadata")  # looks like another checkpoint with the same name and sizes
     export_checkpoint(checkpoint, dense, output, spec=SPEC)
     found = {name: (output / name).stat().st_ino for name in kept}
     assert found == kept if same else not set(found.values()) & set(kept.values())

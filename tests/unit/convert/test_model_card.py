@@ -1,4 +1,4 @@
-"""The model card: lineage and licence of the parent, as the hub reads them, and how the model was made."""
+"""The model card: the parent's lineage and licence in the hub's format, and how the model was made."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _convert(parents: list[Path], output: Path, spec: UpcycleSpec = SPEC) -> tup
 
 
 def _parent(dense: Path, folder: Path, card: str | None = CARD) -> Path:
-    """Copy a parent without a tokenizer, with a card or none."""
+    """Copy a parent without a tokenizer, with this card or without any."""
     shutil.copytree(dense, folder)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="latin-1")
@@ -120,7 +120,7 @@ def test_the_card_loads_the_model_in_three_lines(tmp_path: Path, tokenizer: bool
 def test_card_and_command_name_the_argument_for_uneven_experts(tmp_path: Path) -> None:
     dense = write_llama(tmp_path / "dense", layers=1, intermediate_size=344)
     fine = UpcycleSpec(num_experts=8, top_k=4, granularity=2)
-    for dtype, needed in ((torch.bfloat16, True), (torch.float32, False)):  # 172 numbers: 344 and 688 bytes
+    for dtype, needed in ((torch.bfloat16, True), (torch.float32, False)):  # rows of 172 numbers: 344 and 688 bytes
         done = converted(dense, tmp_path / str(dtype), fine, dtype=dtype)
         (lines,) = re.findall(r"^```python\n(.*?)^```$", _read(done.output)[1], re.DOTALL | re.MULTILINE)
         assert ('dtype="auto", experts_implementation="eager")' in lines) is needed

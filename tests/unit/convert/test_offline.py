@@ -1,6 +1,6 @@
-"""Converting without a training job: what is exact, refused and kept, and what when something goes wrong.
+"""Conversion without a training job: exactness, refusals, kept files, and recovery after errors.
 
-`tests/unit/models/test_parents.py` compares the bits with those of upcycling and exporting.
+`tests/unit/models/test_parents.py` compares the bits with the results of upcycling and exporting.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHARD_BYTES = 100_000
 
 
 def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
-    """Save a folder's weights in another type, norms included or not."""
+    """Save a folder's weights in another dtype; `norms` says whether norms change as well."""
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         changed = {name: tensor.to(dtype) if norms or tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
@@ -52,7 +52,7 @@ def test_converts_parents_with_other_spellings_of_settings(dense: Path, tmp_path
 
 
 def test_half_precision_and_blocks_do_not_show(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices that are too large to be kept are made again for every copy."""
+    """Slices that are too large to keep are built again for every copy."""
     converted(dense, tmp_path / "once", UpcycleSpec(**FINE), dtype=torch.bfloat16)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.BLOCK_BYTES", 1000)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.KEPT_BYTES", 0)
@@ -124,7 +124,7 @@ def test_refuses_an_unsupported_file_type_before_writing(copy: Path, tmp_path: P
 
 
 def test_factors_and_norms_that_a_type_rounds_are_told(copy: Path, tmp_path: Path) -> None:
-    """Without `dtype`, all is written in the embedding's type."""
+    """Without `dtype`, all weights are written in the embedding's dtype."""
     done = converted(_retyped(copy, torch.float16, norms=False), tmp_path / "norms")
     assert done.inexact_because == (
         "float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)",
@@ -140,7 +140,7 @@ def test_factors_and_norms_that_a_type_rounds_are_told(copy: Path, tmp_path: Pat
 
 
 def test_weights_without_config_are_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
-    """A NeMo checkpoint can be read, but has neither config.json nor a tokenizer of Hugging Face's."""
+    """A NeMo checkpoint can be read, but it has neither a config.json nor a Hugging Face tokenizer."""
     with open_dense(copy) as source:
         (copy / "config.json").unlink()
         with pytest.raises(CheckpointError, match="no config.json.*Export the checkpoint first"):
@@ -149,7 +149,7 @@ def test_weights_without_config_are_refused_before_anything_is_written(copy: Pat
 
 
 def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> None:
-    """Its files lie in `weights/`, and a change of one bit leaves their sizes alone."""
+    """NeMo's files lie in `weights/`, and a flipped bit leaves their sizes unchanged."""
     source = write_checkpoint(tmp_path / "nemo", dense, None)
     shutil.copy(dense / "config.json", source / "config.json")
     assert converted(source, tmp_path / "moe").files_kept == 0
@@ -164,7 +164,7 @@ def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> 
 
 
 def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt the run at the end of the file after this many."""
+    """Interrupt the run at the end of the file that follows this many files."""
     done: list[list[str]] = []
     write_tensors = Expansion.write_tensors
 
@@ -186,7 +186,7 @@ def test_a_stopped_run_goes_on_with_the_rest(dense: Path, tmp_path: Path, monkey
     assert not (tmp_path / "moe").exists()
     aside = tmp_path / ".moe.partial"
     assert not list(aside.glob("*.unfinished"))
-    # A process that is killed clears nothing: what it leaves must not count as used when room is looked for.
+    # A killed process cleans up nothing. Its leftovers must not count as used space when free space is checked.
     for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.half.4711"):
         (aside / name).write_bytes(b"half")
     require_disk = safetensors_writer.require_disk
@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_with_the_rest(dense: Path, tmp_path: Path, monkey
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "moe" / file.name).read_bytes()
     names = {path.name for path in (tmp_path / "whole").iterdir()}
-    for name in (".lock", ".conversion.json"):  # as a kill at the very end leaves them
+    for name in (".lock", ".conversion.json"):  # files that a kill at the very end leaves
         (tmp_path / "moe" / name).write_text("{}")
     assert converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).bytes_written == 0
     assert {path.name for path in (tmp_path / "moe").iterdir()} == names
@@ -219,7 +219,7 @@ def test_files_made_of_something_else_are_not_kept(
     with pytest.raises(KeyboardInterrupt):
         converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
-    for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
+    for file in copy.glob("*.safetensors"):  # keep names, shapes and sizes
         save_file({name: tensor + added for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     options = {"dtype": dtype, "max_shard_bytes": SHARD_BYTES}
     assert converted(copy, tmp_path / "moe", spec, **options).files_kept == 0
@@ -247,7 +247,7 @@ def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkey
 
 
 def test_a_disk_that_is_full_while_writing_is_told(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """`test_export.py` has one that is full before."""
+    """In `test_export.py`, the disk is full before writing starts."""
     fsync, calls = os.fsync, []
 
     def full(file: int) -> None:

@@ -1,4 +1,4 @@
-"""Telling what was done to a dense model: equal is equal, and what is not is named."""
+"""`verify` compares a model with its dense parent: equal models pass, and every difference is named."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_exact_models_are_equal_by_weights_and_logits(dense: Path, tmp_path: Pat
 
 def test_experts_that_no_grouped_product_takes_are_compared(tmp_path: Path) -> None:
     dense = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259, layers=1, intermediate_size=90))
-    assert verify(dense, _made(dense, tmp_path / "moe", **FINE)).equal  # 45 float32 numbers: 180 bytes
+    assert verify(dense, _made(dense, tmp_path / "moe", **FINE)).equal  # rows of 45 float32 numbers: 180 bytes
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,8 @@ def test_compares_a_foreign_top_1_model(dense: Path, tmp_path: Path) -> None:
 
 def test_float16_that_rounds_small_weights_is_named(dense: Path, tmp_path: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in weights_of(dense).items()}
-    tensors["model.layers.0.mlp.down_proj.weight"][0] = 3 * 2.0**-24  # halved, it is no number of float16
+    # Half of this number is not representable in float16.
+    tensors["model.layers.0.mlp.down_proj.weight"][0] = 3 * 2.0**-24
     half = change_weights(Path(shutil.copytree(dense, tmp_path / "float16")), tensors)
     spec = UpcycleSpec(**FINE, shared_experts=1)
     done = converted(half, tmp_path / "moe", spec)

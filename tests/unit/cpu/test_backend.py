@@ -1,4 +1,4 @@
-"""The parts of the CPU backend that one process can show. What changes a process runs in one of its own."""
+"""The parts of the CPU backend that one process can test. Tests that change a process run in their own process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_stock_configuration_is_recorded_as_written() -> None:
 
 
 def _clip() -> tuple[float, list[float]]:
-    """Return the norm of gradients, and what clipping to 0.5 leaves of them."""
+    """Return the gradient norm, and the gradients after clipping to 0.5."""
     assert use_cpu_backend()
     from megatron.core.optimizer import clip_grads, optimizer
 

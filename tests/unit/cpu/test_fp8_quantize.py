@@ -1,4 +1,4 @@
-"""FP8 numbers are the nearest ones, and scales what the formulas say: against every number of each format."""
+"""FP8 rounds to the nearest number and scales follow their formulas: compared with every number of each format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = (INPUT, WEIGHT, GRADIENT)
 
 
 def _every_number(dtype: torch.dtype) -> torch.Tensor:
-    """Return all finite numbers of a format in their order; -0 is left out."""
+    """Return all finite numbers of a format in ascending order, without -0."""
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     return numbers[numbers.isfinite()].unique()
 
@@ -73,7 +73,7 @@ def test_mxfp8_takes_the_lowest_power_of_two_that_saturates_nothing(dtype: torch
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("role", ROLES)
 def test_padding_with_zeros_changes_no_number(name: str, role: int) -> None:
-    """An expert's tokens are padded to 16 or 32; blocks of 128 rows are padded further."""
+    """An expert's tokens are padded to a multiple of 16 or 32; blocks of 128 rows need further padding."""
     x_RC = torch.randn(45, 160)
     padded = torch.nn.functional.pad(x_RC, (0, 0, 0, 19))
     for alone, among in zip(_both(name, x_RC, role), _both(name, padded, role), strict=True):
@@ -94,7 +94,8 @@ def test_delayed_scaling_takes_the_largest_of_its_history() -> None:
         scales.record(INPUT, torch.tensor([largest, -largest / 2]))
         scales.update(slice(0, 2), scales.history[0, :2].clone(), recipe)
         found.append(scales.scale[INPUT].item())
-    assert found == [448 / 2 / largest for largest in (4, 4, 4, 4, 2, 1)]  # nothing seen: nothing moves
+    # The all-zero pass changes neither scale nor history.
+    assert found == [448 / 2 / largest for largest in (4, 4, 4, 4, 2, 1)]
     assert scales.scale[WEIGHT] == scales.scale[GRADIENT] == 1
 
 

@@ -1,6 +1,6 @@
-"""Where torch finds a CUDA device, no patch of the CPU backend is imported.
+"""If torch finds a CUDA device, no patch of the CPU backend is imported.
 
-In a module of its own: a rank that runs a test's function imports the function's module, with all that stands there.
+The test has a module of its own because a rank imports the whole module of the function that it runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.distributed.ranks import run_ranks
 
 
 def _modules_with_cuda() -> list[str]:
-    """Import what a training job imports where torch finds a CUDA device; return the modules of the CPU backend."""
+    """Import the modules of a training job as if torch had found a CUDA device; return the CPU backend's modules."""
     torch.cuda.is_available = lambda: True
     current_device = torch.cuda.current_device
     import nemo_upcycle.pipeline.nemo.recipes

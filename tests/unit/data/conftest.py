@@ -1,4 +1,4 @@
-"""The small dense model of the tests of data."""
+"""The small dense model of the data tests."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.models import write_llama, write_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with a byte-level tokenizer."""
+    """A Llama with a byte-level tokenizer, shared by all tests; do not modify."""
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense") / "tiny", vocab_size=259))

@@ -1,4 +1,4 @@
-"""Blends are read from YAML, overridden by key, and every mistake is named."""
+"""Blends are read from YAML and overridden by key, and every mistake is named."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ def test_a_folder_and_a_pattern_are_blends_of_one_source(tmp_path: Path) -> None
         ("sources: {}", "sources is none; expected at least one"),
         ("sources: {web: {reader: files}}", "train"),
         ("sources: {'My web': {train: [a.txt]}}", "lower-case letters"),
-        ("{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}", "near_duplicates needs deduplicate: true"),
+        (
+            "{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}",
+            "near_duplicates needs deduplicate: true",
+        ),
     ],
 )
 def test_a_file_that_is_no_blend_is_refused(tmp_path: Path, content: str, said: str) -> None:

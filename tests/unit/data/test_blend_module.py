@@ -1,4 +1,4 @@
-"""Finished data folders in NeMo's data module: the same samples for every length of a run, on every rank."""
+"""Finished data folders in NeMo's data module: the same samples on every rank and for every length of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 
 
 SEQUENCE, BATCH = 16, 2
-#: Steps between two validations, and batches of each.
+#: Steps between two validations, and batches per validation.
 VALIDATION = (2, 3)
 
 
@@ -38,7 +38,7 @@ def _hashes(dataset: Any) -> list[str]:
 
 
 def _samples(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> dict[str, list[str]]:
-    """Return what training and validation read, on this rank."""
+    """Return the hashes of the samples that training and validation read on this rank."""
     every, batches = options.pop("validation", VALIDATION)
     module = _module(folder, dense, **options)
     module.build(steps, every, batches, 0)
@@ -52,18 +52,19 @@ def _read(folder: Path, dense: Path, steps: int, ranks: int = 1, **options: Any)
 
 
 def test_a_longer_run_sees_the_same_first_samples(folder: Path, tiny_dense: Path) -> None:
-    """The longest one reads its data three times."""
+    """The longest run reads its data three times."""
     short, long, longest = (_read(folder, tiny_dense, steps) for steps in (2, 60, 600))
     for read in (short, long):
         assert longest["train"][: len(read["train"])] == read["train"]
         assert longest["validation"] == read["validation"]
     assert len(set(long["train"][: 60 * BATCH])) == 60 * BATCH
-    assert hashlib.sha256("".join(longest["train"][:1200]).encode()).hexdigest() == ORDER  # that of Bridge
+    # Bridge reads the data in the same order.
+    assert hashlib.sha256("".join(longest["train"][:1200]).encode()).hexdigest() == ORDER
     assert _read(folder, tiny_dense, 60, seed=7)["train"][:100] != long["train"][:100]
 
 
 def test_a_continued_training_reads_further_in_the_data(folder: Path, tiny_dense: Path) -> None:
-    read_before = 350  # into the second epoch
+    read_before = 350  # in the second epoch
     whole = _read(folder, tiny_dense, 300)
     behind = _read(folder, tiny_dense, 20, ranks=2, skip_samples=read_before)
     assert behind["train"][: 20 * BATCH] == whole["train"][read_before : read_before + 20 * BATCH]
@@ -92,7 +93,8 @@ def test_two_ranks_build_the_cache_once(tiny_dense: Path, tmp_path: Path) -> Non
     assert _stats(folder) == built
     _read(folder, tiny_dense, 2, ranks=2)
     added = _stats(folder).keys() - built.keys()
-    assert {name.split("-")[1] for name in added} == {"BlendedDataset"}  # how sources alternate, of another length
+    # The shorter run adds only its interleaving of the sources.
+    assert {name.split("-")[1] for name in added} == {"BlendedDataset"}
 
 
 def _stats(folder: Path) -> dict[str, int]:
@@ -100,7 +102,7 @@ def _stats(folder: Path) -> dict[str, int]:
 
 
 def test_indices_may_lie_elsewhere(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
-    """Those of other data in the same folder stay."""
+    """The indices of other data in the same folder are kept."""
     other = write_blend(tmp_path / "other", tiny_dense, blend="other")
     for data in (folder, other):
         assert _read(data, tiny_dense, 2, indices=str(tmp_path / "shared")) == _read(folder, tiny_dense, 2)
@@ -121,7 +123,7 @@ def test_first_rank_says_what_the_run_reads(folder: Path, tiny_dense: Path) -> N
     ("steps", "read_before", "warned"), [(640, 0, False), (660, 0, True), (320, 600, False), (320, 700, True)]
 )
 def test_too_many_epochs_are_told(folder: Path, tiny_dense: Path, steps: int, read_before: int, warned: bool) -> None:
-    """Talks, 3,630 tokens, are 70 % of 32 tokens a step: 4 epochs end with step 648, or 1,296 sequences."""
+    """Source talks has 3,630 tokens and 70 % of 32 tokens per step: 4 epochs end at step 648, or 1,296 sequences."""
     (said,) = run_ranks(_said, 1, folder, tiny_dense, steps, {"skip_samples": read_before})
     assert (f"its parent read {16 * read_before:,} tokens of it before" in said) is bool(read_before)
     assert f"{steps} steps read {32 * steps:,} tokens" in said, "what it reads itself stays what it is"
@@ -130,7 +132,7 @@ def test_too_many_epochs_are_told(folder: Path, tiny_dense: Path, steps: int, re
 
 
 def _said(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> str:
-    """Return this rank's messages."""
+    """Return the messages that this rank logs."""
     text = io.StringIO()
     show_messages().addHandler(logging.StreamHandler(text))
     _module(folder, dense, **options).build(steps, *VALIDATION, 0)

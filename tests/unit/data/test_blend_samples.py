@@ -1,4 +1,4 @@
-"""The index cache holds whole files of the present data, or none; intervals between validations end with a run."""
+"""The index cache holds whole files of the present data or nothing; a validation interval beyond the run is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished folder of data is known by what it was made from, and says which of the user's files are others since."""
+"""A finished data folder is reused only for the inputs that it was made from, and changed input files are named."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_refuses_a_stopped_build_with_other_settings(tmp_path: Path) -> None:
     ("name", "marker"), [("notes.json", {}), (MARKER, {}), (MARKER, {"made_from": {"chat": {}}}), (MODEL_MARKER, {})]
 )
 def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, name: str, marker: dict[str, Any]) -> None:
-    """It is somebody else's, a stage's, one of conversations, or a model's."""
+    """The folder belongs to somebody else, to a stage, to a build of conversations, or to a model."""
     write_json(tmp_path / name, marker)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UpcycleError) as caught:
@@ -60,7 +60,7 @@ def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, name: str, mark
 
 @pytest.fixture
 def blend(tmp_path: Path) -> Blend:
-    """A blend of two files, and its finished folder beside them."""
+    """A blend of two local files and one remote file, with its finished folder beside them."""
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     stats = {str(path): path.stat() for path in tmp_path.glob("*.txt")}

@@ -13,7 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 
 
 def _spec(folder: Path, text: str) -> UpcycleSpec:
-    """Write a file of prompts, and return a spec of it."""
+    """Write a file of prompts, and return a spec that names the file."""
     (folder / "prompts.yaml").write_text(text)
     return UpcycleSpec(num_experts=2, top_k=2, router_init="prompts", router_prompts=str(folder / "prompts.yaml"))
 

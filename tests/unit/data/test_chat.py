@@ -1,4 +1,4 @@
-"""Conversations become packs whose loss is on the answers; what is wrong is named, and nothing is half written."""
+"""Conversations become packs with the loss on the answers; mistakes are named, and no folder is left half written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _called(function: Any) -> list[dict[str, Any]]:
     return _answered(content=None, tool_calls=[{"function": function}])
 
 
-#: The template, what is asked and answered, what becomes of it as a whole, and what the loss is on.
+#: Case -> chat template, messages, the whole rendered text, and the part with loss.
 SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
     "answers, and what ends each": (
         None,
@@ -247,7 +247,7 @@ def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path
 
 
 def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
-    """A label is the token behind: the loss of the first one of an answer is at the last one of its prompt."""
+    """Labels are shifted by one token: the loss on an answer's first token stands at the prompt's last token."""
     _build(tokenizer, tmp_path, sums())
     decode = load_tokenizer(tokenizer).decode
     for row in np.load(tmp_path / "chat/training.npy", allow_pickle=True):
@@ -260,7 +260,7 @@ def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Pat
 
 
 def test_does_not_train_on_questions_of_held_out_answers(tokenizer: Path, tmp_path: Path) -> None:
-    """Of two conversations that begin alike, both or none is held back."""
+    """Two conversations that begin alike are held back together, or not at all."""
     lines = [one for a in range(20) for one in (messages(f"{a}?", "Yes."), messages(f"{a}?", "No."))]
     _build(tokenizer, tmp_path, lines)
     asked = {row["prompt"] for row in open_chat(tmp_path / "chat").held_out["answers"]}
@@ -339,7 +339,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, key: str, value: object) -> None
 
 
 def test_a_conversation_is_tokenised_as_a_whole(tmp_path: Path) -> None:
-    """As those of SentencePiece do: in pieces, blanks would stand where none are."""
+    """This tokenizer adds a leading blank, as SentencePiece tokenizers do. Tokenising in pieces would add blanks."""
     from tokenizers import pre_tokenizers
 
     folder = write_chat_tokenizer(tmp_path / "parent")

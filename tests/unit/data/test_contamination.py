@@ -32,7 +32,7 @@ def test_sets_items_documents_and_bytes_are_counted() -> None:
     counts.add("1", "a.jsonl:1", first, hits := INDEX.find(first), removed_spans(first, hits))
     counts.add("2", "a.jsonl:2", second, INDEX.find(second), [(0, len(second))])
     counts.add("3", "a.jsonl:3", "nothing", INDEX.find("nothing"))
-    counts.add("4", "a.jsonl:4", second, INDEX.find(second))  # a mere report
+    counts.add("4", "a.jsonl:4", second, INDEX.find(second))  # reported only, nothing is removed
     found = counts.to_dict()
     assert list(found) == ["history", "physics"]
     removed = sum(len(first[start:stop].encode()) for start, stop in removed_spans(first, hits))
@@ -75,7 +75,7 @@ def test_merged_counts_are_sums_and_items_are_counted_once() -> None:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A suite of a task of the user's own, whose file is not there."""
+    """A suite with one task of the user's own, whose data file is missing."""
     (tmp_path / "tasks").mkdir()
     form = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "none"}
     write_task(tmp_path / "tasks", "lost", {"test": []}, **form)

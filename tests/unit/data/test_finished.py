@@ -1,4 +1,4 @@
-"""What a recipe asks of a finished data folder before it trains on it."""
+"""Checks of a finished data folder before a recipe trains on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_source_is_named_by_its_first_file(folder: Path) -> None:
 
 
 def test_order_and_address_of_sources_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's indices are named after the paths."""
+    """Megatron names its indices after the paths."""
     expected = open_blend(folder).paths(SEQUENCE)
     set_manifest(folder, sources=dict(reversed(read_json(folder / "manifest.json")["sources"].items())))
     monkeypatch.chdir(folder.parent)
@@ -88,7 +88,7 @@ def test_validation_without_a_split_is_refused(tiny_dense: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("short", ["train", "validation"])
 def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_path: Path, short: str) -> None:
-    """The last one's target."""
+    """The extra token is the target of the last token."""
     sources = {"talks": (1.0, {"train": [90], "validation": [90], short: [1]})}
     blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, sources))
     (tokens,) = blend.tokens[short]["talks"].values()
@@ -115,7 +115,7 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
 
 
 def test_saved_tokenizer_keeps_the_hash_of_its_parent(folder: Path) -> None:
-    """So training may go on from a NeMo checkpoint, which holds the folder's tokenizer."""
+    """A training can therefore continue from a NeMo checkpoint, which holds the folder's tokenizer."""
     own = tokenizer_sha256(open_tokenizer(folder / "tokenizer"))
     assert own == open_blend(folder).manifest["tokenizer"]["sha256"]
 

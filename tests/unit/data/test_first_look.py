@@ -1,4 +1,4 @@
-"""A source is looked at before it is built: what has no text is named, with the fields that it has."""
+"""A source is inspected before the build: a source without texts is named, with the fields that it has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joined datasets are those that Megatron's own builder joins, byte for byte."""
+"""Joining datasets gives the same bytes as Megatron's own builder."""
 
 from __future__ import annotations
 

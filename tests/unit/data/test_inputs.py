@@ -1,4 +1,4 @@
-"""What a source names becomes a list of files, and these the plan that the data engine is given."""
+"""A source's entries become a list of files, and the list becomes the plan for the data engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_folders_of_a_blend_hold_its_files_and_no_addresses(tmp_path: Path) -> N
 
 
 def test_links_are_files(tmp_path: Path) -> None:
-    """The hub's cache consists of them."""
+    """The hub's cache consists of links."""
     _write(tmp_path, "blobs/abc.txt", "web/1.txt")
     (tmp_path / "web/2.txt").symlink_to(tmp_path / "blobs/abc.txt")
     (tmp_path / "web/gone.txt").symlink_to(tmp_path / "absent.txt")
@@ -131,7 +131,7 @@ def _files(*names: str) -> list[InputFile]:
 
 
 def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
-    """Of equal texts the engine keeps the first: the other order would train on what is held out."""
+    """The engine keeps the first of equal texts, so the other order would train on held-out text."""
     sources = {"web": SourceConfig(train=["x"]), "books": SourceConfig(train=["x"])}
     inputs = {
         "web": {"train": _files("a"), "validation": [], "heldout": []},
@@ -141,13 +141,13 @@ def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
     assert [(task["files"], task["split"]) for task in tasks] == [
         (["/d"], "heldout"),
         (["/c"], "validation"),
-        (["/a"], None),  # spread over the splits, as the source has none of its own
+        (["/a"], None),  # spread over the splits, because the source has no files for them
         (["/b"], "train"),
     ]
 
 
 def test_searches_for_held_out_text_if_there_is_some(tmp_path: Path) -> None:
-    """Looking for it reads everything once more."""
+    """The search reads all texts once more."""
     inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
 
     def plan(**shares: float) -> dict[str, Any]:

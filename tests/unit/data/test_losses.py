@@ -1,4 +1,4 @@
-"""What could not be read of a source is counted, too much of it or too little text is refused early, with numbers."""
+"""Unreadable parts of a source are counted; too many of them, or too little text, are refused early, with numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.files import write_json
 
 
 def lost(reason: str, documents: int, size_bytes: int, files: int = 0) -> dict[str, Any]:
-    """Return what a task of the engine counts as lost, for one reason."""
+    """Return the loss record of one engine task for one reason."""
     return {reason: {"documents": documents, "bytes": size_bytes, "files": files, "first": "a.jsonl:7"}}
 
 
@@ -84,7 +84,7 @@ def _write(work: Path, kind: str, rank: int, documents: int, size: int, **more: 
 
 
 def _check(work: Path) -> Callable[[], None]:
-    """Return the check of a build whose engine has begun."""
+    """Return the size check of a build whose engine has started."""
     write_json(work / "engine.json", {"plan": PLAN})
     return size_check(_two(), work, PLAN)
 
@@ -92,7 +92,7 @@ def _check(work: Path) -> Callable[[], None]:
 def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) -> None:
     check = size_check(_two(), tmp_path, PLAN)
     _write(tmp_path, "read", 1, 2, 50)
-    check()  # of an earlier plan, as far as it knows
+    check()  # passes: without engine.json, the record may belong to an earlier plan
     write_json(tmp_path / "engine.json", {"plan": PLAN})
     with pytest.raises(UpcycleError) as caught:
         check()

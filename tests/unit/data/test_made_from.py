@@ -1,4 +1,4 @@
-"""A finished folder is kept for what it was made from alone, and is told apart by settings and by files."""
+"""A finished folder is reused only for the same inputs; differences in settings and files are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished blend says of itself."""
+"""The manifest of a finished blend."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def index_of(*texts: str, **options: int) -> NgramIndex:
 
 
 def slow_find(items: list[Item], text: str, words: int, shortest: int, boilerplate: int) -> list[Hit]:
-    """Find the slow and obvious way."""
+    """Find n-grams in the slow and obvious way."""
     owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for number, item in enumerate(items):
         for rendering in item.renderings:
@@ -83,7 +83,7 @@ def test_ngrams_of_many_items_are_ignored_and_counted_by_set() -> None:
     index = NgramIndex.build([*many, only, rare])
     assert index.find(f"They asked: {intro}.") == []
     assert [hit.items for hit in index.find(many[7].renderings[0])] == [(7,)]
-    assert index.summary["morals"]["ignored"] == 5  # four of the intro alone, one more with "scenario"
+    assert index.summary["morals"]["ignored"] == 5  # four within the intro, and one that ends with "scenario"
     assert index.summary["other"]["ignored"] == 4
     assert index.summary["other"]["only_boilerplate"] == 1
     assert index.item(12) == ("other", "rare")
@@ -118,7 +118,7 @@ def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> No
 def test_hashes_stay_the_same_in_every_version() -> None:
     index = index_of("what is the speed of light", "Stra\u00dfe na\u00efve don\u2019t 1,000 x\u00b2 end")
     hashes = [hex(value) for value in index.arrays["long_hashes"].tolist()]
-    assert hashes == ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]  # saved indices depend on them
+    assert hashes == ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]  # saved indices depend on these hashes
 
 
 LONG = (
@@ -174,7 +174,7 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
 def test_cut_ends_between_words_where_one_is_near() -> None:
     text = "x" * 500
     assert removed_spans(text, [Hit(250, 260, 1, (0,))], 100) == [(150, 360)]
-    assert removed_spans(text, [Hit(140, 360, 1, (0,))], 100) == [(0, 500)]  # no scrap of a word is left
+    assert removed_spans(text, [Hit(140, 360, 1, (0,))], 100) == [(0, 500)]  # no fragment of a word is left
     assert cut("one two three four five six", [Hit(9, 12, 1, (0,))], 0) == ["one two", "four five six"]
 
 
@@ -186,7 +186,7 @@ def test_cut_joins_margins_that_meet_in_any_order_of_hits() -> None:
     assert cut(text, hits, 50) == [text[:49], text[455:549], text[655:]]
 
 
-#: In scripts without blanks: questions, and text around them.
+#: Questions in scripts that do not separate words with blanks, and other text to put around them.
 QUESTIONS = {
     "zh": "下列哪一种气体在地球大气层中所占的比例最大。",
     "zh, short": "世界上面积最大的海洋是哪一个。",

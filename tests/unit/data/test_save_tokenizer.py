@@ -1,4 +1,4 @@
-"""The tokenizer that travels with tokenised data is written whole, or not at all."""
+"""The tokenizer beside tokenised data is written whole, or not at all."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost a tiny model far more than they bring, on a busy machine."""
+    """Use one torch thread: on a busy machine, waiting threads cost a tiny model far more than they gain."""
     import torch
 
     before = torch.get_num_threads()
@@ -32,6 +32,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 2 layers with random weights, large enough that its answers differ."""
+    """A two-layer Llama with random weights, large enough to give different answers."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     return write_tokenizer(write_llama(folder, layers=2, vocab_size=259, max_position_embeddings=512))

@@ -1,4 +1,4 @@
-"""Which back end an evaluation takes, and what it is given; vLLM itself and several GPUs are stood in for."""
+"""Which back end an evaluation uses, and its arguments; stand-ins replace vLLM and the GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_mod
 
 
 class FakeVLLM:
-    """Takes the arguments of lm-eval's class and remembers them."""
+    """A stand-in for lm-eval's vLLM class that records its arguments."""
 
     given: dict[str, Any]
 
@@ -35,7 +35,7 @@ class FakeVLLM:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM on a node with eight GPUs, as far as this package looks at either."""
+    """Simulate vLLM on a node with eight GPUs, as far as this package looks."""
     package = ModuleType("vllm")
     package.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
     archs = ["LlamaForCausalLM", "MixtralForCausalLM"]

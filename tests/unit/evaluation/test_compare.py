@@ -1,4 +1,4 @@
-"""Every expected number here is computed by hand in the comment beside it."""
+"""Comparison of two evaluations item by item. A comment beside each expected number derives it by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_upcycle.evaluation.compare import compare_items, jackknife_stderr, lef
 def evaluation(
     name: str, likelihoods: list[list[float]], accuracies: list[float], texts: list[float], size_bytes: int = 50
 ) -> dict[str, Any]:
-    """An evaluation of some questions, and of windows of 10 words and some bytes each."""
+    """Return an evaluation of these questions, and of windows of 10 words and `size_bytes` bytes each."""
     questions, windows = [], []
     for number, (values, accuracy) in enumerate(zip(likelihoods, accuracies, strict=True)):
         question = {"id": number, "hash": f"question {number}", "loglikelihoods": values, "scores": {"acc": accuracy}}
@@ -44,7 +44,7 @@ def test_statistics() -> None:
 
 
 def test_the_jackknife_of_a_mean_is_the_usual_standard_error() -> None:
-    # mean 4, squared deviations 9 + 4 + 0 + 25 = 38; sqrt(38 / 3 / 4)
+    # mean 4; squared deviations 9 + 4 + 0 + 25 = 38; sqrt(38 / 3 / 4)
     without = left_out("acc", parts_of("acc", [1.0, 2.0, 4.0, 9.0]))
     assert without == pytest.approx([5.0, 14 / 3, 4.0, 7 / 3])
     assert jackknife_stderr(without) == pytest.approx(math.sqrt(38 / 12))
@@ -57,9 +57,10 @@ def test_items_are_compared_one_by_one() -> None:
         "items": 4,
         "loglikelihoods": 6,
         "questions": 2,
-        "changed_answers": 1,  # the second question: from 1 to 0
-        "max_absolute_loglikelihood_difference": 6.0,  # -30 to -24
-        "max_relative_loglikelihood_difference": 0.5,  # -1 to -1.5 and -4 to -2: 0.5 both, the first is named
+        "changed_answers": 1,  # the second question changes from 1 to 0
+        "max_absolute_loglikelihood_difference": 6.0,  # from -30 to -24
+        # -1 to -1.5 and -4 to -2 both change by 0.5, and the first is named.
+        "max_relative_loglikelihood_difference": 0.5,
         "largest_at": {"task": "quiz", "id": 0},
     }
     same = compare_items(A, A)

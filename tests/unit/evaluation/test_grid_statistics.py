@@ -1,4 +1,4 @@
-"""Arms of a grid compared; every expected number is computed by hand in the comment beside it."""
+"""Comparison of a grid's arms. A comment beside each expected number derives it by hand."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nemo_upcycle.evaluation.heldout import TASK, bits_per_byte, document_sums
 from nemo_upcycle.evaluation.statistics import Spread
 
 
-BIT = math.log(2)  # nats
+BIT = math.log(2)  # nats per bit
 
 
 def documents(*bits: float) -> dict[str, tuple[float, float]]:
-    """Documents of 100 bytes each that take so many bits a byte."""
+    """Return documents of 100 bytes each, with these bits per byte."""
     return {f"document {number}": (-100 * BIT * value, 100) for number, value in enumerate(bits)}
 
 
@@ -39,14 +39,14 @@ def test_documents_are_interpolated_in_the_logarithm_of_tokens() -> None:
         100: {1: documents(3.0, 2.0), 2: documents(3.0, 3.0)},
         400: {1: documents(1.0, 1.0)},
     }
-    # 200 is half of the way from 100 to 400; seed 2 is not known at 400.
+    # In log tokens, 200 is halfway from 100 to 400. Seed 2 has no score at 400.
     assert list(sums_after(200, scores)) == [1]
     assert sums_after(200, scores)[1] == {name: pytest.approx(one) for name, one in documents(2.0, 1.5).items()}
     assert sums_after(400, scores) == scores[400]
 
 
 def test_the_mean_of_seeds() -> None:
-    # 1.0 and 1.2: mean 1.1, standard deviation 0.1414, over the root of 2: 0.1; t(0.975, 1) = 12.706
+    # Seeds 1.0 and 1.2: mean 1.1, deviation 0.1414, standard error 0.1414 / sqrt(2) = 0.1; t(0.975, 1) = 12.706
     found = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
     assert found == pytest.approx({"value": 1.1, "low": 1.1 - 1.2706, "high": 1.1 + 1.2706}, rel=1e-3)
     assert mean_of_seeds({1: documents(1.0)})["low"] is None
@@ -54,29 +54,29 @@ def test_the_mean_of_seeds() -> None:
 
 
 def test_documents_and_seeds_make_a_difference_uncertain() -> None:
-    # Seed 1 gains 0.2 and 0.0 on its two documents, seed 2 0.4 and 0.2: 0.1 and 0.3, so 0.2 +- 0.1 over seeds.
-    # Mean over seeds 0.3 and 0.1: without one document 0.1, without the other 0.3; jackknife 0.1.
+    # Seed 1 gains 0.2 and 0.0 on its two documents, seed 2 0.4 and 0.2: means 0.1 and 0.3, so 0.2 +- 0.1 over seeds.
+    # Mean gains over seeds are 0.3 and 0.1: 0.1 without one document, 0.3 without the other; jackknife 0.1.
     reference = {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)}
     found = judge(difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference), None)
     assert found["difference"] == pytest.approx(-0.2)
     assert [(one["seed"], pytest.approx(one["difference"])) for one in found["seeds"]] == [(1, -0.1), (2, -0.3)]
     assert (found["stderr_seeds"], found["stderr_documents"]) == (pytest.approx(0.1), pytest.approx(0.1))
     assert (found["seed_degrees"], found["is_pooled"]) == (1, False)
-    # each of one degree of freedom: t(0.975, 1) = 12.706
+    # Both errors have one degree of freedom: t(0.975, 1) = 12.706.
     assert found["high"] - found["difference"] == pytest.approx(12.706 * math.sqrt(0.02), rel=1e-4)
     assert found["verdict"] == "not resolved"
 
 
 def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
-    """Seed 1 gains 0.1 on every document, seed 2 0.1, 0.3 and 0.5: means of 0.1, 0.2 and 0.3."""
+    """Seed 1 gains 0.1 on every document, seed 2 gains 0.1, 0.3 and 0.5: means 0.1, 0.2 and 0.3."""
     reference = {1: documents(1.0, 1.0, 1.0), 2: documents(1.0, 1.0, 1.0)}
     arm = {1: documents(0.9, 0.9, 0.9), 2: documents(0.9, 0.7, 0.5)}
-    # Without one document 0.25, 0.2, 0.15: the root of 2/3 of 0.005. Of seed 1 alone it would be 0, of seed 2 0.115.
+    # Leaving out one document: 0.25, 0.2, 0.15, so sqrt(2/3 * 0.005). Seed 1 alone would give 0, seed 2 alone 0.115.
     assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
 
 
 def test_pools_the_spread_of_an_arm_over_families() -> None:
-    # 1.0 and 1.2 against 1.1 and 1.36: 0.015 is left of each, 4 * 0.015^2 of one degree; the other family has 0.03
+    # Near: 1.0 and 1.2 against 1.1 and 1.36 leave four residuals of 0.015: 4 * 0.015^2, one degree. Far: 0.03.
     near = {"a": {1: documents(1.0), 2: documents(1.2)}, "b": {1: documents(1.1), 2: documents(1.36)}}
     far = {"a": {1: documents(2.0), 2: documents(2.2)}, "b": {1: documents(2.1), 2: documents(2.42)}}
     found = pooled_spread([near, far])
@@ -91,7 +91,7 @@ def test_few_seeds_are_judged_by_the_spread_of_all_arms() -> None:
     reference = {1: documents(1.0, 1.0), 2: documents(1.001, 1.001)}
     found = judge(difference_of_arms(arm, reference), Spread(0.002, 30))
     assert found["is_pooled"] is True
-    assert found["stderr_seeds"] == pytest.approx(0.002)  # of a difference sqrt(2), over sqrt(2) seeds
+    assert found["stderr_seeds"] == pytest.approx(0.002)  # sqrt(2) for a difference, divided by sqrt(2) for two seeds
     assert found["verdict"] == "better"
     assert found["resolvable"] == pytest.approx((2.0423 + 0.8538) * 0.002, rel=1e-3)
     assert found["seeds_needed"] == 17  # (2.896 * 0.002828 / 0.002)^2 = 16.8

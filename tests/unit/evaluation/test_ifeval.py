@@ -1,4 +1,4 @@
-"""lm-eval's ifeval, by its own code, over prompts of a file: the chat template, scores, and what is needed before."""
+"""lm-eval's ifeval task on prompts from a file: chat template, scores from its own code, and missing requirements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUITE = "tasks: {ifeval: [0]}\nlocal: false\nchat_template: true\nfiles: {ifeval
 
 
 def prompt(key: int, text: str, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a prompt in the form of google/IFEval, in words of our own, with its instructions."""
+    """Return a prompt with its instructions, in google/IFEval's format but in our own words."""
     return {"key": key, "prompt": text, "instruction_id_list": [*asked], "kwargs": [*asked.values()]}
 
 
@@ -36,7 +36,7 @@ PROMPTS = [
     prompt(2, "Name a colour in three bullet points, and mention the word sky.", _SKY),
     prompt(3, "Write fewer than five words.", _SHORT),
 ]
-#: What is written to each prompt: one follows one of two instructions, one both, one none.
+#: Answer to each prompt: the first follows one of two instructions, the second both, the third none.
 WRITTEN = {1: "hello there, friend", 2: "* the sky\n* the sea\n* ink", 3: "Blue is the colour of it"}
 
 
@@ -65,7 +65,8 @@ def test_a_model_writes_to_prompts_of_its_template(suite: Path, tmp_path: Path, 
         evaluate(folder, suite, tmp_path / "results", name="base", limit=1)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     tasks = load_suite_tasks(suite)
-    tasks.loaded["ifeval"].tasks[0].set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)  # not 1,280
+    # 16 instead of 1,280 tokens
+    tasks.loaded["ifeval"].tasks[0].set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)
     result = evaluate(folder, suite, tmp_path / "results", name="tuned", limit=1, tasks=tasks)
     assert len(result["items"]["ifeval"]) == 1
 
@@ -117,7 +118,7 @@ def _write(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _writer(folder: Path, prompts: list[str]) -> Any:
-    """Return a model that answers each prompt as `WRITTEN` says, and notes what it was given."""
+    """Return a model that answers each prompt with its text in `WRITTEN`, and records the prompts."""
     from lm_eval.models.huggingface import HFLM
 
     from nemo_upcycle.models.hf_model import load_tokenizer

@@ -1,4 +1,4 @@
-"""Differences between two models; every expected number is computed by hand in the comment beside it."""
+"""Paired differences between two models. A comment beside each expected number derives it by hand."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from tests.unit.evaluation.test_compare import A, B, evaluation
 
 
 def test_the_paired_difference_of_accuracies() -> None:
-    # differences 0 and 1: mean 0.5, standard deviation sqrt(0.5), over sqrt(2): 0.5; t(0.975, 1) = 12.7062
+    # Differences 0 and 1: mean 0.5, standard deviation sqrt(0.5), standard error sqrt(0.5) / sqrt(2) = 0.5;
+    # t(0.975, 1) = 12.7062
     found = paired_difference(A, B, "quiz/acc")
     assert (found["difference"], found["stderr"]) == pytest.approx((0.5, 0.5))
     assert (found["low"], found["high"]) == pytest.approx((0.5 - 0.5 * 12.7062, 0.5 + 0.5 * 12.7062), abs=1e-4)
     assert (found["items"], found["higher_is_better"], found["significant"]) == (2, True, False)
-    assert paired_difference(A, B, "all/acc") == found  # a group is its tasks' items
-    # two at once: t(0.9875, 1) = 25.452
+    assert paired_difference(A, B, "all/acc") == found  # a group consists of its tasks' items
+    # two tests at once: t(0.9875, 1) = 25.452
     assert paired_difference(A, B, "quiz/acc", tests=2)["high"] == pytest.approx(0.5 + 0.5 * 25.452, abs=1e-3)
 
 
 def test_the_paired_difference_of_perplexities() -> None:
-    # A: exp(50 / 20), B: exp(44 / 20). Left out one: exp(2.4) - exp(3) and exp(2) - exp(2) = 0.
+    # A: exp(50 / 20), B: exp(44 / 20). Leaving out one window: exp(2.4) - exp(3), and exp(2) - exp(2) = 0.
     found = paired_difference(A, B, "text/word_perplexity")
     first = math.exp(2.4) - math.exp(3)
     assert found["difference"] == pytest.approx(math.exp(2.2) - math.exp(2.5))
@@ -46,14 +47,14 @@ def test_the_same_scores_on_every_item_have_no_interval(metric: str) -> None:
 
 
 def test_windows_of_one_document_count_as_one_observation() -> None:
-    # Two documents whose windows are alike: differences 1 and 3 a window, so 2 +- 1, however many windows.
+    # Both documents have equal windows. They differ by 1 and 3 per window: 2 +- 1, for any number of windows.
     one = evaluation("one", [], [], [-20.0] * 6)
     other = evaluation("other", [], [], [-19.0] * 3 + [-17.0] * 3)
     for result in (one, other):
         for window in result["items"]["text"]:
             window["cluster"] = f"document {window['id'] // 3}"
     found = paired_difference(one, other, "text/bits_per_byte")
-    unit = 1 / 50 / math.log(2)  # a nat in a window of 50 bytes
+    unit = 1 / 50 / math.log(2)  # one nat in a window of 50 bytes
     assert found["difference"] == pytest.approx(-2 * unit)
     assert found["stderr"] == pytest.approx(1 * unit)
     assert (found["items"], found["clusters"]) == (6, 2)

@@ -29,7 +29,7 @@ from tests.lm_eval_tasks import write_task
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
-#: Of the subject of the first question.
+#: More questions of the first question's subject, as examples.
 MORE = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
 
 
@@ -46,7 +46,7 @@ def result(tiny_llama: Path, suite: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def loglikelihood(folder: Path, context: str, continuation: str) -> float:
-    """log P(continuation | context), added up token by token; <s> is the context of an empty one."""
+    """Sum log P(continuation | context) over the tokens; an empty context is replaced by <s>."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,7 +122,7 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def own_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A suite of a user's own tasks, in a folder beside it; the data of one are not there."""
+    """A suite of the user's own tasks, in a folder beside it; one task has no data."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tasks").mkdir()
     for task, rows in (("quiz", QUESTIONS), ("lost", [])):
@@ -140,7 +140,7 @@ def test_own_tasks_are_scored_and_missing_data_are_said(own_suite: Path, tiny_ll
     assert json.loads((tmp_path / "out/tiny.json").read_text())["missing"] == found["missing"]
     alone, shown = (found["items"][task][0]["loglikelihoods"] for task in ("quiz", "quiz_1shot"))
     assert shown != pytest.approx(alone, rel=1e-3)
-    again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # of the same objects
+    again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # the same task objects
     only = build_suite([], [], tmp_path / "only", SuiteConfig({"quiz": [1]}, False, str(own_suite / "tasks")))
     fresh = evaluate(tiny_llama, only, tmp_path / "out", name="fresh")
     assert again["items"] == found["items"]
@@ -195,12 +195,12 @@ def test_the_error_of_held_out_text_is_over_documents(result: dict[str, Any]) ->
     sources = by_source(document_sums(result))
     assert [found["documents"] for found in sources.values()] == [1, 1]  # two documents, five windows
     first, second = (found["value"] for found in sources.values())
-    # Of two documents the jackknife is half of what they differ by.
+    # For two documents, the jackknife error is half of their difference.
     assert result["metrics"][BITS]["stderr"] == pytest.approx(abs(first - second) / 2, rel=1e-6)
 
 
 def test_samples_are_likeliest_tokens(result: dict[str, Any], tiny_llama: Path, suite: Path, tmp_path: Path) -> None:
-    """Without a cache, token by token; whatever a folder says of temperature and penalties."""
+    """Compare with greedy decoding without a cache; the folder's temperature and penalties must not matter."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -223,7 +223,7 @@ def test_samples_are_likeliest_tokens(result: dict[str, Any], tiny_llama: Path, 
 
 
 def test_a_file_says_what_was_measured(tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path) -> None:
-    moved = shutil.copytree(suite, tmp_path / "moved")  # a suite works wherever it lies
+    moved = shutil.copytree(suite, tmp_path / "moved")  # a suite works in any folder
     again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, options=ModelOptions(batch_size=1))
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(json.dumps(again))
     assert {task: len(items) for task, items in again["items"].items()} == dict.fromkeys(result["items"], 2)
@@ -282,11 +282,11 @@ def test_lm_evals_own_models_and_ours_are_known(tiny_llama: Path, tmp_path: Path
     if model == "hf":
         assert done.returncode == 0, done.stderr
         assert "|quiz |" in done.stdout
-    else:  # it takes checkpoints, and says so
+    else:  # our model reads only checkpoints, and the error says so
         assert "checkpoint" in done.stderr.splitlines()[-1]
 
 
-#: Answers that were held back, of three conversations.
+#: Held-out answers of three conversations.
 ANSWERS = [
     {"document": f"mine.jsonl:{number}", "turn": turn, "prompt": f"user: {number}?\nassistant:", "answer": answer}
     for number, answers in enumerate(((" One.", " Two, or three."), (" É.",), (" No.",)))

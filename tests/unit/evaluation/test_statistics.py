@@ -1,4 +1,4 @@
-"""Intervals, verdicts and power; every expected number is computed by hand in the comment beside it."""
+"""Intervals, verdicts and power. A comment beside each expected number derives it by hand."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MANY = 10_000_000
 
 
 def test_each_error_has_the_quantile_of_its_own_degrees() -> None:
-    # t(0.975) is 12.706 of one degree and 1.96 of many: sqrt(1.2706^2 + 0.392^2)
+    # t(0.975) is 12.706 for one degree of freedom and 1.96 for many: sqrt(1.2706^2 + 0.392^2).
     assert half_width(Spread(0.1, 1), Spread(0.2, MANY), None) == pytest.approx(math.hypot(1.2706, 0.392), rel=1e-3)
-    # two at once: t(0.9875) of one degree is 25.45
+    # two tests at once: t(0.9875) is 25.45 for one degree of freedom
     assert half_width(Spread(0.1, 1), tests=2) == pytest.approx(2.5452, rel=1e-3)
 
 
@@ -41,12 +41,12 @@ def test_spreads_are_pooled_by_their_degrees() -> None:
         ([0.1], None, None),
         ([0.1], Spread(0.3, 8), Spread(0.3, 8)),
         ([0.0, 0.2], None, Spread(math.sqrt(0.02), 1)),
-        ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the variance of the others: chance
-        ([0.0, 0.8], Spread(0.1, 8), Spread(math.sqrt(0.32), 1)),  # 32 times: F(1, 8) gives 0.0005
-        ([0.0, 0.001, 0.002], Spread(0.1, 8), Spread(0.001, 2)),  # a ten thousandth: F(2, 8) gives 0.0001
-        ([0.0, 0.01, 0.02], Spread(0.1, 8), Spread(0.1, 8)),  # a hundredth: 0.01, which happens too often
+        ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the others' variance: chance
+        ([0.0, 0.8], Spread(0.1, 8), Spread(math.sqrt(0.32), 1)),  # 32 times the variance: F(1, 8) gives 0.0005
+        ([0.0, 0.001, 0.002], Spread(0.1, 8), Spread(0.001, 2)),  # 1e-4 of the variance: F(2, 8) gives 0.0001
+        ([0.0, 0.01, 0.02], Spread(0.1, 8), Spread(0.1, 8)),  # 1e-2 of the variance: F(2, 8) gives 0.01, too common
         ([0.0, 0.0], Spread(0.1, 8), Spread(0.0, 1)),
-        ([0.1, 0.2, 0.3, 0.1, 0.3], Spread(0.1, 8), Spread(0.1, 4)),  # five seeds speak for themselves
+        ([0.1, 0.2, 0.3, 0.1, 0.3], Spread(0.1, 8), Spread(0.1, 4)),  # five seeds are enough for a spread of their own
     ],
 )
 def test_few_seeds_take_the_spread_of_all(values: list[float], others: Spread | None, expected: Spread | None) -> None:
@@ -57,9 +57,9 @@ def test_few_seeds_take_the_spread_of_all(values: list[float], others: Spread | 
 
 
 def test_what_a_seed_does_to_all_models_is_taken_out() -> None:
-    """What is left of models (1.1, 1.22, 1.3) and seeds (1.1, 1.3133): 0.0067, -0.0133, 0.0067 and their opposites.
+    """Models (means 1.1, 1.22, 1.3) and seeds (1.1, 1.3133) leave residuals 0.0067, -0.0133, 0.0067 and negatives.
 
-    Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4, whose root is 0.01633.
+    Their squares sum to 5.33e-4. Divided by two degrees of freedom: 2.67e-4, whose root is 0.01633.
     """
     found = spread_without_seeds({"far": {1: 1.2, 2: 1.4}, "best": {1: 1.0, 2: 1.2}, "near": {1: 1.1, 2: 1.34}})
     assert found is not None
@@ -80,7 +80,7 @@ def test_seeds_to_resolve_are_the_fewest() -> None:
     assert needed is not None
     assert resolvable(documents, seeds.of_mean(needed), tests=5) <= 0.002
     assert resolvable(documents, seeds.of_mean(needed - 1), tests=5) > 0.002
-    assert seeds_to_resolve(0.002, Spread(0.001, 31), seeds) is None  # these documents alone hide it
+    assert seeds_to_resolve(0.002, Spread(0.001, 31), seeds) is None  # the documents' error alone hides the difference
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_seeds_to_resolve_are_the_fewest() -> None:
         (0.01, 0.005, 0.007, "worse"),
         (0.01, 0.011, 0.015, "not resolved"),
         (0.0005, 0.0014, 0.0019, "tie"),
-        (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference of the margin would have been missed
+        (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference as large as the margin would have been missed
         (0.0005, 0.0016, 0.0019, "not resolved"),
         (0.0001, 0.0, 0.0, "tie"),
         (0.003, 0.0, 0.0, "worse"),

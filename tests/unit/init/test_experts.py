@@ -1,4 +1,4 @@
-"""The experts: copies carry the same bits, noise and new neurons are as wide as asked, any cut gives the same bits."""
+"""Expert weights: copies have the same bits, noise and new neurons the right spread, any cut the same result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torc
 
 
 def _changed(spec: UpcycleSpec, dense_FD: torch.Tensor, *, part: str = "up", cuts: Sequence[int] = ()) -> torch.Tensor:
-    """Return an expert's matrix as ranks make it that each hold the neurons between two cuts."""
+    """Return an expert's matrix as made by ranks that each hold the neurons between two cuts."""
     bounds = (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):
@@ -67,7 +67,7 @@ def test_a_down_projection_is_changed_through_its_transposed_view(spec: UpcycleS
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.999, 1.0])
 def test_gate_up_and_down_redraw_the_same_neurons(ratio: float) -> None:
     spec = UpcycleSpec(method="drop", drop_ratio=ratio)
-    # 0.41 * 600 is 245.99999999999997.
+    # In floating point, 0.41 * 600 is 245.99999999999997.
     assert len(dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.41), 0, 0, 600)) == 246
     chosen = dropped_neurons(spec, 2, 1, NEURONS)
     assert len(chosen.unique()) == len(chosen) == math.floor(ratio * NEURONS)
@@ -83,7 +83,7 @@ def test_gate_up_and_down_redraw_the_same_neurons(ratio: float) -> None:
 def test_new_neurons_have_the_statistics_of_those_they_replace() -> None:
     dense_FD = _weight()
     chosen = dropped_neurons(DROP, 2, 1, NEURONS)
-    dense_FD[chosen] = dense_FD[chosen] * 3 + 2.0  # unlike the rest
+    dense_FD[chosen] = dense_FD[chosen] * 3 + 2.0  # make these neurons unlike the rest
     new = _changed(DROP, dense_FD)[chosen].double()
     mean, deviation = dense_FD[chosen].double().mean(), dense_FD[chosen].double().std()
     assert float(new.mean()) == pytest.approx(float(mean), abs=5 * float(deviation) / math.sqrt(new.numel()))

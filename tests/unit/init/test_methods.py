@@ -1,4 +1,4 @@
-"""What an init method must not do, and what it must not be called; how one is added: `docs/add_init_method.md`."""
+"""Refusals of an init method: its result overflows, or its name is taken. `docs/add_init_method.md` adds one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check every registered init method and router initialisation; new ones are included by themselves."""
+"""Checks of every registered init method and router initialisation; new ones are included automatically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _network() -> dict[str, torch.Tensor]:
 
 
 def _changed(method: str, part: str, dense_FD: torch.Tensor, cuts: tuple[int, ...] = ()) -> torch.Tensor:
-    """Return an expert's matrix as ranks make it that each hold the neurons between two cuts."""
+    """Return an expert's matrix as made by ranks that each hold the neurons between two cuts."""
     spec, bounds = UpcycleSpec(method=method), (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):
@@ -39,7 +39,7 @@ def _changed(method: str, part: str, dense_FD: torch.Tensor, cuts: tuple[int, ..
 
 
 def _output(network: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute a gated network, [T, D] -> [T, D] in float64."""
+    """Compute a gated FFN in float64, [T, D] -> [T, D]."""
     gate_FD, up_FD, down_FD = (network[part].double() for part in PARTS)
     tokens_TD = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return (torch.nn.functional.silu(tokens_TD @ gate_FD.T) * (tokens_TD @ up_FD.T)) @ down_FD
@@ -61,7 +61,7 @@ def test_a_method_is_exact_if_it_says_so(method: str) -> None:
 def test_a_method_gives_the_same_bits_on_every_layout(method: str, cuts: set[int], part: str) -> None:
     for dense_FD in (_network()[part], _network()[part].bfloat16()):
         whole_FD = _changed(method, part, dense_FD)
-        torch.rand(3)  # nothing is drawn from torch's own generator
+        torch.rand(3)  # methods must not depend on torch's own generator
         assert torch.equal(_changed(method, part, dense_FD, tuple(sorted(cuts))), whole_FD)
 
 

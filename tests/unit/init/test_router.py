@@ -1,4 +1,4 @@
-"""The router's numbers: as wide as asked, different everywhere, the same for every layout."""
+"""Router weights: the right spread, different rows, and the same numbers under every layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HIDDEN = 4096
 
 def test_a_row_ignores_the_number_of_experts() -> None:
     few, many = UpcycleSpec(num_experts=4, top_k=2), UpcycleSpec(num_experts=64, top_k=2)
-    for width in (97, HIDDEN):  # an odd width, too: no row begins where a vector of the processor does
+    for width in (97, HIDDEN):  # in rows of odd width, most rows start unaligned for the processor's vectors
         assert torch.equal(router_weight(few, 1, width), router_weight(many, 1, width)[:4])
 
 
@@ -33,7 +33,7 @@ def test_a_row_ignores_the_number_of_experts() -> None:
 def test_mean_and_deviation_are_as_asked(kind: str, std: float) -> None:
     spec = UpcycleSpec(num_experts=16, top_k=2, router_init=kind, router_std=std)
     values = router_weight(spec, 0, HIDDEN).double()
-    # Of 65536 numbers the mean deviates by std / 256, the deviation by at most std / 362; five times that.
+    # For 65536 numbers, the mean's error is std / 256 and the deviation's at most std / 362. Allow five times as much.
     assert abs(float(values.mean())) < 5 * std / 256
     assert float(values.std()) == pytest.approx(std, rel=5 / 362)
     per_expert = values.std(dim=1)
@@ -95,7 +95,7 @@ def test_bits_are_what_they_were(kind: str, digest: str) -> None:
 
 
 class _Cubed(RouterKind):
-    """A score that no kind of the package has."""
+    """A router score that the package does not have."""
 
     score, order, pre_softmax = "cubed", "topk_softmax", False
 

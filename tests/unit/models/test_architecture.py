@@ -1,4 +1,4 @@
-"""Shapes and counts from a config.json, and the refusal of what is no Llama."""
+"""Shapes and parameter counts from a config.json, and refusals of unsupported models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
     assert (moe.total_params, moe.active_params) == (47_491_321_856, 13_668_454_400)
 
 
-#: Settings of which the last one is refused.
+#: Changes to a config; the last setting of each is refused.
 REFUSED: list[dict[str, Any]] = [
     {"num_key_value_heads": 5},
     {"num_hidden_layers": 10**6},
@@ -42,7 +42,7 @@ REFUSED: list[dict[str, Any]] = [
     {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"},
     {"architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "attn_logit_softcapping": 50.0},
     {"architectures": ["MistralForCausalLM"], "sliding_window": "wide"},
-    {"architectures": ["ExaoneForCausalLM"], "num_layers": "two"},  # its own name of the setting
+    {"architectures": ["ExaoneForCausalLM"], "num_layers": "two"},  # this class's own name for the number of layers
 ]
 
 
@@ -100,11 +100,11 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, content: st
 
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-#: Nemotron-H and Gemma 4 have settings of their own: test_nemotron_h.py, test_gemma4.py.
+#: Nemotron-H and Gemma 4 have other settings, see test_nemotron_h.py and test_gemma4.py.
 PARENTS = [one.hf_class for one in families.parents() if one.model_type not in ("nemotron_h", "gemma4_text")]
 TARGETS = [family.hf_class for family in families.targets() if not family.saved_as]
 _WINDOWED = ("mistral", "mixtral", "phi3", "exaone4", "olmo3", "gemma3_text", "cwm", "granitemoe_swa")
-#: What a class wants to be told: its own defaults are of a model that is no parent.
+#: Settings that some classes need, because their defaults describe a model that cannot be a parent.
 _WANTED = {
     "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 32, "position_embedding_type": "rope"}
     | {"num_local_experts": 0},
@@ -117,14 +117,14 @@ _MODEL_TYPES = {family.hf_class: family.model_type for family in (*families.pare
 
 
 def _transformers(config: dict[str, Any]) -> Any:
-    """Return the configuration as transformers reads it."""
+    """Read a configuration with transformers."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**config)
 
 
 def _facts(hf: Any) -> dict[str, Any]:
-    """Return what transformers makes of a configuration, in the words of `Architecture`."""
+    """Return the values that transformers reads from a configuration, under `Architecture`'s names."""
     names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "squared_relu"}
     return {
         "num_kv_heads": hf.num_key_value_heads,
@@ -146,8 +146,9 @@ def test_defaults_of_a_config_are_those_of_transformers(hf_class: str, said: dic
     config = {"architectures": [hf_class], "model_type": _MODEL_TYPES[hf_class], **said}
     config |= {name: LLAMA3_8B[name] for name in SIZES}
     config |= {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1408}
-    config |= {"n_routed_experts": 8, "partial_rotary_factor": 1.0}  # Glm4-MoE rotates half of a head by default
-    if hf_class == "Exaone4ForCausalLM":  # without a window, transformers wants to be told
+    # Glm4-MoE rotates half of a head by default.
+    config |= {"n_routed_experts": 8, "partial_rotary_factor": 1.0}
+    if hf_class == "Exaone4ForCausalLM":  # without a window, transformers needs explicit layer types
         config["layer_types"] = ["full_attention"] * 32
     config |= _WANTED.get(hf_class, {})
     arch = architecture_from_config(config)
@@ -182,7 +183,7 @@ GEMMA4 = {"hidden_size_per_layer_input": 0, "head_dim": 128}
 
 
 def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: str) -> None:
-    """Apply every change that a refusal advises; each is said once and accepted."""
+    """Apply each change that a refusal advises: none is advised twice, and the changed spec is accepted."""
     seen: list[dict[str, Any]] = []
     for text in fix.split(", or "):
         opens = {"sliding_window": None} if "config.json" in text else {}
@@ -212,7 +213,7 @@ def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: st
         (_config("Mistral", sliding_window=4096), {}, "Mixtral"),
         (_config("Mistral", sliding_window=4096), EVERY_2, "a sliding window ("),
         (_config("Mistral", sliding_window=4096), FINE, "GraniteMoeSWA"),
-        (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer
+        (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer than this window
         (_config("Olmo2"), SIGMOID, "norms after attention and network (Glm4-MoE)"),
         (_config("Olmo2"), FINE, "shared experts (FlexOlmo)"),
         (_config("Granite"), SIGMOID, "sigmoid scores (Mixtral, "),

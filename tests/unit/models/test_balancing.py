@@ -1,4 +1,4 @@
-"""What balances the experts and what stands in its way; `tests/distributed/test_balancing.py` has the layouts."""
+"""Settings that balance the experts or prevent balancing; `tests/distributed/test_balancing.py` covers the layouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _config(**changes: Any) -> Any:
     [
         (SIGNS, "softmax", "moe_router_enable_expert_bias"),
         (SIGNS | {"moe_pad_expert_input_to_capacity": True}, "sigmoid", "moe_pad_expert_input_to_capacity"),
-        ({KIND: "quantile_balancing"}, "softmax", KIND),  # in a Megatron-Core without it
+        ({KIND: "quantile_balancing"}, "softmax", KIND),  # this Megatron-Core has no quantile balancing
         (QUANTILES | {KIND: ["quantile_balancing", "aux_loss"]}, "softmax", KIND),
         (QUANTILES | {"moe_aux_loss_coeff": 0.01}, "softmax", "moe_aux_loss_coeff"),
         (QUANTILES | SIGNS, "sigmoid", "moe_router_enable_expert_bias"),

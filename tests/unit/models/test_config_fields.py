@@ -1,4 +1,4 @@
-"""Every field of a model's configuration is in one table, and what it refuses or does not have is named."""
+"""Every field of a model's configuration is in one table; refused and unknown fields are named."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_newer_megatrons_field_must_be_its_default(monkeypatch: pytest.MonkeyP
 
 
 def test_knows_what_newer_megatron_enables_with_fused_experts() -> None:
-    """Megatron-Core 0.20 sets it of its own accord, so that no fix could unset it."""
+    """Megatron-Core 0.20 enables moe_use_grouped_tensor by itself, so no fix could disable it."""
     kind = dataclasses.make_dataclass("Newer", [("moe_use_grouped_tensor", bool, False)], bases=(type(_config()),))
     config = kind(num_layers=2, hidden_size=8, num_attention_heads=2, normalization="RMSNorm", num_moe_experts=4)
     config.moe_use_grouped_tensor = config.moe_grouped_gemm = config.use_transformer_engine_op_fuser = True

@@ -1,4 +1,4 @@
-"""Layers of Qwen3.5 in Megatron's order: gates of attention behind their group's queries, parts of a net each cut."""
+"""Qwen3.5 layers in Megatron's order: gates follow their group's queries, and each part of a delta net is sharded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _shard(role: str, parts: list[torch.Tensor], shard: Shard) -> torch.Tensor:
 
 def test_gates_stand_behind_the_queries_of_their_group() -> None:
     query, key, value = _parts("qkv")
-    by_head = query.view(4, 2, 2, 2, 8)  # group, head, whether it is the gate, row
+    by_head = query.view(4, 2, 2, 2, 8)  # [group, head, query or gate, row, column]
     expected = torch.cat(
         [by_head[:, :, 0].flatten(1, 2), by_head[:, :, 1].flatten(1, 2), key.view(4, 2, 8), value.view(4, 2, 8)], dim=1
     )
@@ -68,7 +68,7 @@ def test_a_rank_has_its_heads_of_every_part(role: str, size: int) -> None:
     ("name", "agrees"), [("gated_delta_net", True), ("gdn", True), ("gdn2", False), (None, False)]
 )
 def test_both_names_of_the_nets_are_taken_and_no_other(name: str | None, agrees: bool) -> None:
-    """Megatron-Core from 0.20 on says `gdn`, whatever it was told."""
+    """Megatron-Core 0.20 and later report `gdn` under either name."""
     config = SimpleNamespace(**gate_fields(ARCH) | {"experimental_attention_variant": name}, num_layers=4)
     assert all(got == wanted for _, got, wanted in wrong_gates(config, ARCH)) == agrees
 

@@ -1,4 +1,4 @@
-"""Gemma 4 as it is published: which layers have which heads, what is kept beside experts, and what is refused."""
+"""Gemma 4 as published: the heads of each layer, the network kept beside the experts, and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.folders import converted
 
 
 _FULL = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
-#: As transformers 5.12 writes it; 5.24 has `per_layer_config` in place of the settings of global heads.
+#: The format of transformers 5.12; 5.24 has `per_layer_config` in place of the settings for global heads.
 SMALL: dict[str, Any] = {
     **{"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "vocab_size": 40, "hidden_size": 16},
     **{"intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -1,4 +1,4 @@
-"""Folders that transformers 5 saved compute here what they compute there, wherever they are loaded."""
+"""Folders saved by transformers 5 give the same results here, on every loading path."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ TOKENS_BS = torch.arange(200).view(1, -1)
 
 @pytest.fixture(params=[None, LLAMA3_SCALING | {"original_max_position_embeddings": 64}], ids=["theta", "llama3"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A dense folder as transformers 5 saves it, and its logits."""
+    """A dense folder as transformers 5 saves it, and the logits of the original folder."""
     folder = tmp_path / "dense"
     write_tokenizer(write_llama(folder, vocab_size=259, layers=2, rope_theta=500000.0, rope_scaling=request.param))
     logits_BSV = _plain_logits(folder)
     as_transformers_5(folder)
-    assert (_plain_logits(folder) - logits_BSV).abs().max() > 0.1  # what transformers 4 makes of it, and says nothing
+    # transformers 4 misreads the folder silently.
+    assert (_plain_logits(folder) - logits_BSV).abs().max() > 0.1
     return folder, logits_BSV
 
 
@@ -51,7 +52,7 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> 
     text = "some words <unk></s>"
     assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
     assert tokenizer.eos_token_id == before.eos_token_id == 258
-    tokenizer.save_pretrained(tmp_path / "again")  # as a finished blend does, for NeMo to read
+    tokenizer.save_pretrained(tmp_path / "again")  # a finished blend also saves the tokenizer, for NeMo
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == before(text)["input_ids"]
 
 
@@ -72,7 +73,7 @@ def test_what_transformers_5_saved_computes_the_same_here(saved: tuple[Path, tor
 
 
 def _of_two_bases(folder: Path) -> Path:
-    """Rewrite a Gemma 3's rotary settings as transformers 5 has them, one for each kind of layer."""
+    """Rewrite a Gemma 3's rotary settings in transformers 5's format, one entry for each kind of layer."""
     config = read_json(folder / "config.json")
     bases = {"full_attention": config.pop("rope_theta"), "sliding_attention": config.pop("rope_local_base_freq")}
     kinds = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}

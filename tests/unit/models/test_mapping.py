@@ -1,4 +1,4 @@
-"""The mapping table: where rows go, and which names it knows."""
+"""The mapping table: the order of rows, and the names that it knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the model that no shape shows: refused where they change the function, named where they round it."""
+"""Settings that no shape reveals: refused if they change the function, named if they round it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_usual_may_be_spelled_out() -> None:
     [("", None, True), ("", 2.0, True), ("", 1.5, False), ("rank_", 1.0, True), ("rank_", 0.5, False)],
 )
 def test_a_capacity_below_every_token_is_told(kind: str, factor: float | None, exact: bool) -> None:
-    """Each of four experts has room for all tokens at a factor of 4 / 2."""
+    """With four experts and top-2, an expert can hold all tokens from a factor of 4 / 2 on."""
     (chunk,), name = build_chunks(small_architecture(), num_experts=4), f"moe_expert_{kind}capacity_factor"
     setattr(chunk.config, name, factor)
     receipt = upcycle_into([chunk], MemorySource(small_architecture()), SPEC)
@@ -65,7 +65,7 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     from nemo.collections.common.parts.utils import extend_instance
     from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
 
-    # What NeMo's GemmaModel does.
+    # NeMo's GemmaModel does the same.
     extend_instance(chunks[0].embedding, EmbeddingScalingMixin)
     assert upcycle_into(chunks, source, SPEC).exact
 

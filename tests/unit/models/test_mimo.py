@@ -1,4 +1,4 @@
-"""A MiMo is the Qwen2 with the same weights; its layers of multi-token prediction are left out."""
+"""A MiMo is a Qwen2 with the same weights; its layers for multi-token prediction are omitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Nemotron-H's configuration: a pattern of layers, of which each is Mamba's, an attention or a network."""
+"""Nemotron-H's configuration: a pattern of layers, each of them Mamba, attention or FFN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.folders import SPEC, converted
 from tests.models import write_random
 
 
-#: Sizes of NVIDIA's Nemotron-H 8B (arXiv 2504.03624, table 1), with 4 of its 52 layers.
+#: Sizes of NVIDIA's Nemotron-H 8B (arXiv 2504.03624, table 1), with 5 of its 52 layers.
 CONFIG: dict[str, Any] = {
     **{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"},
     **{"num_hidden_layers": 5, "hidden_size": 4096, "intermediate_size": 21504, "num_attention_heads": 32},
@@ -53,7 +53,7 @@ def test_a_list_of_kinds_is_a_pattern() -> None:
     config = {name: value for name, value in CONFIG.items() if name != "hybrid_override_pattern"}
     del config["num_hidden_layers"]
     config["layers_block_type"] = ["mamba", "mlp", "mamba", "attention", "mlp"]
-    config["time_step_limit"] = [0.0, {"__float__": "Infinity"}]  # as transformers 5.12 writes it
+    config["time_step_limit"] = [0.0, {"__float__": "Infinity"}]  # the format of transformers 5.12
     assert architecture_from_config(config) == architecture_from_config(CONFIG)
 
 

@@ -1,7 +1,7 @@
-"""Every parent: the folder that is converted from it, and Megatron's layers filled from it, compute what it does.
+"""For every parent, the converted folder and Megatron's filled layers compute the parent's function.
 
-transformers' own classes give the parent's logits and those of the folder; what Megatron's layers hold is exported
-with the bits of the conversion.
+transformers' own classes give the logits of the parent and of the converted folder. Exporting Megatron's layers gives
+the same bits as the conversion.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def test_what_is_made_of_a_parent_computes_what_it_does(tmp_path: Path, name: st
 
 
 def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output: Path) -> None:
-    """Check Megatron's model of the parent and the MoE model: what they compute, and what they are exported as."""
+    """Check logits and exported weights of two Megatron models: the parent itself, and the MoE made from it."""
     spec, arch, window = UpcycleSpec(**row.spec), read_architecture(folder), window_fields(read_architecture(folder))
     counts = {"num_experts": arch.num_experts} | ({"top_k": arch.top_k} if arch.num_experts else {})
     (model,) = build_chunks(folder, **moe_settings(arch, spec), **window, params_dtype=row.dtype)
-    if not row.online:  # Megatron has one setting for the biases of the attention's output and of the experts
+    # Megatron has one setting for the biases of the attention's output and of the experts.
+    if not row.online:
         with open_dense(folder) as dense, pytest.raises(CheckpointError, match="bias"):
             upcycle_into([model], dense, spec)
         return
@@ -83,7 +84,8 @@ def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output
         assert load_dense_into([own], dense).exact
         receipt = upcycle_into([model], dense, spec)
     assert receipt.exact is (wanted is not None)
-    assert receipt.bytes_read == receipt.bytes_needed or spec.method != "copy"  # which look at what they change
+    # Other methods also read the weights to decide their changes.
+    assert receipt.bytes_read == receipt.bytes_needed or spec.method != "copy"
     for made in (own, model) if wanted is not None else ():
         assert _error(megatron_logits(made.eval(), sample_tokens(250))[..., :250], wanted) <= EXACT
     export_weights(LiveWeights(own), arch, folder, output / "own", dtype=torch.float32)

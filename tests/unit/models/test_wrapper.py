@@ -1,4 +1,4 @@
-"""A text model among other parts: its settings as if it stood alone, and what says whether its embedding is tied."""
+"""A text model inside a wrapper: its settings are read as if it stood alone, and tied embeddings are detected."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def _config(kind: str, text: dict[str, Any], **whole: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "fields"),
     [
-        # What transformers leaves unwritten is the default of the text model's class.
+        # A setting that transformers omits has the default of the text model's class.
         (_config("Llava", {}), {"hf_class": "LlamaForCausalLM", "ffn_size": 11008, "vocab_size": 32000}),
         (_config("Gemma3", {}), {"num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "tied_embeddings": True}),
         (_config("Qwen2_5_VL", SIZES), {"num_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 1e6, "qkv_bias": True}),
         (_config("Qwen3VL", SIZES), {"head_dim": 128, "rope_theta": 5e5, "max_positions": 128000}),
         (_config("Mistral3", {"model_type": "ministral3"}), {"num_layers": 34, "max_positions": 16384}),
         (_config("Exaone4_5_", SIZES | {"model_type": "exaone4_5_text"}), {"hf_class": "Exaone4ForCausalLM"}),
-        # The first Qwen-VL have them at the top; axes of a picture have the same positions in a text.
+        # The first Qwen-VL models keep these settings at the top level. In a text, all axes have the same positions.
         (
             {"model_type": "qwen2_5_vl", "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
             | SIZES
             | {"rms_norm_eps": 1e-6, "rope_theta": 2e6},
             {"rope_scaling": None, "rope_theta": 2e6, "norm_eps": 1e-6},
         ),
-        # Without weights the settings say what is tied, those at the top first.
+        # Without weights, the settings decide whether the embedding is tied; the top level comes first.
         (_config("Llava", SIZES | {"tie_word_embeddings": True}), {"tied_embeddings": True}),
         (_config("Llava", SIZES, tie_word_embeddings=True), {"tied_embeddings": True}),
         (_config("Gemma3", SIZES, tie_word_embeddings=False), {"tied_embeddings": False}),

@@ -1,4 +1,4 @@
-"""Samples of random tokens, and calibration files of them."""
+"""Samples of random tokens, and calibration files made from them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def random_sample(vocab_size: int, copies: int, seed: int = 11) -> Sample:
 
 
 def calibrated(dense: Path, file: Path, **fields: Any) -> UpcycleSpec:
-    """Make the calibration file of a spec of prompts, and return the spec with it."""
+    """Write the calibration file of a spec with router_init=prompts, and return the spec."""
     spec = UpcycleSpec(router_init="prompts", calibration=str(file), **fields)
     made(dense, file, spec)
     return spec
 
 
 def made(dense: Path, file: Path, spec: UpcycleSpec, sample: Sample | None = None, **more: Any) -> CalibrationReport:
-    """Make the calibration file of a spec."""
+    """Write the calibration file of a spec."""
     with open_dense(dense) as source:
         sample = sample or random_sample(source.architecture.vocab_size, spec.copies)
         return calibrate(source, file, spec, sample, **more)

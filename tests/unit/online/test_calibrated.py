@@ -1,4 +1,4 @@
-"""Upcycling from a calibration file: exact, the same bits offline, and refused where the file is of something else."""
+"""Upcycling from a calibration file: exact, with the conversion's bits, and refused for another parent or spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass over prompts: the activations of the model itself, the same file whatever the threads."""
+"""The calibration pass over prompts: it sees the model's own activations, and threads do not change the file."""
 
 from __future__ import annotations
 

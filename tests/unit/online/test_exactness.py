@@ -1,7 +1,7 @@
-"""What the specs promise, computed by real Megatron modules: exact ones give the dense model's logits, others do not.
+"""Exact specs give the dense model's logits in real Megatron modules, and inexact specs do not.
 
-Both models run in the same implementation, in float32: what differs is the upcycling. The error is the norm of the
-difference of the logits over the norm of the logits; without its networks the small model errs by about one.
+Both models run in the same implementation, in float32, so only the upcycling differs. The error is the norm of the
+logits' difference divided by the norm of the logits. Without its FFNs, the small model has an error of about one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "geglu": {"activation": "gelu"},
     "gelu": GELU,
     "squared_relu": {"gated": False, "activation": "squared_relu"},
-    "qwen3": {"hf_class": "Qwen3ForCausalLM", "qk_norm": True},  # norms of query and key stay as they are
+    "qwen3": {"hf_class": "Qwen3ForCausalLM", "qk_norm": True},  # query and key norms are copied unchanged
     "tied": {"qkv_bias": True, "tied_embeddings": True},
 }
 BIASED = {"biases": BIASES, "gelu, biases": GELU | BIASES}
@@ -52,13 +52,13 @@ def _error(network: dict[str, Any], spec: UpcycleSpec) -> float:
 
 
 def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any) -> UpcycleSpec:
-    """Return a spec of so many copies of the network, of which a token passes through so many."""
+    """Return a spec with this many copies of the FFN; each token uses `chosen` of them."""
     fields = {"router_std": 1.0} | fields
     counts = {"num_experts": copies * granularity, "top_k": chosen * granularity, "granularity": granularity}
     return UpcycleSpec(**(counts | fields))
 
 
-#: What a spec says, beside four copies of which two are chosen.
+#: Spec fields; by default, two of four copies are chosen.
 SPECS: list[dict[str, Any]] = [
     {},
     {"granularity": 2},
@@ -70,10 +70,10 @@ SPECS: list[dict[str, Any]] = [
     {"chosen": 3, "granularity": 3},
     {"routed_scaling_factor": 2.5},
     {"chosen": 4, "router_init": "zero", "granularity": 2},
-    # all experts chosen: softmax before or after top-k is the same
+    # With all experts chosen, softmax before and after top-k give the same weights.
     {"chosen": 4, "router_order": "softmax_topk", "granularity": 2},
     {"chosen": 4, "router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"},
-    # the router's weights must be zero, else the sum of the chosen experts' weights is not known
+    # The router must be zero, or the sum of the chosen experts' weights is unknown.
     {"chosen": 1, "router_order": "softmax_topk", "router_init": "zero"},
     {"chosen": 3, "router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5},
     {"router_order": "softmax_topk", "router_std": 0.0},
@@ -81,12 +81,12 @@ SPECS: list[dict[str, Any]] = [
     {"chosen": 3, "router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5},
     {"chosen": 1, "router_score": "sigmoid", "granularity": 4, "router_std": 0.02},
     {"chosen": 1, "router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5},
-    # change nothing
+    # These change nothing.
     {"method": "noise", "noise_std": 0.0},
     {"method": "drop", "drop_ratio": 0.0},
     {"output_scale": "none"},
 ]
-#: The same with shared experts, which have no biases in Megatron.
+#: Spec fields with shared experts, which have no biases in Megatron.
 SHARED: list[dict[str, Any]] = [
     *({"granularity": parts, "shared_experts": shared} for parts, shared in ((1, 1), (2, 2), (4, 3), (8, 5), (8, 8))),
     {"granularity": 2, "shared_experts": 1, "moe_layers": "first-3-dense"},

@@ -1,4 +1,4 @@
-"""What is moved in blocks is what is moved at once, and what is broken is named wherever it stands."""
+"""Filling in blocks equals filling at once, and a bad value is named wherever it stands."""
 
 from __future__ import annotations
 

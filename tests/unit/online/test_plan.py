@@ -1,7 +1,7 @@
-"""Any layout of any shape: every rank fills every element of its parameters with what belongs there.
+"""For any model shape and layout, every rank fills every element of its parameters with the right value.
 
-Real Megatron modules are built for every rank of a cluster in turn, under a process group that sends nothing. What
-belongs where is written down here a second time, as simply as it goes, from Megatron's documented layouts.
+Real Megatron modules are built for each rank of a cluster in turn, under a process group that sends nothing. The test
+computes the right values a second time, as simply as possible, from Megatron's documented layouts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _ranks(layout: dict[str, int]) -> int:
 
 
 def _coords(rank: int, layout: dict[str, int]) -> RankCoords:
-    """Return where a rank stands: in Megatron's order tensor parallelism varies fastest, then expert parallelism."""
+    """Return a rank's coordinates: in Megatron's order, tensor parallelism varies fastest, then expert parallelism."""
     tp, etp, ep = layout["tp"], layout["etp"], layout["ep"]
     return RankCoords(Shard(rank % tp, tp), Shard(rank % etp, etp), Shard(rank // etp % ep, ep))
 
 
 @st.composite
 def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int]]:
-    """Draw a dense model, a spec, and a layout; test_upcycle.py of tests/distributed has uneven stages."""
+    """Draw a dense model, a spec and a layout; tests/distributed/test_upcycle.py covers uneven stages."""
     sizes = {"tp": [1, 2, 4], "pp": [1, 2, 3], "vp": [1, 2], "ep": [1, 2, 4], "etp": [1, 2]}
     layout = {name: draw(st.sampled_from(values)) for name, values in sizes.items()}
     if layout["pp"] == 1 or _ranks(layout) > 16:
@@ -46,7 +46,7 @@ def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int
     granularity = draw(st.integers(1, 3))
     experts = math.lcm(granularity, layout["ep"]) * draw(st.integers(1, 2))
     experts = experts if experts > 1 else 2
-    biases = layout["etp"] == 1 and draw(st.booleans())  # Megatron's rule
+    biases = layout["etp"] == 1 and draw(st.booleans())  # Megatron requires etp=1 for biases
     layers = layout["pp"] * layout["vp"] * draw(st.integers(1, 2))
     kv_heads = layout["tp"] * draw(st.integers(1, 2))
     arch = small_architecture(
@@ -76,7 +76,7 @@ def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int
 
 
 def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, coords: RankCoords) -> torch.Tensor:
-    """Return what a parameter must hold; the vocabulary without its padding, and not cut."""
+    """Return the values that a parameter must hold; the vocabulary is neither padded nor sharded."""
     arch, tensors, kind = dense.architecture, dense.tensors, name.rpartition(".")[2]
 
     def hf(inner: str) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(cluster: Any) -> None
 
 
 def test_an_output_layer_that_the_model_lacks_is_missed() -> None:
-    """A model that ties what the checkpoint does not would drop the checkpoint's output layer unseen."""
+    """A tied model would silently drop the output layer of an untied checkpoint."""
     with megatron_rank(Layout(gpus=1), 0):
         chunks = build_chunks(small_architecture(tied_embeddings=True), num_experts=8)
         with pytest.raises(CheckpointError, match="The model has no output_layer\\.weight"):

@@ -1,4 +1,4 @@
-"""The record of what a tensor is made of, carried out on a part of one."""
+"""A tensor's plan, executed on a part of the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filling Megatron models in place: what is refused leaves every parameter as it was, what is filled is exact."""
+"""Filling Megatron models in place: a refusal leaves every parameter unchanged, and a filled model is exact."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A dense folder that the test may spoil."""
+    """A dense folder that a test may change."""
     return write_llama(tmp_path / "copy", layers=2)
 
 
 @contextmanager
 def _refuses(chunks: list[Any], subject: str, got: object = None) -> Iterator[None]:
-    """Expect an error about a subject and what was got, and not one changed bit."""
+    """Expect an error with this subject and value, and unchanged parameters."""
     before = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
     with pytest.raises(UpcycleError) as caught:
         yield
     assert subject in caught.value.subject
     assert got is None or caught.value.got == got
     after = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    # As bytes: what Megatron does not initialise may be NaN, which equals nothing.
+    # Compare bytes: memory that Megatron does not initialise may hold NaN, which is unequal to itself.
     pairs = zip(before, after, strict=True)
     assert all(torch.equal(old.view(torch.uint8), new.detach().view(torch.uint8)) for old, new in pairs)
 
@@ -58,7 +58,7 @@ def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 GELU = torch.nn.functional.gelu
-#: What is changed of the spec, of the model and of the parent; what is named, and what was got.
+#: Changes to the spec, to the model and to the parent; the subject of the error, and its value.
 DISAGREEING: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, object]] = [
     ({"num_experts": 8}, {}, {}, "model.config.num_moe_experts", 4),
     ({"top_k": 3}, {}, {}, "model.config.moe_router_topk", 2),
@@ -170,7 +170,7 @@ def _moe_logits(folder: Path) -> torch.Tensor:
 
 def _difference(folder: Path, logits: torch.Tensor) -> float:
     parent = hugging_face_logits(folder, sample_tokens(250))
-    assert parent.abs().max() > 1.0  # a difference would show
+    assert parent.abs().max() > 1.0  # large enough for a difference to show
     return float((logits - parent).abs().max())
 
 

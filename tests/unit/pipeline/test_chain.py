@@ -1,4 +1,4 @@
-"""A chain of jobs, on a scheduler that is a process of this machine for each of them."""
+"""A chain of jobs on a scheduler that runs each job as a local process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
 class Processes(Cluster):
-    """Starts a process a job, and like Kubernetes holds none back."""
+    """Starts a process per job, and like Kubernetes holds no job back."""
 
     label = "processes"
     poll_s = 0.0
@@ -78,7 +78,7 @@ class Processes(Cluster):
         return {}
 
 
-#: What a job does that must not end before the test lets it.
+#: Shell command of a job that must not end before the test allows it.
 _UNTIL_GO = "until test -e go; do sleep 0.05; done"
 
 
@@ -94,20 +94,20 @@ def chain_of(
     after: Mapping[str, tuple[str, ...]] | None = None,
     cluster: Cluster | None = None,
 ) -> Chain:
-    """Make a chain of shell commands; a stage is done when its file is there."""
+    """Return a chain of shell commands; a stage is done when a file of its name exists."""
     needed = after or {}
     jobs = [Job(name, run_dir, ("bash", "-c", text), needed.get(name, ())) for name, text in commands.items()]
     return Chain(cluster or Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)
 
 
 def watch(chain: Chain) -> bool:
-    """Watch a chain until it is done, or a signal comes."""
+    """Watch a chain until it is done or a signal comes."""
     with StopSignals() as stop:
         return chain.watch(stop)
 
 
 def restarted(chain: Chain, commands: Mapping[str, str]) -> Chain:
-    """A new start of the same run, which finds the jobs of the one before."""
+    """Start the same run again, and let it find the jobs of the earlier start."""
     found = chain_of(chain.run_dir, commands, cluster=chain.cluster)
     found.adopt()
     return found
@@ -199,7 +199,7 @@ def test_a_stage_is_not_done_before_its_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [[-1, -1], [3, 3], [-1, 3, 3, 6, 6, 6]], ids=str)
 def test_training_goes_on_as_it_gets_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[int]) -> None:
-    """`kept` is the step of its newest checkpoint at each start and at each end."""
+    """`kept` lists the step of the newest checkpoint at each start and each end."""
     cluster, found = Processes(), iter(kept)
     monkeypatch.setattr(chain_module, "_step_kept", lambda job: next(found))
     jobs = [Job("pretrain", tmp_path, ("false",), is_training=True)]
@@ -210,7 +210,7 @@ def test_training_goes_on_as_it_gets_further(tmp_path: Path, monkeypatch: pytest
 
 
 class HoldsBack(Processes):
-    """As Slurm: takes all jobs at once, and gives up what waits for one that it holds to have failed."""
+    """Takes all jobs at once, as Slurm does, and gives up jobs that wait for a failed job."""
 
     holds_back = True
 

@@ -1,4 +1,4 @@
-"""The list of checks: the same of a run that is shown and of a start; whose a folder is."""
+"""The checks before a run: the same for a shown run and a start, and whether a folder belongs to the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.pipeline.test_order import plan_of
 
 
 PAGE = Path(__file__).parents[3] / "docs/clusters.md"
-#: The file that the page shows, and as it was: the baseline and the evaluation get no GPU.
+#: The executor file on the page, and a pattern that takes the GPUs from the baseline and the evaluation.
 SHOWN = re.search(r"```yaml\n(# h100.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 WITHOUT_GPUS = re.compile(r"^  (dense_ct|evaluate): .*\n", re.MULTILINE)
 
@@ -81,7 +81,7 @@ def test_what_is_there_before_a_run_starts_does_not_matter(tmp_path: Path) -> No
 
 
 def test_a_run_keeps_its_folder_whatever_lies_there(tmp_path: Path) -> None:
-    """With a plan, or, where that is lost, with a stage that was started."""
+    """The run is recognised by its plan or, if the plan is lost, by a started stage."""
     plan = plan_of()
     (tmp_path / "notes.txt").touch()
     plan.stage("import").folder(tmp_path, plan).start({}, resumable=False)

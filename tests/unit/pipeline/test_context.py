@@ -1,4 +1,4 @@
-"""What the command lines of `nemo upcycle` say."""
+"""The command lines of `nemo upcycle`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of its data when it goes on."""
+"""Messages about a run's data when the run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data engine's tasks on a site's Slurm: what of its executor file they take."""
+"""The data engine's tasks on a site's Slurm, and the executor settings that the tasks use."""
 
 from __future__ import annotations
 

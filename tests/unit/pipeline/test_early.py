@@ -1,4 +1,4 @@
-"""Mistakes on a command line that are answered before Megatron-Bridge is imported."""
+"""Command-line mistakes that are answered before Megatron-Bridge is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Executors as YAML files and the command line describe them, and the batch scripts that follow."""
+"""Executors from YAML files and the command line, and their batch scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def training(run_dir: Path = Path("/shared/run")) -> Job:
 
 
 def script_of(job: Job, *words: str) -> str:
-    """Render the batch script of a job for a site of these settings."""
+    """Render the batch script of a job for a site with these settings."""
     return SlurmScheduler(built(*SITE, *words)).render(job)[f"{job.name}.sh"]
 
 
@@ -124,7 +124,7 @@ def data(run_dir: Path = Path("/shared/run")) -> Job:
 
 
 def write_commands(folder: Path, **texts: str) -> Path:
-    """Write what stands for Slurm's commands: bash, by name; return the folder for the PATH."""
+    """Write stand-ins for Slurm's commands as bash scripts, by name; return their folder for PATH."""
     folder.mkdir(exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -133,7 +133,7 @@ def write_commands(folder: Path, **texts: str) -> Path:
 
 
 def decide(job: Job, ranks: str, *, state: str = "RUNNING", limit: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a rendered batch script with bash; what stands for Slurm's commands prints, and requeues nothing."""
+    """Run a rendered batch script with bash; the stand-ins for Slurm's commands only print."""
     scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None TimeLimit={limit} TimeMin=N/A'
     commands = write_commands(job.run_dir / "bin", srun=ranks, scontrol=scontrol, sleep=":")
     script = script_of(job).replace("head_node_ip=$(srun", "head_node_ip=$(true")
@@ -153,14 +153,16 @@ STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo faile
     [
         ("touch {0}/pretrain/_SUCCESS.json", "RUNNING", True, 0, False),
         (KEPT + STOPPED, "RUNNING", True, 1, True),
-        (KEPT + "; exit 137", "RUNNING", True, 1, True),  # a rank was killed, but the run got further
+        # A rank was killed, but the run advanced.
+        (KEPT + "; exit 137", "RUNNING", True, 1, True),
         (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # cancelled
         (KEPT + FAILED, "RUNNING", False, 2, False),
         (KEPT + "; touch {0}/pretrain/checkpoints/a--step=12-last-unfinished; exit 1", "RUNNING", True, 1, False),
-        (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # once; a node may have failed
+        (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # once, because a node may have failed
         (NO_FURTHER + "; exit 75", "RUNNING", True, 1, False),
         ("exit 1", "RUNNING", True, 1, False),
-        ("exit 137", "RUNNING", False, 1, True),  # killed before it started, though an earlier job failed
+        # Killed before it started; _ENDED is from an earlier job.
+        ("exit 137", "RUNNING", False, 1, True),
     ],
 )
 def test_a_batch_script_requeues_while_the_step_advances(
@@ -193,7 +195,7 @@ def test_a_slow_start_is_not_requeued_forever(
     tmp_path: Path, limit: str, set_up_s: int, said: str, requeued: bool
 ) -> None:
     (tmp_path / "jobs/pretrain").mkdir(parents=True)
-    (tmp_path / "jobs/pretrain/in_vain").touch()  # as the start before this one
+    (tmp_path / "jobs/pretrain/in_vain").touch()  # the start before this one saved no further step
     started, ready = tmp_path / "jobs/pretrain/started", tmp_path / "pretrain/training.json"
     ranks = f"{KEPT}; touch -d @1000 {started}; touch -d @{1000 + set_up_s} {ready}; exit 75"
     done = decide(training(tmp_path), ranks.format(tmp_path), limit=limit)

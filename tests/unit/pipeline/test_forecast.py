@@ -1,4 +1,4 @@
-"""The forecast of a run as it was changed: trainings, disk, settings, saves; golden files hold the rest."""
+"""The forecast of a changed run: trainings, disk, settings and saves. Golden files hold the rest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.tiers import quick
 from tests.unit.pipeline.test_forecast_stages import finish
 
 
-#: Together they have every recipe of a size or family of its own, and every executor.
+#: Together these cover every recipe with a size or family of its own, and every executor.
 EACH_ONCE = [
     *(("llama3_8b_e8t2", "here"), ("llama3_8b_e8t2", "slurm"), ("llama3_8b_e8t2", "kubernetes")),
     *(("llama3_70b_e8t2", "slurm"), ("qwen3_8b_e8t2", "kubernetes"), ("smollm2_135m_e8t2", "here")),
@@ -43,7 +43,7 @@ EACH_ONCE = [
 
 @pytest.mark.parametrize(("recipe", "cluster"), quick(forecasts.GOLDEN, *EACH_ONCE))
 def test_text_equals_its_golden_file(recipe: str, cluster: str) -> None:
-    """After an intended change: `python -m tests.golden`, and read the difference."""
+    """After an intended change, run `python -m tests.golden` and read the difference."""
     text = forecasts.forecast_text(recipe, cluster)
     assert text == forecasts.forecast_path(recipe, cluster).read_text(encoding="utf-8")
     forecast, *_ = text.partition("\n---")
@@ -92,7 +92,7 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
 
 
 def test_plain_settings_are_forecast_with_their_defaults(demo: Any, tmp_path: Path) -> None:
-    """Batches that a recipe does not name are those of its data module, plugins and callbacks are none."""
+    """A recipe without batch sizes gets its data module's; missing plugins and callbacks count as none."""
     from nemo.collections.llm.gpt.data import MockDataModule
 
     demo.pretrain.data = run.Config(MockDataModule, seq_length=1024)
@@ -110,7 +110,8 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path)
     check_space(enough)
     with pytest.raises(UpcycleError, match="checkpoints of pretrain"):
         check_space(short)
-    check_space(short, alive=[stage.name for stage in STAGES])  # to watch what is submitted adds nothing
+    # Submitted jobs have their space already, and watching them adds nothing.
+    check_space(short, alive=[stage.name for stage in STAGES])
     with pytest.raises(UpcycleError, match="exported model"):
         check_space(replace(short, disk=replace(short.disk, free_bytes=0)), alive=["pretrain", "dense_ct"])
     assert (len(short.misfits), enough.misfits) == (1, ())
@@ -249,7 +250,7 @@ JOBS = {stage.name: Job(stage.name, Path("/runs/tiny"), ("python",)) for stage i
 
 
 def _names(plan: RunPlan, *site: str) -> dict[str, list[str]]:
-    """List what each stage takes from networks, on this machine or on a Slurm cluster."""
+    """List the names that each stage needs from the network, on this machine or on a Slurm cluster."""
     cluster = cluster_for(read_executor("slurm", ["account=a", "partition=b", *site])) if site else None
     stages = forecast_network(STAGES, plan, cluster, JOBS).stages
     return {stage: [name for names in places.values() for name in names] for stage, places in stages.items()}
@@ -257,7 +258,7 @@ def _names(plan: RunPlan, *site: str) -> dict[str, list[str]]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, of this machine's environment."""
+    """An empty cache, named by this machine's environment."""
     monkeypatch.setenv("NEMO_UPCYCLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return tmp_path / "cache"
@@ -276,7 +277,7 @@ def test_a_job_finds_what_its_own_variables_name(cache: Path) -> None:
         write_json(asset_folder(name, cache) / MARKER, {})
     image = "container_image=a"
     assert _names(DEMO, "container_image=null") == {}
-    assert list(_names(DEMO, image)) == ["import", "data", "evaluate"]  # nobody mounts the user's home
+    assert list(_names(DEMO, image)) == ["import", "data", "evaluate"]  # the user's home is not mounted
     assert _names(DEMO, image, f"env_vars={{NEMO_UPCYCLE_CACHE: {cache}}}") == {}
 
 

@@ -1,4 +1,4 @@
-"""What a forecast says of the stages of a run's folder: done, resumed, run or refused, and why."""
+"""The forecast for the stages in a run's folder: done, resumed, run or refused, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.golden.forecasts import forecast_of, plan_of
 
 
 def finish(chain: Any, run_dir: Path, *names: str) -> None:
-    """Leave what finished stages leave: their markers."""
+    """Leave the markers of finished stages."""
     plan = plan_of(chain)
     for name in names:
         folder, inputs = BY_NAME[name].folder(run_dir, plan), BY_NAME[name].inputs(run_dir, plan)
@@ -24,7 +24,7 @@ def finish(chain: Any, run_dir: Path, *names: str) -> None:
 
 
 def _start(chain: Any, run_dir: Path, name: str, steps: int | None) -> None:
-    """Leave what a killed training leaves; with a number of steps, a checkpoint after them."""
+    """Leave the files of a killed training, with a checkpoint after `steps` steps unless `steps` is None."""
     plan = plan_of(chain)
     folder = BY_NAME[name].folder(run_dir, plan)
     folder.start(BY_NAME[name].inputs(run_dir, plan), resumable=False)
@@ -62,7 +62,8 @@ def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
 def test_checkpoints_that_a_run_holds_need_no_space_again(llama: Any, tmp_path: Path) -> None:
     finish(llama, tmp_path, "import", "data", "upcycle")
     needed = []
-    for steps in (None, 1000, 2000, 3000):  # two are kept, and the third only if a kill kept it from being removed
+    # A run keeps two checkpoints. A third exists only if a kill prevented its removal.
+    for steps in (None, 1000, 2000, 3000):
         _start(llama, tmp_path, "pretrain", steps)
         found = forecast_of(llama, tmp_path, stages=[BY_NAME["pretrain"]])
         needed.append(found.disk.needed_bytes / found.trainings["pretrain"].facts.checkpoint_bytes)

@@ -1,4 +1,4 @@
-"""Grids as their YAML files say them: arms, seeds, parents and lengths; those that come with the package can start."""
+"""Grids from their YAML files: arms, seeds, parents and lengths; packaged grids can start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
 
 MINI = (Path(str(resources.files("nemo_upcycle.conf"))) / "ablations/mini.yaml").read_text(encoding="utf-8")
-#: With a parent of its own, at one of two lengths.
+#: A grid whose parent is one of its own arms, at one of two lengths.
 OWN_PARENTS = f"""{MINI[: MINI.index("arms:")]}
 arms:
   dense: {{factory: "llama_1m_dense_ct(dense='parent')", lengths: [5, 10], parent: untrained}}
@@ -33,7 +33,7 @@ def grid_of(folder: Path, text: str) -> GridPlan:
 
 
 def of_seed_1(plan: GridPlan) -> dict[str, Any]:
-    """By arm, the recipes of the first seed."""
+    """Return the recipes of the first seed, by arm."""
     return {name[: -len("-seed1")]: load_recipe(text) for name, text in plan.cells.items() if name.endswith("-seed1")}
 
 
@@ -43,7 +43,7 @@ def laptop() -> GridPlan:
 
 
 def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
-    """The dense ones, too: a difference would else be one of other texts."""
+    """This includes the dense arms; otherwise a difference could come from other texts."""
     one, two = (load_recipe(laptop.cells[f"moe-seed{seed}"]) for seed in (1, 2))
     assert (one.resume.restore_config.spec.seed, two.resume.restore_config.spec.seed) == (1, 2)
     assert (one.trainer, one.model) == (two.trainer, two.model)
@@ -53,7 +53,7 @@ def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
 
 
 def test_the_table_knows_the_margin_and_what_tells_schedules_apart(laptop: GridPlan) -> None:
-    """The rate stays, so that a curve gives every budget."""
+    """A constant learning rate lets one curve serve every budget."""
     assert laptop.described["margin"] == 0.002
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
     (schedule,) = {about["schedule"] for about in laptop.described["cells"].values()}
@@ -112,11 +112,11 @@ def test_an_arm_starts_after_the_export_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "subject", "got"),
     [
-        ("untrained}", "moe}", "dense.parent of seed 1", "moe"),  # what comes later
+        ("untrained}", "moe}", "dense.parent of seed 1", "moe"),  # an arm that comes later
         ("dense-10,", "dense-11,", "moe.parent of seed 2", "dense-11"),
         ("[5, 10]", "[10, 5]", "dense.lengths", [10, 5]),
         ("seeds: [2]", "seeds: [-1]", "moe.seeds", [-1]),
-        ("seeds: [2]", "seeds: [3]", "moe.parent of seed 3", "dense-10"),  # no parent has it
+        ("seeds: [2]", "seeds: [3]", "moe.parent of seed 3", "dense-10"),  # no parent has this seed
     ],
 )
 def test_parents_lengths_and_seeds_are_checked(tmp_path: Path, old: str, new: str, subject: str, got: object) -> None:

@@ -1,4 +1,4 @@
-"""Read the inputs of a run once; tell conversations from texts, and refuse a suite that asks for the other kind."""
+"""Inputs of a run are read once; conversations differ from texts, and each needs a suite of its own kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kubernetes without a cluster: manifests against published schemas, names, refusals, states, the pod's wrapper."""
+"""Kubernetes without a cluster: manifests against published schemas, names, refusals and job states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiers import quick
 
 
 class FakeApi:
-    """An API server with a dictionary in place of etcd."""
+    """An API server that keeps its objects in a dictionary."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -191,7 +191,7 @@ def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_pa
         scheduler.check([_job(tmp_path)])
 
 
-#: However long: it is no silence of the controllers.
+#: However long a job is suspended, its controllers do not count as silent.
 SUSPENDED = JobState(Phase.WAITING, "suspended: its queue has not admitted it, or an administrator holds it")
 
 

@@ -1,4 +1,4 @@
-"""What answers of a Kubernetes API server mean for a user, with answers in place of a server."""
+"""What a Kubernetes API server's answers mean for the user, with prepared answers in place of a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES
 
 @pytest.fixture
 def api(tmp_path: Path) -> KubernetesApi:
-    """A connection that was not tried yet."""
+    """A connection that has not been tried yet."""
     cluster = {"name": "a", "cluster": {"server": "https://127.0.0.1:9"}}
     context = {"name": "a", "context": {"cluster": "a", "user": "a"}}
     named = {"clusters": [cluster], "contexts": [context], "users": [{"name": "a", "user": {}}]}

@@ -1,4 +1,4 @@
-"""What a pod of the Kubernetes executor does with its command, with real processes: ranks, SIGTERM, status, output."""
+"""How a pod of the Kubernetes executor runs its command, with real processes: ranks, SIGTERM, status, output."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def port() -> Iterator[int]:
 
 
 def _start(tmp_path: Path, code: str, port: int, nodes: int = 1, ranks: int = 1) -> list[subprocess.Popen[bytes]]:
-    """Start the pods of a stage, one a node, with what the operator sets."""
+    """Start the pods of a stage, one per node, with the environment that the operator sets."""
     command = ("python", "-c", code, str(tmp_path))
     job = Job("pretrain", tmp_path, command, nodes=nodes, ranks_per_node=ranks, is_training=True)
     document = manifests.manifest(executor("trainjob-2.3", tmp_path, python=sys.executable), job, "a")
@@ -65,7 +65,7 @@ def test_sigterm_leaves_ranks_the_time_to_save(
     try:
         wait_until(lambda: len([one for one in tmp_path.glob("started*") if one.read_text()]) == nodes * ranks)
         for process in processes:
-            os.kill(process.pid, signal.SIGTERM)  # as the kubelet does: the first process alone
+            os.kill(process.pid, signal.SIGTERM)  # like the kubelet, signal only the first process
         assert [process.wait(HANG_S) for process in processes] == [0] * nodes
     finally:
         for process in processes:

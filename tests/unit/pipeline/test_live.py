@@ -1,4 +1,4 @@
-"""The process that writes the report of a run that is under way, as long as the launcher lasts."""
+"""The process that writes a running run's report as long as the launcher lives."""
 
 from __future__ import annotations
 

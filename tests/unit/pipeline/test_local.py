@@ -1,4 +1,4 @@
-"""The ranks of a stage on this machine: started, watched, and none left. Real processes, without NeMo."""
+"""The ranks of a stage on this machine: started, watched, and none left behind. Real processes, without NeMo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) ->
 
 
 def processes_of(folder: Path) -> list[str]:
-    """List the command lines of the other processes that were given this folder."""
+    """List the command lines of other processes that mention this folder."""
     others = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
     return [line for other in others if str(folder) in (line := " ".join(other.info["cmdline"] or []))]
 
@@ -36,7 +36,7 @@ def processes_of(folder: Path) -> list[str]:
 def test_a_process_is_no_rank_of_the_surrounding_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int | None, own: list[str]
 ) -> None:
-    """The command in a shell of an allocation, or after a job script's `export WORLD_SIZE=8`."""
+    """The command may run in a shell of an allocation, or after a job script's `export WORLD_SIZE=8`."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID")
     for name in names:
         monkeypatch.setenv(name, "3")
@@ -111,7 +111,7 @@ def test_a_stages_process_ends_with_its_launcher(tmp_path: Path, monkeypatch: py
 
 
 def test_held_port_serves_a_rank_and_nobody_else() -> None:
-    """Another program that took the port between the choice and the rank's store failed a whole run."""
+    """Another program once took the port before the rank's store opened it, and the whole run failed."""
     from torch.distributed import TCPStore
 
     with local.held_port() as port:

@@ -1,4 +1,4 @@
-"""Markers: a stage is done only from the same inputs, and resumable work is never continued from others."""
+"""Markers: a stage is done only for the same inputs, and a resumable stage never resumes with other inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_upcycle.utils.files import CHANGES, MARKER
 
 
 def inputs_of(stage: StageFolder, settings: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a stage is made from, by its own settings and those of the stages that it reads."""
+    """Return the inputs of a stage: its own settings, and the settings of the stages that it reads."""
     read = {name: setting_texts(others.get(name, {})) for name in stage.reads}
     return stage.inputs(read | {stage.name: setting_texts(settings)})
 
@@ -114,7 +114,7 @@ def test_harmless_changes_are_allowed_and_noted(tmp_path: Path) -> None:
     assert (noted["setting"], noted["before"], noted["after"]) == ("pretrain.log.every", "1000", "500")
 
 
-@pytest.mark.parametrize("where", ["pretrain.resume.restore_config.spec", "pretrain.spec"])  # NeMo's, and Bridge's
+@pytest.mark.parametrize("where", ["pretrain.resume.restore_config.spec", "pretrain.spec"])  # in NeMo and in Bridge
 def test_a_new_field_of_the_spec_locks_no_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     _start(stage, {f"{where}.num_experts": "16", f"{where}.method": '"copy"'})

@@ -1,4 +1,4 @@
-"""What a part of the chain needs of the stages before it."""
+"""What a part of the chain needs from the stages before it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from nemo_upcycle.pipeline.stages import RunPlan
 
 
 def plan_of() -> RunPlan:
-    training = json.dumps({"recipe": "tiny", "overrides": []})  # Bridge's: it says its settings without being built
+    # Bridge's trainings give their settings without being built.
+    training = json.dumps({"recipe": "tiny", "overrides": []})
     return RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", training, training, trainer="bridge")
 
 
 def test_a_stage_needs_what_those_that_it_reads_need() -> None:
     needed = [stage.name for stage in before(plan_of(), "export")]
-    assert needed == ["import", "data", "pretrain", "dense_ct"]  # whoever exports needs no check of step 0
+    assert needed == ["import", "data", "pretrain", "dense_ct"]  # an export needs no check of step 0
     assert [stage.name for stage in before(plan_of(), "pretrain")] == ["import", "data", "upcycle"]

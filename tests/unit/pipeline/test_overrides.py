@@ -1,4 +1,4 @@
-"""Every field of ours that a recipe holds can be set on the command line, as NeMo-Run's own parser reads it."""
+"""Every setting of ours in a recipe can be set on the command line, through NeMo-Run's own parser."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ SAMPLES: dict[Any, tuple[str, Any]] = {
     bool: ("true", True),
     list[str]: ("['/a','/b']", ["/a", "/b"]),
 }
-#: What only a factory or another setting gives.
+#: Fields whose value only a factory or another setting gives.
 BUILT = {"lr_scheduler", "no_weight_decay_cond", "config"}
 
 
 def _typed(*overrides: str) -> Any:
-    assert registered  # importing it makes the recipes known to NeMo-Run
+    assert registered  # importing the recipes registers them with NeMo-Run
     with parsing():
         return LazyEntrypoint(pretrain, factory="smollm2_135m_e8t2", overwrites=list(overrides)).resolve()
 
 
 def _ours(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield path and configuration of everything in a recipe that this package defines."""
+    """Yield the path and configuration of each part of a recipe that this package defines."""
     if isinstance(value, fdl.Buildable):
         made = value.__fn_or_cls__
-        if made.__module__.startswith("nemo_upcycle.") and made.__name__ != "UpcycleStrategy":  # it takes NeMo's
+        # UpcycleStrategy takes NeMo's arguments.
+        if made.__module__.startswith("nemo_upcycle.") and made.__name__ != "UpcycleStrategy":
             yield path, value
         for name, inner in value.__arguments__.items():
             yield from _ours(inner, f"{path}.{name}" if path else name)
@@ -55,7 +56,7 @@ def test_every_field_of_this_package_can_be_overridden() -> None:
     for path, config in _ours(recipes.smollm2_135m_e8t2.pretrain_recipe()):
         for name, parameter in inspect.signature(config.__fn_or_cls__).parameters.items():
             if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-                continue  # a base class has them, NeMo's for one
+                continue  # arguments of a base class, such as NeMo's
             kinds = (parameter.annotation, *typing.get_args(parameter.annotation))
             kind = next((kind for kind in kinds if kind in SAMPLES), None)
             if kind:
@@ -79,7 +80,7 @@ def _value(config: Any, path: str) -> Any:
 
 @pytest.mark.parametrize(("typed", "value"), [("2", 2), ("auto", "auto"), ("[0,1]", [0, 1])])
 def test_a_number_is_one_where_a_text_may_stand_too(typed: str, value: Any) -> None:
-    """Lightning takes `devices` as a list, a text or a number, and NeMo-Run takes the first that fits."""
+    """Lightning accepts a list, a text or a number for `devices`, and NeMo-Run takes the first type that fits."""
     assert _typed(f"trainer.devices={typed}").trainer.devices == value
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA's performance settings: the table, what follows from card and layout, how they are rendered and changed."""
+"""NVIDIA's performance settings: the table, the values for a card and layout, rendering and overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several stages at once on this machine: real processes, which leave the markers of stages and import no NeMo."""
+"""Several stages at once on this machine, as real processes that leave the stages' markers without importing NeMo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.pipeline.test_local import processes_of
 from tests.waiting import wait_until
 
 
-#: What a process does to have its stage done; its own work comes first.
+#: Code that marks a stage as done; the process's own work comes before it.
 _FINISH = """
 from pathlib import Path
 from nemo_upcycle.pipeline.markers import StageFolder
@@ -40,7 +40,7 @@ _WAIT_FOR = """
 while not (run_dir / 'here-{other}').is_file():
     time.sleep(0.05)
 """
-#: Until the launcher knows it: a process that it has not asked for its status is still there.
+#: Wait until the launcher has collected another process's exit status; until then, its entry in /proc exists.
 _WAIT_FOR_END = """
 while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
     time.sleep(0.05)
@@ -49,7 +49,7 @@ while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
 
 @dataclass(frozen=True)
 class Processes(WorkPlan):
-    """Stages, each with the code that its process runs, and what it needs."""
+    """Stages with the code of their processes, and the stages that each stage needs."""
 
     file = "processes.json"
     kind = "processes"

@@ -1,4 +1,4 @@
-"""What a stage's own process leaves in its folder when it was stopped, failed or refused."""
+"""The files that a stage's process leaves in its folder after it is stopped, fails or is refused."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nemo_upcycle.utils.files import in_use
 from tests.functional.tiny import write_parent, write_texts
 
 
-#: Stands for the Python of the data environment, which reads the first documents as it does.
+#: A stand-in for the data environment's Python that reads the first documents as the original does.
 PYTHON = f"""#!/bin/bash
 [[ "$3" = *.sample ]] && exec {sys.executable} "$@"
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
 """
-#: Its engine is told to stop by its parent, as Slurm tells it.
+#: An engine that makes its parent tell it to stop, as Slurm would.
 ENGINE = f"""{PYTHON}
 trap 'exit 143' TERM
 kill -TERM $PPID
@@ -32,7 +32,7 @@ sleep 60 &>/dev/null & wait
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run whose dense parent is imported."""
+    """A run with its dense parent imported."""
     parent, blend = write_parent(tmp_path / "parent"), write_texts(tmp_path / "texts")
     folder, plan = tmp_path / "run", RunPlan("tiny", str(parent), str(blend), "demo", "", None)
     folder.mkdir()
@@ -46,8 +46,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data_stage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
-    """A function that runs the stage with a program in place of the data environment's Python; its status."""
-    monkeypatch.setattr(runner, "is_verbose", lambda: True)  # else it silences libraries for the tests that follow
+    """A function that runs the stage with a script as the data environment's Python, and returns its status."""
+    # Otherwise the runner silences libraries for the tests that follow.
+    monkeypatch.setattr(runner, "is_verbose", lambda: True)
     python = run_dir.parent / "python"
     monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", str(python))
 

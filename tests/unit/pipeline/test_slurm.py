@@ -1,4 +1,4 @@
-"""What is asked of Slurm's commands, and done with their answers; bash stands for them."""
+"""Calls of Slurm's commands and reactions to their answers; bash scripts stand in for the commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.pipeline.test_executors import SITE, built, data, script_of, tra
 
 @pytest.fixture(autouse=True)
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Slurm's commands, of a cluster of other machines."""
+    """Stand-ins for Slurm's commands, for a cluster of other machines."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     return write_commands(
         tmp_path / "bin",
@@ -84,7 +84,7 @@ def test_interpreter_is_the_containers_or_the_one_named(words: list[str], pretra
     for job, python in ((training(), pretrain), (data(), data_stage)):
         assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words)
     launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
-    assert launched.count(f" {pretrain} -m ") == 2  # of ft_launcher, too
+    assert launched.count(f" {pretrain} -m ") == 2  # also the Python of ft_launcher
 
 
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_job_leaves_the_allocation_around_it(commands: Path, tmp_path: Path, mon
         return sorted(line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SLURM_"))
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert "SLURM_MEM_PER_CPU=100" in seen()  # of the user's own profile
+    assert "SLURM_MEM_PER_CPU=100" in seen()  # from the user's own profile
     monkeypatch.setenv("SLURM_JOB_ID", "3")
     assert seen() == ["SLURM_CONF=/etc/slurm/mine.conf"]
 

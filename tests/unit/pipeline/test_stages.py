@@ -1,4 +1,4 @@
-"""A training stage is done when its last step is kept, however its process ended."""
+"""A training stage is done when its last step is saved, however its process ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.sources.test_checkpoints import write
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that runs the stage, whose training leaves these steps and ends so."""
+    """A function that runs the stage; its training saves these steps and ends as given."""
 
     def run(steps: list[int], ending: BaseException | None) -> dict[str, Any]:
         def training() -> None:
@@ -29,7 +29,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(nemo_training, "load_recipe", lambda text: recipe)
         monkeypatch.setattr(nemo_training, "place_recipe", lambda *_: None)
         monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)
-        # else it silences NeMo for the tests that follow
+        # Otherwise the training silences NeMo for the tests that follow.
         monkeypatch.setattr(nemo_training, "is_verbose", lambda: True)
         monkeypatch.setattr("fiddle.build", lambda config: training if config is recipe else config)
         return nemo_training.NeMoTraining("text").train(tmp_path / "pretrain", tmp_path, tmp_path)

@@ -1,4 +1,4 @@
-"""A run that an earlier release finished, and what users meet in its folder: no refusal that its fix does not end."""
+"""A run that an earlier release finished, and the refusals that users meet in its folder: each fix must work."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from tests.started import PACKED, unpack
 
 
 NAMES = [stage.name for stage in STAGES]
-#: What each stage leaves, in the run's folder.
+#: Files and folders that each stage leaves in the run's folder.
 LEFT = {"data": ["data/blend"], "upcycle": ["upcycle/hf", "receipt.json"], "pretrain": ["pretrain/checkpoints"]}
 LEFT |= {"export": ["hf"], "evaluate": ["evaluation", "suite"]}
 
 
 @pytest.fixture(scope="module", params=PACKED)
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a release: never changed."""
+    """The unpacked run of a release; do not modify."""
     return unpack(request.param, tmp_path_factory.mktemp("started"))
 
 
 def kept_of(run_dir: Path) -> Path:
-    """Return where a test finds the run as it was."""
+    """Return the folder of the unchanged copy of the run."""
     return run_dir.parent.with_name("kept") / run_dir.name
 
 
 @pytest.fixture
 def run_dir(packed: Path) -> Iterable[Path]:
-    """The run, to be changed by the test; where it stood, since paths are settings."""
+    """The run for a test to change, in its original place because paths are settings."""
     root, kept = packed.parent, kept_of(packed).parent
     shutil.copytree(root, kept)
     yield packed
@@ -55,10 +55,10 @@ def plan(packed: Path) -> RunPlan:
 
 
 def launch(run_dir: Path, plan: RunPlan, first: str | None = None) -> list[str]:
-    """Check a run as its command does, and let its stages do what they have to; return those that ran.
+    """Check a run as its command does, run the stages that are not done, and return their names.
 
     Raises:
-        UpcycleError: it is refused, now or when a stage starts.
+        UpcycleError: the run is refused, now or when a stage starts.
     """
     stages = chosen_stages(first, None, None)
     check_started(run_dir, plan)
@@ -114,13 +114,14 @@ def test_a_setting_that_left_changes_no_stage(run_dir: Path, plan: RunPlan) -> N
     assert launch(run_dir, started) == []
 
 
-#: What a user does to the folder, and the stages that run again.
+#: Changes that a user makes to the folder, and the stages that run again.
 CHANGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (lose("export", "hf", "evaluate", "evaluation", "report"), ["export", "evaluate", "report"]),
     (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
     (damage(*(f"{name}/{MARKER}" for name in NAMES)), NAMES),
     (lose("import", "data"), ["import", "data"]),
-    (lose("pretrain/checkpoints", "data/blend/tokens", "report"), ["report"]),  # which reads none of these
+    # The report reads none of these.
+    (lose("pretrain/checkpoints", "data/blend/tokens", "report"), ["report"]),
 ]
 
 
@@ -157,20 +158,20 @@ def test_lost_outputs_are_refused_with_the_stage_to_run_again(
 def test_export_resumes_without_the_check_of_step_0(run_dir: Path, plan: RunPlan) -> None:
     lose("upcycle", "export", "hf")(run_dir)
     require_earlier(chosen_stages(None, None, "export"), run_dir, plan)
-    with pytest.raises(UpcycleError, match="--from upcycle"):  # evaluate reads its model
+    with pytest.raises(UpcycleError, match="--from upcycle"):  # evaluate reads the model of upcycle
         require_earlier(chosen_stages("export", None, None), run_dir, plan)
     assert launch(run_dir, plan, "upcycle") == ["upcycle", "export"]
 
 
 def changed_plan(plan: RunPlan, **changes: str) -> RunPlan:
-    """Return a plan with other fields, which keeps what it knows of its recipes: to load them takes NeMo."""
+    """Return a plan with other fields. It keeps the recipes' facts, because loading recipes needs NeMo."""
     changed = replace(plan, **changes)
     changed._known.update(plan._known)
     return changed
 
 
 def touch_parent(run_dir: Path) -> None:
-    """Change the parent's weights in place, and let it be imported again."""
+    """Change the parent's weights in place, and delete the import stage so that it runs again."""
     weights = run_dir.parent / "parent/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -178,7 +179,7 @@ def touch_parent(run_dir: Path) -> None:
     lose("import")(run_dir)
 
 
-#: A setting that all trainings depend on.
+#: The parent, on which all trainings depend; and the suite.
 OTHER_PARENT, OTHER_SUITE = {"dense": "/other/parent"}, {"evaluation": "demo"}
 
 
@@ -204,7 +205,7 @@ def test_whoever_does_what_a_refusal_says_goes_on(
     fix: str,
 ) -> None:
     lose(*NAMES)(run_dir)
-    launch(run_dir, plan)  # all anew, so that what each stage left is noted
+    launch(run_dir, plan)  # run all stages, so that each records its outputs
     if change:
         change(run_dir)
     tried = changed_plan(plan, **changed)
@@ -233,6 +234,6 @@ def test_a_run_of_a_newer_release_is_refused_by_name(run_dir: Path, plan: RunPla
 
 
 def test_plans_are_the_same_by_what_stages_are_made_from(run_dir: Path, plan: RunPlan) -> None:
-    """Jobs that an earlier release submitted, which wrote its recipes in other words, go on being watched."""
+    """Jobs that an earlier release submitted with its own wording of the recipes can still be watched."""
     assert changed_plan(plan, recipe="renamed").is_as(plan)
     assert not changed_plan(plan, **OTHER_SUITE).is_as(plan)

@@ -1,4 +1,4 @@
-"""Who holds what."""
+"""Which rank holds which layers, and how layouts are written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The plan's parameters, buffers, optimizer states and activations are those of Megatron-Core, rank by rank.
+"""The plan's parameters, buffers, optimizer states and activations equal Megatron-Core's, rank by rank.
 
-Megatron's own modules, data-parallel wrapper and distributed optimizer's shards, on the meta device under a fake
-process group: exact sizes of any cluster, without its memory.
+Megatron's own modules, data-parallel wrapper and distributed-optimizer shards are built on the meta device under a
+fake process group. This gives exact sizes for any cluster without its memory.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks
 from tests.tiers import quick
 
 
-# Odd sizes, so that padding is not empty.
+# Odd sizes make padding necessary.
 SIZES = {"num_layers": 8, "hidden_size": 72, "ffn_size": 168, "num_heads": 8, "num_kv_heads": 4, "head_dim": 10}
 SIZES |= {"vocab_size": 1003}
 SMALL = replace(known_shape("llama3_8b"), **SIZES)
 TIED = replace(SMALL, tied_embeddings=True)
 BIASED = replace(SMALL, hf_class="Qwen2ForCausalLM", qkv_bias=True)
 NORMED = replace(known_shape("qwen3_600m"), **SIZES).upcycled(UpcycleSpec())
-#: Norms where OLMo 2 has them.
+#: Norms in OLMo 2's places.
 OLMO2_NORMS = {"qk_norm": True, "wide_qk_norm": True, "pre_norm": False, "post_norm": True}
 E8T2 = SMALL.upcycled(UpcycleSpec())
 MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))
 TIED_MOE = TIED.upcycled(UpcycleSpec(num_experts=4))
-#: Parents with experts: a gate of the shared ones; biases that choose them.
+#: Parents with experts: one has a gate for its shared expert, the other has biases that choose the experts.
 QWEN2_MOE = replace(MIXED, hf_class="Qwen2MoeForCausalLM", shared_gate=True, norm_topk=False)
 GLM4_MOE = replace(
     NORMED,
@@ -76,7 +76,7 @@ WORK = Workload(seq_length=512, global_batch=840)
 
 
 def _ranks(layout: Layout) -> Iterator[int]:
-    """Yield every rank of a small cluster; of a larger one the first, a middle and the last rank of every stage."""
+    """Yield every rank of a small cluster, or the first, a middle and the last rank of each stage of a large one."""
     per_stage = layout.gpus // layout.pp
     if layout.gpus <= 8:
         yield from range(layout.gpus)
@@ -86,7 +86,7 @@ def _ranks(layout: Layout) -> Iterator[int]:
 
 
 def _allocated(arch: Architecture, layout: Layout, gradients: str) -> tuple[int, int, int, int, int]:
-    """Count Megatron's bytes of weights, gradients and optimizer, and its parameters and those of experts."""
+    """Return Megatron's bytes of weights, gradients and optimizer, and the numbers of all and of expert parameters."""
     chunks = build_rank(arch, layout)
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     experts = sum(parameter.numel() for name, parameter in named if ".experts." in name)
@@ -114,7 +114,7 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
         assert got == planned, (rank, ranks)
 
 
-#: Terms in which nothing is rounded and nothing stands for another kernel's bookkeeping.
+#: Terms without rounding that do not stand for another kernel's bookkeeping.
 EXACT = {"qkv input", "attention", "softmax statistics", "network input", "expert input", "expert fc2 input"}
 RECIPE = known_recipe("llama3_8b_e8t2").arch
 DENSE = known_recipe("llama3_8b_dense_ct").arch
@@ -123,18 +123,18 @@ FINE = UpcycleSpec(num_experts=16, top_k=4, granularity=2, shared_experts=1, moe
 
 
 def _kept(arch: Architecture, text: str, gpus: int, recompute: str, seq_length: int) -> dict[str, tuple[float, float]]:
-    """Compare the terms of the fullest stage, and return them."""
+    """Compare planned and built terms of the fullest stage, and return them."""
     layout = parse_layout(text, gpus)
     work = Workload(seq_length=seq_length, global_batch=512, capacity_factor=4.0, recompute=recompute)
     stage, memory = worst_memory(arch, layout, work)
     terms = kept_by_stage(arch, layout, work, stage)
     total = sum(planned for planned, _ in terms.values())
     assert total == pytest.approx(memory.activations + memory.routed, abs=10)
-    # Of moe_act, only Transformer Engine's experts recompute it.
+    # With moe_act, only Transformer Engine's experts recompute the input of fc2.
     apart = NOT_LOCAL | ({"expert fc2 input"} if "moe_act" in recompute else set())
     for term in terms.keys() & EXACT - apart:
         assert terms[term][1] == pytest.approx(terms[term][0], rel=1e-5), term
-    # The planner leaves out one float32 of every row of a norm, and the weight of every token slot.
+    # The planner omits one float32 per row of a norm, and the weight of every token slot.
     assert sum(abs(planned - built) for term, (planned, built) in terms.items() if term not in apart) < 0.004 * total
     return terms
 

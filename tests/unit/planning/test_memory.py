@@ -1,4 +1,4 @@
-"""What a rank holds: known sums, formulas by hand, and how the parts react to what is changed."""
+"""Memory of a rank: known sums, formulas by hand, and the effect of each change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True
     ("text", "gpus", "gib"), [("tp=4,ep=8", 8, 101.2), ("ep=8", 16, 78.1), ("pp=4,ep=8", 32, 29.6)]
 )
 def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
-    """6 + 12 / shards bytes for each parameter of the worst stage."""
+    """Each parameter of the worst stage needs 6 + 12 / shards bytes."""
     layout = parse_layout(text, gpus)
     stages = (StageBuffers(LLAMA, layout, WORK, stage) for stage in range(layout.pp))
     worst = max(plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes() for plan in stages)
@@ -36,7 +36,7 @@ def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
 
 
 def test_muon_keeps_one_moment_of_matrices() -> None:
-    """Of a rank that shares nothing 8 bytes for a matrix of a layer, 12 for all else; `tests/bridge` asks Megatron."""
+    """Unsharded, a layer's matrices need 8 bytes per number, all else 12; `tests/bridge` compares with Megatron."""
     others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
     whole = StageBuffers(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
     assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
@@ -76,7 +76,7 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
 
     even, dropless = memory(), memory(capacity_factor=None, pad=False, imbalance=1.5)
     assert dropless["routed"] == pytest.approx(1.5 * even["routed"], rel=1e-3)
-    # At most every token once for each of eight experts: four times the slots of top-2, however uneven.
+    # Each of eight experts gets a token at most once, so any imbalance needs at most four times the slots of top-2.
     for factor, imbalance, times in ((2.0, 3.0, 2), (None, 9.0, 4)):
         found = memory(capacity_factor=factor, pad=False, imbalance=imbalance)["routed"]
         assert found == pytest.approx(times * even["routed"], rel=1e-3)
@@ -85,7 +85,7 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
 
 
 def test_published_peaks_are_predicted() -> None:
-    """Of two runs in BF16, and between the steps of one; those in FP8 fine-tune, and say less of their settings."""
+    """Two BF16 runs fit within 5 %, one of them also between steps. FP8 runs fine-tune and publish fewer settings."""
     peaks = {peak.row.name: peak for peak in published_peaks()}
     llama, qwen = peaks["Llama 3.1 8B"], peaks["Qwen3 30B-A3B, HybridEP"]
     assert llama.predicted() == pytest.approx((llama.allocated_gib, llama.peak_gib), rel=0.05)
@@ -100,11 +100,11 @@ def test_low_precision_keeps_copies_scales_and_smaller_inputs() -> None:
     def memory(precision: str, stage: int = 1, low_params: bool = False) -> Memory:
         return stage_memory(LLAMA, layout, replace(WORK, precision=precision, low_params=low_params), stage)
 
-    linear = 8 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336)  # eight layers, one expert each
+    linear = 8 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336)  # eight layers with one expert each
     assert (memory("bf16").fp8_copies, memory("fp8-blockwise").fp8_copies) == (0, 2 * linear)
     assert memory("mxfp8").fp8_copies == linear * 2 * 33 / 32
     assert memory("nvfp4").fp8_copies == linear * 2 * 9 / 16
-    # Current scaling leaves the first and the last layer in BF16.
+    # Current scaling keeps the first and the last layer in BF16.
     assert memory("fp8-current", stage=0).fp8_copies == 2 * linear // 8 * 7
     assert memory("fp8-blockwise").weights == memory("bf16").weights
     assert memory("mxfp8").weights - memory("mxfp8", low_params=True).weights == 2 * linear
@@ -113,11 +113,11 @@ def test_low_precision_keeps_copies_scales_and_smaller_inputs() -> None:
 
 def test_micro_batches_in_flight() -> None:
     assert [in_flight(parse_layout("pp=4", 4), WORK, stage) for stage in (0, 3)] == [[4], [1]]
-    # Korthikanti et al.: layers x (1 + (pp - 1) / (pp vp)) on the first stage, in chunks of which there are pp vp.
+    # Korthikanti et al.: the first stage holds layers x (1 + (pp - 1) / (pp vp)), in pp vp chunks.
     for stages, virtual in ((4, 8), (8, 4), (2, 2)):
         held = sum(in_flight(parse_layout(f"pp={stages},vp={virtual}", stages), WORK, 0))
         assert held == stages * virtual + stages - 1
-    # Never more than there are.
+    # Never more micro-batches than the batch has.
     assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(WORK, global_batch=128), 0)) <= 4 * 8
 
 

@@ -1,4 +1,4 @@
-"""Which layouts are allowed, and what is said of the others: the rule, and a change that is a good one."""
+"""Which layouts are allowed; a refused layout is answered with the rule and a change that works."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_good_layouts(text: str) -> None:
 
 def test_newer_software_shares_key_value_heads() -> None:
     check_layout(parse_layout("tp=16,ep=8", 16), LLAMA, WORK, BRIDGE_SOFTWARE)
-    for tp, arch in ((24, LLAMA), (64, LLAMA), (16, replace(LLAMA, wide_qk_norm=True))):  # 8 key-value heads of 32
+    # 32 heads share 8 key-value heads.
+    for tp, arch in ((24, LLAMA), (64, LLAMA), (16, replace(LLAMA, wide_qk_norm=True))):
         assert first_violation(parse_layout(f"tp={tp}", tp), arch, WORK, BRIDGE_SOFTWARE).name == "tp"
 
 
@@ -39,7 +40,12 @@ def test_newer_software_shares_key_value_heads() -> None:
     ("text", "gpus", "batch", "words"),
     [
         ("tp=3", 6, 512, ["tp is 3", "key-value heads (8): 1, 2, 4, 8"]),
-        ("tp=16", 16, 512, ["tp is 16", "key-value heads (8): 1, 2, 4, 8; multiples of it work only in Megatron-Bridge"]),
+        (
+            "tp=16",
+            16,
+            512,
+            ["tp is 16", "key-value heads (8): 1, 2, 4, 8; multiples of it work only in Megatron-Bridge"],
+        ),
         ("ep=6", 12, 512, ["ep is 6", "num_experts (8)"]),
         ("pp=5", 20, 512, ["pp is 5", "num_layers (32)", "Set pp=4"]),
         ("pp=4,vp=3", 8, 512, ["vp is 3", "layers of a pipeline stage (8)", "Set vp=2"]),
@@ -67,7 +73,7 @@ def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
 
 
 def _take(error: SpecError, layout: object, work: Workload) -> None:
-    """Do what an error says, and find that the layout is a good one then (or at least that the same rule holds)."""
+    """Follow an error's fix, and check that the layout is then valid, or at least passes the same rule."""
     found = re.fullmatch(r"set <(\w+)>=(\d+)|omit <(\w+)>", error.fix)
     assert found, error
     name, value = found[1] or found[3], int(found[2]) if found[2] else None

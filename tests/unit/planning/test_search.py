@@ -1,4 +1,4 @@
-"""The search finds what fits, ranks it, and says when nothing does."""
+"""The search finds layouts that fit, ranks them, and says if nothing fits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_evaluate_layout_agrees_with_search() -> None:
 
 
 def test_only_what_megatron_runs_is_searched() -> None:
-    """Under delayed scaling it recomputes no activation."""
+    """Under delayed scaling, Megatron recomputes neither moe_act nor layernorm."""
     request = _request(64)
     request = replace(request, work=replace(request.work, precision="fp8-delayed", capacity_factor=4.0, pad=False))
     assert {plan.work.recompute for plan in search(request, 40)} <= {"none", "moe", "full"}
@@ -67,7 +67,7 @@ def test_a_batch_that_fits_no_layout_is_refused() -> None:
 
 
 def test_recomputation_is_weighed_and_not_the_least() -> None:
-    """Norms alone make room for this layout; the experts' activation would, too, and takes longer."""
+    """Norms alone make room for this layout. The experts' activation would as well, but takes longer."""
     request = _request(512)
     request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     layout = parse_layout("pp=2,vp=16,cp=2,ep=8", 512)
@@ -90,7 +90,7 @@ DROPLESS = Workload(seq_length=4096, global_batch=1024)
         ("h100", "tp=2,pp=8,ep=32,embedding=1,loss=1", {}, "mcore-0.16", "none", ()),  # no interleaved stages
         ("gb200", "ep=32", {"precision": "mxfp8"}, "mcore-0.17", "none", ()),
         ("gb200", "ep=32", {"precision": "mxfp8"}, "mcore-0.18", "none", ("ep", "launch")),
-        ("b200", "ep=8", {"precision": "mxfp8"}, "mcore-0.18", "none", ()),  # of 256 cards, without racks
+        ("b200", "ep=8", {"precision": "mxfp8"}, "mcore-0.18", "none", ()),  # 256 GPUs without NVLink racks
     ],
 )
 def test_experts_overlap_where_nvidias_recipes_do(

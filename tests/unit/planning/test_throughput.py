@@ -1,4 +1,4 @@
-"""Predictions against published measurements, and the signs of every influence."""
+"""Predictions against published measurements, and the sign of every influence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _misses(kind: str, *, of_blackwell: bool) -> list[float]:
 @pytest.mark.parametrize("kind", ["fitted", "unseen"])
 @pytest.mark.parametrize(("of_blackwell", "median"), [(False, 0.08), (True, 0.10)])
 def test_published_rows_are_predicted(kind: str, of_blackwell: bool, median: float) -> None:
-    """One unseen row is not: B300 with NVIDIA's container 26.02, slower than its B200 (results/planner.md)."""
+    """One unseen row is missed: B300 with NVIDIA's container 26.02, slower than its B200 (results/planner.md)."""
     misses = sorted(_misses(kind, of_blackwell=of_blackwell))
     assert len(misses) >= 12
     assert statistics.median(misses) <= median
@@ -53,19 +53,19 @@ def test_the_bubble_is_what_the_schedule_says() -> None:
     assert _step("ep=8").bubble == 0
 
 
-#: A layout or a setting, what it raises, and the layout and settings that are compared.
+#: A term, the layout and settings that raise the term, and the layout and settings to compare with.
 _COST_MORE: list[tuple[str, str, dict[str, object], str, dict[str, object]]] = [
     ("nvlink", "tp=2,pp=4,vp=8,ep=8", {}, "pp=4,vp=8,ep=8", {}),
     ("nvlink", "pp=4,vp=8,ep=8,etp=2", {}, "pp=4,vp=8,ep=8", {}),
-    ("network", "pp=4,ep=8,etp=4", {}, "pp=4,ep=8", {}),  # experts over several nodes
-    ("gemm", "ep=8", {"capacity_factor": None, "pad": False}, "ep=8", {}),  # the others wait for the busiest rank
-    ("gemm", "ep=8", {}, "ep=8", {"capacity_factor": 0.5}),  # what is dropped is not computed
-    ("launch", "ep=4", {"capacity_factor": None, "pad": False}, "ep=4", {}),  # the host waits for what is not padded
-    ("launch", "ep=4", {}, "ep=8", {}),  # a launch for every expert
+    ("network", "pp=4,ep=8,etp=4", {}, "pp=4,ep=8", {}),  # experts span several nodes
+    ("gemm", "ep=8", {"capacity_factor": None, "pad": False}, "ep=8", {}),  # all ranks wait for the busiest one
+    ("gemm", "ep=8", {}, "ep=8", {"capacity_factor": 0.5}),  # dropped tokens are not computed
+    ("launch", "ep=4", {"capacity_factor": None, "pad": False}, "ep=4", {}),  # without padding, the host must wait
+    ("launch", "ep=4", {}, "ep=8", {}),  # one launch per expert
     ("network", "ep=8", {}, "ep=8", {"gradients": "bf16"}),
     ("memory", "ep=8", {}, "ep=8", {"gradients": "bf16"}),
     ("total", "pp=4,vp=8,ep=8", {}, "pp=4,vp=8,ep=8", {"precision": "fp8-delayed"}),
-    # Nine layers on the other stages, five on the last one with its output layer (27, then 5).
+    # With last=5, the other stages have nine layers each; the last has five and the output layer (27, then 5).
     ("total", "pp=4,ep=8", {}, "pp=4,ep=8,last=5", {}),
     ("total", "pp=4,ep=8,last=2", {}, "pp=4,ep=8", {}),
 ]
@@ -87,7 +87,7 @@ def _qwen(text: str, **changes: object) -> StepTime:
 
 
 def test_deepep_sends_a_token_once_to_each_node() -> None:
-    """8 of 128 experts lie on 3.6 of four nodes; gradients, sent once a step, are no part of the difference."""
+    """8 of 128 experts lie on 3.6 of four nodes. Gradients are sent once per step and cancel in the difference."""
     all_to_all, deepep = (
         _qwen("ep=32", dispatcher=name, global_batch=1024).network - _qwen("ep=32", dispatcher=name).network
         for name in ("alltoall", "deepep")
@@ -150,7 +150,7 @@ def test_a_window_hides_tokens_and_time() -> None:
     full, work = replace(oss, window_pattern=(False,) * 36), replace(_DROPLESS, seq_length=8192, global_batch=4096)
     times = [ThroughputModel(each, H100, Machine()).step(layout, work).attention for each in (oss, full)]
     assert times[0] / times[1] == pytest.approx((18 * 127 + 18 * 4096) / (36 * 4096), rel=1e-3)
-    # Megatron-Bridge, 26.08, GB200: 934 TFLOP/s at 28,672 tokens/s.
+    # Megatron-Bridge 26.08 on GB200: 934 TFLOP/s at 28,672 tokens/s.
     assert flops_per_token(oss, 4096, causal=True) == pytest.approx(934e12 / 28672, rel=0.01)
 
 

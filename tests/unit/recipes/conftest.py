@@ -1,4 +1,4 @@
-"""The recipes, imported once: with them comes NeMo."""
+"""The recipes, imported once per session because the import loads NeMo."""
 
 from __future__ import annotations
 

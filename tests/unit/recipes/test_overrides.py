@@ -1,4 +1,4 @@
-"""The arguments that override single settings of the H100 recipes."""
+"""Arguments that override single settings of the H100 recipes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.errors import SpecError
 from tests.tiers import every_value
 
 
-#: Of the paper's model, and of one whose fast run has another layout.
+#: The paper's model, and a model whose fast run has another layout.
 BASES = ("llama3_8b", "llama3_70b")
 
 
@@ -46,7 +46,7 @@ def test_override_changes_its_setting_in_plain_and_fast_run(recipes: Any, base: 
 
 
 def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any) -> None:
-    """NeMo-Run parses the command line by the first; its users read the second."""
+    """NeMo-Run parses the command line by the signature, and users read the docstring."""
     from nemo_upcycle.trainers.recipe_arguments import adjust
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe

@@ -1,4 +1,4 @@
-"""The recipes: registered under their names, with the paper's numbers, unchanged by a round trip through text."""
+"""The recipes: the paper's numbers and ablations, golden files, and builds without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_upcycle.models.flops import flops_per_token
 from tests.golden import GOLDEN, PAIRS, golden_path, pairs_text, text_of
 
 
-#: The paper's training, and that of few steps.
+#: The paper's training, and a training of few steps.
 LLAMA, DEMO = "llama3_8b", "smollm2_135m"
 NAMES = tuple(f"{base}_{kind}" for base in (LLAMA, DEMO, "qwen3_600m") for kind in ("e8t2", "dense_ct"))
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
@@ -20,7 +20,7 @@ ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.y
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
-    """As `nemo llm pretrain --yaml FILE` reads it."""
+    """Read the file as `nemo llm pretrain --yaml FILE` does."""
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 
@@ -56,18 +56,18 @@ def test_all_ablations_of_the_paper_exist() -> None:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_recipe_equals_its_golden_file(name: str) -> None:
-    """After an intended change: `python -m tests.golden`, and read the difference."""
+    """After an intended change, run `python -m tests.golden` and read the difference."""
     assert text_of(name) == golden_path(name).read_text(encoding="utf-8")
 
 
 def test_pairs_have_the_numbers_of_the_recipes() -> None:
-    """What the tests of Bridge's recipes compare with, where NeMo is not."""
+    """The tests of Bridge's recipes compare with these numbers, because their environment has no NeMo."""
     assert pairs_text() == PAIRS.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("base", [LLAMA, "llama31_8b", "llama3_70b", "qwen3_8b"])
 def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
-    """All but the trainer's devices; Megatron's own checks accept the model, in FP8 as well."""
+    """Build everything except the trainer's devices. Megatron's own checks accept the model, also in FP8."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -85,7 +85,7 @@ def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
-    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
+    """The sizes of the recipe's own data stay. The dense baseline reads the same data in the same order."""
     from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 

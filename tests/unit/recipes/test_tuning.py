@@ -1,4 +1,4 @@
-"""The recipes that tune: registered with NeMo's `finetune`, on packs, and refused where a pack does not fit."""
+"""Tuning recipes: registered with NeMo's `finetune`, trained on packs, and refused if a pack does not fit."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_lora_chain_tunes_both_models_without_expert_parallelism(recipes: Any)
     [None, UpcycleSpec(), UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2")],
 )
 def test_the_planner_counts_the_adapters_of_megatrons_modules(recipes: Any, spec: UpcycleSpec | None) -> None:
-    """Of heads that are not the width together, on the meta device."""
+    """The heads together are wider than the hidden size. The modules are on the meta device."""
     from dataclasses import replace
 
     from nemo.collections.llm.fn.base import walk

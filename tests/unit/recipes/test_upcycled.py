@@ -1,4 +1,4 @@
-"""`upcycled`: a recipe of NeMo 2.7 is made to upcycle and passes what checks ours, or it is refused by a reason."""
+"""`upcycled` makes a NeMo 2.7 recipe upcycle and pass our checks, or refuses the recipe with a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiers import quick
 
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 DENSE = "/models/parent"
-#: Module of `nemo.collections.llm.recipes` -> nodes, where the recipe's own number does not hold its layout.
+#: Module of `nemo.collections.llm.recipes` -> nodes, if the recipe's own number is too small for its layout.
 UPCYCLED: dict[str, int | None] = {
     **dict.fromkeys(("gemma_2b", "gemma_7b", "llama2_7b", "phi3_mini_4k_instruct")),
     **dict.fromkeys(f"llama3_{size}" for size in ("8b", "8b_16k", "8b_64k", "8b_128k", "70b_16k", "70b_64k")),
@@ -29,16 +29,16 @@ UPCYCLED: dict[str, int | None] = {
     **dict.fromkeys(f"qwen3_{size}" for size in ("600m", "1p7b", "4b", "8b", "14b", "32b")),
     **{"llama3_70b": 4, "llama31_70b": 4, "llama31_405b": 32},
 }
-#: Tensor parallelism is among them.
+#: One recipe of each family; some use tensor parallelism.
 OF_EACH_FAMILY = ("gemma_2b", "llama2_7b", "llama32_1b", "mistral_7b", "phi3_mini_4k_instruct")
 OF_EACH_FAMILY += ("qwen2_72b", "qwen3_8b")
-#: Module of a parent with experts -> experts and top-k of a model with twice as many.
+#: Module of a parent with experts -> experts and top-k of a model with twice as many experts.
 GROWN = {
     **dict.fromkeys(("mixtral_8x7b", "mixtral_8x7b_16k", "mixtral_8x7b_64k"), (16, 4)),
     **dict.fromkeys(("mixtral_8x22b", "mixtral_8x22b_64k"), (16, 4)),
     **dict.fromkeys(("qwen3_30b_a3b", "qwen3_235b_a22b"), (256, 16)),
 }
-#: NeMo itself makes no recipe of them: they are distilled.
+#: Distilled models; NeMo itself makes no pretraining recipe for them.
 NONE = {"llama31_nemotron_ultra_253b", "llama33_nemotron_super_49b"}
 
 
@@ -89,7 +89,7 @@ def test_a_parent_with_experts_gets_more_experts(recipes: Any, name: str) -> Non
 
 
 def _only_differs(recipe: Any, stock: Any, names: str) -> None:
-    """Check that no other setting changed; those of the load-balancing and what NeMo ignores aside."""
+    """Check that no other setting changed, except load balancing and settings that NeMo ignores."""
     always = "moe_router_load_balancing_type moe_aux_loss_coeff moe_token_dispatcher_type ckpt_include_optimizer"
     allowed = {*names.split(), *always.split()}
     settings = {*recipe.__arguments__, *stock.__arguments__} - allowed

@@ -1,4 +1,4 @@
-"""A small run folder, with numbers that are easy to find again in the report."""
+"""A small run folder with numbers that are easy to find in the report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> dict[str, Any]:
-    """An evaluation of windows of 100 bytes, and of questions; the values are what the report has to print."""
+    """Return an evaluation of windows of 100 bytes and of questions; the report must print its values."""
     items = items_of(name, [[-1.0, -2.0]] * len(accuracies), accuracies, likelihoods, size_bytes=100)["items"]
     bits = -fmean(likelihoods) / 100 / math.log(2)
     return {
@@ -70,7 +70,7 @@ EVALUATIONS = {
 
 
 def metrics(stage: str) -> list[dict[str, Any]]:
-    """Three steps of 1000 tokens; the validation loss in its own line, as the training stage writes it."""
+    """Return the metrics of three steps of 1000 tokens; validation losses have their own lines, as in a training."""
     offset = 0.0 if stage == "pretrain" else 0.5
     loads = [[[0.7, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]], [[0.25] * 4, [0.0] * 4], [[0.3, 0.2, 0.3, 0.2], [0.0] * 4]]
     lines: list[dict[str, Any]] = []
@@ -84,13 +84,13 @@ def metrics(stage: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """The folder of a run without its report, to be changed."""
+    """The folder of a run without its report, for a test to change."""
     return write_run(tmp_path / "demo")
 
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its report, to be read alone."""
+    """The folder of a run with its report; do not modify."""
     folder = write_run(tmp_path_factory.mktemp("reported") / "demo")
     write_report(folder)
     return folder
@@ -98,14 +98,14 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of 300 steps, enough for verdicts and alarms."""
+    """The folder of a run with 300 steps and its report, enough for verdicts and alarms."""
     folder = lengthen(write_run(tmp_path_factory.mktemp("judged") / "demo"))
     write_report(folder)
     return folder
 
 
 def lengthen(folder: Path) -> Path:
-    """Let the trainings of a run have a hundred times as many steps, and return its folder."""
+    """Multiply the step numbers of a run's trainings by a hundred, and return its folder."""
     for path in folder.glob("*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(line | {"step": 100 * line["step"]}) + "\n" for line in lines))
@@ -113,7 +113,7 @@ def lengthen(folder: Path) -> Path:
 
 
 def write_run(folder: Path) -> Path:
-    """Write what the stages of a run leave, and return its folder."""
+    """Write the files that the stages of a run leave, and return the run's folder."""
     (folder / "evaluation").mkdir(parents=True)
     (folder / "receipt.json").write_text(json.dumps(RECEIPT))
     (folder / "pipeline.json").write_text(json.dumps(PLAN))

@@ -1,4 +1,4 @@
-"""What a figure looks like once it is drawn: what is cut, and what covers something else."""
+"""Faults of a drawn figure: parts that are cut, and parts that cover others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 def faults_of(figure: Any) -> list[str]:
-    """Return what is cut at the figure's edge, every legend that covers a panel, and labels of ticks that collide."""
+    """Return the faults of a figure: cut parts, legends over panels, overlapping panels, colliding tick labels."""
     FigureCanvasAgg(figure).draw()
     inside = figure.bbox.padded(1)
     panels = [(axes.get_title() or axes.get_ylabel(), axes.get_tightbbox()) for axes in figure.axes]

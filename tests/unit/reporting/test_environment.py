@@ -19,7 +19,7 @@ def test_the_commit_is_the_packages_own(tmp_path: Path) -> None:
     source.write_text("")
     assert package_commit(package) is None
     git(tmp_path, "init", "--quiet")
-    assert package_commit(package) is None  # inside a repository that does not hold it
+    assert package_commit(package) is None  # the repository does not track the package
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "first")
     commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")

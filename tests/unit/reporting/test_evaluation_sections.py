@@ -1,4 +1,4 @@
-"""What stands beside the scores: sources of held-out text, contamination, a published table."""
+"""Report sections beside the scores: sources of held-out text, contamination, and a published table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def change(run_dir: Path, edit: Any) -> None:
         path.write_text(json.dumps(evaluation))
 
 
-#: A source of a manifest: the text of its Parquet file is in another column.
+#: A source of a manifest; its Parquet file has the text in another column.
 LAW = {
     "text_key": "body",
     "steps": {"read": {"in": 41, "kept": 40, "removed": {}}},
@@ -47,8 +47,8 @@ def test_shows_sources_and_contamination(run_dir: Path) -> None:
         json.dumps({"heldout_overlap": overlap, "sources": {"law": LAW}})
     )
     found = rows(write_report(run_dir))
-    # 110 and 130 nats over 200 bytes: 240 / 200 / ln 2 = 1.7312; without one 1.8755, without the other 1.5869;
-    # a jackknife of 0.1443, of one degree of freedom: t is 12.71
+    # 110 and 130 nats over 200 bytes: 240 / 200 / ln 2 = 1.7312. Without one document 1.8755, without the other
+    # 1.5869: jackknife 0.1443. One degree of freedom: t is 12.71.
     assert found["law (2 documents)"][0] == "1.7 ± 1.8"
     assert found["web (1 documents)"] == ["1.731", "1.731", "1.601", "1.574"]
     assert found["quiz"] == ["1,000", "12", "3"]
@@ -68,7 +68,7 @@ def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
     (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
     report = write_report(run_dir)
     assert rows(report)["mmlu_letter_5shot"] == ["14,042", "0", "0"]
-    assert "\n| heldout_perplexity |" not in report.read_text()  # its documents are no items
+    assert "\n| heldout_perplexity |" not in report.read_text()  # its documents are not items
 
 
 def test_tasks_without_data_and_published_values_stand_beside_ours(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ DENSE = [line for line in metrics("dense_ct") if "loss" in line]
 
 
 def long_run(steps: int) -> list[dict[str, Any]]:
-    """32 layers of 8 experts: layer 0 is dense, the first expert of layer l gets l / 100 more than its share."""
+    """Return steps with 32 layers of 8 experts: layer 0 is dense, expert 0 of layer l gets l / 100 above its share."""
     load = np.full((32, 8), 1 / 8)
     load[:, 0] += np.arange(32) / 100
     load[:, 1] -= np.arange(32) / 1000
@@ -74,7 +74,7 @@ def test_a_live_score_has_the_interval_of_its_documents(tmp_path: Path) -> None:
     text = "".join(json.dumps(line | more) + "\n" for more in ({"sources": sources}, {}))
     (tmp_path / "metrics.jsonl").write_text(text)
     scores = read_curve(tmp_path / "metrics.jsonl").scores
-    assert scores == [(1000, 2.0, pytest.approx(0.2776, abs=1e-4)), (1000, 2.0, None)]  # t of 4 degrees: 2.776
+    assert scores == [(1000, 2.0, pytest.approx(0.2776, abs=1e-4)), (1000, 2.0, None)]  # t for 4 degrees: 2.776
 
 
 def test_held_out_text_has_a_band_of_its_interval() -> None:

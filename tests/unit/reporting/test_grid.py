@@ -1,4 +1,4 @@
-"""The table of a grid from the files that trainings leave; the expected numbers are computed in the comments."""
+"""The table of a grid, made from the files that trainings leave. Comments derive the expected numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_gr
 from nemo_upcycle.utils.files import MARKER
 
 
-#: Arm -> bits a byte of its three documents after the first step, of the first seed; 0.1 less when steps double.
+#: Arm -> bits per byte of its three documents after the first step, with seed 1; 0.1 less per doubling of steps.
 BITS = {"dense": (1.0, 1.1, 1.2), "moe": (0.9, 1.0, 1.1), "st": (0.94, 1.05, 1.16)}
 STEPS = {"dense": 8, "moe": 8, "st": 4}
 
@@ -42,7 +42,7 @@ def evaluation(bits: tuple[float, ...]) -> dict[str, Any]:
 
 
 def seconds(arm: str, seed: int, step: int) -> float:
-    """A step takes 36 s, of the dense arm 24 s, the first a minute more; every other one of a seed is held up."""
+    """Return the duration of a step (s): 36, dense 24; 60 more in the first step; a delay in every second one."""
     return (24.0 if arm == "dense" else 36.0) + (60 if step == 1 else 0) + 30 * seed * (step % 2 == seed % 2)
 
 
@@ -83,9 +83,9 @@ def test_an_arm_has_its_tokens_flops_and_hours(run_dir: Path) -> None:
     values = compared(run_dir, described())
     moe = values["arms"]["moe"]
     assert (moe["tokens"], moe["flops"]) == (800, 16e8)
-    # of each step the faster seed, without the first's minute
+    # The faster seed of each step counts, without the first step's extra minute.
     assert moe["rank_hours"] == pytest.approx(8 * 36 * 2 / 3600)
-    assert moe["bits_per_byte"]["value"] == pytest.approx(0.705)  # 1.0 - 0.3 and 0.01 more
+    assert moe["bits_per_byte"]["value"] == pytest.approx(0.705)  # 1.0 - 0.3; seed 2 is 0.01 higher
     assert moe["bits_per_byte"]["high"] == pytest.approx(0.705 + 12.706 * 0.005, rel=1e-3)
     assert moe["sources"]["law"]["value"] == pytest.approx(0.655)
     assert moe["routers"]["load_cv"][1] == [200, pytest.approx(0.4)]
@@ -102,21 +102,21 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path
     assert tokens_of(moe["along"]) == [0, 100, 200, 400, 800]
     assert moe["end"]["difference"] == pytest.approx(-0.1)
     assert moe["better_from"] == 0
-    # 400 tokens at twice the FLOPs against 800: 0.1 better at equal tokens, and one doubling behind
+    # 400 tokens at twice the FLOPs against 800 tokens: 0.1 better at equal tokens, but one doubling behind.
     assert (moe["equal_flops"]["tokens"], moe["equal_flops"]["reference_tokens"]) == (400, 800)
     assert moe["equal_flops"]["flops_ratio"] == pytest.approx(1.0)
     assert moe["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
     assert moe["equal_flops"]["verdict"] == "tie"
-    assert st["end"]["difference"] == pytest.approx(0.05)  # at 400 tokens, where both are
+    assert st["end"]["difference"] == pytest.approx(0.05)  # at 400 tokens, the end of the shorter arm
     assert st["equal_flops"] is None
     assert values["tests"] == {"start": 2, "end": 2, "equal_flops": 1}
-    # no spread over seeds; 0.01 of three documents with two degrees of freedom: t(0.9875, 2) = 6.205 for two at once
+    # Seeds do not differ. Documents spread by 0.01, two degrees of freedom: t(0.9875, 2) = 6.205 for two tests.
     assert st["end"]["stderr_documents"] == pytest.approx(0.01 / math.sqrt(3))
     assert st["end"]["high"] - st["end"]["difference"] == pytest.approx(6.205 * 0.01 / math.sqrt(3), rel=1e-3)
 
 
 def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
-    """The same with a learning rate that falls, and other lengths."""
+    """Return the grid with a falling learning rate and other lengths."""
     found = described() | {"references": {"moe": "dense"}}
     for about in found["cells"].values():
         about |= {"is_rate_constant": False, "steps": steps.get(about["arm"], about["steps"])}
@@ -125,7 +125,7 @@ def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
 
 
 def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
-    """Half of the steps at twice the FLOPs: what the MoE reaches at its end is no match for the parent on its way."""
+    """Half the steps at twice the FLOPs. The end of the MoE cannot be compared with the middle of the parent's run."""
     values = compared(run_dir, falling_grid({"moe": 4}))
     found = values["differences"]["moe"]
     assert found["start"]["difference"] == pytest.approx(-0.1)
@@ -143,7 +143,7 @@ def test_arms_of_one_schedule_are_compared_on_their_way(run_dir: Path) -> None:
         found = compared(run_dir, falling_grid({}, moe=schedule))["differences"]["moe"]
         assert tokens_of(found["along"]) == points
         assert found["end"]["difference"] == pytest.approx(-0.1)
-        assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
+        assert found["equal_flops"] is None  # 400 tokens are in the middle of one run, 800 at the end of the other
 
 
 def test_a_training_within_two_percent_costs_the_same(run_dir: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_training_within_two_percent_costs_the_same(run_dir: Path) -> None:
 
 
 def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
-    """The MoE with steps of 200 tokens: its points after 1, 2 and 4 steps are those after 2, 4 and 8 of the parent."""
+    """With steps of 200 tokens, the MoE's points after 1, 2 and 4 steps match the parent's after 2, 4 and 8."""
     other = described()
     for about in other["cells"].values():
         if about["arm"] == "moe":
@@ -164,7 +164,7 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
     values = compared(run_dir, other)
     found = values["differences"]["moe"]
     assert tokens_of(found["along"]) == [0, 200, 400, 800]
-    assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
+    assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, but one doubling behind
 
 
 def test_omits_steps_that_arms_scored_with_other_seeds(run_dir: Path) -> None:
@@ -175,7 +175,7 @@ def test_omits_steps_that_arms_scored_with_other_seeds(run_dir: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_arm(run_dir: Path) -> None:
-    # half of the interval: t(0.975, 1) = 12.706 times 0.005; 800 tokens of the MoE take 9.6 rank minutes
+    # Half of the interval is t(0.975, 1) = 12.706 times 0.005. The MoE's 800 tokens take 9.6 rank minutes.
     assert "| moe | 800 | 1.6e+09 | 2.005 ± 0.064 | 0.705 ± 0.064 | 9.6 |" in rendered(run_dir)
 
 

@@ -1,4 +1,4 @@
-"""A run's folder from elsewhere: its values are shown as they were typed, and nothing of this machine is embedded."""
+"""A run's folder from elsewhere: its values are shown as typed, and nothing of this machine is embedded."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ pytestmark = pytest.mark.slow
 
 FOLDER = "rep![q](x)<b>"
 TYPED = "![z](SECRET) <script>alert(1)</script> `a` ```b``` | c [x](javascript:alert(2)) _d_ *e* $f^$ &lt; ~~g~~ \\h"
-#: Those that are no words on a line, and those that are; a command doubles single quotes.
+#: Names of hostile texts that are not words on one line, and the words of the others. TYPED has no single quotes,
+#: because a command doubles them.
 _LINES = ("new_lines", "code_on_a_new_line", "heading", "right_to_left", "line_separators", "control", "surrogate")
 _WORDS = " ".join(" ".join(text.split()) for name, text in HOSTILE.items() if name not in (*_LINES, "long_words"))
 TYPED += f" {_WORDS}".replace("'", "")
 _TAGS = "html head meta title style body header nav a h1 h2 p img pre code ul li"
 _KNOWN = {*_TAGS.split(), "div", "table", "thead", "tbody", "tr", "th", "td", "span", "strong"}
-#: What the code itself compares, and must find as it is.
+#: Keys whose values the code compares; these must stay as they are.
 _KEPT = ("hash", "config_sha256")
 
 
 def _hostile(value: Any, typed: str) -> Any:
-    """Return a value with every text in it replaced."""
+    """Return a value with all its texts replaced."""
     if isinstance(value, dict):
         return {key: part if key in _KEPT else _hostile(part, typed) for key, part in value.items()}
     if isinstance(value, list):
@@ -45,7 +46,7 @@ def _hostile(value: Any, typed: str) -> Any:
 
 def _change(path: Path, typed: str) -> None:
     value = _hostile(json.loads(path.read_text()), typed)
-    if "metrics" in value:  # tasks have names, too
+    if "metrics" in value:  # task names are texts, too
         value = json.loads(json.dumps(value).replace('"quiz', json.dumps(typed)[:-1]))
         value["metrics"][f"{typed}/acc"] = value["metrics"].pop(f"{typed}/acc")
         value["versions"] = {typed: typed}
@@ -85,9 +86,9 @@ def test_texts_of_a_run_are_shown_as_typed(hostile: Path, secret: Path) -> None:
     assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in loads)
     assert base64.b64encode(secret.read_bytes()).decode()[:24] not in (hostile / "report.html").read_text()
     typed = TYPED.replace("SECRET", str(secret))
-    # Commands, task names in tables and the headline, samples, versions, settings, receipts, machine: each as a whole.
+    # Commands, task names in tables and headline, samples, versions, settings, receipts and machine appear as a whole.
     assert page.text.count(typed) == page.text.count("[z]") > 20
-    assert page.text.count(FOLDER) >= 3  # title, heading, how to go on
+    assert page.text.count(FOLDER) >= 3  # title, heading, how to resume
 
 
 def test_texts_of_a_run_stay_text_in_markdown(hostile: Path) -> None:
@@ -100,7 +101,7 @@ def test_texts_of_a_run_stay_text_in_markdown(hostile: Path) -> None:
 
 
 def test_only_figures_that_the_report_drew_are_embedded(run_dir: Path, secret: Path) -> None:
-    other = run_dir / "routers.png"  # not drawn: this run measured no routers
+    other = run_dir / "routers.png"  # not drawn, because this run measured no routers
     other.write_bytes(b"\x89PNG that was there before")
     (run_dir / "loss.png").symlink_to(secret)
     write_report(run_dir)

@@ -1,4 +1,4 @@
-"""report.html: one file that loads nothing, and obeys nothing that a model wrote."""
+"""report.html is one file that loads nothing and obeys nothing that a model wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
+    """Parses a page into its tags with their attributes, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

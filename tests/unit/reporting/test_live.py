@@ -1,4 +1,4 @@
-"""A run that is under way, by its folder alone: its page, again and again, until the report itself is there."""
+"""The page of a running run: written from its folder again and again, until the report itself exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 
 
 def start(folder: Path, stage: str, at_s: float, needs: tuple[str, ...] = ()) -> None:
-    """Leave what the start of a stage leaves; a marker that is there says what it was made from."""
+    """Write the files of a stage's start; a marker that exists records the stages that it needs."""
     (folder / stage).mkdir(exist_ok=True)
     (folder / stage / "_STARTED.json").write_text("{}")
     os.utime(folder / stage / "_STARTED.json", (at_s, at_s))
@@ -27,7 +27,7 @@ def start(folder: Path, stage: str, at_s: float, needs: tuple[str, ...] = ()) ->
 
 @pytest.fixture
 def under_way(run_dir: Path) -> Path:
-    """The MoE is trained, the baseline is at its third step of ten, and half of a line more."""
+    """A run with a trained MoE, and a baseline at step 3 of 10."""
     (run_dir / "dense_ct/_SUCCESS.json").unlink()
     (run_dir / "dense_ct/training.json").write_text(json.dumps(SETTINGS | {"max_steps": 10}))
     lines = run_dir / "pretrain/metrics.jsonl"
@@ -95,7 +95,7 @@ def test_the_page_is_written_until_the_report_is_there(under_way: Path, monkeypa
     watching.start()
     wait_until(lambda: page.is_file() and "Running: dense_ct" in page.read_text())
     assert '<meta http-equiv="refresh" content="30">' in page.read_text()
-    start(under_way, "report", 3000)  # it writes the report itself, and is done
+    start(under_way, "report", 3000)  # this stage writes the report itself, which ends the watching
     wait_until(lambda: read_progress(under_way).is_over)
     page.write_text("the report")
     (under_way / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')

@@ -18,13 +18,13 @@ from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT, SETTINGS, length
 
 
 def rows(report: Path) -> dict[str, list[str]]:
-    """The cells of every table row, by its first cell."""
+    """Return the cells of each table row, by its first cell."""
     cells = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if line.startswith("| ")]
     return {first: rest for first, *rest in cells}
 
 
 def add_to_steps(run_dir: Path, *added: dict[str, Any]) -> None:
-    """Add to the lines of the first steps of the MoE."""
+    """Add values to the lines of the MoE's first steps."""
     path = run_dir / "pretrain/metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line, more in zip([line for line in lines if "loss" in line], added, strict=False):
@@ -65,9 +65,9 @@ def test_the_training_summary(results: dict[str, Any]) -> None:
 
 def test_the_report_prints_these_numbers(reported: Path) -> None:
     found = rows(reported / "report.md")
-    # differences of 2, 1.9 and 2.1 nats in windows of 100 bytes: mean 2, standard error 0.1 / sqrt(3); in bits a byte,
-    # and t(1 - 0.025 / 6, 2) = 10.89 for two metrics of three pairs
-    against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
+    # Differences of 2, 1.9 and 2.1 nats in windows of 100 bytes: mean 2, standard error 0.1 / sqrt(3), shown in bits
+    # per byte. Two metrics of three pairs: t(1 - 0.025 / 6, 2) = 10.89.
+    against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # in the second table
     assert against_baseline == "+0.0289 ± 0.0091"
     assert found["training loss, last step"] == ["2.75", "3.25"]
     assert found["most used expert of any layer"] == ["70.00 %", "30.00 %"]
@@ -76,7 +76,7 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     assert found["bytes written"] == ["1.50 GiB"]
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
     text = (reported / "report.md").read_text()
-    # 0.0321 of three documents: t is 4.303
+    # 0.0321 over three documents: t is 4.303
     assert "| bits per byte (heldout_perplexity) | 1.73 ± 0.14 | 1.73 ± 0.14 | 1.60 ± 0.14 |" in text
     assert "saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     assert "`seed=4321`" in text
@@ -112,7 +112,7 @@ def test_a_baseline_of_few_steps_alone_is_not_judged(run_dir: Path) -> None:
 
 
 def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
-    assert "## Command" not in write_report(run_dir).read_text()  # a folder from before they were kept
+    assert "## Command" not in write_report(run_dir).read_text()  # older runs have no such file
     (run_dir / "command.txt").write_text("nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n")
     (run_dir / "recipes").mkdir()
     for stage in ("pretrain", "dense_ct"):
@@ -126,15 +126,15 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     other = SETTINGS | {"data": "blend tiny (blend)", "ranks": 1}
     del other["balancing"]
     (run_dir / "dense_ct/training.json").write_text(json.dumps(other))
-    # the rates of a last step twice as slow as the mean of all
+    # The last step has half the rate of the mean over all steps.
     rates = {"tokens_per_s": 250.0, "tflops_per_gpu": {"full": 100.0, "causal": 90.0}}
     rates |= {"mfu": {"bf16": {"full": 0.1, "causal": 0.09}}, "memory_gib": 68.5}
     add_to_steps(run_dir, rates | {"memory_gib": 69.5, "memory_share": 0.875}, rates, rates)
     found = rows(write_report(run_dir, {"pretrain": {"memory_gib": 66.25, "tokens_per_s": 480.0}}))
     assert found["memory of the fullest rank, planned"] == ["66.25 GiB", "-"]
     assert found["tokens per second, planned"] == ["480", "-"]
-    assert rows(write_report(run_dir)) == found  # another report keeps them
-    assert found["ranks times hours in steps"] == ["0.00333", "0.00167"]  # 6 s on 2 ranks, and on one
+    assert rows(write_report(run_dir)) == found  # another report keeps the planned numbers
+    assert found["ranks times hours in steps"] == ["0.00333", "0.00167"]  # 6 s on two ranks, and on one
     rate = "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up"
     assert found["learning rate, peak"] == [rate, rate]
     assert found["balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
@@ -147,7 +147,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
 
 
 def test_samples_stand_beside_each_other(run_dir: Path) -> None:
-    assert "## Samples" not in write_report(run_dir).read_text()  # evaluations from before they were made
+    assert "## Samples" not in write_report(run_dir).read_text()  # older evaluations have no samples
     for name, value in EVALUATIONS.items():
         texts = ("1990", "The state", "of the union", f"a|b\n*{name}*")
         sample = dict(zip(("document", "prompt", "goes_on", "continuation"), texts, strict=True))
@@ -189,7 +189,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_the_command_needs_no_torch(run_dir: Path) -> None:
-    """A finished run, its data included, is often looked at on a laptop."""
+    """A finished run with its data is often viewed on a laptop."""
     (run_dir / "data/blend").mkdir(parents=True)
     (run_dir / "data/blend/contamination.json").write_text('{"sets": {}, "report": {"words": 8, "sets": {}}}')
     command = [sys.executable, "-c", _WITHOUT, "report", str(run_dir)]
@@ -254,7 +254,7 @@ def test_a_group_stands_for_its_tasks(run_dir: Path) -> None:
 
 
 def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
-    """Means of the layers that have experts, dead experts counted; what was not measured at a step is a dash."""
+    """Means over the layers with experts, and the sum of their dead experts; a dash if a step was not measured."""
     first = {"dead_experts": [1, 2, None], "dropped": [0.0, 0.5, None], "expert_distance": [0.25, 0.75, None]}
     last = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
     add_to_steps(run_dir, {"router": first}, {}, {"router": last})

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own model decides: NeMo's context, Bridge's configuration, Megatron-LM's arguments."""
+"""A checkpoint's own description decides: NeMo's context, Bridge's configuration, or Megatron-LM's arguments."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _write_contexts(folder: str) -> None:
     configs = {
         "plain": llm.LlamaConfig(**SIZES, **MOE),
         "fine": llm.LlamaConfig(**SIZES, **fine, moe_router_load_balancing_type="none"),
-        "window": llm.MistralConfig7B(**SIZES, **MOE, window_size=[16, 0]),  # as NeMo imports a window of 16
+        "window": llm.MistralConfig7B(**SIZES, **MOE, window_size=[16, 0]),  # NeMo's import of a window of 16
         "scaled": llm.Llama31Config8B(**SIZES, **MOE),
     }
     for name, config in configs.items():
@@ -61,7 +61,7 @@ def _write_contexts(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints with NeMo's own contexts."""
+    """Checkpoints with contexts that NeMo wrote."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(_write_contexts, 1, str(folder), process_group=False)
     for name in ("plain", "fine", "window", "scaled"):
@@ -71,7 +71,7 @@ def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint of four experts, top-2, that the test may change."""
+    """A checkpoint of four experts with top-2, for a test to change."""
     return Path(shutil.copytree(saved / "plain", tmp_path / "ck"))
 
 
@@ -121,7 +121,7 @@ def test_a_spec_that_the_context_contradicts_is_refused(saved: Path, dense: Path
         ("scaled", SCALED, None),
         ("plain", {"hidden_act": "gelu_pytorch_tanh"}, "activation"),
         ("plain", MISTRAL | {"sliding_window": 64, "max_position_embeddings": 4096}, "sliding_window"),
-        # NeMo imports a window one too long
+        # NeMo imports a window that is one token too long.
         ("window", MISTRAL | {"sliding_window": 16}, None),
         ("window", MISTRAL | {"sliding_window": 17}, None),
         ("window", MISTRAL | {"sliding_window": 15}, "sliding_window"),
@@ -183,7 +183,7 @@ ARGUMENTS = {
 
 
 def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
-    """Write a checkpoint as Megatron-LM keeps it: its arguments are beside the weights."""
+    """Write a checkpoint as Megatron-LM does, with its arguments beside the weights."""
     folder = write_checkpoint(folder, dense, SPEC, prefix="")
     arguments = argparse.Namespace(**(ARGUMENTS | {"iteration_hook": os.getcwd} | changes))
     common = {"args": arguments, "iteration": 7, "rng": [torch.zeros(3)], "checkpoint_version": 3.0}
@@ -235,7 +235,7 @@ def test_code_in_the_arguments_is_not_run(dense: Path, tmp_path: Path) -> None:
 
 
 def _said(arch: Architecture) -> CheckpointContext:
-    """Return what Bridge's `run_config.yaml` says of a model."""
+    """Return a model's settings as in Bridge's `run_config.yaml`."""
     layers = {"_target_": "nemo_upcycle.online.decoder_layers.decoder_layers", "_partial_": True, "_args_": []}
     settings = megatron_fields(arch) | window_fields(arch)
     settings |= {
@@ -249,7 +249,7 @@ def _said(arch: Architecture) -> CheckpointContext:
     return CheckpointContext(Path("run_config.yaml"), settings)
 
 
-#: Model -> class, further settings.
+#: Model -> class and further settings.
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 3": ("Olmo3ForCausalLM", {}),
     "EXAONE 4": ("Exaone4ForCausalLM", {}),

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run count, on folders that torch's own writer made and a kill, or a removal, left half."""
+"""Complete checkpoints of a run count; halves that a kill or a removal left do not. torch's own writer makes both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.sources.checkpoints import complete_checkpoints, full_disk, ne
 
 
 def write(folder: Path, step: int, ending: str = "-last") -> Path:
-    """Write a small complete checkpoint as NeMo names it."""
+    """Write a small complete checkpoint under NeMo's name for it."""
     checkpoint = folder / f"model_name=0--step={step}{ending}"
     weights = checkpoint / "weights"
     weights.mkdir(parents=True)
@@ -28,7 +28,7 @@ def write(folder: Path, step: int, ending: str = "-last") -> Path:
 
 def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
-    late, early = write(tmp_path, 11), write(tmp_path, 9)  # the lower step was touched last
+    late, early = write(tmp_path, 11), write(tmp_path, 9)  # the lower step was written last
     write(tmp_path, 11, ending="")  # `-last` beats the numbered one
     assert newest_checkpoint(tmp_path) == late
     assert complete_checkpoints(tmp_path)[0] == early
@@ -66,7 +66,7 @@ def test_what_a_kill_left_half_is_never_chosen(tmp_path: Path, damage: object) -
 
 
 def _fill_room_of(checkpoint: Path) -> None:
-    """Let a checkpoint need twice the room that its disk has, without writing it."""
+    """Make a checkpoint need twice the free space of its disk, without writing that much."""
     more = checkpoint / "more"
     more.touch()
     os.truncate(more, 2 * shutil.disk_usage(checkpoint).free)

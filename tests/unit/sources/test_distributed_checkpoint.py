@@ -1,4 +1,4 @@
-"""Distributed checkpoints, written by torch's own writer: slices, and what damage of every kind leads to."""
+"""Distributed checkpoints from torch's own writer: slices, and the effect of every kind of damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TENSORS = {
 }
 
 
-#: Where the metadata have "a".
+#: Index of "a" in the metadata.
 PLACE = MetadataIndex("a", torch.Size((0, 0)))
 
 
@@ -51,7 +51,7 @@ def test_slices_and_only_they_are_counted(folder: Path) -> None:
 
 
 def _edit(folder: Path, change: Callable[[Any], None]) -> None:
-    """Change the metadata as somebody with a debugger would."""
+    """Change the unpickled metadata, and write them back."""
     path = folder / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
@@ -59,7 +59,7 @@ def _edit(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def _add_chunk(offset: int) -> Callable[[Any], None]:
-    """Declare "a" of twice the rows, its second half from the same bytes."""
+    """Return a change that adds a second chunk to "a" at row `offset`, with the first chunk's bytes."""
 
     def change(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["a"]
@@ -95,7 +95,7 @@ def _set_place(name: str, **changes: Any) -> Callable[[Any], None]:
 
 
 def _set(**changes: Any) -> Callable[[Any], None]:
-    """Describe "a" as another tensor, `sizes` as that of its piece as well."""
+    """Return a change that describes "a" as another tensor; `sizes` changes the sizes of its chunk."""
 
     def change(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["a"]
@@ -138,7 +138,7 @@ def test_a_file_cut_short_or_missing_is_refused_at_once(folder: Path) -> None:
 
 
 def test_a_damaged_byte_gives_an_error_or_other_numbers(folder: Path) -> None:
-    """Never to a traceback, and never to a tensor of another shape. Numbers have no checksum, in any format."""
+    """Damage never causes a traceback or a tensor of another shape. Numbers have no checksum, in any format."""
     path = folder / "__0_0.distcp"
     whole = path.read_bytes()
     refused = 0
@@ -178,7 +178,7 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"got unreadable metadata \(a Inert\)"):
         DistributedCheckpoint(folder)
     assert not trace.exists()
-    pickle.loads(pickle.dumps(_Runs(trace)))  # a plain unpickler does run it
+    pickle.loads(pickle.dumps(_Runs(trace)))  # a plain unpickler runs the code
     assert trace.exists()
 
 
@@ -187,7 +187,8 @@ def test_what_is_no_metadata_is_refused(folder: Path) -> None:
     whole = path.read_bytes()
     contents = [whole[:length] for length in (0, 1, *range(2, len(whole) - 1, len(whole) // 50))]
     contents += [b"{}", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps([1]), b"\x80\x05N."]
-    contents += [b"\x80\x05\x96" + (2**62).to_bytes(8, "little"), b"\x80\x05\x8e" + b"\xff" * 8]  # memory without end
+    # These claim endless memory.
+    contents += [b"\x80\x05\x96" + (2**62).to_bytes(8, "little"), b"\x80\x05\x8e" + b"\xff" * 8]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="unreadable metadata"):
@@ -195,7 +196,7 @@ def test_what_is_no_metadata_is_refused(folder: Path) -> None:
 
 
 def _set_attribute(module: str, owner: str, attribute: str) -> bytes:
-    """Return opcodes of pickle that set an attribute of an imported class or function, which stays on the stack."""
+    """Return pickle opcodes that set an attribute of an imported class or function and leave it on the stack."""
     return f"c{module}\n{owner}\n(N}}(S'{attribute}'\ncbuiltins\nset\nutb".encode()
 
 
@@ -212,7 +213,7 @@ def test_metadata_that_changes_a_class_is_refused(
 ) -> None:
     target = pkgutil.resolve_name(f"{module}:{owner}")
     before = getattr(target, attribute)
-    monkeypatch.setattr(target, attribute, before)  # put back even if the attack works
+    monkeypatch.setattr(target, attribute, before)  # restore it even if the attack works
     (folder / ".metadata").write_bytes(_set_attribute(module, owner, attribute) + b".")
     with pytest.raises(CheckpointError, match="unreadable metadata"):
         DistributedCheckpoint(folder)

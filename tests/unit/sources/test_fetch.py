@@ -1,4 +1,4 @@
-"""Use a model where it lies, or fetch it whole."""
+"""A local model is used in place, and a remote model is fetched whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check the address of a model, without fetching it."""
+"""Check a model's address without fetching the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_configuration_alone_describes_a_parent(tmp_path: Path) -> None:
     assert Parent(str(alone)).configured == Parent(str(whole)).whole
     with pytest.raises(UpcycleError, match=r"got none; expected one of tokenizer\.json"):
         _ = Parent(str(alone)).whole
-    (alone / "model.safetensors.index.json").write_text("{}")  # weights, which are not whole
+    (alone / "model.safetensors.index.json").write_text("{}")  # incomplete weights
     with pytest.raises(UpcycleError):
         _ = Parent(str(alone)).configured
     weights = whole / "model.safetensors"

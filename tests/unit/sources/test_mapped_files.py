@@ -1,4 +1,4 @@
-"""Slices of tensors in files: the right bits, fetched without a byte beyond them, and files that end too early."""
+"""Slices of tensors in files: the right bits, no byte read beyond a slice, and files that end too early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's and NeMo's own checkpoints, of several layouts, read as the Hugging Face folders that they came from."""
+"""Megatron's and NeMo's own checkpoints, in several layouts, are read like the Hugging Face folders they came from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYOUTS = {"one": {}, "tp2pp2": {"tp": 2, "pp": 2}}
 
 
 def dump_context(model: Any, folder: Path) -> None:
-    """Let NeMo write a model's context, as its trainer does."""
+    """Write a model's context with NeMo, as its trainer does."""
     from nemo import lightning as nl
     from nemo.lightning.io.pl import TrainerContext
 
@@ -58,7 +58,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one model: NeMo checkpoints of one rank and of four."""
+    """NeMo checkpoints of one model, saved on one rank and on four."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(_write_contexts, 1, str(parent), str(folder), process_group=False)
     for name, layout in LAYOUTS.items():
@@ -70,7 +70,7 @@ def saved(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nemo(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint that the test may change."""
+    """A checkpoint for a test to change."""
     return Path(shutil.copytree(saved / "tp2pp2", tmp_path / "nemo"))
 
 
@@ -141,7 +141,8 @@ def test_names_and_bounds_are_checked(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=r"q_pro\.weight' does not exist\. Did you mean .*q_proj\.weight'"):
             checkpoint.read("model.layers.0.self_attn.q_pro.weight")
         with pytest.raises(CheckpointError, match=r"q_proj\.weight: slice .* reaches beyond its shape \[64, 64\]"):
-            checkpoint.read("model.layers.0.self_attn.q_proj.weight", [(0, 65), (0, 64)])  # its keys come next
+            # The keys follow in the fused matrix.
+            checkpoint.read("model.layers.0.self_attn.q_proj.weight", [(0, 65), (0, 64)])
 
 
 def test_without_a_tokenizer_the_padding_stays(nemo: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_context_that_names_code_is_refused_and_not_run(nemo: Path) -> None:
     with pytest.raises(CheckpointError, match="unreadable description"):
         open_dense(nemo)
     assert not trace.exists()
-    yaml.unsafe_load(text)  # a loader that is not safe does run it
+    yaml.unsafe_load(text)  # an unsafe loader runs the code
     assert trace.exists()
 
 

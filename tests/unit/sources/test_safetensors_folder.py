@@ -1,4 +1,4 @@
-"""Opening a safetensors folder, reading it from threads, and what happens to a damaged one."""
+"""Opening a safetensors folder, reading it from several threads, and refusing damaged ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_is_no_address_is_refused(folder: Path, address: str, words: str) -
     "content",
     [
         *(None, b"", b"PK\x03\x04" + b"x" * 60, (10).to_bytes(8, "little") + b"notjson!!!"),
-        (100_000).to_bytes(8, "little") + b"[" * 100_000,  # too deep
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,  # nested too deeply
     ],
     ids=["missing", "empty", "zip", "text", "deep"],
 )
@@ -139,7 +139,7 @@ def test_refuses_an_moe_that_cannot_grow(folder: Path) -> None:
 
 
 def test_refuses_an_index_beside_another_single_file(tmp_path: Path) -> None:
-    """transformers takes the single file, so an index that is left over would give other weights than expected."""
+    """transformers takes the single file, so a leftover index would give other weights than expected."""
     folder = write_llama(tmp_path / "dense", layers=1)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     save_file({name: tensor * 2 for name, tensor in load_file(single).items()}, folder / "old.safetensors")

@@ -1,4 +1,4 @@
-"""Several dense models mixed into one: experts in turn, the rest of the first or averaged; what cannot be mixed."""
+"""Several dense models mixed into one: experts in turn, other weights from the first or averaged; and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NETWORK = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """A seed model and two that were trained from it."""
+    """A seed model, and two models trained from it."""
     found = [write_llama(tmp_path / "first", layers=2)]
     for number in (1, 2):
         folder = Path(shutil.copytree(found[0], tmp_path / f"other{number}"))

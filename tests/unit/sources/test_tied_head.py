@@ -1,4 +1,4 @@
-"""A tied model that stores an output layer, too: the same numbers are fine, others are refused and never dropped."""
+"""A tied model that also stores an output layer: equal numbers are accepted, others are refused and never dropped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _dense(folder: Path, change: Change | None) -> Path:
-    """Write a tied Llama whose file holds an output layer, too: the embedding, changed."""
+    """Write a tied Llama; with `change`, its file also holds an output layer, the changed embedding."""
     write_tokenizer(write_llama(folder, tied=True, layers=2))
     head = change(weights_of(folder)["model.embed_tokens.weight"]) if change else None
     return change_weights(folder, {"lm_head.weight": head})
@@ -76,7 +76,7 @@ def test_of_several_parents_each_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_what_many_ranks_open_at_once_is_sampled(tmp_path: Path, megatron: None) -> None:
-    """Of 250 rows each rank looks at 63: a head that was trained by itself differs in all."""
+    """Each rank compares 63 of 250 rows; a separately trained head differs in all of them."""
     with open_dense(_dense(tmp_path / "other", torch.neg)) as source:
         (chunk,) = build_chunks(source.path, num_experts=4)
         before = [parameter.clone() for parameter in chunk.parameters()]

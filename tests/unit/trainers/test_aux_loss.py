@@ -1,4 +1,4 @@
-"""What is measured on one rank, and what is said; `tests/distributed/test_balancing.py` has the layouts."""
+"""The measured effect of auxiliary losses on one rank; `tests/distributed/test_balancing.py` covers the layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.models import build_chunks, small_architecture
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
-#: What Megatron's routers can be asked for beside the plain one; the measurement must not depend on it.
+#: Router options beside the plain router; the measurement must not depend on them.
 UNUSUAL: list[dict[str, Any]] = [
     {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
     {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
@@ -65,7 +65,8 @@ def test_a_coefficient_that_rises_from_zero_is_corrected(
     from nemo_upcycle.trainers.aux_loss import correct_losses
 
     megatrons = MoEAuxLossAutoScaler.set_loss_scale
-    halving = staticmethod(lambda scale: megatrons(scale / 2))  # as on two ranks of a context-parallel group
+    # As on two ranks of a context-parallel group.
+    halving = staticmethod(lambda scale: megatrons(scale / 2))
     monkeypatch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", halving)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     assert correct_losses(_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)) == []
@@ -82,6 +83,6 @@ def test_a_job_warns_of_a_loss_with_another_effect(
     monkeypatch.setattr(show_messages(), "propagate", True)
     _report([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
     text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
-    # pytest catches it twice, where the package's logger was there before the test
+    # pytest catches the message twice if the package's logger existed before the test.
     said = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert said == {f"seq_aux_loss: {text}"}

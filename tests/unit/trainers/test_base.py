@@ -1,4 +1,4 @@
-"""How settings of a training are told apart; `tests/contract` has what both trainers fill in."""
+"""How a training's settings are told apart; `tests/contract` covers the parts that both trainers implement."""
 
 from __future__ import annotations
 

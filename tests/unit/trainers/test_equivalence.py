@@ -1,4 +1,4 @@
-"""The check of step 0 holds one layer at a time, and finds what whole models would show, bit for bit."""
+"""The check of step 0 holds one layer at a time, and finds the same as with whole models, bit for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _config(spec: UpcycleSpec | None, tied: bool) -> Any:
 
 
 def _whole(folder: Path, spec: UpcycleSpec | None, tied: bool, step0: Path) -> list[torch.Tensor]:
-    """Return the logits of a model that is whole in memory, in both precisions, and what its layers hand on."""
+    """Return a whole model's logits in single and double precision, and its layers' outputs in double precision."""
     with one_rank(), open_dense(folder) as dense:
         config = paged_models._on_one_rank(_config(spec, tied), 259)
         config.init_model_with_meta_device = False
@@ -75,7 +75,7 @@ def test_paged_models_compute_what_whole_ones_do(tmp_path: Path, tied: bool, mon
 
 
 def _layers_and_ends(model: torch.nn.Module) -> set[str]:
-    """Return the numbers of the layers, and the names of the other parts, whose weights are in memory."""
+    """Return the numbers of the layers and the names of the other parts whose weights are in memory."""
     names = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     return {name.removeprefix("decoder.layers.").partition(".")[0] for name in names}
 
@@ -109,7 +109,7 @@ def test_step_0_has_the_parents_type_where_that_holds_it(tmp_path: Path, method:
     found = load_file(tmp_path / "hf/model.safetensors")
     assert {weight.dtype for weight in found.values()} == {dtype}
     rounded = read_json(tmp_path / "hf" / MODEL_MARKER)["rounded"]
-    assert bool(rounded) == (dtype is torch.bfloat16)  # the drawn router
+    assert bool(rounded) == (dtype is torch.bfloat16)  # the random router is rounded
     if method == "copy":
         difference = hugging_face_logits(tmp_path / "hf", sample_tokens(259)) - hugging_face_logits(
             folder, sample_tokens(259)

@@ -1,4 +1,4 @@
-"""A model that is evaluated while it trains drops no token, and afterwards is as it was."""
+"""A model drops no token while it is evaluated during training, and is unchanged afterwards."""
 
 from __future__ import annotations
 

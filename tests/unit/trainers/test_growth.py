@@ -1,4 +1,4 @@
-"""NeMo's models of parents with experts that it has no configuration of: step 0 with more experts is the parent's."""
+"""NeMo models for parents with experts that NeMo itself cannot configure: step 0 with more experts is exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_step_0_has_the_bits_of_a_conversion(tmp_path: Path, kind: str) -> None:
     use_cpu_backend()
     recipe = llm.mixtral_8x7b.pretrain_recipe()
     recipe.model = parent_model(str(folder), 64)
-    recipe.model.config.apply_rope_fusion = False  # a kernel that is not here
+    recipe.model.config.apply_rope_fusion = False  # this kernel is not installed here
     made = load_recipe(dump_recipe(upcycled(recipe, str(folder), spec)))
     check_parent(made, Parent(str(folder)), remote=False)
     configs = model_config(made), model_config(made, arch)

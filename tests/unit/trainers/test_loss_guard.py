@@ -1,4 +1,4 @@
-"""Which numbers of a step end a training in NeMo."""
+"""Values of a step that end a training in NeMo."""
 
 from __future__ import annotations
 

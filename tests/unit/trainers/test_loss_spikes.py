@@ -1,4 +1,4 @@
-"""What is called a spike of the loss."""
+"""Which losses count as spikes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_spike_is_written_and_does_not_move_the_window(tmp_path: Path) -> None
         assert spikes.limit() is None
         assert spikes.add(step, 2.0 + 0.01 * (step % 3), tmp_path) is None
     limit = spikes.limit()
-    assert limit == pytest.approx(2.01 + 8 * 0.0201)  # the spread is at least one per cent of the median
+    assert limit == pytest.approx(2.01 + 8 * 0.0201)  # the spread is at least 1 % of the median
     assert spikes.add(21, limit - 0.001, tmp_path) is None
     assert not metrics.exists()
     assert spikes.add(22, 9.0, tmp_path) == pytest.approx(limit, rel=1e-2)
@@ -27,7 +27,7 @@ def test_a_spike_is_written_and_does_not_move_the_window(tmp_path: Path) -> None
 
 
 def test_losses_that_scatter_widen_the_limit_by_their_standard_deviation(tmp_path: Path) -> None:
-    """Of a normal distribution the median distance from the median is 1 / 1.4826 of its standard deviation."""
+    """In a normal distribution, the median distance from the median is the standard deviation divided by 1.4826."""
     spikes, losses = LossSpikes(window=255), statistics.NormalDist(2.0, 0.1).quantiles(256)
     random.Random(1).shuffle(losses)
     for step, loss in enumerate(losses):

@@ -1,4 +1,4 @@
-"""What NeMo's metrics turn on before the model is built."""
+"""Statistics that NeMo's metrics start before the model is built."""
 
 from __future__ import annotations
 

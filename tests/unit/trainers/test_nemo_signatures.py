@@ -1,4 +1,4 @@
-"""What configures NeMo's classes is known on every Python: names are checked, defaults are there."""
+"""Configurations of NeMo's classes check names and have defaults on every Python version."""
 
 from __future__ import annotations
 

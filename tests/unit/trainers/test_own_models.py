@@ -1,4 +1,4 @@
-"""Recipes made of a parent's folder: its settings in a configuration of NeMo's, and its function at step 0."""
+"""Recipes made from a parent's folder: its settings in a NeMo configuration, and its function at step 0."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 SCALED = LLAMA3_SCALING | {"original_max_position_embeddings": 16}
 LONG = {"type": "longrope", "short_factor": [1.0 + 0.1 * n for n in range(6)]}
 LONG |= {"long_factor": [2.0 + n for n in range(6)]}
-#: Family -> how its parent is written, and NeMo's configuration of it.
+#: Family -> how its parent is written, and NeMo's configuration of the family.
 MADE: dict[str, tuple[Callable[..., Path], type]] = {
     "Llama 3.1": (partial(write_llama, rope_scaling=SCALED, tied=True), Llama31Config),
     "Mistral": (partial(write_mistral, window=None), MistralConfig7B),
@@ -69,7 +69,7 @@ MADE: dict[str, tuple[Callable[..., Path], type]] = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_recipe_from_a_folder_is_exact_at_step_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron's choice for the model before
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron's choice for the previous model
         monkeypatch.delenv(f"NVTE_{kernel}_ATTN", raising=False)
     write, kind = MADE[name]
     folder = write_tokenizer(write(tmp_path, vocab_size=259))

@@ -1,4 +1,4 @@
-"""Recipes made of parents of real size, of which there is a `config.json` alone: what a dry run says of them."""
+"""Dry runs of recipes for parents of real size, made from a `config.json` alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.cli.test_plan_parents import PARENTS
 
 
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Pipeline stages of those that are too large for one, on 512 H100.
+#: Pipeline stages of parents that are too large for one stage, on 512 H100.
 STAGES = {
     "OLMo 2 7B": 2,
     "Mistral Small 3 24B": 8,
@@ -36,7 +36,7 @@ STAGES = {
     "LLaVA 1.5 7B": 2,
     "Qwen2.5-VL 7B": 2,
 }
-#: Parents whose layers have rotary frequencies, or gated delta nets, that no model of NeMo's has.
+#: Parents with rotary frequencies or gated delta nets that no model of NeMo has.
 NOT_IN_NEMO = {
     "OLMo 3 32B, as transformers 5 has it": "OLMo 3",
     "Gemma 3 1B": "Gemma 3",

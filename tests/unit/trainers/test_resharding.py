@@ -1,4 +1,4 @@
-"""The settings of groups of parameters are handed to as many optimizers as a run has."""
+"""The settings of parameter groups are passed to the optimizers of a run, whatever their number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_states_of_as_many_optimizers_stay_as_they_are() -> None:
 
 
 def test_one_optimizer_gets_the_settings_of_two() -> None:
-    """The group of a kind that was saved comes last, which counts: experts keep their own settings."""
+    """The saved groups come last and take precedence, so experts keep their own settings."""
     states = {"param_state": "all", 0: of(ALL, form="x"), 1: of(EXPERTS, form="x")}
     made = regrouped(states, 1)
     assert (made["param_state"], made["form"], {*made} & {0, 1}) == ("all", "x", set())

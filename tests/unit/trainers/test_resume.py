@@ -1,4 +1,4 @@
-"""From which checkpoint NeMo's own `AutoResume` machinery starts, for every state that a kill leaves behind."""
+"""The checkpoint from which NeMo's own `AutoResume` starts, for every state that a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ def test_chooses_the_highest_complete_step(dense: Path, checkpoints: Path) -> No
     assert _choose(dense) == chosen
     assert _choose(dense) == chosen
     left = [path.name for path in checkpoints.iterdir() if path.is_dir()]
-    assert sorted(left) == sorted([chosen.name, numbered.name, half.name])  # the user's, and what NeMo deletes itself
+    # The user's numbered checkpoint stays, and NeMo itself deletes the unfinished one.
+    assert sorted(left) == sorted([chosen.name, numbered.name, half.name])
     aside = checkpoints.parent / ASIDE
     assert sorted(path.name for path in aside.iterdir()) == sorted([earlier.name, "model_name=0--step=7-last"])
 
 
 def test_leaves_checkpoints_without_a_step_to_nemo(dense: Path, checkpoints: Path) -> None:
-    """Such a checkpoint is saved over the last one, so that an unfinished one stands for work that is lost."""
+    """Such a checkpoint is saved over the last one, so an unfinished checkpoint means lost work."""
     write(checkpoints, 9).rename(checkpoints / "model-last")
     assert _choose(dense) == checkpoints / "model-last"
     _mark(checkpoints / "model-last")
@@ -67,7 +68,7 @@ def test_leaves_checkpoints_without_a_step_to_nemo(dense: Path, checkpoints: Pat
 
 
 def _chosen_by_rank(folders: list[str], dense: str) -> tuple[str, str, int]:
-    """Return on a rank, which sees a folder of its own, what its trainer resumes from, or the error; and its group."""
+    """Resume on a rank with its own folder; return the chosen checkpoint, the error, and the size of its group."""
     import os
 
     import torch

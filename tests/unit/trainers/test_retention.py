@@ -1,4 +1,4 @@
-"""Which checkpoints are removed when a newer one is whole."""
+"""Checkpoints that are removed when a newer one is complete."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_removes_the_oldest_that_need_not_be_kept(
 
 
 def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
-    """Else the only whole one beside the last could be removed for it."""
+    """Otherwise the only complete checkpoint beside the last could be removed."""
     write(tmp_path, 4, ending="")
     (tmp_path / "model_name=0--step=9" / "weights").mkdir(parents=True)
     write(tmp_path, 14)
@@ -46,7 +46,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
 
 
 def test_removes_a_half_removed_checkpoint_after_newer_ones(tmp_path: Path) -> None:
-    """619 GiB would stay for good: it still has its metadata, so that a new start leaves it, too."""
+    """A half-removed checkpoint would occupy 619 GiB for good: with its metadata, it survives a new start as well."""
     write(tmp_path, 4, ending="")
     (tmp_path / "model_name=0--step=4" / "weights" / "__0_0.distcp").unlink()
     write(tmp_path, 9)
@@ -55,7 +55,7 @@ def test_removes_a_half_removed_checkpoint_after_newer_ones(tmp_path: Path) -> N
     write(tmp_path, 14)
     callback = _callback(2)
     assert callback._removable(tmp_path) == [tmp_path / "model_name=0--step=4"]
-    callback._begun.add(str(tmp_path / "model_name=0--step=4"))  # a thread is at it
+    callback._begun.add(str(tmp_path / "model_name=0--step=4"))  # a thread is removing it
     assert callback._removable(tmp_path) == []
     assert _callback(3)._removable(tmp_path) == []
     assert _callback(2, keep_every=5)._removable(tmp_path) == []

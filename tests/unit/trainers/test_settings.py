@@ -1,4 +1,4 @@
-"""Values that make no sense are refused by the setting's path, in NeMo's words and in Bridge's."""
+"""Impossible values are refused with the setting's path, under NeMo's name and under Bridge's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nemo_upcycle.trainers.settings import (
 
 
 def _with(**values: Any) -> SimpleNamespace:
-    """Return a configuration with these settings; `__` stands for the dot."""
+    """Return a configuration with these settings; `__` in a name stands for a dot."""
     root = SimpleNamespace()
     for path, value in values.items():
         *owners, name = path.split("__")
@@ -96,13 +96,13 @@ def test_every_rule_of_nemo_names_an_existing_setting(row: Setting) -> None:
 
     owner, _, name = row.nemo.rpartition(".")
     recipes = [llama3_8b_e8t2.pretrain_recipe(), llama3_8b_e8t2_sft.finetune_recipe()]
-    recipes[0].trainer.callbacks.append(run.Config(EvaluateWhileTraining))  # a user adds it
+    recipes[0].trainer.callbacks.append(run.Config(EvaluateWhileTraining))  # as a user would add it
     found = [setting(recipe, owner) for recipe in recipes]
     assert any(name in {*one.__signature_info__.parameters, *one.__arguments__} for one in found)
 
 
 class MetricsLogger(SimpleNamespace):
-    """Has the name of the class that the table knows."""
+    """A class with a name that the table of settings knows."""
 
 
 def test_a_callbacks_setting_is_found_by_its_class() -> None:

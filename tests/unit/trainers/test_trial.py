@@ -1,4 +1,4 @@
-"""Errors of a construction; `tests/contract/test_contract.py` constructs trainings."""
+"""Errors while a training is constructed; `tests/contract/test_contract.py` constructs real trainings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NeMo 2.7 would gather parameters in MXFP8 before they are there: refused by name, and nothing else is."""
+"""NeMo 2.7 would gather MXFP8 parameters before they exist. Only this combination is refused, by name."""
 
 from __future__ import annotations
 

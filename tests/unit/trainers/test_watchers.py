@@ -1,4 +1,4 @@
-"""The resiliency extension's callbacks: there only where they can work."""
+"""The resiliency extension's callbacks are created only if they can work."""
 
 from __future__ import annotations
 

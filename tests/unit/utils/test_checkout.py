@@ -1,4 +1,4 @@
-"""What importing the package does, and a checkout that is not installed or lies beside another one's environment."""
+"""Importing the package only imports; a checkout that is not installed, or another clone's environment, is named."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _python(code: str, folder: Path, *options: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """Another checkout, in which one stands."""
+    """Another checkout, used as the current folder."""
     for name in ("nemo_upcycle", "recipes", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
@@ -72,6 +72,6 @@ def test_beside_another_clones_environment_only_recipes_are_refused(other: Path)
 @pytest.mark.parametrize("part", ["recipes", "conf"])
 def test_a_checkout_that_is_not_installed_says_how_to(other: Path, part: str) -> None:
     code = f"try:\n import nemo_upcycle, nemo_upcycle.{part}\nexcept ImportError as error:\n print(error)"
-    done = _python(code, other, "-S")  # without what is installed
+    done = _python(code, other, "-S")  # without the installed packages
     text = f"nemo_upcycle.{part} is in the checkout {other}, which is not installed."
     assert done.stdout.strip() == f"{text} Run: pip install -e {other}.", done.stderr

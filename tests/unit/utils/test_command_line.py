@@ -15,7 +15,7 @@ PIPELINE = ("upcycle", "pipeline", "--factory", "my_recipes.chain(num_gpus=2)", 
 
 @pytest.fixture(autouse=True)
 def _shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a recipe, where no program of this environment is on PATH."""
+    """A folder with a recipe, with no program of this environment on PATH."""
     (tmp_path / "my recipes").mkdir()
     (tmp_path / "my recipes/my_recipes.py").touch()
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def test_a_python_path_that_holds_no_recipe_is_omitted(tmp_path: Path, monkeypat
 
 def test_a_script_is_typed_with_its_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "chain.py"
-    script.touch(mode=0o755)  # a shell need not find it
+    script.touch(mode=0o755)  # executable, but a shell may not find it
     monkeypatch.setattr("sys.argv", ["chain.py", "--yes"])
     assert CommandLine.typed() == CommandLine((sys.executable, "chain.py", "--yes"), "my recipes")
 

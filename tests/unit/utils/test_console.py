@@ -1,4 +1,4 @@
-"""Imports of large libraries go without Python's garbage collector, and leave it as it was."""
+"""Python's garbage collector is paused while large libraries are imported, and is on again afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_upcycle.utils.console import collector_paused
 
 def test_the_garbage_collector_is_on_again() -> None:
     gc.unfreeze()
-    gc.enable()  # which a training of a test before may have left off
+    gc.enable()  # a training of an earlier test may have left it off
     with collector_paused():
         assert not gc.isenabled()
         made = [[number] for number in range(100_000)]

@@ -78,7 +78,10 @@ def test_an_empty_folder_is_filled_that_one_is_in(tmp_path: Path, monkeypatch: p
 
 
 def test_a_mount_point_is_refused_before_the_work() -> None:
-    with pytest.raises(UpcycleError, match=r"/proc is a mount point.*Name a folder inside it"), output_folder(Path("/proc")):
+    with (
+        pytest.raises(UpcycleError, match=r"/proc is a mount point.*Name a folder inside it"),
+        output_folder(Path("/proc")),
+    ):
         pass
 
 
@@ -143,7 +146,7 @@ def test_a_kill_between_old_and_new_loses_neither(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / ".out.replaced/a").read_text() == "first"
     assert (tmp_path / ".out.partial/a").read_text() == "second"
-    with output_folder(target) as folder:  # puts the old one back first
+    with output_folder(target) as folder:  # restores the old result first
         assert (target / "a").read_text() == "first"
         (folder / "b").write_text("third")
     assert [path.name for path in target.iterdir()] == ["b"]

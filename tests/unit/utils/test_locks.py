@@ -1,4 +1,4 @@
-"""`take_lock`: one process at a time, and none after its end."""
+"""`take_lock` admits one process at a time, and the lock ends with its process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_forked_child_does_not_keep_a_released_lock(tmp_path: Path) -> None:
 
 
 def test_a_deleted_file_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when another process finishes a folder, and with it deletes the lock, between open and lock."""
+    """Another process may finish a folder, and delete the lock with it, between open and lock."""
     path, opened = tmp_path / "lock", Path.open
 
     def open_and_delete(self: Path, mode: str) -> object:

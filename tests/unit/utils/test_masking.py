@@ -1,4 +1,4 @@
-"""Secrets in what is printed and recorded."""
+"""Secrets are masked in output and records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron can be imported with a CUDA build of torch on a machine without a device."""
+"""Megatron can be imported with a CUDA build of torch on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[3]
 TRAINERS = ("megatron", "nemo")
 
-# What torch's CUDA build does where there is no device; its CPU build raises an error that Megatron expects.
+# torch's CUDA build fails like this without a GPU. Its CPU build raises an error that Megatron expects.
 _CODE = """
 from torch.utils import cpp_extension
 cpp_extension.load_inline = lambda *_, **__: [][-1]

@@ -1,4 +1,4 @@
-"""The progress report never says more than all."""
+"""The progress report stays sensible if there is more work than expected."""
 
 from __future__ import annotations
 

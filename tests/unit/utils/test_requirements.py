@@ -1,4 +1,4 @@
-"""The bounds of this package's metadata mean to `doctor` what they mean to pip."""
+"""`doctor` reads the version bounds in this package's metadata as pip does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.utils.requirements import requirement
 
 
 LINES = metadata("nemo-upcycle").get_all("Requires-Dist") or []
-#: as NVIDIA's builds, release candidates and ordinary releases are called
+#: Versions of NVIDIA's builds, release candidates and ordinary releases.
 VERSIONS = [
     *("0.15.2", "0.15.3", "0.15.3+cu13", "0.16.0rc0", "0.16.0.dev1", "0.16", "0.16.1", "0.37.0", "2026.1.15"),
     *("1.26.4", "2", "2.6", "2.6.0rc1", "2.7.0", "2.10.0a0+5228986c39.nv25.6", "2.99.9", "3", "3.0.0rc1", "4.56.0"),

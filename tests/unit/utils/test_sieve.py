@@ -1,4 +1,4 @@
-"""Known messages of libraries go to a file, and nothing else does."""
+"""Known messages of libraries go to a file, and no others do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed files hold what was put into them, whether the kernel copies it or not."""
+"""Streamed files hold the written data, whether or not the kernel copies it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_written_and_copied_stands_in_order(
     tmp_path: Path, part: ByteRange, flush_bytes: int, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "_FLUSH_BYTES", flush_bytes)
-    if not in_kernel:  # a system that cannot copy between these files is got round
+    if not in_kernel:  # the kernel cannot copy between these files, so the stream must
         monkeypatch.setattr(os, "copy_file_range", _failing(errno.EXDEV))
     _write(tmp_path / "out", part)
     copied = DATA[777 : 777 + 200_001]

@@ -1,1 +1,1 @@
-"""From a model and texts to files."""
+"""Tests of `nemo-upcycle start`: from a model and texts to a recipe and a blend."""

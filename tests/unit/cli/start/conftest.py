@@ -1,4 +1,4 @@
-"""A parent and texts of kinds that need no more than this environment to be read."""
+"""A parent, and texts in formats that this environment can read without further packages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.models import write_llama, write_tokenizer
 
 @pytest.fixture(scope="session")
 def parent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama with a tokenizer, which nobody may change."""
+    """A small Llama with a tokenizer, shared by all tests; do not modify."""
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("models") / "My.Llama", vocab_size=259, layers=2))
 
 
 @pytest.fixture
 def texts_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sixty documents: plain, compressed, and columns of Parquet with the text in `body`."""
+    """Sixty documents: 20 plain, 20 compressed, and 20 rows of Parquet with the text in column `body`."""
     import pyarrow
     import pyarrow.parquet
 

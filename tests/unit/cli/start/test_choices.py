@@ -1,4 +1,4 @@
-"""A run is chosen from what is there: a trial on a CPU, the planner's layout on GPUs."""
+"""`start` chooses a run for the hardware: a trial on a CPU, the planner's layout on GPUs."""
 
 from __future__ import annotations
 

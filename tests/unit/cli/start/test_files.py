@@ -1,4 +1,4 @@
-"""The files say what was chosen, for both trainers from one object, and none that was edited is overwritten."""
+"""`start` writes its choices as files for both trainers, and never overwrites an edited file."""
 
 from __future__ import annotations
 

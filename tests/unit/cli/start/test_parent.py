@@ -1,4 +1,4 @@
-"""The model is found as it is, and what is no parent is named."""
+"""`start` recognises a dense model as it is, and names the problem with any other input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of every kind are counted from a sample, and enough of them is held back."""
+"""`start` estimates the tokens of texts from a sample, and holds enough of the texts back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks with a stand-in for the hub: what can be had is asked, what cannot is left out, and said."""
+"""lm-eval's tasks with a stand-in for the hub: available tasks are asked, the others are omitted with the reason."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def hub() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What whole suites and blends fetch: the 57 data sets of MMLU take half a minute."""
+    """A cache for the tests that fetch whole suites and blends; MMLU's 57 data sets alone take half a minute."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks of the user's own over data sets of the hub, each with a fault."""
+    """A folder of the user's own tasks over data sets of the hub: a working task, and a task for each fault."""
     folder = tmp_path_factory.mktemp("own")
     for name in ("good", "ill", "closed", "script", "splitless", "empty", "nowhere"):
         task = {"task": name, "dataset_path": f"acme/{name}", **TASK}
@@ -73,7 +73,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(hub: StandIn, folder: Path, code: str, *words: object, **variables: str) -> Any:
-    """Run a program that knows this hub and an empty cache; return the JSON that it prints last."""
+    """Run a program with this hub and an empty cache; return the JSON on the last line of its output."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     quick = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     environment = mine | quick | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf")} | variables

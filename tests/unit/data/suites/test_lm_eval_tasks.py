@@ -17,7 +17,7 @@ from tests.lm_eval_tasks import write_task
 
 _CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
 _LETTERS = "\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:"
-#: As lm-eval's own tasks are written: letters, texts of answers after a passage, beginnings to choose from, free text.
+#: The formats of lm-eval's own tasks: letters, answer texts after a passage, beginnings to choose from, free text.
 FORMATS: dict[str, dict[str, Any]] = {
     "lettered": _CHOICE | {"doc_to_text": "{{question.strip()}}" + _LETTERS, "doc_to_choice": ["A", "B"]},
     "passage": {
@@ -132,7 +132,7 @@ def test_training_splits_are_written_as_lm_eval_shows_examples(tasks_folder: Pat
         assert [line["id"] for line in lines] == [f"{name}/train/{number}" for number in range(3)]
         assert not any("test" in line["text"] for line in lines)
         expected = " Which train question number 0 is asked? the train one The passage of train 0."
-        if name != "own_beginnings":  # of which lm-eval shows no examples
+        if name != "own_beginnings":  # lm-eval shows no examples of this format
             document = task.training_docs()[0]
             turn = task.build_qa_turn(
                 q=task.doc_to_text(document),

@@ -50,7 +50,7 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
     columns = {task_name(task, shots) for task, numbers in config.tasks.items() for shots in numbers}
     assert {column.partition("/")[0] for column in config.published.columns} == columns
     averages = [statistics.fmean(values) for values in zip(*config.published.columns.values(), strict=True)]
-    assert averages == pytest.approx([62.71, 63.89], abs=0.0051)  # the paper's own last column
+    assert averages == pytest.approx([62.71, 63.89], abs=0.0051)  # the last column of the paper's table
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_choice_depends_only_on_the_seed() -> None:
     [
         (QuestionsConfig(), range(40)),
         (QuestionsConfig(max_characters=len("Question 9?") + 4), range(10)),
-        (QuestionsConfig(examples=8), ()),  # no subject has more
+        (QuestionsConfig(examples=8), ()),  # no subject has more questions
     ],
 )
 def test_limits_leave_out_questions(config: QuestionsConfig, chosen: Sequence[int]) -> None:

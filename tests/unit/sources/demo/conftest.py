@@ -1,4 +1,4 @@
-"""Wheels that pip really downloads from a folder."""
+"""Wheels that pip really downloads, from a local folder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nemo_upcycle.utils.cache import CACHE_VARIABLE
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that pip downloads from, beside an empty cache."""
+    """The folder from which pip downloads, beside an empty cache."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())  # a list, separated by blanks
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())  # a list separated by blanks, which a URI does not contain
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return folder
 
 
 @pytest.fixture
 def add_wheel(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asset]:
-    """Build `name-1.0`, and register the asset `name`, a file or folder in it; `changed` spoils its fields."""
+    """Build wheel `name-1.0`, and register its file or folder `member` as asset `name`; `changed` replaces fields."""
 
     def add(name: str, member: str, **changed: str) -> Asset:
         wheel, info = wheels / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"

@@ -1,4 +1,4 @@
-"""The demo's model is what transformers' own loader makes of its file, and writes what its tokenizer reads."""
+"""The demo's model equals the model that transformers loads from its file; its tokenizer gives every text back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_configuration_and_card_say_what_the_file_says(folder: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
     assert read_architecture(folder).total_params == 134_515_008
     assert is_complete(folder)
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # as readable as any other file
+    # All files are equally readable.
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     base = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert front == {"base_model": base, "license": "apache-2.0", "language": ["en"]}

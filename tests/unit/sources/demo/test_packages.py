@@ -1,4 +1,4 @@
-"""Texts out of packages: which files count, and what is said where apt does not know one."""
+"""Texts from packages: which files count, and the error if apt does not know a package."""
 
 from __future__ import annotations
 

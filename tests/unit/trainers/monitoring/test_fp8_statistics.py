@@ -1,4 +1,4 @@
-"""Statistics of Transformer Engine: what is asked for, what becomes of them; the real package is in `tests/te`."""
+"""Transformer Engine's statistics: the requests and the results. `tests/te` uses the real package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.trainers.monitoring.fp8_statistics import Fp8Statistics, featu
 
 
 def _asked(precision: Any) -> dict[str, list[str]]:
-    """By kind of tensor, what is asked for of it."""
+    """Return the requested statistics by kind of tensor."""
     engine = features(5, precision)["nemo_upcycle"]["transformer_engine"]
     plain = engine["LogTensorStats"]
     asked = {kind: list(plain["stats"]) for kind in plain["tensors"]}
@@ -61,7 +61,7 @@ def test_shares_are_averaged_over_layers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: None)
-    require_inspect(5, "fp8_statistics_every")  # nothing takes any without a GPU
+    require_inspect(5, "fp8_statistics_every")  # nothing is measured without a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_inspect(0, "fp8_statistics_every")
     with pytest.raises(SpecError) as caught:

@@ -1,4 +1,4 @@
-"""What is made of counts, losses and samples; that they are the right ones is tested on real ranks."""
+"""Router health computed from counts, losses and samples; other tests check these inputs on real ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _health(granularity: int = 1) -> RouterHealth:
     return RouterHealth([], SimpleNamespace(**sizes, **losses, moe_router_enable_expert_bias=False))
 
 
-#: A balanced layer, one that used a single expert and dropped half of its slots, and one without experts.
+#: A balanced layer, a layer that used a single expert and dropped half of its slots, and a layer without experts.
 COUNTS_LE = torch.tensor([[25.0, 25, 25, 25], [50, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
 SUMMED = {
     "counts": COUNTS_LE,
@@ -46,7 +46,7 @@ def test_an_expert_below_one_percent_is_dead() -> None:
 
 @pytest.mark.parametrize(("granularity", "expected"), [(1, 0.5), (2, 0.0)])
 def test_the_distance_is_from_the_mean_of_the_copies(granularity: int, expected: float) -> None:
-    """Experts 1, 3, 1, 3: half of their mean away from it; as two copies of two shards they are equal."""
+    """Experts 1, 3, 1, 3 differ from their mean by half of it. As two copies of two shards, they are equal."""
     experts_LEW = torch.tensor([1.0, 3, 1, 3], dtype=torch.float64)[None, :, None].expand(3, 4, 5)
     found = _health(granularity).describe(SUMMED | {"experts": experts_LEW})
     assert found["expert_distance"] == [pytest.approx(expected), pytest.approx(expected), None]

@@ -1,4 +1,4 @@
-"""What a resumed run does with the lines of the run before it."""
+"""A resumed run, and the lines that the earlier run wrote."""
 
 from __future__ import annotations
 
