@@ -35,7 +35,7 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
         isinstance(entry, list) and entry and all(isinstance(text, str) for text in entry) for entry in texts
     )
     if len(texts) != copies or not is_list:
-        got = f"has {len(texts)} entries" if texts and is_list else "is not a list"
+        got = f"has {len(texts)} entries" if texts and is_list else "is not a list of texts"
         expected = f"the spec makes {copies} copies, each with a text or a list of texts"
         raise UpcycleError(
             f"Prompt file {file}",
@@ -50,7 +50,9 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
         for text in entry:
             ids = tokenizer(text)["input_ids"][:_PROMPT_TOKENS]
             if not ids:
-                raise UpcycleError(f"Prompt file {file}", kind="state", got="has an empty text", fix="write some")
+                raise UpcycleError(
+                    f"Prompt file {file}", kind="state", got="has an empty text", fix="write words into it"
+                )
             batches.append(torch.tensor([ids]))
             labels.append(label)
             digest.update(f"{tuple(batches[-1].shape)}".encode() + batches[-1].numpy().tobytes())

@@ -207,7 +207,7 @@ class FinishedBlend(Finished):
             UpcycleError: a source has less than a training sequence, or no source has a validation sequence.
         """
         for source, prefixes in self.tokens["train"].items():
-            self._require_sequence(f"Source {source}", sum(prefixes.values()), seq_length)
+            self._require_sequence(f"The train split of source {source}", sum(prefixes.values()), seq_length)
         longest = max((sum(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
         self._require_sequence("The longest validation source", longest, seq_length)
         train = self._weighted("train", 0)
@@ -312,7 +312,7 @@ def open_blend(folder: str | Path) -> FinishedBlend:
     folder, manifest = FinishedBlend.read(folder)
     tokens = {
         split: {
-            source: _measured(folder, f"source {source}, {split}", entry["splits"][split])
+            source: _measured(folder, f"The {split} split of source {source}", entry["splits"][split])
             for source, entry in sorted(manifest["sources"].items())
             if entry["splits"].get(split, {}).get("tokens")
         }
@@ -327,7 +327,7 @@ def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
     tokens = {prefix: tokens_of(folder / prefix) for prefix in split["prefixes"]}
     if sum(tokens.values()) != split["tokens"]:
         raise UpcycleError(
-            f"Split {what} of {folder}",
+            f"{what} of {folder}",
             kind="state",
             got=f"has {sum(tokens.values())} tokens, and the manifest says {split['tokens']}",
             fix=AGAIN,

@@ -93,7 +93,7 @@ def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) 
             ),
         )
     if lost["share"] > _WARNED:
-        sys.stderr.write(f"warning: source {source}: {text}\n")
+        sys.stderr.write(f"warning: source {source} {text}\n")
 
 
 def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) -> str:

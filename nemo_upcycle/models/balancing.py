@@ -96,7 +96,7 @@ def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
         (_BIASES, f"false with {QUANTILES}, which has biases of its own"),
         ("moe_router_fusion", f"false with {QUANTILES}, which the fused router does not support"),
     ):
-        yield name, bool(getattr(config, name, None)), expected, "set it to that"
+        yield name, bool(getattr(config, name, None)), expected, "set it to the expected value"
 
 
 def _kinds(config: Any) -> list[str]:

@@ -106,7 +106,7 @@ def check_fields(config: Any, *parts: Any) -> None:
             field=f"model.config.{name}",
             got=got,
             expected=f"{taken} ({because})",
-            fix="set it to that, or leave it out",
+            fix=f"set it to {taken}, or omit it",
         )
     for name, got, default in unknown_fields(config):
         raise SpecError(

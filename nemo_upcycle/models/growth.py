@@ -125,8 +125,8 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
         )
     if spec.needs_calibration:
         drawn = ", ".join(name for name, one in ROUTER_INITS.items() if not one.from_data)
-        expected = f"one of {drawn}, which are added to the rows of the parent's router"
-        raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
+        expected = f"one of {drawn}: only noise can be added to the parent's router"
+        raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit <router_init>")
 
 
 def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:

@@ -90,8 +90,8 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
         )
     elif nearest:
         fix = (
-            f"if its layers compute the same as those of {nearest.hf_class}, write a family for it, as"
-            " docs/add_family.md shows. Otherwise use another checkpoint"
+            f"if its layers compute the same as those of {nearest.hf_class}, write a family for it in"
+            " nemo_upcycle.models.families. Otherwise use another checkpoint"
         )
     what = "the class of its text model" if inside else "the nearest class"
     return CheckpointError(

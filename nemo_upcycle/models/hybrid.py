@@ -154,7 +154,7 @@ class HybridLayers:
                 field="hybrid_layer_pattern",
                 got=self.pattern,
                 expected=f"{expected} ({why})",
-                fix="set it to that; | may stand between any two layers",
+                fix="set it to the expected pattern; the character | may be between any two layers",
             )
 
 

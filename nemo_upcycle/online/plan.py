@@ -102,7 +102,7 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
         raise CheckpointError(
             "The model",
             kind="state",
-            got="has no output_layer.weight, but the parent does",
+            got="has no output_layer.weight, but the parent has one",
             fix="set share_embeddings_and_output_weights to False",
         )
     return _group_plans(mapped, model.config, plan, coords)

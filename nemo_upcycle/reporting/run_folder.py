@@ -148,9 +148,11 @@ def require_run(folder: Path) -> None:
         raise UpcycleError.no_path("run folder", folder)
     if not (folder / "pipeline.json").is_file():
         runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
-        _expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
         raise UpcycleError(
-            str(folder), kind="state", got="has no pipeline.json, so it is neither a pipeline run nor a grid", fix=fix
+            str(folder),
+            kind="state",
+            got="has no pipeline.json, so it is neither a pipeline run nor a grid",
+            fix=f"name {' or '.join(runs[:3]) or 'another'}",
         )
 
 

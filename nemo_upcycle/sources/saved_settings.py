@@ -51,7 +51,7 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
             settings = read(path)
         except UpcycleError as error:
             raise CheckpointError(
-                str(path), kind="state", got=f"cannot be read ({error.problem.removeprefix(f'{path} ')})", fix=fix
+                str(path), kind="state", got=f"cannot be read ({error.problem.rpartition(f'{path} ')[2]})", fix=fix
             ) from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(

@@ -156,7 +156,7 @@ class Branches:
 
     def inexact_because(self) -> tuple[str, ...]:
         """Return why step 0 computes no parent's function: the experts differ, and the rest may be a mean."""
-        rest = "their mean" if self._non_expert_weights == "mean" else "the first one"
+        rest = "their mean" if self._non_expert_weights == "mean" else "the first one's"
         return (
             (
                 f"experts come from {len(self._sources)} dense models and the rest is {rest}, so step 0 computes no "

@@ -299,7 +299,7 @@ def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecErr
     rate, floor = setting(recipe, highest), setting(recipe, lowest)
     if rate is not None and floor is not None and floor > rate:  # schedulers would fail after the warm-up
         expected = f"at most {where}{highest} ({rate})"
-        yield SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
+        yield SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="change one of them")
 
 
 def check_masters(precision: Any, optimizer: Any, field: str) -> None:

@@ -73,7 +73,7 @@ def _require_training_split(task: Any) -> None:
     if not task.has_training_docs():
         got = "has no training split"
     elif split and re.split(r"[\[+]", split)[0] in _EVALUATION_SPLITS:
-        got = f"would train on its split {split}, which evaluations ask"
+        got = f"would train on its split {split}, which evaluations use"
     elif split and split in (task.config.validation_split, task.config.test_split):
         got = f"would train on its split {split}, which it evaluates"
     else:

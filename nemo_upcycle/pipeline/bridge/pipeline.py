@@ -167,7 +167,7 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise UpcycleError(
-                f"pretrain.upcycling.{name}", got=f"'{value}'", expected=expected, fix="give one"
+                f"pretrain.upcycling.{name}", got=f"'{value}'", expected=expected, fix="correct the value"
             ) from None
     return fields
 

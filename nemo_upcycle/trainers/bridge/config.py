@@ -103,7 +103,10 @@ def load_config(
     elif (node := config.upcycling) is None:
         if changes:
             raise UpcycleError(
-                f"Recipe {recipe}", kind="refused", got="has no node upcycling to change", fix="omit the changes"
+                f"Recipe {recipe}",
+                kind="refused",
+                got="has no node upcycling to change",
+                fix="omit the settings of upcycling",
             )
         config.hf_model_path = str(dense)
     else:
@@ -119,7 +122,7 @@ def load_config(
                 f"has a {type(data).__name__}: @on_gpus(tunes=True) needs conversations (a ChatDataset), and other "
                 "recipes texts"
             ),
-            fix="make both agree",
+            fix="make recipe and data agree",
         )
     data_class: Any = ChatDataset if is_chat else BlendDataset
     config.dataset = data_class(  # before the settings, because they may change the data
@@ -167,7 +170,7 @@ def _change(config: ConfigContainer, typed: str) -> None:
         raise UpcycleError(f"{typed}: {reason}.") from None
     after = setting(config, key)
     if isinstance(before, int | float) and isinstance(after, str):  # Bridge checks no types
-        raise UpcycleError(key, got=f"'{after}'", expected="a number, true or false", fix="give one")
+        raise UpcycleError(key, got=f"'{after}'", expected="a number, true or false", fix="correct the value")
     for name, value in zip(_PLACED, placed, strict=True):
         now = setting(config, name)
         is_off = now is None and name == "logger.tensorboard_dir"

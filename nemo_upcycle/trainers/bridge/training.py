@@ -335,7 +335,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
             f"{stage}.model.seq_length",
             got=config.model.seq_length,
             expected=f"{config.dataset.seq_length}, as dataset.seq_length",
-            fix="set both",
+            fix="set both to the same length",
         )
     data = SimpleNamespace(
         seq_length=config.dataset.seq_length,

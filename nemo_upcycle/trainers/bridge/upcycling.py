@@ -195,10 +195,12 @@ def check(config: UpcyclingConfig) -> None:
             field="config.checkpoint.load",
             got=checkpoint.load,
             expected=f"{checkpoint.save}, as checkpoint.save, because a restart would upcycle again otherwise",
-            fix="set both",
+            fix="set both to the same folder",
         )
     if not is_whole(tensor := transformer.tensor_model_parallel_size, 1):
-        raise SpecError(field="config.model.tensor_model_parallel_size", got=tensor, expected="1 or more", fix="set 1")
+        raise SpecError(
+            field="config.model.tensor_model_parallel_size", got=tensor, expected="1 or more", fix="set it to 1"
+        )
     if rest := (model.vocab_size or 0) % tensor:
         raise SpecError(
             field="config.model.vocab_size",

@@ -26,7 +26,7 @@ def test_settings_of_later_releases_count_as_defaults(tmp_path: Path) -> None:
     now = {"format": FORMAT, "blend": texts_of(config), "strict": False}
     _require_ours(tmp_path, now)
     config.pii = ["email"]
-    with pytest.raises(UpcycleError, match=r"another blend's \(pii differ\)"):
+    with pytest.raises(UpcycleError, match=r"holds another blend \(pii differ\)"):
         _require_ours(tmp_path, now | {"blend": texts_of(config)})
 
 
@@ -41,8 +41,8 @@ def test_refuses_a_stopped_build_with_other_settings(tmp_path: Path) -> None:
     _require_ours(tmp_path, begun)
     with pytest.raises(UpcycleError) as caught:
         _require_ours(tmp_path, now)
-    assert caught.value.got == "another blend's (sources differ)"
-    assert "use the settings that it was made with" in caught.value.fix
+    assert caught.value.got == "holds another blend (sources differ)"
+    assert "use the settings of that blend" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, name: str, mark
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UpcycleError) as caught:
         build_blend(Blend("mine", tmp_path, BlendConfig({}, tokenizer="parent")), tmp_path)
-    assert caught.value.got == "files that are not ours"
+    assert caught.value.got == "holds files that are not a blend"
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -91,7 +91,7 @@ def test_files_that_are_others_are_named(blend: Blend, tmp_path: Path, change: s
 def test_texts_that_are_all_gone_are_named_by_their_pattern(blend: Blend, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.txt"):
         path.unlink()
-    assert changed_files(blend, tmp_path / "data") == {"gone": ["pattern *.txt"]}
+    assert changed_files(blend, tmp_path / "data") == {"gone": ["Pattern *.txt"]}
 
 
 def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_one_field_that_can_be_the_text_is_found(look: Look, field: str) -> 
 
 
 def test_fields_are_named_with_the_setting(blend: Blend) -> None:
-    said = r"50 of its first 50 documents: no field `text`; expected it; they have `question`, `answer`"
+    said = r"50 of its first 50 documents: no field `text`; they have `question`, `answer`"
     with pytest.raises(UpcycleError, match=said) as caught:
         check_look(blend, "texts", _look(0, 50, question=900, answer=800))
     assert caught.value.fix == "set sources.texts.options.text_key=question"

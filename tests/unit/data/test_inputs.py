@@ -65,7 +65,7 @@ def test_no_file_is_read_twice(tmp_path: Path) -> None:
         require_disjoint(inputs)
     one, two = (list_inputs(_blend(tmp_path, train=[entry]), "web", tmp_path) for entry in ("*.txt", "b.txt"))
     require_disjoint({"one": one})
-    with pytest.raises(UpcycleError, match=r"b\.txt is in one\.train and two\.train"):
+    with pytest.raises(UpcycleError, match=r"b\.txt is in both one\.train and two\.train"):
         require_disjoint({"one": one, "two": two})
 
 
@@ -86,29 +86,28 @@ def _redpajama(train: str = "/rp", **options: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("source", "subject", "got"),
+    ("source", "said"),
     [
-        ({"train": ["*.txtt"]}, "pattern *.txtt", "no file"),
-        ({"train": ["*.pdf"]}, "b.pdf", "another kind"),
-        ({"train": ["*.txt"], "reader": "filez"}, "sources.web.reader", "filez"),
-        ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files", "text_kei"),
-        ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key", 5),
-        ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt", "ValueError"),
-        ({"train": ["~nobody-here/*.txt"]}, "address ~nobody-here/*.txt", "RuntimeError"),
-        ({"train": ["soon"], "reader": "sotu"}, "years of a split", "'soon'"),
-        (_redpajama(), "options.snapshots", "none"),
-        (_redpajama(snapshots="2023-14"), "options.snapshots", "2023-14"),
-        (_redpajama(snapshots=["2023-14"], shards=-1), "options.shards", -1),
-        (_redpajama(snapshots=["2023-14"], buckets=["heads"]), "options.buckets", "heads"),
-        (_redpajama("rp", snapshots=["2023-14"], shards=1), "rp", "no folder documents"),
+        ({"train": ["*.txtt"]}, "Pattern *.txtt matches no file"),
+        ({"train": ["*.pdf"]}, "b.pdf is not a text format that is read"),
+        ({"train": ["*.txt"], "reader": "filez"}, "sources.web.reader 'filez' does not exist"),
+        ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
+        ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key is 5; expected the name of a field"),
+        ({"train": ["nosuch://x/*.txt"]}, "Address nosuch://x/*.txt cannot be reached (ValueError"),
+        ({"train": ["~nobody-here/*.txt"]}, "Address ~nobody-here/*.txt cannot be reached (RuntimeError"),
+        ({"train": ["soon"], "reader": "sotu"}, "years is 'soon'; expected 2007 or"),
+        (_redpajama(), "options.snapshots is missing"),
+        (_redpajama(snapshots="2023-14"), "options.snapshots is 2023-14; expected a list"),
+        (_redpajama(snapshots=["2023-14"], shards=-1), "options.shards is -1; expected a whole number, 1 or more"),
+        (_redpajama(snapshots=["2023-14"], buckets=["heads"]), "options.buckets 'heads' does not exist"),
+        (_redpajama("rp", snapshots=["2023-14"], shards=1), "/rp has no folder `documents`"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, source: dict[str, Any], subject: str, got: object) -> None:
+def test_mistakes_are_named(tmp_path: Path, source: dict[str, Any], said: str) -> None:
     _write(tmp_path, "a.txt", "b.pdf")
     with pytest.raises(UpcycleError) as caught:
         list_inputs(_blend(tmp_path, **source), "web", tmp_path)
-    assert caught.value.subject.endswith(subject)
-    assert str(caught.value.got).startswith(str(got))
+    assert said in str(caught.value)
 
 
 def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:

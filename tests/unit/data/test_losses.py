@@ -96,8 +96,10 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     write_json(tmp_path / "engine.json", {"plan": PLAN})
     with pytest.raises(UpcycleError) as caught:
         check()
-    said = "got at most 54 tokens to train on, in 2 of 2 documents; expected more than a sequence (64)"
-    assert str(caught.value).startswith(f"source tiny: {said}")
+    said = (
+        "leaves at most 54 tokens to train on, in 2 of 2 documents, and 25.0% of a run needs more than a sequence (64)"
+    )
+    assert str(caught.value).startswith(f"Source tiny {said}")
 
 
 def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
     _write(tmp_path, "stats", 0, 10, 4000)
     check()
     _write(tmp_path, "stats", 1, 2, 240)
-    with pytest.raises(UpcycleError, match="source tiny is 60 tokens to train on, in 2 of 2 documents"):
+    with pytest.raises(UpcycleError, match="Source tiny leaves 60 tokens to train on, in 2 of 2 documents"):
         check()
 
 
@@ -130,7 +132,7 @@ def test_source_is_warned_about_once_above_one_per_cent(tmp_path: Path, capsys: 
         _write(tmp_path, kind, 1, 100, 4000, lost=lost("broken JSON", 2, 10))
         check()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: source tiny: 2.0% of what was to be read is lost (2 documents, 10 bytes: broken")
+    assert line.startswith("warning: source tiny loses 2.0% of its text (2 documents, 10 bytes: broken")
 
 
 def test_shares_and_epochs_are_shown_once_all_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

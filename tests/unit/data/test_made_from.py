@@ -18,11 +18,11 @@ BLEND: dict[str, Any] = {"format": 2, "blend": {"seed": 1}, "strict": False}
 @pytest.mark.parametrize(
     ("earlier", "got"),
     [
-        (NOTED | {"chat": {"seed": 2, "files": ["a"]}}, "another chat's (seed differ)"),
-        (NOTED | {"strict": True}, "another chat's (strict differ)"),
-        (NOTED | {"files": [["/a", 4, 8]]}, "another chat's (since data was made 1 is changed (/a))"),
+        (NOTED | {"chat": {"seed": 2, "files": ["a"]}}, "holds another chat (seed differ)"),
+        (NOTED | {"strict": True}, "holds another chat (strict differ)"),
+        (NOTED | {"files": [["/a", 4, 8]]}, "holds another chat (1 input file is changed (/a) since data was built)"),
         (NOTED | {"format": 0}, 0),
-        (BLEND, "files that are not ours"),
+        (BLEND, "holds files that are not a chat"),
     ],
 )
 def test_what_differs_is_named(earlier: dict[str, Any], got: object) -> None:
@@ -34,4 +34,4 @@ def test_what_differs_is_named(earlier: dict[str, Any], got: object) -> None:
 
 def test_of_many_files_the_first_ones_are_named() -> None:
     text = changes_text({"new": list("abcde"), "gone": ["f"]}, Path("data"))
-    assert text == "since data was made 5 files are new (a, b, c, and 2 more), 1 is gone (f)"
+    assert text == "5 input files are new (a, b, c, and 2 more), 1 input file is gone (f) since data was built"

@@ -61,7 +61,7 @@ def test_auto_is_vllm_for_its_classes_in_16_bits(tiny_llama: Path, tmp_path: Pat
     assert choose_backend(tiny_llama, "hf", "bfloat16") == "hf"
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OtherForCausalLM"]}))
     assert choose_backend(tmp_path, "auto", "bfloat16") == "hf"
-    with pytest.raises(UpcycleError, match="OtherForCausalLM"):
+    with pytest.raises(UpcycleError, match="cannot be used: vLLM does not have OtherForCausalLM"):
         choose_backend(tmp_path, "vllm", "bfloat16")
 
 

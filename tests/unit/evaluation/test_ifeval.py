@@ -80,7 +80,7 @@ def test_a_blend_can_be_kept_clear_of_the_prompts(suite: Path, tmp_path: Path) -
 
 def test_what_the_task_imports_is_missed_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lm_eval_tasks._IMPORTED, "ifeval", ("no_such_package",))
-    with pytest.raises(UpcycleError, match=r'got no no_such_package.*pip install "lm-eval\[ifeval\]"'):
+    with pytest.raises(UpcycleError, match=r'not installed: no_such_package\. Run: pip install "lm-eval\[ifeval\]"'):
         lm_eval_tasks.check_needs(["ifeval"], {})
 
 
@@ -98,7 +98,7 @@ def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (SUITE.replace("[0]", "[2]"), r"tasks\.ifeval: \[2\]"),
+        (SUITE.replace("[0]", "[2]"), r"files\.ifeval needs tasks\.ifeval: \[0\], and it is \[2\]"),
         (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is not a file"),
     ],
 )

@@ -151,7 +151,7 @@ def test_refuses_unknown_tasks_before_loading_the_model(own_suite: Path, tmp_pat
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
         config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
-        with pytest.raises(UpcycleError, match=r"data of .*lost is .*lost\.test\.jsonl"):
+        with pytest.raises(UpcycleError, match=r"Data of .*lost cannot be had.*lost\.test\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_strict_evaluation_ends_at_missing_tasks(
     assert main([*words, "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
-    assert "error: data of lm-eval's task lost is " in capfd.readouterr().err
+    assert "error: Data of lm-eval's task lost cannot be had: " in capfd.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:
@@ -264,7 +264,7 @@ def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: P
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="a model that transformers can load"):
+    with pytest.raises(CheckpointError, match=f"Model {tmp_path} cannot be loaded by transformers"):
         load_model(tmp_path)
     with pytest.raises(UpcycleError, match="build the suite"):
         evaluate(tiny_llama, tmp_path, tmp_path, name="none")

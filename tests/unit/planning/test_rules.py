@@ -55,7 +55,7 @@ def test_newer_software_shares_key_value_heads() -> None:
         ("pp=8,vp=4", 64, 36, ["global_batch is 36", "a multiple of dp x micro-batch", "Set global_batch=64"]),
         ("cp=3", 3, 3, ["seq_length is 8192", "tp x 2 x cp (6)", "Set seq_length=8190"]),
         ("pp=4,first=6,last=5", 4, 512, ["pp is 4", "21 layers, and 2 more"]),
-        ("pp=2,first=20,last=20", 64, 512, ["pp is 2", "share out -8 layers"]),
+        ("pp=2,first=20,last=20", 64, 512, ["pp is 2", "divides -8 layers"]),
         ("pp=2,first=6,loss=1", 4, 512, ["first is 6", "loss=1", "Set loss=0"]),
         ("first=3", 8, 512, ["first is 3", "none without pipeline stages"]),
         ("tp=2,etp=1", 8, 512, ["etp is 1", "if ep is 1", "Set etp=2"]),

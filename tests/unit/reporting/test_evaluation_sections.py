@@ -86,6 +86,8 @@ def test_tasks_without_data_and_published_values_stand_beside_ours(run_dir: Path
     report = write_report(run_dir)
     text = report.read_text()
     assert "Not scored: piqa. Its data cannot be had: ConnectionError: no \\<b\\>hub\\</b\\>." in text
-    assert rows(report)["quiz"] == ["not looked for", "-", "-"]
+    assert rows(report)["quiz"] == ["not searched for", "-", "-"]
     assert "| % | published: Parent | published: MoE | parent | MoE at step 0 | trained MoE | trained" in text
-    assert "| acc (quiz) | 65.20 | 64.00 | 25 ± 80 | 50 ± 80 | 50 ± 80 | 25 ± 80 |\n| mean of these | 65.20 |" in text
+    assert (
+        "| acc (quiz) | 65.20 | 64.00 | 25 ± 80 | 50 ± 80 | 50 ± 80 | 25 ± 80 |\n| mean of the rows | 65.20 |" in text
+    )

@@ -134,7 +134,7 @@ def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None
     assert (found["equal_flops"]["tokens"], found["equal_flops"]["reference_tokens"]) == (400, 800)
     assert found["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
     text = render_table({"grid": "mine", "about": "", **values})
-    row = next(line for line in text.splitlines() if line.startswith("| moe - dense |"))
+    row = next(line for line in text.splitlines() if line.startswith("| moe minus dense |"))
     assert row.split(" | ")[2:4] == ["400", "800"]
 
 
@@ -181,7 +181,7 @@ def test_the_table_has_a_row_for_each_arm(run_dir: Path) -> None:
 
 def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=8.json").unlink()
-    assert "Not scored at the end, and left out: moe of seed 1." in rendered(run_dir)
+    assert "Omitted because they were not scored at the end: moe of seed 1." in rendered(run_dir)
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
     with pytest.raises(UpcycleError, match="Arm moe has no score at its last step"):
         rendered(run_dir)
@@ -232,12 +232,12 @@ def test_a_stopped_grid_gets_a_table_of_finished_trainings(run_dir: Path) -> Non
     for cell in ("st-seed1", "st-seed2", "moe-seed2"):
         (run_dir / cell / MARKER).unlink()
     text = write_grid(run_dir).read_text()
-    assert "Not finished, and left out: `moe-seed2`, `st-seed1`, `st-seed2`." in text
-    assert "| moe - dense |" in text
-    assert "st - moe" not in text
+    assert "Omitted because they did not finish: `moe-seed2`, `st-seed1`, `st-seed2`." in text
+    assert "| moe minus dense |" in text
+    assert "st minus moe" not in text
     for marker in run_dir.glob(f"*/{MARKER}"):
         marker.unlink()
-    with pytest.raises(UpcycleError, match="got no finished training"):
+    with pytest.raises(UpcycleError, match="has no finished training"):
         write_grid(run_dir)
 
 
@@ -260,7 +260,7 @@ def test_damaged_evidence_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
-    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json is 2 documents"):
+    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json scores 2 documents"):
         write_table(run_dir, "mine", described())
 
 
@@ -270,4 +270,4 @@ def test_what_is_of_one_seed_gets_no_verdict(run_dir: Path) -> None:
     assert values["differences"]["st"]["end"]["verdict"] == "one seed"
     assert values["tests"]["end"] == 1
     text = render_table({"grid": "mine", "about": "", **values})
-    assert "(one seed)" in next(line for line in text.splitlines() if line.startswith("| st - moe |"))
+    assert "(one seed)" in next(line for line in text.splitlines() if line.startswith("| st minus moe |"))

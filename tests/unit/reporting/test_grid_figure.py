@@ -32,7 +32,7 @@ def test_arms_are_told_apart_and_named_in_words(figure: Any) -> None:
     assert "granular shared" in labels
     assert "drop" not in labels  # it stays above the cut until the end
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == MOST_SERIES
-    assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table; cut above where most begin"
+    assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table; cut above the start of most arms"
 
 
 def test_an_arm_of_fewer_seeds_is_in_the_table_alone() -> None:
@@ -44,8 +44,10 @@ def test_an_arm_of_fewer_seeds_is_in_the_table_alone() -> None:
 
 def test_a_difference_is_drawn_in_its_own_row(figure: Any) -> None:
     axes, found = figure.axes[0], VALUES["differences"]
-    assert axes.get_title().startswith("95 % intervals over 32 documents and 3 seeds,\n9 of them at once; grey: ")
-    labels = [label.get_text().partition(" - ")[0].replace(" ", "_") for label in axes.get_yticklabels()]
+    assert axes.get_title().startswith(
+        "95 % intervals over 32 documents and 3 seeds,\n9 intervals hold at once; grey: "
+    )
+    labels = [label.get_text().partition(" minus ")[0].replace(" ", "_") for label in axes.get_yticklabels()]
     assert labels == list(found)
     for place, (bar, difference) in enumerate(zip(axes.containers, found.values(), strict=True)):
         end = difference["end"]

@@ -54,7 +54,7 @@ def test_a_page_opens_with_verdict_numbers_and_one_figure(judged: Path) -> None:
     headline, numbers = page.text.split("measured")[:2]
     assert "The MoE is better than its parent" in headline
     verdicts = ["the MoE is better", "the baseline is better", "baseline 3.750", "equal up to rounding"]
-    verdicts += ["even enough; at most 2.80, layer 0, step 100", "times the baseline's"]
+    verdicts += ["balanced; at most 2.80 (layer 0, step 100)", "times the baseline's"]
     places = [numbers.index(verdict) for verdict in verdicts]
     assert places == sorted(places)
 

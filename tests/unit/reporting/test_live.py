@@ -40,30 +40,30 @@ def under_way(run_dir: Path) -> Path:
 def test_the_page_shows_the_present_state(under_way: Path) -> None:
     text = live.compose(under_way, read_progress(under_way), price=2.0)
     assert text.split("\n\n")[1:3] == [
-        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token.",
+        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active per token.",
         "Running: dense_ct, step 3 of 10, about 0:14 left in this stage.",  # 7 steps of 2 s
     ]
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if line[:2] == "| "}
     assert rows["MoE, validation loss after 3,000 tokens"] == ["3.250", "parent 4.500, baseline 3.750 |"]
     assert rows["MoE, training loss at step 3"] == ["2.750", "at step 1 3.250, baseline 3.250 |"]
-    assert rows["busiest expert now, times its balanced load"][0] == "1.20"
+    assert rows["Load of the busiest expert now (1: balanced)"][0] == "1.20"
     assert rows["tokens per second, dense_ct"] == ["500", "2 ranks, CPU |"]
-    assert rows["hours times ranks of the trainings"][1].endswith(" at 2 an hour |")
+    assert rows["rank-hours of the trainings"][1].endswith(" at 2 per hour |")
     assert rows["pretrain"] == ["done", "1:01 |"]
-    assert "unevenly" not in text, "after 3 steps nothing is alarming"
-    assert "unevenly" in live.compose(under_way, read_progress(lengthen(under_way)))
+    assert "imbalanced" not in text, "after 3 steps nothing is alarming"
+    assert "imbalanced" in live.compose(under_way, read_progress(lengthen(under_way)))
 
 
 def test_the_page_says_if_nothing_is_running(under_way: Path) -> None:
     (under_way / "dense_ct/_ENDED").write_text("failed\n")
     text = live.compose(under_way, read_progress(under_way))
-    assert "Nothing runs: dense_ct is failed, the same command goes on from there." in text
+    assert "Nothing is running. Stage dense_ct is failed, and the same command resumes it." in text
     for path in under_way.glob("*/*.jsonl"):
         path.unlink()
     for path in (*under_way.glob("*/_*"), under_way / "receipt.json"):
         path.unlink()
     text = live.compose(under_way, read_progress(under_way))
-    assert "Tiny-100M → MoE, by the recipe smollm2_135m_e8t2.\n\nNo stage has started yet." in text
+    assert "Tiny-100M → MoE, with the recipe smollm2_135m_e8t2.\n\nNo stage has started yet." in text
     start(under_way, "import", 3000)
     text = live.compose(under_way, read_progress(under_way), is_last=True)
     assert "Not finished: import, since " in text

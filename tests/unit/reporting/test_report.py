@@ -70,15 +70,15 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # in the second table
     assert against_baseline == "+0.0289 ± 0.0091"
     assert found["training loss, last step"] == ["2.75", "3.25"]
-    assert found["most used expert of any layer"] == ["70.00 %", "30.00 %"]
-    assert found["answers that changed"] == ["1 of 4"]
+    assert found["most used expert in any layer"] == ["70.00 %", "30.00 %"]
+    assert found["changed answers"] == ["1 of 4"]
     assert found["parent in Megatron"] == ["7.5e-06", "2e-05"]
     assert found["bytes written"] == ["1.50 GiB"]
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
     text = (reported / "report.md").read_text()
     # 0.0321 over three documents: t is 4.303
     assert "| bits per byte (heldout_perplexity) | 1.73 ± 0.14 | 1.73 ± 0.14 | 1.60 ± 0.14 |" in text
-    assert "saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
+    assert "saw the same number of tokens. The MoE uses 1.50 times as many parameters per token." in text
     assert "`seed=4321`" in text
     trained, verdict = text.split("\n\n")[1:3]
     assert trained.endswith("Trained by Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).")
@@ -88,7 +88,7 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
 def test_a_trial_has_no_verdict_no_bold_and_no_alarm(reported: Path) -> None:
     for name in ("report.md", "report.html"):
         text = (reported / name).read_text().replace("lower is better", "").replace("higher is better", "")
-        for word in ("is better", "no difference shown", "even enough", "uneven", "**", "<strong>"):
+        for word in ("is better", "no significant difference", "balanced; at most", "imbalanced", "**", "<strong>"):
             assert word not in text, name
     text = (reported / "report.md").read_text()
     assert "Below 100 steps there is no verdict: trained MoE 3, trained baseline 3." in text
@@ -96,8 +96,8 @@ def test_a_trial_has_no_verdict_no_bold_and_no_alarm(reported: Path) -> None:
 
 def test_enough_steps_bring_verdicts_and_an_alarm(judged: Path) -> None:
     text = (judged / "report.md").read_text()
-    uneven = "the busiest had 2.8 times a balanced load (layer 0, step 100), and 1.2 times at the last step."
-    assert f"**The experts were at times loaded unevenly:** {uneven}" in text.split("\n\n")[4]
+    uneven = "The busiest expert had 2.8 times a balanced load (layer 0, step 100), and 1.2 times at the last step."
+    assert f"**Expert load was at times imbalanced.** {uneven}" in text.split("\n\n")[4]
     assert "Below 100 steps" not in text
 
 
@@ -131,19 +131,19 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     rates |= {"mfu": {"bf16": {"full": 0.1, "causal": 0.09}}, "memory_gib": 68.5}
     add_to_steps(run_dir, rates | {"memory_gib": 69.5, "memory_share": 0.875}, rates, rates)
     found = rows(write_report(run_dir, {"pretrain": {"memory_gib": 66.25, "tokens_per_s": 480.0}}))
-    assert found["memory of the fullest rank, planned"] == ["66.25 GiB", "-"]
-    assert found["tokens per second, planned"] == ["480", "-"]
+    assert found["planned memory of the fullest rank"] == ["66.25 GiB", "-"]
+    assert found["planned tokens per second"] == ["480", "-"]
     assert rows(write_report(run_dir)) == found  # another report keeps the planned numbers
-    assert found["ranks times hours in steps"] == ["0.00333", "0.00167"]  # 6 s on two ranks, and on one
+    assert found["rank-hours spent in steps"] == ["0.00333", "0.00167"]  # 6 s on two ranks, and on one
     rate = "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up"
-    assert found["learning rate, peak"] == [rate, rate]
-    assert found["balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
+    assert found["peak learning rate"] == [rate, rate]
+    assert found["load balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
     text = (run_dir / "report.md").read_text()
     assert "Data of the trained MoE: NeMo's mock data (random tokens)." in text
     assert "Data of the trained baseline: blend tiny (blend)." in text
-    assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
+    assert found["TFLOP/s per rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
-    assert found["peak memory of a rank"] == ["69.50 GiB (88 % of its GPU)", "2.50 GiB"]
+    assert found["peak memory per rank"] == ["69.50 GiB (88 % of its GPU)", "2.50 GiB"]
 
 
 def test_samples_stand_beside_each_other(run_dir: Path) -> None:
@@ -154,7 +154,7 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
         (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps({**value, "samples": [sample]}))
     text = write_report(run_dir).read_text()
     table = text.split("## Samples")[1].split("## ")[0]
-    assert "|  | 1990 |\n|---|---|\n| prompt | The state |\n| the text itself | of the union |" in table
+    assert "|  | 1990 |\n|---|---|\n| prompt | The state |\n| the original text | of the union |" in table
     assert "| trained MoE | a\\|b \\*trained\\* |" in table
 
 
@@ -165,7 +165,7 @@ def test_the_report_says_so_when_the_dense_baseline_wins(judged: Path) -> None:
     assert verdict in text.split("\n\n")[2]
     found = rows(judged / "report.md")
     assert found["bits per byte (heldout_perplexity)"][0] == "+0.0289 ± 0.0091 (trained baseline is better)"
-    assert found["acc (quiz)"][0].endswith("(no difference shown)")
+    assert found["acc (quiz)"][0].endswith("(no significant difference)")
 
 
 def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
@@ -206,14 +206,14 @@ _LACKING += ('{"step": 4, "loss": "none", "tokens": 4000, "seconds": 1}',)
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("receipt.json", None, "what stage 'upcycle' writes"),
-        (_LINES, None, "what stage 'pretrain' writes"),
-        ("evaluation/dense_ct.json", None, "what stage 'evaluate' writes"),
+        ("receipt.json", None, "does not exist, and stage 'upcycle' writes it"),
+        (_LINES, None, "does not exist, and stage 'pretrain' writes it"),
+        ("evaluation/dense_ct.json", None, "does not exist, and stage 'evaluate' writes it"),
         (_LINES, '+{"step": 4, "lo', r"metrics\.jsonl:7"),
-        *((_LINES, f"+{line}\n", r"metrics\.jsonl:7 is .* expected one JSON object") for line in _LACKING),
-        ("receipt.json", "{}", "got no spec; expected what stage 'upcycle' writes"),
-        ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "got ranks: '<b>'"),
-        ("pretrain/_SUCCESS.json", "[]", "got no JSON object"),
+        *((_LINES, f"+{line}\n", r"metrics\.jsonl:7 is not a JSON object") for line in _LACKING),
+        ("receipt.json", "{}", "has no spec. Run stage 'upcycle' again"),
+        ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "has a wrong ranks: '<b>'"),
+        ("pretrain/_SUCCESS.json", "[]", "has no JSON object"),
         ("dense_ct/metrics.jsonl", '{"step": 0, "validation_loss": 3.0}\n', "no step with a loss"),
     ],
 )
@@ -259,11 +259,11 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     last = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
     add_to_steps(run_dir, {"router": first}, {}, {"router": last})
     found = rows(write_report(run_dir))
-    assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
+    assert found["dead experts in all layers (below 1 % of a balanced load)"] == ["3", "0"]
     worst = json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["expert_load"]["worst"]
     assert worst == {"max_violation": pytest.approx(1.8), "step": 1, "layer": 0, "dead_experts": 3}
-    assert found["token slots dropped, as a part of the wanted ones"] == ["0.25", "0.0625"]
-    assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
+    assert found["share of token slots dropped"] == ["0.25", "0.0625"]
+    assert found["relative distance of experts from their mean (0: copies)"] == ["0.5", "-"]
 
 
 def test_fp8_losses_are_shown_for_first_and_last_step(run_dir: Path) -> None:

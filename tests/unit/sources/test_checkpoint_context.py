@@ -110,7 +110,7 @@ def test_a_spec_that_the_context_contradicts_is_refused(saved: Path, dense: Path
     with pytest.raises(SpecError) as caught:
         open_checkpoint(saved / "plain", dense, UpcycleSpec(**{"num_experts": 4, name: value}))
     assert (caught.value.field, caught.value.got) == (name, value)
-    assert str(caught.value.expected).endswith("model.yaml)")
+    assert str(caught.value.expected).endswith("model.yaml")
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,17 @@ def test_a_parent_of_another_function_is_refused(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("moe_router_num_groups", 2, "model.yaml: moe_router_num_groups"),
-        ("position_embedding_type", "none", "model.yaml: position_embedding_type"),
-        ("moe_layer_freq", [1], "model.yaml"),
-        ("window_size", 3, "model.yaml"),
+        ("moe_router_num_groups", 2, "model.yaml: moe_router_num_groups is 2; expected "),
+        ("position_embedding_type", "none", "model.yaml: position_embedding_type is none; expected "),
+        ("moe_layer_freq", [1], "model.yaml does not describe a language model ("),
+        ("window_size", 3, "model.yaml does not describe a language model ("),
     ],
 )
 def test_what_no_class_can_hold_is_refused(checkpoint: Path, dense: Path, name: str, value: Any, said: str) -> None:
     _set(checkpoint, **{name: value})
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(checkpoint, dense, SPEC)
-    assert caught.value.subject == f"{checkpoint}/context/{said}"
-    assert caught.value.got == value or "settings of other types" in caught.value.got
+    assert str(caught.value).startswith(f"{checkpoint}/context/{said}")
 
 
 def test_an_export_says_what_it_takes_for_granted(checkpoint: Path, dense: Path, tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def test_an_export_says_what_it_takes_for_granted(checkpoint: Path, dense: Path,
     export_checkpoint(checkpoint, dense, tmp_path / "hf")
     dropped, unknown = read_json(tmp_path / "hf" / MODEL_MARKER)["notes"]
     assert dropped.startswith("moe_expert_capacity_factor=4 dropped tokens")
-    assert "mine.models.special.MyConfig is not known" in unknown
+    assert "mine.models.special.MyConfig is unknown and read as a Megatron model" in unknown
     shutil.rmtree(checkpoint / "context")
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
     (assumed,) = read_json(tmp_path / "hf" / MODEL_MARKER)["notes"]
@@ -202,7 +201,12 @@ def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
         ({"rotary_seq_len_interpolation_factor": 2}, None, "common.pt: seq_len_interpolation_factor", 2),
         ({"hybrid_layer_pattern": "*E|*-", "num_layers": 4}, SPEC, "moe_layers", "all"),
         ({"hybrid_layer_pattern": "*E*E*E", "num_layers": 6}, None, "num_layers of the parent", 2),
-        ({"hybrid_layer_pattern": "M*E", "num_layers": 3}, None, "hybrid_layer_pattern", "M*E"),
+        (
+            {"hybrid_layer_pattern": "M*E", "num_layers": 3},
+            None,
+            "hybrid_layer_pattern",
+            "M*E has Mamba layers (M), and Megatron checkpoints with them are not read",
+        ),
     ],
 )
 def test_the_arguments_of_megatron_are_obeyed(
@@ -230,7 +234,9 @@ def test_code_in_the_arguments_is_not_run(dense: Path, tmp_path: Path) -> None:
     assert context.settings["moe_router_topk"] == 2
     assert not (tmp_path / "trace").exists()
     (checkpoint / "common.pt").write_bytes(b"PK\x03\x04 damaged")
-    with pytest.raises(CheckpointError, match=r"common\.pt is an unreadable .*copy the checkpoint again"):
+    with pytest.raises(
+        CheckpointError, match=r"common\.pt does not describe a language model .*Copy the checkpoint again"
+    ):
         read_context(checkpoint)
 
 

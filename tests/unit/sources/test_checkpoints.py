@@ -81,7 +81,7 @@ def test_a_save_without_room_is_a_full_disk(tmp_path: Path) -> None:
     error = full_disk(anything, tmp_path)
     assert error is not None
     assert str(tmp_path) in error.subject
-    assert f"goes on from {whole}, " in error.fix
+    assert error.fix.endswith(f"which resumes from {whole}")
     assert error.exit_status == 1
     for another in (SystemExit(75), KeyboardInterrupt(), SpecError("of a setting")):
         assert full_disk(another, tmp_path) is None, "it was told to end, or has said why"
@@ -94,6 +94,6 @@ def test_a_full_disk_is_recognised_wherever_it_is_reported(tmp_path: Path) -> No
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     found = full_disk(error, tmp_path / "checkpoints")
     assert found is not None
-    assert str(found.got).startswith("No space left on device, ")
+    assert " free (No space left on device); a checkpoint needs " in str(found)
     assert "no checkpoint is finished yet" in found.fix
     assert full_disk(OSError(errno.EACCES, "Permission denied"), tmp_path / "checkpoints") is None

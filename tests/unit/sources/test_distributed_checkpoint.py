@@ -80,7 +80,7 @@ def test_pieces_that_overlap_or_leave_a_gap_are_refused(folder: Path) -> None:
     (folder / ".metadata").write_bytes(metadata)
     _edit(folder, _add_chunk(2))
     checkpoint = DistributedCheckpoint(folder)
-    with pytest.raises(CheckpointError, match=r"weights: a is pieces that overlap"):
+    with pytest.raises(CheckpointError, match=r"weights: a has pieces that overlap"):
         checkpoint.read("a")
     with pytest.raises(CheckpointError, match=r"weights: a has 12 elements instead of 24"):
         checkpoint.read("a", [(4, 8), (0, 6)])
@@ -108,14 +108,17 @@ def _set(**changes: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda metadata: metadata.storage_data.pop(PLACE), r"\.metadata is damaged data of a \(no place"),
-        (_set(properties=TensorProperties(dtype=torch.bfloat16)), r"distcp is damaged data of a \(ValueError"),
-        (_set(size=torch.Size((5, 6)), sizes=torch.Size((5, 6))), r"distcp is damaged data of a \(RuntimeError"),
-        (_set_place("a", relative_path="../elsewhere"), r"got no \.\./elsewhere"),
-        (_set_place("a", offset=-1), r"damaged data of a \("),
-        (_set_place("a", offset=10**9), r"damaged data of a \(the file ends before it"),
-        (_set_place("a", transform_descriptors=["zstd"]), r"damaged data of a \(compressed"),
-        (lambda metadata: setattr(metadata, "storage_data", None), "unreadable metadata"),
+        (lambda metadata: metadata.storage_data.pop(PLACE), r"\.metadata is damaged at a \(no place"),
+        (_set(properties=TensorProperties(dtype=torch.bfloat16)), r"distcp is damaged at a \(ValueError"),
+        (_set(size=torch.Size((5, 6)), sizes=torch.Size((5, 6))), r"distcp is damaged at a \(RuntimeError"),
+        (_set_place("a", relative_path="../elsewhere"), r"weights has no \.\./elsewhere"),
+        (_set_place("a", offset=-1), r"distcp is damaged at a \("),
+        (_set_place("a", offset=10**9), r"distcp is damaged at a \(the file ends before it"),
+        (_set_place("a", transform_descriptors=["zstd"]), r"distcp is damaged at a \(compressed"),
+        (
+            lambda metadata: setattr(metadata, "storage_data", None),
+            r"\.metadata cannot be read as torch_dist metadata",
+        ),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(folder: Path, change: Callable[[Any], None], words: str) -> None:
@@ -130,10 +133,10 @@ def test_a_file_cut_short_or_missing_is_refused_at_once(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged at .*the file ends before it"):
             DistributedCheckpoint(folder)
     (folder / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"got no __0_0\.distcp; expected every file"):
+    with pytest.raises(CheckpointError, match=r"weights has no __0_0\.distcp\. Copy it again, with every file"):
         DistributedCheckpoint(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"got no \.metadata.*was not finished"):
+    with pytest.raises(CheckpointError, match=r"has no \.metadata, so it is not a finished"):
         DistributedCheckpoint(folder)
 
 
@@ -172,10 +175,10 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
     offset = path.stat().st_size
     path.write_bytes(path.read_bytes() + evil.getvalue())
     _edit(folder, _set_place("a", offset=offset, length=len(evil.getvalue())))
-    with pytest.raises(CheckpointError, match="damaged data of a"):
+    with pytest.raises(CheckpointError, match="distcp is damaged at a"):
         DistributedCheckpoint(folder).read("a")
     (folder / ".metadata").write_bytes(pickle.dumps(_Runs(trace)))
-    with pytest.raises(CheckpointError, match=r"got unreadable metadata \(a Inert\)"):
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read as torch_dist metadata \(a Inert\)"):
         DistributedCheckpoint(folder)
     assert not trace.exists()
     pickle.loads(pickle.dumps(_Runs(trace)))  # a plain unpickler runs the code
@@ -191,7 +194,7 @@ def test_what_is_no_metadata_is_refused(folder: Path) -> None:
     contents += [b"\x80\x05\x96" + (2**62).to_bytes(8, "little"), b"\x80\x05\x8e" + b"\xff" * 8]
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="unreadable metadata"):
+        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read as torch_dist metadata"):
             DistributedCheckpoint(folder)
 
 
@@ -215,6 +218,6 @@ def test_metadata_that_changes_a_class_is_refused(
     before = getattr(target, attribute)
     monkeypatch.setattr(target, attribute, before)  # restore it even if the attack works
     (folder / ".metadata").write_bytes(_set_attribute(module, owner, attribute) + b".")
-    with pytest.raises(CheckpointError, match="unreadable metadata"):
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read as torch_dist metadata"):
         DistributedCheckpoint(folder)
     assert getattr(target, attribute) == before

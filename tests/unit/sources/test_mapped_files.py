@@ -46,7 +46,7 @@ def test_any_slice_has_the_right_bits_and_place(data: st.DataObject, tmp_path_fa
 @pytest.mark.parametrize("bounds", [[(0, 5)], [(0, 4), (0, 4)], [(-1, 2), (0, 3)], [(3, 2), (0, 3)]])
 def test_a_slice_beyond_the_tensor_is_refused(tmp_path: Path, bounds: list[tuple[int, int]]) -> None:
     (tmp_path / "f").write_bytes(bytes(48))
-    with pytest.raises(CheckpointError, match=r"norm: slice .* reaches beyond its shape \[4, 3\]"):
+    with pytest.raises(CheckpointError, match=r"slice .* of norm reaches beyond its shape \[4, 3\]"):
         MappedFiles(tmp_path).read("norm", Stored("f", torch.float32, (4, 3), (3, 1), 0), bounds)
 
 

@@ -140,7 +140,7 @@ def test_names_and_bounds_are_checked(saved: Path) -> None:
     with open_dense(saved / "one") as checkpoint:
         with pytest.raises(CheckpointError, match=r"q_pro\.weight' does not exist\. Did you mean .*q_proj\.weight'"):
             checkpoint.read("model.layers.0.self_attn.q_pro.weight")
-        with pytest.raises(CheckpointError, match=r"q_proj\.weight: slice .* reaches beyond its shape \[64, 64\]"):
+        with pytest.raises(CheckpointError, match=r"slice .* of .*q_proj\.weight reaches beyond its shape \[64, 64\]"):
             # The keys follow in the fused matrix.
             checkpoint.read("model.layers.0.self_attn.q_proj.weight", [(0, 65), (0, 64)])
 
@@ -152,35 +152,36 @@ def test_without_a_tokenizer_the_padding_stays(nemo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "subject", "got"),
+    ("name", "value", "said"),
     [
-        ("num_moe_experts", 8, "model.yaml: num_moe_experts", "8"),
-        ("normalization", "LayerNorm", "model.yaml: normalization", "LayerNorm"),
-        ("_target_", "nemo.collections.llm.gpt.model.mamba.Mamba", "model.yaml: _target_", "mamba"),
-        ("activation_func", {"_target_": "a.b.relu"}, "model.yaml: activation_func", "relu"),
-        ("ffn_hidden_size", 100, "linear_fc1.weight", "[192, 64]"),
-        ("vocab_size", 300, "word_embeddings.weight", "[272, 64]"),
-        ("share_embeddings_and_output_weights", True, "tensor", "module.output_layer.weight"),
+        ("num_moe_experts", 8, "model.yaml describes a model with 8 experts"),
+        ("normalization", "LayerNorm", "model.yaml: normalization is LayerNorm; expected "),
+        ("_target_", "nemo.collections.llm.gpt.model.mamba.Mamba", "model.yaml: _target_ is mamba"),
+        ("activation_func", {"_target_": "a.b.relu"}, "model.yaml: activation_func is relu; expected "),
+        ("ffn_hidden_size", 100, "linear_fc1.weight is [192, 64]; expected "),
+        ("vocab_size", 300, "word_embeddings.weight is [272, 64]; expected "),
+        ("share_embeddings_and_output_weights", True, "/nemo has the tensor module.output_layer.weight, which "),
     ],
 )
-def test_a_context_that_does_not_fit_is_refused(nemo: Path, name: str, value: Any, subject: str, got: str) -> None:
+def test_a_context_that_does_not_fit_is_refused(nemo: Path, name: str, value: Any, said: str) -> None:
     path = nemo / "context/model.yaml"
     model = yaml.safe_load(path.read_text())
     model["config"][name] = value
     path.write_text(yaml.safe_dump(model))
     with pytest.raises(CheckpointError) as caught:
         open_dense(nemo)
-    assert caught.value.subject.endswith(subject)
-    assert str(caught.value.got).startswith(got)
+    assert said in str(caught.value)
 
 
 def test_what_is_no_context_is_refused(nemo: Path) -> None:
     for content in ("", "[]", "config: 3", "a: [", "\x00"):
         (nemo / "context/model.yaml").write_text(content)
-        with pytest.raises(CheckpointError, match=r"model\.yaml is an unreadable description.*config\.json"):
+        with pytest.raises(CheckpointError, match=r"model\.yaml (cannot be read|does not describe) .*config\.json"):
             open_dense(nemo)
     (nemo / "context/model.yaml").unlink()
-    with pytest.raises(CheckpointError, match=r"got neither context/model\.yaml .* nor config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"does not describe its model: no context/model\.yaml .* or config\.json"
+    ):
         open_dense(nemo)
 
 
@@ -188,7 +189,7 @@ def test_a_context_that_names_code_is_refused_and_not_run(nemo: Path) -> None:
     trace = nemo / "trace"
     text = f"config: !!python/object/apply:os.system ['touch {trace}']"
     (nemo / "context/model.yaml").write_text(text)
-    with pytest.raises(CheckpointError, match="unreadable description"):
+    with pytest.raises(CheckpointError, match=r"model\.yaml cannot be read \(is not valid YAML: "):
         open_dense(nemo)
     assert not trace.exists()
     yaml.unsafe_load(text)  # an unsafe loader runs the code
@@ -201,10 +202,16 @@ def test_an_moe_and_integers_are_no_dense_parent(tmp_path: Path, parent: Path) -
     config = json.loads((parent / "config.json").read_text()) | {"num_hidden_layers": 1}
     embedding = {"embedding.word_embeddings.weight": torch.zeros(259, 64)}
     cases = {
-        "router": (embedding | {"decoder.layers.mlp.router.weight": torch.zeros(1, 4, 64)}, "give the dense parent"),
-        "other": (embedding | {"decoder.layers.mlp.adapter.weight": torch.zeros(1, 4, 64)}, "got decoder.*adapter"),
-        "int8": ({name: tensor.to(torch.int8) for name, tensor in embedding.items()}, "got torch.int8"),
-        "nothing": ({"weight": torch.zeros(3)}, "got no embedding.*expected a GPT checkpoint"),
+        "router": (
+            embedding | {"decoder.layers.mlp.router.weight": torch.zeros(1, 4, 64)},
+            r"router has the tensor decoder\..*router\.weight, .*Give the dense parent",
+        ),
+        "other": (
+            embedding | {"decoder.layers.mlp.adapter.weight": torch.zeros(1, 4, 64)},
+            r"other has the tensor decoder\..*adapter",
+        ),
+        "int8": ({name: tensor.to(torch.int8) for name, tensor in embedding.items()}, r"is torch\.int8; expected "),
+        "nothing": ({"weight": torch.zeros(3)}, "has no embedding.*Give a GPT checkpoint"),
     }
     for name, (tensors, words) in cases.items():
         dcp.save(tensors, checkpoint_id=tmp_path / name, no_dist=True)

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     ("address", "words"),
     [
         ("hf://organisation/model", "hf download organisation/model"),
-        ("nemo://somewhere", "got a relative path; expected a folder on this machine"),
+        ("nemo://somewhere", "nemo://somewhere is a relative path"),
         ("nemoo:///somewhere", "'nemoo' does not exist. Did you mean 'nemo'"),
     ],
 )
@@ -80,7 +80,9 @@ def test_a_header_that_does_not_fit_the_data_is_refused(dense: Path, tmp_path: P
 def test_types_that_weights_do_not_come_in_are_refused(dense: Path, tmp_path: Path, kind: str, size: int) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
     _write(folder / "model.safetensors", {"a": _entry(0, 24, dtype=kind, shape=[size])}, bytes(24))
-    with pytest.raises(CheckpointError, match=f"a of type {kind}, .*Use the unquantized checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors has a in {kind}, .*Use the unquantized checkpoint"
+    ):
         open_dense(folder)
 
 
@@ -93,9 +95,7 @@ def test_the_index_and_the_shards_must_agree(folder: Path) -> None:
         open_dense(folder)
     path.write_text(json.dumps(index))
     save_file(load_file(files[0]) | {"model.norm.weight": torch.ones(64)}, files[0])
-    with pytest.raises(
-        CheckpointError, match=r"got model\.norm\.weight, which .* holds too; expected every tensor once"
-    ):
+    with pytest.raises(CheckpointError, match=r"has model\.norm\.weight, and so does model-00001-of-\d+\.safetensors"):
         open_dense(folder)
 
 
@@ -118,7 +118,7 @@ def test_an_index_that_is_none_or_points_outside_is_refused(folder: Path, index:
 def test_pickled_weights_are_named_with_the_way_to_safetensors(dense: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(CheckpointError, match=rf"but {name}; expected .*save_pretrained\(FOLDER, safe_serialization"):
+    with pytest.raises(CheckpointError, match=rf"but {name}\. .*save_pretrained\(FOLDER, safe_serialization"):
         open_dense(folder)
 
 
@@ -126,7 +126,12 @@ def test_names_a_model_saved_without_its_head(dense: Path, tmp_path: Path) -> No
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
     weights = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, folder / "model.safetensors")
-    with open_dense(folder) as source, pytest.raises(CheckpointError, match=r"norm\.weight: the body of a model"):
+    with (
+        open_dense(folder) as source,
+        pytest.raises(
+            CheckpointError, match=r"has norm\.weight instead of model\.norm\.weight: it was saved without its head"
+        ),
+    ):
         source.read("model.norm.weight")
 
 
@@ -134,7 +139,7 @@ def test_refuses_an_moe_that_cannot_grow(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="whose experts lie in one tensor; expected a dense"):
+    with pytest.raises(CheckpointError, match=r"whose experts lie in one tensor\. Give its dense parent"):
         open_dense(folder)
 
 
@@ -145,7 +150,7 @@ def test_refuses_an_index_beside_another_single_file(tmp_path: Path) -> None:
     save_file({name: tensor * 2 for name, tensor in load_file(single).items()}, folder / "old.safetensors")
     names = list(load_file(single))
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")}))
-    words = r"got model\.safetensors\.index\.json \(naming old\.safetensors\) and model\.safetensors.*Remove"
+    words = r"has both model\.safetensors\.index\.json \(naming old\.safetensors\) and model\.safetensors.*Remove"
     with pytest.raises(CheckpointError, match=words):
         open_dense(folder)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))

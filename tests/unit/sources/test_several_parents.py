@@ -53,7 +53,7 @@ def test_experts_come_from_the_parents_in_turn(folders: list[Path], tmp_path: Pa
     assert torch.allclose(moe[ATTENTION].double(), wanted, rtol=1e-6)
     assert not receipt.exact
     (reason,) = receipt.inexact_because
-    assert ("the mean of them all" if rest == "mean" else "the first one's") in reason
+    assert ("the rest is their mean" if rest == "mean" else "the rest is the first one's") in reason
     assert set(receipt.source_files) == {f"{folder}/model.safetensors" for folder in folders}
 
 
@@ -106,8 +106,8 @@ def test_architectures_must_agree(folders: list[Path], name: str, value: Any, fi
 def test_tensors_must_agree(folders: list[Path]) -> None:
     tensor = weights_of(folders[1])[NETWORK]
     for changed, words in (
-        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1 is torch\.bfloat16; expected torch\.float32"),
-        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1 is \(96, 64\)"),
+        (tensor.bfloat16(), r"Dtype of .*down_proj\.weight of .*other1 is torch\.bfloat16; expected torch\.float32"),
+        (tensor.T.contiguous(), r"Shape of .*down_proj\.weight of .*other1 is \(96, 64\)"),
         (None, r"other1: tensor '.*down_proj\.weight' does not exist"),
     ):
         change_weights(folders[1], {NETWORK: changed})

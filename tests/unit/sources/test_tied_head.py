@@ -18,7 +18,7 @@ from tests.models import build_chunks, require_same_weights, weights_of, write_l
 
 
 WORDS = (
-    r"lm_head\.weight is other numbers than model\.embed_tokens\.weight has; expected the same"
+    r"lm_head\.weight differs from model\.embed_tokens\.weight, but tie_word_embeddings in config\.json is true"
     r".*Set tie_word_embeddings to false .*or remove lm_head\.weight"
 )
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -54,7 +54,7 @@ def test_of_many_documents_the_share_follows_from_their_number() -> None:
 
 
 def test_too_few_documents_are_refused() -> None:
-    with pytest.raises(UpcycleError, match="3 documents, about 300 tokens; .* some documents to hold out"):
+    with pytest.raises(UpcycleError, match=r"3 documents, about 300 tokens; .* some documents to hold out"):
         Texts({"a": {}}, 3, 300, {}, [("a", f"{number}", 100.0) for number in range(3)]).hold_out(256)
 
 

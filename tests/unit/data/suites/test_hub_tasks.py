@@ -96,8 +96,8 @@ def test_a_task_without_data_is_left_out_with_its_reason(hub: StandIn, own: Path
     assert "gated dataset" in missing["closed"]
     assert "'acme/nowhere' doesn't exist on the Hub" in missing["nowhere"]
     assert missing["ill"] == "status 503 of the Hugging Face hub"
-    assert first == ["data of lm-eval's task script", missing["script"]]
-    assert of_all == ["data of splitless, nowhere", f"none of them; of the first: {missing['splitless']}"]
+    assert first == ["Data of lm-eval's task script", f"cannot be had: {missing['script']}"]
+    assert of_all == ["Data of splitless, nowhere", f"cannot be had, for the first: {missing['splitless']}"]
 
 
 LOGIQA = """

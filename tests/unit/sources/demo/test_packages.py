@@ -29,7 +29,9 @@ def test_manuals_and_dictionaries_are_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(not which("apt-get"), reason="needs apt-get")
 def test_unknown_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_UPCYCLE_CACHE", str(tmp_path))
-    with pytest.raises(UpcycleError, match=r"package no-such-doc is apt-get: .*no-such-doc.* Correct the name"):
+    with pytest.raises(
+        UpcycleError, match=r"Package no-such-doc could not be downloaded \(apt-get: .*no-such-doc.* Correct the name"
+    ):
         package_texts("no-such-doc")
     assert not list(tmp_path.rglob("*.jsonl"))
 
