@@ -143,7 +143,7 @@ def test_weights_without_config_are_refused_before_anything_is_written(copy: Pat
     """A NeMo checkpoint can be read, but it has neither a config.json nor a Hugging Face tokenizer."""
     with open_dense(copy) as source:
         (copy / "config.json").unlink()
-        with pytest.raises(CheckpointError, match="no config.json.*Export the checkpoint first"):
+        with pytest.raises(CheckpointError, match=r"no config\.json.*Export the checkpoint first"):
             convert(source, tmp_path / "moe", SPEC)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 

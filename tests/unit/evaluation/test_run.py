@@ -266,7 +266,7 @@ def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: P
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     with pytest.raises(CheckpointError, match=f"Model {tmp_path} cannot be loaded by transformers"):
         load_model(tmp_path)
-    with pytest.raises(UpcycleError, match="build the suite"):
+    with pytest.raises(UpcycleError, match=r"is not finished: it has no _SUCCESS\.json\. Build the suite"):
         evaluate(tiny_llama, tmp_path, tmp_path, name="none")
 
 

@@ -240,7 +240,8 @@ def test_an_offline_hub_is_a_problem_without_a_cache(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = forecast_of(llama, tmp_path)
     assert any(
-        one.startswith("import needs model meta-llama/") and "and HF_HUB_OFFLINE=1 or TRANSFORMERS_OFFLINE=1 for" in one
+        one.startswith("import needs model meta-llama/")
+        and "and HF_HUB_OFFLINE=1 or TRANSFORMERS_OFFLINE=1 for" in one
         for one in map(str, found.problems)
     )
 
