@@ -270,17 +270,13 @@ def check_spec(
         SpecError: configuration and spec disagree, or the model would not compute its parent's function.
     """
     wanted = (router_fields(source) if (source := spec or parent) else {}) or {"num_moe_experts": None}
+    fix = "set it to the expected value, or change the spec"
     for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
             expected = f"{value}, as in the UpcycleSpec" if spec else "none without an UpcycleSpec"
             expected = f"{value}, as in the parent" if value and not spec else expected
-            raise SpecError(
-                field=f"model.config.{name}",
-                got=got,
-                expected=expected,
-                fix="set it to the expected value, or change the spec",
-            )
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
     check_fields(config)
     if spec is None:
         return
@@ -302,12 +298,7 @@ def check_spec(
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
         got = frequency if isinstance(frequency, int) else list(frequency)
         expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
-        raise SpecError(
-            field="model.config.moe_layer_freq",
-            got=got,
-            expected=expected,
-            fix="set it to the expected value, or change the spec",
-        )
+        raise SpecError(field="model.config.moe_layer_freq", got=got, expected=expected, fix=fix)
 
 
 def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:

@@ -34,7 +34,7 @@ def _between(bad: bytes) -> bytes:
         (b'{"text": "half of a pair: \\ud800"}\n', "broken JSON"),
         (b'["no object"]\n', "no JSON object"),
         (b'{"content": "another field"}\n', "no field text"),
-        (b'{"text": ["a", "list"]}\n', "text is no text"),
+        (b'{"text": ["a", "list"]}\n', "text is not a string"),
         ('{"text": "café'.encode() + b'\xc3"}\n', "not UTF-8"),  # half of a character
         (json.dumps({"text": "\0" * 50 + "some words"}).encode() + b"\n", "not text"),
         ('{"text": "1 \ufffd\ufffd\ufffd\ufffd"}\n'.encode(), "not text"),

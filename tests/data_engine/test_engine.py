@@ -153,7 +153,7 @@ def test_changed_plan_is_refused(tmp_path: Path) -> None:
     plan.write_text(plan.read_text().replace('"seed": 1234', '"seed": 4321'), encoding="utf-8")
     refused = run(plan)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "work of another plan (other: seed)" in refused.stderr
+    assert "holds work of another plan (seed changed)" in refused.stderr
     assert everything(plan.parent) == before
 
 
@@ -165,7 +165,7 @@ def test_input_changed_between_the_passes_is_an_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "input" / "3.jsonl", "other", "documents")
     refused = run(plan, "--workers", "1")
     assert refused.returncode == 2
-    assert "other documents than in the first pass" in refused.stderr
+    assert "changed after the first pass over it: task " in refused.stderr
     assert f"Delete {tmp_path} and start again" in refused.stderr
 
 

@@ -108,7 +108,7 @@ def test_second_engine_is_refused(tmp_path: Path) -> None:
         assert process.poll() is None
         refused = run(plan)
         assert refused.returncode == 2
-        assert "got another engine at work" in refused.stderr
+        assert f"{plan.parent} is in use by another data engine" in refused.stderr
     finally:
         process.kill()
         process.communicate()
@@ -122,5 +122,5 @@ def test_killed_worker_is_an_error(tmp_path: Path) -> None:
     os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 2
-    assert said.splitlines()[-1].startswith("error: a worker was killed")
+    assert said.splitlines()[-1].startswith("error: A worker was killed")
     assert not _alive(family)

@@ -101,7 +101,7 @@ def test_jobs_that_cannot_be_cancelled_are_not_forgotten(tmp_path: Path, slurm: 
     slurm.says("scancel", _CONTACT)
     refused = run(plan)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "no answer of scancel for 17" in refused.stderr
+    assert "Slurm did not cancel the jobs of an earlier run: 17" in refused.stderr
     slurm.says("scancel", "exit 0")
     assert run(plan).returncode == 0
     assert slurm.calls("scancel") == ["17"] * 2
