@@ -117,7 +117,7 @@ def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[P
     finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])
     for name, value in (QUANTILES | {"moe_router_quantile_balancing_ema": 0.0}).items():
         assert getattr(config.model, name) == value
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type is seq_aux_loss"):
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type cannot be seq_aux_loss"):
         finetune_from(config, whole[0], moe_router_load_balancing_type="seq_aux_loss")
 
 

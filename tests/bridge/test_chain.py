@@ -118,7 +118,7 @@ def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> N
     assert [line["step"] for line in metrics(tmp_path / "run/pretrain")] == [1, 2]
     again = Command(*typed)
     assert again.wait() == 0
-    assert "[pretrain] done before" in again.text()
+    assert "[pretrain] done earlier" in again.text()
 
 
 def test_a_baseline_of_a_parent_with_experts_keeps_them(tmp_path: Path) -> None:

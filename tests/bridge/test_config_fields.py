@@ -31,9 +31,9 @@ def test_every_field_is_in_the_table() -> None:
         ("mtp_num_layers", 1, "no dense checkpoint has multi-token prediction"),
         ("moe_single_grouped_weight", True, "one parameter"),
         ("moe_router_force_biased", 3.0, "for benchmarks"),
-        ("attention_output_gate", True, "False, as in the parent"),
-        ("qk_clip", True, "does not know what it changes"),
-        ("moe_mlp_glu_interleave_size", 32, "none without model.config.moe_grouped_gemm"),
+        ("attention_output_gate", True, "expected False, as in the parent"),
+        ("qk_clip", True, "does not know its effect on the model"),
+        ("moe_mlp_glu_interleave_size", 32, "needs model.config.moe_grouped_gemm"),
     ],
 )
 def test_a_run_refuses_a_field_before_it_starts(
@@ -43,7 +43,7 @@ def test_a_run_refuses_a_field_before_it_starts(
     monkeypatch.setattr(config_fields, "meanings", lambda: known)
     changes = {"model.moe_grouped_gemm": False, f"model.{field}": value}
     said = refusal(dense, tmp_path / "run", SPEC, changes, style=style)
-    assert f"model.config.{field} is {value}; expected " in said
+    assert f"model.config.{field} " in said
     assert words in said
 
 

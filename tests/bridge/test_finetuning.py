@@ -34,7 +34,7 @@ def test_finetuning_starts_with_the_runs_weights(dense: Path, tmp_path: Path, st
 
 
 def test_upcycling_inside_finetune_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="finetune starts from a checkpoint, upcycling makes the first"):
+    with pytest.raises(RuntimeError, match="names no checkpoint, and Bridge's finetune starts from one"):
         run_ranks(_finetune, 1, dense, tmp_path / "run", None, process_group=False)
     assert not (tmp_path / "run").exists()
 
@@ -42,7 +42,7 @@ def test_upcycling_inside_finetune_is_refused(dense: Path, tmp_path: Path) -> No
 def test_a_folder_that_was_not_upcycled_is_refused(dense: Path, tmp_path: Path) -> None:
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
-    with pytest.raises(UpcycleError, match=r"got no receipt\.json"):
+    with pytest.raises(UpcycleError, match=r"has no receipt\.json"):
         finetune_from(run_config(dense, tmp_path / "sft", None), dense)
 
 

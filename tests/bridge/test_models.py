@@ -25,7 +25,7 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
     ("changes", "pattern", "words"),
     [
         ({"scaled_embedding": True}, {"hybrid_layer_pattern": "*E" * 32}, "multiplies its embedding by sqrt"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_scaling of the dense checkpoint"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "Rope_scaling of the dense checkpoint"),
         ({"rope_scaling": LLAMA3_SCALING}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary"),
     ],
     ids=["scaled embedding of a HybridModel", "RoPE scaling", "RoPE scaling of a HybridModel"],

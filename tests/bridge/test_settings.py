@@ -30,7 +30,7 @@ def test_a_spike_ends_the_run_on_all_ranks(inputs: Path, tmp_path: Path) -> None
 
 
 def test_settings_without_the_callbacks_that_carry_them_out_are_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="a run without the callbacks"):
+    with pytest.raises(RuntimeError, match="the run has none of the callbacks"):
         run_ranks(_train_alone, 1, dense, tmp_path / "run", process_group=False)
 
 

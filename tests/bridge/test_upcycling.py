@@ -69,7 +69,10 @@ def test_a_second_start_does_not_upcycle_again(dense: Path, tmp_path: Path, styl
     [
         (lambda path: path.unlink(), "not made by upcycling"),
         (lambda path: path.write_text(path.read_text()[:100]), "receipt.json"),
-        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 3')), r"got \{'top_k': 3\}, "),
+        (
+            lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 3')),
+            r"the run started: \{'top_k': 3\} became \{'top_k': 2\}",
+        ),
         (lambda path: path.write_text(path.read_text().replace("/dense", "/other")), "same source"),
     ],
     ids=["none", "half", "another spec", "another parent"],
@@ -97,7 +100,10 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"dist.use_megatron_fsdp": True}, "use_megatron_fsdp"),
         ({"dist.use_decentralized_pg": True}, "use_decentralized_pg"),
         ({"checkpoint.non_persistent_ckpt_type": "local"}, "non_persistent_ckpt_type"),
-        ({"model.tensor_model_parallel_size": 3}, "vocab_size is 256; expected a multiple of TP"),
+        (
+            {"model.tensor_model_parallel_size": 3},
+            "vocab_size is 256; expected a multiple of tensor_model_parallel_size",
+        ),
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
         ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
     ],
@@ -134,7 +140,7 @@ def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path
 def test_a_parent_that_is_not_there_is_refused(dense: Path, tmp_path: Path) -> None:
     from nemo_upcycle.bridge import with_upcycling
 
-    with pytest.raises(UpcycleError, match="no such folder"):
+    with pytest.raises(UpcycleError, match="No model folder /models/none"):
         with_upcycling(run_config(dense, tmp_path, UpcycleSpec(**SPEC)), "/models/none", **SPEC)
 
 
@@ -184,7 +190,7 @@ def test_the_node_stands_in_the_saved_configuration(dense: Path, tmp_path: Path)
 
 
 def test_a_run_whose_node_is_lost_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"got random weights; expected weights of .*dense"):
+    with pytest.raises(RuntimeError, match=r"config.model has no weights of .*dense"):
         run_ranks(_train_without_node, 1, dense, tmp_path / "run", process_group=False)
 
 
@@ -258,7 +264,7 @@ def test_a_start_shows_its_schedule_and_likely_mistakes(dense: Path, tmp_path: P
     receipt = read_json(tmp_path / "run/receipt.json")
     (reason,) = receipt["inexact_because"]
     assert receipt["exact"] is False
-    assert "256 rows that only pad the vocabulary" in reason
+    assert "256 padding rows of the vocabulary" in reason
     assert f"not the parent's function: {reason}" in said
     schedule = "1 steps of 4 sequences of 32 tokens; learning rate 0.0003 to 0.0003, cosine, 0 steps of warm-up"
     assert said.count(f"parent: {dense}") == said.count(schedule) == said.count(high_rate(3e-4)) == 1

@@ -109,7 +109,7 @@ def test_a_dry_run_forecasts_both_trainings_and_writes_nothing(answers: dict[str
     assert "checkpoints of pretrain" in words
     assert "checkpoints of dense_ct" in words
     for stage in ("pretrain", "dense_ct"):
-        assert f"{stage}: the learning rate goes up to 0.001" in words
+        assert f"{stage}: the learning rate rises to 0.001" in words
     assert "pretrain.train.train_iters" in words
     assert answer.written == []
     assert answers[LINKED].status == 0, answers[LINKED].text

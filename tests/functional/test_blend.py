@@ -170,7 +170,7 @@ def test_changed_files_are_said_and_built_again_when_asked_for(
         assert main([*command, "--json"]) == 1
         said = capsys.readouterr()
         assert json.loads(said.out)["changed_files"] == {"new": [str(added)]}
-        assert "add --update to build it again" in said.err
+        assert "Add --update to build it again" in said.err
         assert _bytes(copy) == _bytes(small)
         assert main([*command, "--update"]) == 0
         assert str(added) in _manifest(copy)["sources"]["mine"]["files"]

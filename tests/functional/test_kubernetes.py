@@ -92,7 +92,7 @@ def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -
     gone.write_text(yaml.safe_dump(text))
     with pytest.raises(UpcycleError, match=r"Kubernetes API server does not answer at https://127\.0\.0\.1:9"):
         KubernetesScheduler(executor("pytorchjob-1.9", tmp_path, kubeconfig=str(gone))).check([_job(tmp_path)])
-    with pytest.raises(UpcycleError, match="credentials of the Kubernetes cluster"):
+    with pytest.raises(UpcycleError, match="Credentials for the Kubernetes cluster were not found"):
         KubernetesApi(str(tmp_path / "nothing"), "")
 
 

@@ -133,7 +133,9 @@ def _printed(kind: str, folder: str) -> dict[str, str]:
     if kind == "start":
         found["its files"] = here + _found(r"^run it:  (.*)", _start(*TYPED[kind]))
         said = _start(*TYPED[kind], "--yes")
-        found["refused files"] = _found(r"go on with what is there: `(.*)`", _start(*TYPED[kind], "--steps", "5"))
+        found["refused files"] = _found(
+            r"continue with the existing files: `(.*)`", _start(*TYPED[kind], "--steps", "5")
+        )
     else:
         said = _nemo(["upcycle", "pipeline", *TYPED[kind]], folder, MODULES).text
     found["a stop"] = here + _found(r"^Resume with the same command: (.*)", said)

@@ -165,7 +165,7 @@ def test_an_export_says_what_it_takes_for_granted(checkpoint: Path, dense: Path,
     shutil.rmtree(checkpoint / "context")
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
     (assumed,) = read_json(tmp_path / "hf" / MODEL_MARKER)["notes"]
-    assert "are taken to be the parent's" in assumed
+    assert "are assumed to be the parent's" in assumed
     assert assumed in (tmp_path / "hf/README.md").read_text()
 
 
