@@ -131,7 +131,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                         other.rsplit("-seed", 1) for other in described if described[other].get("experts") == 1
                     )
                     names = [UNTRAINED, *(other for other, own in dense_ones if own == str(seed))]
-                    raise UpcycleError.unknown(f"{path}: arms.{name}: parent of seed {seed},", arm.parent, names)
+                    raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)
             facts = open_training(one.trainer, cells[cell]).facts(dense_parent)

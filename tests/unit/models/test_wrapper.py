@@ -61,7 +61,7 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
         (_config("New", {"model_type": "qwen3"}), r"the class of its text model is Qwen3ForCausalLM\)\. .* WRAPPERS"),
         (
             {"architectures": ["Qwen4ForCausalLM"]},
-            r"class Qwen4ForCausalLM is not .* nearest class is Qwen3ForCausalLM\)\. .*add_family",
+            r"class Qwen4ForCausalLM is not .* nearest class is Qwen3ForCausalLM\)\. .*write a family for it",
         ),
         ({"model_type": "ministral4"}, "the nearest class is Ministral3ForCausalLM"),
         ({"architectures": ["BloomForCausalLM"]}, r"class BloomForCausalLM is not supported\. Use"),

@@ -68,7 +68,7 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
             "tasks: {piqa: [0]}\nlocal: false\ninclude_path: /nowhere",
             ": include_path names /nowhere, which is not a folder",
         ),
-        ("tasks: {mmlu_letter: [0]}\nbackend: vlm", ": backend is vlm; expected "),
+        ("tasks: {mmlu_letter: [0]}\nbackend: vlm", ": backend 'vlm' does not exist. Did you mean 'vllm'?"),
         ("tasks: {mmlu_letter: [0]}\nbatch_size: automatic", ": batch_size is automatic; expected "),
         ("tasks: {mmlu_letter: [0]}\nchat_template: true", ": chat_template cannot be combined with local: true"),
         ("tasks: {mmlu_letter: [0]}\nfiles: {mmlu_letter: a.jsonl}", ": files cannot be combined with local: true"),
