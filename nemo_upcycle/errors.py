@@ -1,4 +1,4 @@
-"""The package's errors, as data: the kind of mistake, the thing, its value, the expected value and the fix.
+"""The package's errors, stored as data: kind of mistake, subject, value, expected value and fix.
 
 `str(error)` turns the data into sentences by kind. Commands print them on stderr and end with status 2.
 """
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["value", "missing", "not found", "state", "changed", "refused"]
 
-#: How each kind of mistake is put into words. `got` is a value, a name, a list of files, or, in the last three forms,
-#: the rest of the sentence, such as "has no receipt".
+#: How each kind of mistake is put into words. `got` is a value, a name or a list of files. In the last three forms,
+#: `got` is the rest of the sentence, such as "has no receipt".
 _FORMS: dict[Kind, str] = {
     "value": "{subject} is {got}; expected {expected}",
     "not found": "No {subject} {got}",
@@ -31,7 +31,7 @@ _FORMS: dict[Kind, str] = {
     "refused": "{subject} {got}",
 }
 
-#: Another field in the words of an error: `<top_k>`.
+#: Pattern of another field's name in the text of an error, such as `<top_k>`.
 _FIELD = re.compile(r"<([^<>]+)>")
 
 
@@ -48,14 +48,15 @@ class UpcycleError(Exception):
     | refused | `--only cannot be combined with --from. Omit one of them.` |
 
     Args:
-        subject: the thing that is wrong; without the other arguments, the whole message.
+        subject: the thing that is wrong; if no other argument is given, the whole message.
         kind: the kind of mistake, which decides the form of the sentence.
-        got: its value; for `missing`, `state` and `refused`, the rest of the sentence: "has no receipt".
-        expected: the values that are right; for `missing`, `state` and `refused`, the reason, if any; for `changed`,
-            the event; a tuple, without a fix: all names that exist.
-        fix: what to do, as an imperative: "set <top_k>=2".
-        field: in place of a subject, the setting that is wrong, as the layer that raises calls it. `got`, `expected`
-            and `fix` then name other settings as `<name>`, so that `renamed` finds them.
+        got: wrong value. If the kind is `missing`, `state` or `refused`, it is the rest of the sentence, such as "has
+            no receipt".
+        expected: the valid values. If the kind is `missing`, `state` or `refused`, it is the reason, if any. If the
+            kind is `changed`, it is the event. A tuple, given without a fix, lists all names that exist.
+        fix: what to do, as an imperative, such as "set <top_k>=2".
+        field: name of the wrong setting in the code that raises the error, given instead of a subject. `got`,
+            `expected` and `fix` then name other settings as `<name>`, so that `renamed` finds them.
 
     Example:
         >>> error = SpecError(field="top_k", got=9, expected="1 to <num_experts> (8)", fix="set <top_k>=8")
@@ -97,12 +98,12 @@ class UpcycleError(Exception):
 
     @classmethod
     def no_path(cls, what: str, path: str | Path, fix: str = "check the path") -> Self:
-        """Return the error for a file or folder that does not exist, with the closest name beside it.
+        """Return the error for a file or folder that does not exist, with the closest name in the same folder.
 
         Args:
             what: the kind of path, such as "folder" or "file of texts".
             path: the path that does not exist.
-            fix: what to do if no name beside it is close.
+            fix: what to do if the folder has no similar name.
 
         Example:
             >>> str(UpcycleError.no_path("folder", "/nope/run"))
@@ -132,7 +133,7 @@ class UpcycleError(Exception):
 
     @property
     def _title(self) -> str:
-        """The subject; with a capital letter if it is several words, and not the name of a setting."""
+        """The subject, with a capital letter if it has several words and is not the name of a setting."""
         first, _, rest = self.subject.partition(" ")
         is_phrase = bool(rest) and first.isalpha() and not self.field and self.kind != "not found"
         return self.subject[:1].upper() + self.subject[1:] if is_phrase else self.subject
@@ -141,7 +142,7 @@ class UpcycleError(Exception):
         return _FIELD.sub(r"\1", str(text)) if self.field else str(text)
 
     def renamed(self, name: Callable[[str], str]) -> Self:
-        """Return this error with its fields called as the user knows them; one without a field is left as it is."""
+        """Return this error with the names of fields that the user knows, or unchanged if the error has no field."""
         if self._parts:
             return self.together([part.renamed(name) for part in self.parts])
         if not self.field:
@@ -153,13 +154,13 @@ class UpcycleError(Exception):
         error.fix = _renamed(self.fix, name)
         if isinstance(self.expected, str):
             error.expected = _renamed(self.expected, name)
-        if isinstance(self.got, str) and self.kind != "value":  # which is the user's own text
+        if isinstance(self.got, str) and self.kind != "value":  # a wrong value is the user's text
             error.got = _renamed(self.got, name)
         return error
 
     @classmethod
     def together(cls, errors: Iterable[UpcycleError]) -> Self:
-        """Return one error that lists several, each text once; of one alone, itself.
+        """Return one error that lists several errors, each text once; return a single error unchanged.
 
         Example:
             >>> str(UpcycleError.together([UpcycleError("no recipe"), UpcycleError("no data")]))
@@ -174,7 +175,7 @@ class UpcycleError(Exception):
 
     @property
     def parts(self) -> tuple[UpcycleError, ...]:
-        """The errors that it lists; of one that lists none, itself."""
+        """The errors that this error lists; only the error itself if it lists none."""
         return self._parts or (self,)
 
     def within(self, where: str) -> Self:
@@ -187,7 +188,7 @@ class UpcycleError(Exception):
 
 
 def _renamed(text: str, name: Callable[[str], str]) -> str:
-    """Return a text with the fields that it names called as the user knows them."""
+    """Return a text in which each field has the name that the user knows."""
     return _FIELD.sub(lambda found: f"<{name(found[1])}>", text)
 
 
@@ -213,10 +214,10 @@ def failures(checks: Iterable[Callable[[], object]]) -> list[UpcycleError]:
 
 
 def mistake_in_file(error: BaseException) -> UpcycleError | None:
-    """Return the error of a user's file in which another error arose, with its line; None where that arose elsewhere.
+    """Return an error that names the file and line of the user's code that failed; None if no user's file failed.
 
     Args:
-        error: what was caught where the file's code was called; one that stands for it may have come between.
+        error: error that was caught when the file's code was called. Its cause may be the error that the file raised.
     """
     cause: BaseException | None = error
     while cause and not isinstance(cause, UpcycleError):
@@ -233,7 +234,7 @@ def mistake_in_file(error: BaseException) -> UpcycleError | None:
 
 
 def _is_of_a_user(file: str) -> bool:
-    """Return whether a file of code is neither Python's, nor of an installed package, nor of this one."""
+    """Return whether a code file belongs neither to Python, nor to an installed package, nor to this package."""
     paths, package = sysconfig.get_paths(), Path(__file__).parent
     others = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     others += [package, package.with_name("recipes")]
@@ -246,8 +247,8 @@ def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: f
     Args:
         name: the name that does not exist.
         valid: the names that exist.
-        prefix: put in front of the proposed name.
-        cutoff: how alike the two must be, 0 to 1, as `difflib` measures it.
+        prefix: text in front of the proposed name.
+        cutoff: least similarity of the two names, 0 to 1, as `difflib` measures it.
 
     Example:
         >>> did_you_mean("trainr", ["trainer", "data"], prefix="pretrain.")
@@ -261,19 +262,19 @@ def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: f
 
 
 class SpecError(UpcycleError):
-    """An `UpcycleSpec`, or its agreement with the model or the layout, is wrong."""
+    """An `UpcycleSpec` is wrong, or does not fit the model or the layout."""
 
 
 class CheckpointError(UpcycleError):
-    """A checkpoint is missing, truncated, of another architecture, or does not fit the model."""
+    """A checkpoint is missing or truncated, has another architecture, or does not fit the model."""
 
 
 class CheckoutError(UpcycleError, ImportError):
-    """A part of the package is not installed, or is another checkout's."""
+    """A part of the package is not installed, or belongs to another checkout."""
 
 
 class LostError(UpcycleError):
-    """More of the input could not be read than its settings allow: nothing is finished."""
+    """More of the input is unreadable than its settings allow, so nothing was finished."""
 
     exit_status = 1
 
@@ -283,19 +284,19 @@ class StageError(UpcycleError):
 
 
 class UnfinishedError(StageError):
-    """A stage that was started did not finish: no mistake of the command's."""
+    """A stage was started and did not finish; the command itself was correct."""
 
     exit_status = 1
 
 
 class StageStopped(Exception):
-    """A stage ended before its work was done, by request: the same command goes on from what it kept."""
+    """A stage ended early by request; the same command resumes from the work that the stage kept."""
 
-    #: Of a process that ended so: EX_TEMPFAIL of sysexits.h.
+    #: Exit status of a process that ended early: EX_TEMPFAIL of sysexits.h.
     exit_status = 75
 
     @classmethod
     def with_steps(cls, stage: str, kept: int, wanted: int) -> StageStopped:
-        """Return the message of a training that kept some of its steps."""
+        """Return the exception for a training that kept some of its steps."""
         kept_text = f"{kept} of {wanted} steps are kept"
         return cls(f"stage '{stage}' stopped early: {kept_text}, and the same command resumes from there")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Rows = Callable[["UpcycleSpec", int, int, Sequence[torch.Generator]], torch.Tensor]
 
-#: Init method -> function that says why its models are not exact, "" if they are. `init/methods` fills the table.
+#: Init method -> function that returns why models are not exact, or "" if they are. `init/methods` fills the table.
 INIT_METHODS: dict[str, Callable[["UpcycleSpec"], str]] = {}
 #: Score and order -> kind of router, and name -> initialisation of its weights. `init/routers` fills both tables.
 ROUTER_KINDS: dict[tuple[str, str], "RouterKind"] = {}
@@ -29,7 +29,7 @@ ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
-#: Four times as many experts as the largest open models have. Beyond it, names and headers alone take minutes.
+#: Four times as many experts as in the largest open models. With more, names and headers would already take minutes.
 MAX_EXPERTS = 2048
 #: Largest relative distance between a float32 number and the next one.
 FLOAT32 = 2.0**-23
@@ -41,15 +41,16 @@ class UpcycleSpec:
 
     Args:
         num_experts: E, number of routed experts in every MoE layer, at most 2048. For a parent with experts, a
-            multiple of the parent's number, or any larger number with `expert_utility`.
+            multiple of the parent's number of experts. With `expert_utility`, any larger number is allowed.
         top_k: number of experts that a token passes through. 1 is allowed only with `softmax_topk` or sigmoid scores,
             as in Megatron.
         granularity: G, number of shards into which the dense network's F neurons are cut; 1 keeps the network whole.
-            Expert `c G + g` holds shard g of copy c. The experts of a copy share their router row, so that a top-k
-            that is a multiple of G picks whole networks ("virtual groups", arXiv 2410.07524).
+            Expert `c G + g` holds shard g of copy c. The experts of a copy share their router row. Therefore, if top_k
+            is a multiple of G, top-k picks whole networks ("virtual groups", arXiv 2410.07524).
         method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
             some neurons of every expert are drawn anew) or another method of `init/methods`.
-        noise_std: for method `noise`: standard deviation of the noise, as a fraction of the matrix's own.
+        noise_std: for method `noise`: standard deviation of the noise, as a fraction of the matrix's standard
+            deviation.
         drop_ratio: for method `drop`: fraction of the neurons that is drawn anew.
         shared_experts: S, number of experts that every token passes through, at most G. They hold the shards 0 to
             S - 1. Shared and routed experts each provide half of the output of such a shard, so the sum is exact.
@@ -58,19 +59,21 @@ class UpcycleSpec:
         router_init: initialisation: `normal` (mean 0), `uniform` (mean 0), `zero`, or `prompts` (from data).
         expert_utility: for a parent with experts: YAML file with one number for each expert, or one such list for each
             MoE layer. More useful experts get more copies. Without a file, all experts get the same number.
-        router_std: standard deviation of the router's weights. The paper gives none; 0.02 is usual in this family. For
-            a parent with experts: standard deviation of the noise on its router rows, as a fraction of the rows' own.
+        router_std: standard deviation of the router's weights. The paper gives no value; 0.02 is usual. For a parent
+            with experts: standard deviation of the noise on the router rows, as a fraction of the rows' standard
+            deviation.
         router_spread: for `prompts`: standard deviation of a token's logits over the copies (root mean square over the
             prompts' tokens).
         router_prompts: for `prompts`: YAML file with a list of the texts of each copy.
-        calibration: for `prompts`: file with router rows (`nemo-upcycle calibrate`). If omitted, a pipeline makes one.
+        calibration: for `prompts`: file with router rows (`nemo-upcycle calibrate`). If omitted, a pipeline makes it.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: the weights do not sum to one; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
         routed_scaling_factor: factor on the chosen experts' weights (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
             see `down_scale`. `none` leaves the weights as they are, like the paper.
-        seed: seed of all random numbers. They depend on seed, layer, expert and matrix element, never on the layout.
+        seed: seed of all random numbers. A random number depends on seed, layer, expert and matrix element, never on
+            the layout.
 
     Raises:
         SpecError: a value is out of range or unknown, or values contradict each other.
@@ -155,8 +158,8 @@ class UpcycleSpec:
         activation. Let f be the sum over the shards of f_g, and let the combine weights p_i be equal within a copy.
         Then the layer computes down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The
         weights of the chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1. With a
-        zero router they sum to r k / E for `softmax_topk`, and to r / 2 for sigmoid with k = 1. A zero router ties all
-        experts, so with granularity it is left to chance which shards of a network top-k takes.
+        zero router they sum to r k / E for `softmax_topk`, and to r / 2 for sigmoid with k = 1. With a zero router all
+        experts tie. With granularity, chance then decides which shards of a network top-k takes.
         """
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
@@ -167,7 +170,7 @@ class UpcycleSpec:
 
     @property
     def weight_sum(self) -> float:
-        """Sum of the weights of the chosen experts; with a zero router, if the sum depends on the router."""
+        """Sum of the weights of the chosen experts. If it depends on the router, the sum for a zero router."""
         return self.routed_scaling_factor * self.router_kind.weight_sum(self)
 
     @property
@@ -204,7 +207,7 @@ class UpcycleSpec:
         """Why the upcycled model does not compute the dense function at step 0; empty if it does in exact arithmetic.
 
         `init.routers.inexact_in_float32` returns the reasons that float32 adds, which depend on the parent's hidden
-        size. `models.growth.inexact_because` returns both.
+        size. `models.growth.inexact_because` returns both kinds of reasons.
         """
         free_sum = not self.sums_to_one and not self._has_zero_router
         changed = INIT_METHODS[self.method](self)
@@ -293,12 +296,12 @@ class RouterKind(ABC):
     pre_softmax: ClassVar[bool]
     #: whether Hugging Face classes with this kind compute the logits in float32 instead of the model's type
     in_float32: ClassVar[bool] = False
-    #: least value of the largest logit at which the divisor of the scores still equals their sum in float32
+    #: if the largest logit is at least this, the divisor of the scores equals the sum of the scores in float32
     least_logit: ClassVar[float] = float("-inf")
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Compute the unscaled sum of the chosen weights; with a zero router, if the sum depends on the router."""
+        """Compute the unscaled sum of the chosen weights. If it depends on the router, assume a zero router."""
 
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
         """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""

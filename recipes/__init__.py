@@ -106,7 +106,7 @@ def known_recipe(name: str) -> KnownRecipe:
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
     """Return the recipe that makes an MoE model from a dense model; None if there is none.
 
-    Everything that the recipe's models compute must be equal.
+    The two models of the recipe must compute the same functions as the two given models.
 
     Example:
         >>> llama = known_recipe("llama3_8b_e8t2")
@@ -128,7 +128,7 @@ def bridge_functions() -> dict[str, Callable[..., Any]]:
 
 
 def where_recipes_are() -> str:
-    """Say for a help text which folder holds the recipes."""
+    """Return a sentence for a help text that says which folder holds the recipes."""
     return f"The recipes are files of {__path__[0]}: llama3_8b_e8t2 is e8t2 in llama3_8b.py."
 
 
@@ -145,7 +145,7 @@ def recipe_file(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `_NEMO`, or return a recipe by its name on the command line in the form of NeMo's modules."""
+    """Import a name of `_NEMO`, or return a recipe, by its command-line name, in the form of a NeMo recipe module."""
     if name in _NEMO:
         return getattr(importlib.import_module(_NEMO[name]), name)
     if name.startswith("_") or name not in nemo_functions():
@@ -170,7 +170,7 @@ def _chain(module: ModuleType, name: str, **arguments: Any) -> Any:
 
 @cache
 def nemo_functions() -> dict[str, Callable[..., Any]]:
-    """List the functions that make NeMo's recipes, by their names on the command line (the defaults of `name`)."""
+    """List the functions that make NeMo's recipes, by their command-line names (defaults of the argument `name`)."""
     found = {}
     for module in modules().values():
         for function in vars(module).values():

@@ -16,7 +16,7 @@ PARENT = "hf://meta-llama/Llama-3.2-1B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
-#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: GPU model -> training -> number of GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {
@@ -25,7 +25,7 @@ LAYOUTS = {
     },
 }
 TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
-#: The tuning on one card sees 32M tokens. With LoRA, the learning rate is that of NeMo's own recipes.
+#: The tuning on one card sees 32M tokens. The learning rate for LoRA is the same as in NeMo's recipes.
 #: The parent is the Instruct model, because the base model has no chat template.
 TUNING = Tuning(
     parent="hf://meta-llama/Llama-3.2-1B-Instruct",

@@ -16,7 +16,7 @@ PARENT = "hf://meta-llama/Llama-3.2-3B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
-#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: GPU model -> training -> number of GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {

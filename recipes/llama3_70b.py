@@ -7,7 +7,7 @@ reports 41.6 % MFU on 256 H100 with sequences of 4096. Chosen here:
 
 - sequences of 8192, cut in two (CP2), so that a rank holds as many tokens as in Parallel Folding;
 - one layer in each chunk (VPP5);
-- 512 H100, on each of which model states take about 32 GiB (derived, not measured).
+- 512 H100 (model states need about 32 GiB on each H100, derived and not measured).
 
 A checkpoint with optimizer states takes about 6.5 TB.
 """
@@ -25,7 +25,7 @@ PARENT = "hf://meta-llama/Meta-Llama-3-70B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
-#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: GPU model -> training -> number of GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
 #: none of them has run on Blackwell.
 #: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.

@@ -19,7 +19,7 @@ The paper prints 34.4B and 11.8B parameters, which omit one of the three matrice
 - MoE layers recomputed in the first 500 steps, because routers start unbalanced and the paper advises it;
 - communication overlapped, because eight virtual stages instead of one send eight times as many messages.
 
-A checkpoint with optimizer states takes about 665 GB. The last two are kept while one more is written.
+A checkpoint with optimizer states takes about 665 GB. The last two checkpoints are kept while one more is written.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ PARENT = "hf://meta-llama/Meta-Llama-3-8B"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
-#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: GPU model -> training -> number of GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
 #: none of them has run on Blackwell.
 #: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.

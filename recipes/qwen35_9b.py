@@ -2,8 +2,8 @@
 
 The upcycled model has 42.78B parameters (13.79B active). Both models train on 100B tokens, as in arXiv 2412.09952.
 
-Qwen3.5 trains only in Megatron-Bridge, because the Megatron-Core of NeMo 2.7 has no gated delta nets. This is the
-text model. Its sizes are from the published config.json. The planner chose the layouts.
+Qwen3.5 trains only in Megatron-Bridge, because the Megatron-Core of NeMo 2.7 has no gated delta nets. The
+recipe trains only the text model, with the sizes of the published config.json. The planner chose the layouts.
 """
 
 from typing import Any, Optional
@@ -17,7 +17,7 @@ PARENT = "hf://Qwen/Qwen3.5-9B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share. With 8 experts and top-2, a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
-#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: GPU model -> training -> number of GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: By the planner's estimate, the layouts fit an H100's 80 GB with room to spare.
 LAYOUTS = {
     "h100": {

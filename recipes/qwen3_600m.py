@@ -16,15 +16,15 @@ PARENT = "hf://Qwen/Qwen3-0.6B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Token slots per expert, as a multiple of the balanced share; None: no limit.
 CAPACITY_FACTOR = None
-#: GPU -> training -> GPUs and layout.
+#: GPU model -> training -> number of GPUs and layout.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=1),
         "dense": Run(gpus=1),
     },
 }
-#: Short enough for a few minutes on two CPU cores. Small models tolerate a higher learning rate than the paper's 3e-5,
-#: see docs/schedules.md.
+#: These few steps need only minutes on two CPU cores. Small models tolerate a higher learning rate than the paper's
+#: 3e-5, see docs/schedules.md.
 TRAINING = Schedule(seq_length=512, global_batch=2, steps=6, lr=1e-4, min_lr=1e-5, warmup_steps=2)
 #: The tuning on one card sees 32M tokens.
 TUNING = Tuning(

@@ -96,7 +96,7 @@ def _requirements() -> list[Requirement]:
 
 
 def _libraries() -> list[dict[str, Any]]:
-    """Describe each library in the package's metadata, and Megatron-Bridge, and say whether its version fits."""
+    """Describe Megatron-Bridge and each library in the package's metadata, and say whether the versions fit."""
     requirements = [*_requirements(), RELEASES._replace(extra="bridge")]
     other = "nemo" if _trainer() == "bridge" else "bridge"
     return [
@@ -221,7 +221,7 @@ def _gpus() -> list[str]:
 
 
 def _data_engine() -> str | None:
-    """Return the versions of the data engine in its environment; None if it is missing or does not fit."""
+    """Return the versions of the data engine in its environment; None if the engine is missing or does not fit."""
     try:
         return engine_version(data_python())
     except UpcycleError:

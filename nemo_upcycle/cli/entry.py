@@ -8,7 +8,7 @@ import signal
 def main() -> int:
     """Run the command line, and return the exit status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` prints a message instead
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end silently until `cli.main` handles Ctrl-C
     from nemo_upcycle.cli.main import main as run
 
     return run()

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             got=f"started {ranks} ranks, but {chosen} spreads {args.model} over all GPUs by itself",
             fix="start the command without torchrun",
         )
-    if ranks > 1 and int(os.environ["RANK"]) > 0:  # this rank serves the first one, which reports all errors
+    if ranks > 1 and int(os.environ["RANK"]) > 0:  # this rank only serves the first rank, which reports errors
         try:
             open_model(
                 args.model,

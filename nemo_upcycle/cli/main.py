@@ -23,8 +23,9 @@ from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: name of a command -> its purpose. Each module `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first of which
-#: needs only the demo's files; a blank line; further notes), `add_arguments(parser)` and `run(args) -> exit status`.
+#: name of a command -> its purpose. Each module `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, a blank line, and
+#: further notes), `add_arguments(parser)` and `run(args) -> exit status`. The first example of `EPILOG` needs only the
+#: demo's files.
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "model and cluster -> layouts that fit, with memory, speed, duration and cost; needs no GPU",
@@ -79,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         _check_options(self, args)
         namespace, unknown = super().parse_known_args(args, namespace)
         _refuse_empty(self, args, namespace)
-        if "overrides" in namespace:  # argparse collects positional words only if they stand together
+        if "overrides" in namespace:  # argparse collects positional words only if they are adjacent
             namespace.overrides += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-") and word != "--"]
         if unknown:
@@ -142,7 +143,7 @@ class _Terminated(KeyboardInterrupt):
 def _signals() -> Iterator[None]:
     """Handle SIGTERM like Ctrl-C, but not in a rank of torchrun.
 
-    There, SIGTERM must end a rank even while it waits for another rank.
+    Under torchrun, SIGTERM must end a rank even while the rank waits for another rank.
     """
 
     def stop(*_: object) -> NoReturn:
@@ -218,10 +219,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:
-    """Return argument -> option that sets it. An argument has the name of the field that it sets.
+    """Map each argument to its option. An argument has the same name as the field that it sets.
 
-    If the command line sets no field of the spec, an error concerns the spec of a file, so the fields of the spec are
-    not named as options.
+    If the command line sets no field of the spec, the spec comes from a file. Then errors name the fields of the spec,
+    not the options.
     """
     actions = [action for action in args.parser._actions if action.option_strings]
     of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}

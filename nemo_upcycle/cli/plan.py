@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size_name(name: str, micro_batch: int | None) -> str:
-    """Return the command line's name for a size, or for several sizes; leave other names unchanged."""
+    """Return the command-line name of one size or of several sizes; return other names unchanged."""
     if name == "micro_batch":
         return name if micro_batch else "--layout mbs"
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
@@ -207,7 +207,7 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
-    """Suggest a layout or a number of GPUs that fits, because no row does."""
+    """Suggest a layout or a number of GPUs that fits, because no row fits."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."
@@ -222,7 +222,7 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
 
 
 def _command(args: argparse.Namespace, subject: Subject, plan: LayoutEstimate) -> tuple[str | None, str]:
-    """Return the command that trains a plan; or None, and the reason why no recipe can."""
+    """Return the command that trains with a plan; or None, and the reason why no recipe can train with it."""
     backend = BACKENDS[args.backend]
     why = backend.why_no_command(subject.recipe, plan.work)
     if why or subject.recipe is None or plan.verdict == "no":

@@ -73,7 +73,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    # Both orders cost the same; with one expert only softmax_topk is accepted.
+    # Both orders cost the same; if top_k is 1, only softmax_topk is accepted.
     order = "softmax_topk" if args.top_k == 1 else "topk_softmax"
     spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
     moe_arch = arch.upcycled(spec)
@@ -154,7 +154,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
 
 
 def _software(args: argparse.Namespace) -> str:
-    """Return the generation of Megatron-Core that the back end uses; a --model on Blackwell uses Bridge's."""
+    """Return the back end's generation of Megatron-Core, or Megatron-Bridge's generation for --model on Blackwell."""
     is_new = args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell
     return hardware.BRIDGE_SOFTWARE if is_new else BACKENDS[args.backend].software
 
@@ -194,7 +194,7 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
 
 
 def _refuse(options: dict[str, Any], reason: str, fix: str) -> None:
-    """Raise an error for the first given option; `{}` in the fix stands for its name."""
+    """Raise an error for the first given option; `{}` in the fix stands for the option's name."""
     for name, value in options.items():
         if value is not None:
             typed = name if value is True else f"{name} {value}"

@@ -15,9 +15,9 @@ class FusedCpuAdam(torch.optim.Optimizer):
     """Adam or AdamW with one step count per parameter group, as in Apex and Transformer Engine.
 
     With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved, because each parameter's
-    zero-dimensional `step` fails an assertion. Once loaded, the optimizer shares one `step` tensor between all
-    parameters, which then counts the update of every parameter. With the count in the group neither problem arises,
-    and the optimizer's part of a checkpoint is the same as a GPU run writes and reads.
+    zero-dimensional `step` fails an assertion. After a checkpoint is loaded, all parameters share one `step` tensor,
+    which then counts the update of every parameter. If the count is in the group, neither problem arises, and the
+    optimizer's part of a checkpoint has the same format as in a GPU run.
 
     Args:
         params: float32 CPU parameters or parameter groups.
@@ -34,7 +34,7 @@ class FusedCpuAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         adam_w_mode: bool = True,
-        capturable: bool = False,  # by a CUDA graph
+        capturable: bool = False,  # whether a CUDA graph can capture the steps
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
@@ -43,8 +43,8 @@ class FusedCpuAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; return the result of `closure`, if there is one.
 
-        First give the freed memory of the backward pass back to the system, because the gaps between its tensors do
-        not fit the tensors of the next step. Otherwise a rank of the demo would grow by 0.3 GiB.
+        First return the memory that the backward pass has freed to the system, because the tensors of the next step do
+        not fit into the gaps of this memory. Otherwise the memory of a demo rank would grow by 0.3 GiB.
         """
         if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # only glibc has it
             trim(0)

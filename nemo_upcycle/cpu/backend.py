@@ -8,8 +8,8 @@
     llm.train(model, data, trainer, optim=optim, tokenizer="data")
 
 A checkpoint's `context` records the configuration as the user wrote it, as on a GPU. Settings that need CUDA or
-Transformer Engine are switched off in the configuration object when it is made. `patches` supplies whatever Megatron
-and NeMo expect of CUDA itself, with one function for each matter. If there is a CUDA device, no patch is imported.
+Transformer Engine are switched off in the configuration object when it is made. Each function in `patches` replaces
+one thing that Megatron and NeMo would need CUDA for. If there is a CUDA device, no patch is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Package of a trainer -> the folder of this package whose module `cpu_patches` has the patches for that trainer.
+#: Package of a trainer -> the package in this project whose module `cpu_patches` has the patches for that trainer.
 _TRAINERS = {"nemo": "nemo_upcycle.trainers.nemo", "megatron.bridge": "nemo_upcycle.trainers.bridge"}
 _installed = False
 
@@ -62,8 +62,8 @@ def use_cpu_backend() -> bool:
 def cpu_has_fast_bf16() -> bool:
     """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
 
-    If the processor does, `bf16-mixed` is faster than `32`; otherwise `bf16-mixed` is slower. If torch cannot be
-    asked, the answer is False, which costs time but never exactness.
+    If the processor does, `bf16-mixed` is faster than `32`; otherwise `bf16-mixed` is slower. If this release of torch
+    cannot tell, the answer is False, which costs time but never exactness.
     """
     ask: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)
     return ask is not None and any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -1,4 +1,4 @@
-"""Write checkpoints on a CPU without Megatron's extra processes: a fork per file (0.15), or a server (later)."""
+"""Write checkpoints on a CPU without Megatron's extra processes, which are forks (0.15) or a server (later)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def write_checkpoints_without_threads() -> None:
     """Write a checkpoint in the process that asks for it: this process, or the one child of an asynchronous save.
 
     Without this patch the first save hangs if this process computes with more than one thread: Megatron forks a writer
-    for each file, and copying a tensor in a fork waits for OpenMP threads, which a fork does not take along. Each rank
-    would also spawn one more process to collect the reports, which imports NeMo for ten seconds. Later releases write
-    with threads, but still spawn that process.
+    for each file, and copying a tensor in a fork waits for OpenMP threads, which do not exist in a fork. Each rank
+    would also spawn a process that collects the reports, and this process needs ten seconds to import NeMo. Later
+    releases write with threads, but still spawn the process for the reports.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -12,14 +12,14 @@ import torch
 # Fields of Megatron's and NeMo's configurations whose usual value needs CUDA, Apex or Transformer Engine.
 CPU_FIELDS: dict[str, Any] = {
     "apply_rope_fusion": False,
-    "batch_p2p_comm": False,  # it would swap the two messages between two stages that are interleaved
+    "batch_p2p_comm": False,  # True would swap the two messages between two interleaved stages
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
     "fp8_param": False,
     "fp4_param": False,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
-    "moe_grouped_gemm": False,  # SequentialMLP: the same parameters, and the same names in a checkpoint
+    "moe_grouped_gemm": False,  # SequentialMLP has the same parameters, with the same names in a checkpoint
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
     "persist_layer_norm": False,
@@ -34,12 +34,12 @@ CPU_FIELDS: dict[str, Any] = {
 def configure_for_cpu(config: Any) -> None:
     """Switch off, in place, the settings of a model configuration that need CUDA or Transformer Engine.
 
-    The CPU backend does this to every configuration when it is made; the checkpoint's `context` does not show the
-    change. Call this function for an object that was made before the backend was installed. On a `run.Config` it makes
-    the choice visible, and recorded.
+    The CPU backend calls this function for every new configuration; the checkpoint's `context` does not show the
+    change. Call this function for an object that was made before the backend was installed. If the object is a
+    `run.Config`, the changes are visible in the recipe and are recorded with the recipe.
 
     Args:
-        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of either; fields that it lacks are
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of either; missing fields are
             skipped.
 
     Example:
@@ -62,7 +62,7 @@ def configure_for_cpu(config: Any) -> None:
         config.hybrid_stack_spec = stack() if "transformer" in names else stack  # a provider calls the function
 
 
-#: Modules in which NeMo and Megatron-Bridge have their layer specs, under the same names.
+#: Modules of NeMo and Megatron-Bridge that define layer specs. Both modules use the same names.
 _LAYER_SPECS = ("nemo.collections.llm.gpt.model.base", "megatron.bridge.models.gpt_provider")
 _WITH_TRANSFORMER_ENGINE = (
     "default_layer_spec",
@@ -72,14 +72,14 @@ _WITH_TRANSFORMER_ENGINE = (
 
 
 def _local_layer_spec(spec: Any) -> Any:
-    """Replace NeMo's, Bridge's or Megatron's own spec with Transformer Engine by their spec without it."""
-    if spec is None:  # a builder's default
+    """Replace a spec of NeMo, Bridge or Megatron that uses Transformer Engine with the spec that does not use it."""
+    if spec is None:  # the default of a builder's configuration
         return _local_layers
     module = getattr(spec, "__module__", None)
     if module in _LAYER_SPECS and spec.__name__ in _WITH_TRANSFORMER_ENGINE:
         return sys.modules[module].local_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
-        return functools.partial(spec, use_transformer_engine=False)  # the form of mixed dense and MoE layers
+        return functools.partial(spec, use_transformer_engine=False)  # the spec of models with dense and MoE layers
     return spec
 
 
@@ -104,7 +104,7 @@ def local_hybrid_stack() -> Any:
 
 
 def local_hybrid_stack_with_qk_norm() -> Any:
-    """Return the same layers with query and key norms."""
+    """Return the layers of `local_hybrid_stack`, with query and key norms."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     spec = local_hybrid_stack()

@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Makes tensors on the CPU if code names CUDA, and leaves every other call alone."""
+    """Creates tensors on the CPU if code asks for CUDA, and leaves every other call unchanged."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,7 +57,7 @@ _DEVICE_MODE = _CudaMeansCpu()
 
 
 def place_tensors_on_cpu() -> None:
-    """Answer calls to `torch.cuda`, and read a CUDA device as the CPU.
+    """Answer calls to `torch.cuda`, and use the CPU if code names a CUDA device.
 
     Without this patch nearly every module fails: "Torch not compiled with CUDA enabled". Only calls that would raise
     on this machine are changed, so code outside Megatron and NeMo runs as before. Each torch call takes a microsecond

@@ -1,8 +1,9 @@
 """Megatron's local linear layers in FP8: their three products, and the places where Megatron switches FP8 on.
 
-A Megatron layer computes in FP8 if its Transformer Engine twin would. That is inside the context that Megatron itself
-enters for a block or a layer. The context leaves out first and last layers in BF16, embeddings and the output layer.
-Routers and norms are not linear layers of Megatron. Products are summed in float32 over quantised numbers.
+A Megatron layer computes in FP8 if the same layer of Transformer Engine would compute in FP8. Both layers do so inside
+the context that Megatron itself enters for a block or a layer. Megatron does not enter the context for embeddings, for
+the output layer, and for first and last layers in BF16. Routers and norms are not linear layers of Megatron. Products
+of quantised numbers are summed in float32.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _FORWARD, _BACKWARD = slice(INPUT, GRADIENT), slice(GRADIENT, GRADIENT + 1)
 
 @dataclass
 class _Now:
-    """The state at the present point of a pass.
+    """The current state of a forward or backward pass.
 
     Attributes:
-        recipe: recipe of the linear layers; None: they compute in the type of their inputs.
+        recipe: recipe of the linear layers; None: linear layers compute in the type of their inputs.
         first: whether no layer has computed since the context was entered.
         tape: scales of layers whose activations are recomputed, in the order of the layers.
         replays: whether scales are taken from the tape.
@@ -230,7 +231,7 @@ def emulate_fp8() -> None:
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import moe_layer
 
-    utils._te_version = utils.get_te_version() or Version("1.11")  # the first with which Megatron allows FP8 experts
+    utils._te_version = utils.get_te_version() or Version("1.11")  # the first that Megatron allows for FP8 experts
     for name, stock in {
         "get_fp8_context": fp8_utils.get_fp8_context,
         "get_fp4_context": fp4_utils.get_fp4_context,
@@ -243,9 +244,9 @@ def emulate_fp8() -> None:
         from megatron.core import recompute
 
         recompute.te_checkpoint = _checkpoint
-    remember = random.CheckpointWithoutOutput.__init__  # for norms and activations, which have no products
+    remember = random.CheckpointWithoutOutput.__init__  # recomputes norms and activations, which have no products
     random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: remember(self, fp8=None)
     for linear in (layers.ColumnParallelLinear, layers.RowParallelLinear):
         linear._forward_impl = _or_in_fp8(linear._forward_impl)
-        linear.fp8_scales, linear.is_first_microbatch = None, True  # Megatron sets the second before every step
+        linear.fp8_scales, linear.is_first_microbatch = None, True  # Megatron sets the latter before every step
         linear.get_extra_state, linear.set_extra_state = _get_extra_state, _set_extra_state

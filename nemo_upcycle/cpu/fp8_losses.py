@@ -1,4 +1,4 @@
-"""The losses of emulated FP8 in a step: the largest numbers, and the shares that become zero or are clipped."""
+"""Measure what emulated FP8 loses in a step: the largest numbers, and the shares that become zero or are clipped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _ROLES = {fp8_recipe.INPUT: "input", fp8_recipe.WEIGHT: "weight", fp8_recipe.GRA
 class Fp8Losses:
     """Counts the numbers that this rank's linear layers quantise in training; a `monitoring.step_metrics.Probe`.
 
-    Recomputed layers are counted again, which changes no share. An operand with a scale of its own has no number to
-    clip. Only delayed scaling, whose scales come from earlier passes, saturates.
+    Recomputed layers are counted again, which changes no share. If an operand's scale follows from the operand's own
+    numbers, no number is clipped. Only delayed scaling, where scales come from earlier passes, clips numbers.
 
     Example:
         >>> losses = watch_fp8(config)  # doctest: +SKIP
@@ -27,7 +27,7 @@ class Fp8Losses:
     """
 
     def __init__(self) -> None:
-        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # numbers: not zero, lost, clipped
+        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # how many are not zero, are lost, are clipped
         self._largest = torch.zeros(len(_ROLES), dtype=torch.float64)
 
     def count(self, role: int, x_RC: torch.Tensor, made: Quantized, *, has_own_scale: bool) -> None:

@@ -1,7 +1,7 @@
-"""Numbers of 8 bits and the scales of their blocks, bit-identical to the results of Transformer Engine's kernels.
+"""Quantise matrices to 8-bit numbers with a scale per block, bit-identical to Transformer Engine's kernels.
 
-The sources are Transformer Engine's at d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a
-block, and `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8. CUDA's saturating conversions round to the
+The code follows Transformer Engine at commit d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or
+a block, and `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8. CUDA's saturating conversions round to the
 nearest, and ties to even.
 """
 
@@ -49,7 +49,7 @@ def quantize(
         x_RC: the matrix, [R, C].
         dtype: E4M3 or E5M2.
         block: rows and columns of a block.
-        scale: one scale for all blocks; None: each block has its own, from its largest number.
+        scale: one scale for all blocks; None: the scale of each block follows from the block's largest number.
         power_of_two: whether scales are rounded down to a power of two.
         e8m0: whether scales are powers of two kept in 8 bits, as in MXFP8.
     """

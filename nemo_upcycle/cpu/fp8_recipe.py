@@ -20,7 +20,7 @@ INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 #: Object that counts the numbers a training quantises, set by `trainers.monitoring.fp8_statistics.watch_fp8`.
 watcher: Any = None
-#: Settings with which Transformer Engine would use FP8 outside linear layers, or leave a layer out of it.
+#: Settings with which Transformer Engine would use FP8 outside linear layers, or not use it in some linear layer.
 _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")
 
 
@@ -30,10 +30,10 @@ class Fp8Recipe:
 
     Attributes:
         name: Megatron's name of the recipe, one of `RECIPES`.
-        gradient: type of output gradients; inputs and weights are E4M3.
+        gradient: FP8 type of output gradients; the type of inputs and weights is always E4M3.
         margin, history, algorithm: parameters of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len`
             and `fp8_amax_compute_algo`.
-        group: ranks that share their largest numbers under delayed scaling; None: this rank alone.
+        group: ranks that share their largest numbers under delayed scaling; None: this rank shares nothing.
     """
 
     name: str
@@ -84,13 +84,13 @@ class Fp8Recipe:
     ) -> tuple[Quantized, Quantized]:
         """Quantise a matrix once for products over its columns and once for products over its rows.
 
-        Both results come from the numbers of the matrix itself.
+        Both results are computed from the matrix before quantisation.
 
         Args:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
             role: INPUT, WEIGHT or GRADIENT.
             scale: scale of delayed scaling; None with other recipes.
-            twice: False if only products over the columns follow; both results are then the first.
+            twice: whether products over the rows follow, too; if not, the result for the columns is returned twice.
         """
         along_columns, along_rows = self._blocks(role, x_RC.shape)
         options: dict[str, Any] = {"scale": scale}
@@ -116,7 +116,7 @@ class Fp8Recipe:
         return whole, whole
 
 
-#: First bytes of a layer's state in a checkpoint: a pickled None. Transformer Engine reads this None, and no further.
+#: First bytes of a layer's state in a checkpoint: a pickled None. Transformer Engine stops reading after this None.
 #: A run that resumes from a CPU's checkpoint on a GPU therefore starts without a history, as from a BF16 checkpoint.
 _NOTHING = pickle.dumps(None, protocol=4)
 
@@ -125,7 +125,7 @@ class DelayedScales:
     """The state of delayed scaling for one linear layer, as in Transformer Engine.
 
     Args:
-        length: rows of the history.
+        length: number of rows of the history.
 
     Attributes:
         scale: scales, float32 [3], by role.

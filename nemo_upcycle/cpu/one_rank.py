@@ -1,4 +1,4 @@
-"""Megatron's process groups for a single process: for itself alone, or for one rank of a simulated cluster."""
+"""Set up Megatron's process groups in a single process, as the only rank or as one rank of a simulated cluster."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Supply on a CPU whatever Megatron-Core takes for granted of CUDA, with one function for each matter.
+"""Let Megatron-Core run on a CPU: each function replaces one thing that Megatron-Core would need CUDA for.
 
 Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES` once, and only if there
-is no CUDA device. Deleting a line of `PATCHES` removes that patch and no other. Megatron's own checks stay: a patch
-gives the code the value that it asks for, or the value that it would have got.
+is no CUDA device. Deleting a line of `PATCHES` removes that patch and no other. Megatron's own checks stay in force. A
+patch gives the code the value that the code asks for, or the value that the code would have got on a GPU.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def adapt_every_config() -> None:
 def accept_cpu_parameters() -> None:
     """Make gradient clipping, and the optimizers that keep float32 masters, recognise CPU tensors.
 
-    They tell bfloat16 from float32 by type names. Without this patch: an AssertionError in clipping, and a TypeError
-    "Wrapped parameters must be one of torch.cuda.FloatTensor" in the optimizers.
+    Clipping and optimizers distinguish bfloat16 from float32 by type names. Without this patch, clipping raises an
+    AssertionError, and the optimizers raise the TypeError "Wrapped parameters must be one of torch.cuda.FloatTensor".
     """
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -85,8 +85,8 @@ def load_float32_shards() -> None:
 def track_random_states() -> None:
     """Keep Megatron's named random states as states of the CPU generator, seeded as on a GPU.
 
-    Without this patch dropout in tensor-parallel regions finds no state. The plain generator replaces the GPU's
-    default generator, because both are the same on all tensor-parallel ranks.
+    Without this patch dropout in tensor-parallel regions finds no state. The CPU's default generator replaces the
+    GPU's default generator: each has the same state on all tensor-parallel ranks.
     """
     from megatron.core.tensor_parallel import random
 
@@ -123,8 +123,8 @@ class NormAroundZero(torch.nn.RMSNorm):
 def mark_norms_sequence_parallel() -> None:
     """Let torch's norms work under sequence parallelism, and mark them so that Megatron sums their gradients.
 
-    Without this patch the local layer spec refuses: "sequence parallel not supported by torch LayerNorm". It also
-    refuses norms around zero, which Gemma has.
+    Without this patch the local layer spec refuses: "sequence parallel not supported by torch LayerNorm". The spec
+    also refuses norms around zero, which Gemma uses.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -148,9 +148,9 @@ def mark_norms_sequence_parallel() -> None:
 def compute_without_transformer_engine() -> None:
     """Let torch multiply in the MoE router, normalise after the last layer, and measure and scale gradients.
 
-    Without this patch: NameError, "te_general_gemm is not defined", because the code asks whether it is None but
-    nothing sets it. If Transformer Engine is installed, as Megatron-Bridge requires, all these steps call Transformer
-    Engine, which needs CUDA tensors.
+    Without this patch: NameError, "te_general_gemm is not defined", because the code compares this name with None but
+    nothing defines the name. If Transformer Engine is installed, as Megatron-Bridge requires, all these steps call
+    Transformer Engine, which needs CUDA tensors.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -215,7 +215,7 @@ def gather_uneven_rows() -> None:
 
 
 def keep_packed_sequences_apart() -> None:
-    """Let the local attention take packs of sequences, with a mask that keeps the sequences apart.
+    """Let the local attention accept packs of sequences, with a mask that keeps the sequences apart.
 
     Without this patch tuning on packs fails: "Packed sequence is not supported by DotProductAttention". Transformer
     Engine's kernels read the sequences' borders themselves.
@@ -259,7 +259,8 @@ def packed_mask(borders: torch.Tensor, length: int) -> torch.Tensor:
 def compute_delta_nets_with_torch() -> None:
     """Compute gated delta nets with torch, as Megatron itself does in its deterministic mode.
 
-    Without this patch they call kernels of flash-linear-attention, which are written in Triton and need a GPU.
+    Without this patch, gated delta nets call kernels of flash-linear-attention. These kernels are written in Triton
+    and need a GPU.
     """
     if not find_spec("megatron.core.ssm.gated_delta_net") or not find_spec("fla"):
         return
@@ -289,10 +290,10 @@ def compile_nothing() -> None:
 
 
 def pad_tokens_of_experts() -> None:
-    """Let an expert compute only a few different numbers of tokens, eight to a doubling, by padding with zeros.
+    """Pad an expert's tokens with zeros, so that their number takes only a few values (eight per power of two).
 
-    Without this patch oneDNN compiles its bfloat16 products anew for nearly every number of tokens. Experts get
-    another number at every step, so each rank of the demo grows by 0.3 GiB within three steps.
+    Without this patch oneDNN compiles its bfloat16 products anew for nearly every number of tokens. An expert's number
+    of tokens changes at every step, so the memory of each demo rank grows by 0.3 GiB in three steps.
     """
     from megatron.core.transformer.mlp import MLP
 
@@ -322,17 +323,17 @@ def _next_size(tokens: int) -> int:
 def communicate_in_place() -> None:
     """Let the distributed optimizer sum its gradients and hand out its parameters within their own buffers.
 
-    Without this patch every step copies both buffers (4 and 2 bytes a parameter), even if a rank is alone in its
-    group, as with the experts of EP2 on two ranks: gloo's reduce-scatter is an all-reduce of a copy, and its
-    all-gather fills a copy. Megatron's shards are slices of the buffers, so an all-reduce and a broadcast by each
-    owner leave the same numbers.
+    Without this patch every step copies both buffers (4 and 2 bytes per parameter). The reason is that gloo's
+    reduce-scatter is an all-reduce of a copy, and gloo's all-gather fills a copy. This happens even if a group has
+    only one rank, as for experts with EP2 on two ranks. Megatron's shards are slices of the buffers, so an all-reduce
+    and a broadcast by each owner give the same numbers.
     """
     from megatron.core.distributed import param_and_grad_buffer
 
     def all_reduce(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, async_op: bool = False) -> None:
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = op
-        group.allreduce([input], options).wait()  # torch.distributed.all_reduce would be coalesced in a copy
+        group.allreduce([input], options).wait()  # torch.distributed.all_reduce would be coalesced, which makes a copy
 
     def all_gather(output: torch.Tensor, input: torch.Tensor, group: Any, async_op: bool = False) -> None:
         for owner, shard in enumerate(output.chunk(group.size())):

@@ -40,16 +40,17 @@ class SourceConfig:
     """One source of documents; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        train: texts to train on, in the form that the reader takes: paths, patterns, addresses, years or tasks.
-        validation: documents held back for the validation loss; if this and `heldout` are empty, the blend's
-            `hold_out` decides.
+        train: texts to train on, in the form that the reader accepts (paths, patterns, addresses, years or tasks).
+        validation: documents held back for the validation loss. If `validation` and `heldout` are empty, documents are
+            held back according to the blend's `hold_out`.
         heldout: documents held back for perplexity; see `validation`.
         reader: a key of `nemo_upcycle.data.readers.READERS`.
-        weight: share of the training tokens, relative to the other sources'.
+        weight: share of the training tokens, relative to the weights of the other sources.
         tokens: maximum number of training tokens to take after all removals; None takes all.
         license: licence of the documents, for the model card.
-        trains: evaluation columns whose training questions, or related ones, are in this source.
-        max_lost: largest share of the documents, or of their bytes, that may be unreadable; above it the build fails.
+        trains: evaluation columns for which this source contains the training questions or related questions.
+        max_lost: largest share of the documents, or of their bytes, that may be unreadable; above this share, the
+            build fails.
         on_hit: treatment of a document that contains an evaluation item: `cut` removes the passage, `drop` the
             document.
         options: other options of the reader.
@@ -72,7 +73,7 @@ class SourceConfig:
 
 @dataclass
 class HoldOut:
-    """Shares of the documents to hold back, by a hash of their id, from sources that name no held-out files."""
+    """Shares of the documents to hold back (chosen by a hash of the id) from sources that name no held-out files."""
 
     validation: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
     heldout: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
@@ -82,8 +83,9 @@ class HoldOut:
 class NearDuplicates:
     """Settings of MinHash: two documents are near duplicates if all hashes of one band are equal.
 
-    Two documents that share a fraction s of their word n-grams (of all n-grams in either) are found with probability
-    1 - (1 - s^hashes_per_band)^bands. The defaults give 0.5 at s = 0.69, 0.92 at s = 0.8, and 0.05 at s = 0.5.
+    Let s be the number of word n-grams that two documents have in common, divided by the number of n-grams that at
+    least one of them has. The two documents are found with probability 1 - (1 - s^hashes_per_band)^bands. The defaults
+    give 0.5 at s = 0.69, 0.92 at s = 0.8, and 0.05 at s = 0.5.
 
     Attributes:
         bands: number of bands; the engine runs one task for each.
@@ -101,21 +103,22 @@ class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        sources: name -> source, in reading order; among equal texts the first is kept.
+        sources: name -> source, in reading order; if texts are equal, only the first is kept.
         tokenizer: address of the dense model whose tokenizer is used.
         seq_length: tokens in a training sequence.
         max_epochs: number of epochs of a source above which a warning is shown.
         hold_out: shares to hold back from sources that name no held-out files.
-        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, or a
-            training document with held-out documents, in runs of 8 words or more; 1 removes nothing, None skips the
-            search.
+        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, in
+            runs of 8 words or more. The same limit applies to the words that a training document shares with held-out
+            documents. 1 removes nothing; None skips the search.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         decontaminate_without: tasks of these suites to leave out of the search.
         deduplicate: whether to keep only the first of equal texts.
-        near_duplicates: settings of the search for nearly equal texts, which keeps only the first; None keeps them
-            all.
+        near_duplicates: settings of the search for nearly equal texts, of which only the first is kept; None keeps all
+            of them.
         min_characters: length below which documents are removed (characters).
-        seed: random seed for holding back documents, for sampling them, and for the order.
+        seed: random seed for holding back documents, for sampling documents, and for the order of the training
+            sequences.
         pii: kinds of `PII` to replace in the texts of sources that set no `pii` of their own.
     """
 
@@ -202,10 +205,11 @@ def only_source(name: str | Path) -> list[str]:
     """List the patterns of the texts if `name` stands for texts; return an empty list if it names a blend.
 
     Args:
-        name: file of texts, pattern, address, or a folder, whose readable files of all kinds are taken.
+        name: file of texts, pattern, address, or folder; in a folder, the readable files of all kinds are used.
 
     Raises:
-        UpcycleError: the folder has no text files, is the root of the machine, or holds too many files of other kinds.
+        UpcycleError: the folder has no text files, is the root folder of the machine, or contains too many files of
+            other kinds.
     """
     from nemo_upcycle.data.readers import format_of, readable, suffix_of  # slow
 
@@ -235,7 +239,7 @@ def only_source(name: str | Path) -> list[str]:
 
 
 def no_data(why: str) -> UpcycleError:
-    """Return the error for a run that names no data and may not read the demo's.
+    """Return the error for a run that names no data and may not use the demo's data.
 
     Args:
         why: reason, for the message.

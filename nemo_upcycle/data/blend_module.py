@@ -1,4 +1,4 @@
-"""NeMo's data module over a finished folder of `nemo-upcycle data`: checked first, then read epoch by epoch."""
+"""NeMo's data module, which checks a finished folder of `nemo-upcycle data` and reads it epoch by epoch."""
 
 # NeMo-Run parses `data.seq_length=1024` by the annotations: do not postpone them, and write Optional.
 
@@ -55,7 +55,7 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
         micro_batch_size: sequences in a micro batch.
         global_batch_size: sequences in a step, over all ranks.
         num_workers: data-loading processes per rank.
-        seed: seed of the sequence order; None uses the manifest's.
+        seed: seed of the sequence order; None uses the seed in the manifest.
         indices: folder into which the first rank writes the order of the samples. All nodes must share it, and several
             blends may use it. None means `indices` in the data folder.
         skip_samples: sequences to skip at the start of the order, because the run that made the starting model read
@@ -73,7 +73,7 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
     module = BlendDataModule(
         paths=finished.paths(seq_length),
         split=None,  # the three paths define the splits; NeMo warns about any other value
-        # NeMo copies this whole folder into every checkpoint; the dense model's would add all its weights.
+        # NeMo copies this whole folder into every checkpoint. The dense model's folder would add all weights.
         tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
         index_mapping_dir=str(index_folder(finished, indices)),
         seq_length=seq_length,
@@ -114,13 +114,13 @@ class BlendDataModule(PreTrainingDataModule):
     ) -> None:
         """Build the datasets as NeMo does, and log on the first rank how many tokens the run reads.
 
-        Every validation starts from the beginning, so the validation data are laid out for a single one. An integer
-        `limit_val_batches` takes as many sequences as it says, whatever the length of the run. A fraction of 1 takes
-        each token once.
+        Every validation starts at the beginning of the validation data, so only the samples of one validation are
+        prepared. An integer `limit_val_batches` is the number of batches in a validation, whatever the length of the
+        run. With a fraction of 1, a validation reads each token once.
         """
         blend = self.blend
         step_tokens = self.global_batch_size * self.seq_length
-        steps = trainer_max_steps + 1  # a finished run may be started again, and must find samples
+        steps = trainer_max_steps + 1  # a finished run may be started again, and then needs samples
         if self.reads_demo:
             require_few_epochs(blend, trainer_max_steps * step_tokens)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

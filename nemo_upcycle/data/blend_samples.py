@@ -35,7 +35,8 @@ _INDEX = re.compile(r"[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)")
 def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
     """Return the folder where Megatron stores the order of a blend's samples.
 
-    It lies in the blend's own folder, or in `indices`, which several blends may share.
+    If `indices` is None, the folder is inside the blend's folder. Otherwise it is inside `indices`, which several
+    blends may share.
     """
     if not indices:
         return blend.folder / INDICES
@@ -46,7 +47,7 @@ def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
 def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
     """Delete index files that may be incomplete, run the block that builds them, and record the files.
 
-    Only the first rank uses this. The other ranks wait where Megatron makes them wait.
+    Only the first rank calls this function. Megatron makes the other ranks wait.
 
     Args:
         cache: folder of the index files; its marker lists the files and their sizes.
@@ -101,7 +102,7 @@ def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_t
         blend: blend that the run reads.
         steps: steps of the run.
         step_tokens: tokens in a step, over all ranks.
-        parent_tokens: tokens that the parent run read in the same order; they count as read.
+        parent_tokens: tokens that the parent run has already read in the same order; they are counted as read.
     """
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
@@ -120,17 +121,17 @@ def require_few_epochs(blend: FinishedBlend, tokens: int) -> None:
         tokens: tokens that the run reads.
 
     Raises:
-        UpcycleError: the run reads them more often.
+        UpcycleError: the run reads the texts more than `MOST_EPOCHS` times.
     """
     if (epochs := tokens / blend.manifest["splits"]["train"]["tokens"]) > MOST_EPOCHS:
         raise no_data(f"the training would read the demo's speeches {epochs:,.0f} times")
 
 
 def clamp_interval(trainer: Any) -> None:
-    """Lower a Lightning trainer's validation interval to one step more than the run has, and log the change.
+    """Lower a Lightning trainer's validation interval to the run's number of steps plus one, and log the change.
 
-    Lightning refuses an interval that is longer than the data. If the interval equals the run's steps, NeMo leaves the
-    last checkpoint to the validation, which may not write it.
+    Lightning refuses an interval that is longer than the data. If the interval equals the run's number of steps, NeMo
+    expects the validation to write the last checkpoint, but the validation may not write it.
 
     Args:
         trainer: Lightning's trainer before it starts; an interval that is a fraction of the data is kept.

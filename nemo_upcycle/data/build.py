@@ -91,7 +91,7 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
 
     Raises:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, the first documents
-            of a source hold no text, ...
+            of a source contain no text, ...
     """
     named = named_tokenizer(blend.config.tokenizer)
     check_suites(blend.suites, blend.config.decontaminate_without)
@@ -120,15 +120,15 @@ def build_blend(
         The manifest.
 
     Raises:
-        UpcycleError: `check_blend` refuses the blend, the folder holds something else, another process builds it, the
-            disk is full, or the engine failed.
+        UpcycleError: `check_blend` refuses the blend, the folder contains something else, another process builds in
+            this folder, the disk is full, or the engine failed.
 
     Example:
         >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
     """
     named_tokenizer(blend.config.tokenizer)
     made_from = without_secrets({"format": FORMAT, "blend": texts_of(blend.config), "strict": strict})
-    _require_ours(output, made_from)  # before the lock: leave none in somebody else's folder
+    _require_ours(output, made_from)  # before the lock, which would add a file to a foreign folder
     if not is_complete(output):
         data_python()
     with in_use(output):
@@ -159,8 +159,8 @@ def build_blend(
 def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
     """Return the user's files that are `new`, `gone` or `changed` since a finished folder was built.
 
-    Files are compared by size and time. Sources at addresses, rendered sources, and folders that an earlier version
-    made are not compared.
+    Files are compared by size and time. Files at addresses, rendered files, and folders that an earlier version made
+    are not compared.
 
     Args:
         blend: the blend.
@@ -195,8 +195,8 @@ def update_blend(
 ) -> dict[str, Any]:
     """Build a blend as `build_blend` does, and rebuild it if its files changed after the folder was finished.
 
-    The removals compare all texts with each other, so all texts are read again. The old folder stays in place until
-    the new one is complete, and a stopped update can be resumed.
+    To find duplicates, all texts must be compared with each other, so all texts are read again. The old folder stays
+    in place until the new one is complete, and a stopped update can be resumed.
 
     Args:
         blend: blend to build.
@@ -225,7 +225,7 @@ def update_blend(
 
 
 def noted_options(output: Path, source: str) -> dict[str, Any] | None:
-    """Return the options of a source that a folder was made with; None without the source, or before any text."""
+    """Return a source's options from the build of a folder; None if the folder has no such source or no text yet."""
     if is_complete(output):
         made_from = read_json(marker_of(output)).get("made_from")
     else:
@@ -275,7 +275,7 @@ def _require_ours(output: Path, made_from: dict[str, Any]) -> None:
 
 
 def _noted(path: Path) -> dict[str, Any]:
-    """Read the settings that a build was started with; return an empty dict if it was not started."""
+    """Read the settings with which a build was started; return an empty dict if no build was started."""
     return _with_defaults(read_json(path)) if path.is_file() else {}
 
 
@@ -290,7 +290,7 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
 
 
 def _is_begun(path: Path) -> bool:
-    """Return whether a folder is all that a build left because the disk had no room for its first file."""
+    """Return whether a folder is from a build that failed because the disk had no space for its first file."""
     return path.name == BUILD and path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())
 
 

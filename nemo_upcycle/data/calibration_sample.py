@@ -1,4 +1,4 @@
-"""The prompts for each expert copy, read from a user's file; the router is made from them."""
+"""Read the prompts of each expert copy from a user's file; the router is made from these prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_yaml
 
 
-#: Maximum number of tokens of a prompt, and so the longest context that a token is seen in.
+#: Maximum number of tokens in a prompt; no token sees a longer context.
 _PROMPT_TOKENS = 512
 
 
@@ -26,7 +26,7 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
         dense: folder of the dense model, for its tokenizer.
 
     Raises:
-        UpcycleError: the file does not hold such a list, or a text is empty.
+        UpcycleError: the file does not contain a text or a list of texts for each copy, or a text is empty.
     """
     file, copies = Path(spec.router_prompts).expanduser(), spec.copies
     given = read_yaml(file, "prompts in")

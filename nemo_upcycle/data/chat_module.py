@@ -39,11 +39,11 @@ def chat_data(
         folder: finished data folder; all nodes must share it.
         chat: conversations to pack once in the cache if no folder is given: a name in `conf/chat`, a YAML file, or a
             file of JSON lines.
-        seq_length: places in a pack; must match the folder's.
+        seq_length: token positions in a pack; must match the data folder.
         micro_batch_size: packs in a micro batch; NeMo accepts only 1.
         global_batch_size: packs in a step, over all ranks.
         num_workers: data-loading processes per rank.
-        seed: seed of the order of the packs; None uses the manifest's.
+        seed: seed of the order of the packs; None uses the seed in the manifest.
 
     Raises:
         UpcycleError: the folder is unfinished, damaged, has packs of another length, or was made with another
@@ -72,12 +72,12 @@ def chat_data(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         packed_sequence_specs=specs,
-        dataset_kwargs={"pad_to_max_length": True},  # pipeline stages and FP8 need one length
+        dataset_kwargs={"pad_to_max_length": True},  # pipeline stages and FP8 need packs of one length
     )
 
 
 class PackedChatModule(FineTuningDataModule):
-    """The data module that `chat_data` returns: resumed runs read on, and validation uses all packs."""
+    """The data module that `chat_data` returns: resumed runs continue in the data, and validation uses all packs."""
 
     @property
     def chat(self) -> FinishedChat:
@@ -85,10 +85,11 @@ class PackedChatModule(FineTuningDataModule):
         return open_chat(self.dataset_root)
 
     def setup(self, stage: str) -> None:
-        """Set up as NeMo does but with twice the packs; log on the first rank how much the run reads.
+        """Set up as NeMo does, but with twice as many packs; log on the first rank how much the run reads.
 
         A resumed run counts its steps from the start of the run, but its packs from the last checkpoint. With NeMo's
-        own number of packs, it would end the epoch too early, and start again with the packs after the checkpoint.
+        own number of packs, the resumed run would end the epoch too early, and would then read the packs after the
+        checkpoint again.
         """
         clamp_interval(self.trainer)
         super().setup(stage)

@@ -24,7 +24,7 @@ def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ())
     """Check the arguments of `build_index` without loading the data of any task.
 
     Raises:
-        UpcycleError: a task in `without` is asked by none of the suites.
+        UpcycleError: none of the suites contains a task in `without`.
     """
     asked = [task for config in suites.values() if not config.local for task in config.tasks]
     for name in without:
@@ -49,9 +49,9 @@ def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence
         without: tasks of these suites to leave out of the search.
 
     Returns:
-        `suites`; `without`: evaluation sets left out of the search; `words`, `shortest` and `boilerplate`: settings of
-        the search; `ngrams`: number of n-grams; `sets`: `NgramIndex.summary` of each evaluation set; `report`: the
-        same values for the short n-grams, whose matches in the remaining text are only reported.
+        `suites`, `without` (evaluation sets omitted from the search), `words`, `shortest` and `boilerplate` (settings
+        of the search), `ngrams` (number of n-grams), `sets` (`NgramIndex.summary` of each evaluation set) and `report`
+        (the same values for the short n-grams, whose matches in the remaining text are only reported).
 
     Raises:
         UpcycleError: a task is unknown, or its data cannot be fetched. No evaluation set is skipped silently.
@@ -96,12 +96,12 @@ class Contamination:
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "passages": 0, "bytes": 0})
         self._items: dict[str, set[str]] = defaultdict(set)
         self._examples: dict[str, list[dict[str, str]]] = defaultdict(list)
-        self._last: dict[str, str] = {}  # set -> place of its last document: its pieces count as one
+        self._last: dict[str, str] = {}  # set -> place of its last document: pieces of a document count as one
 
     def add(
         self, identity: str, where: str, text: str, hits: Sequence[Hit], removed: Iterable[tuple[int, int]] = ()
     ) -> None:
-        """Count the hits of one document, or of one of its pieces; add the pieces of a document in a row.
+        """Count the hits of one document, or of one of its pieces; add its pieces one after the other.
 
         Args:
             identity: id of the document.
@@ -149,8 +149,8 @@ def merge_contamination(parts: Iterable[dict[str, Any]], index: dict[str, dict[s
         index: `NgramIndex.summary` of the index that was used.
 
     Returns:
-        For each evaluation set of the index, hit or not: its entry in `index`; `items_hit`: number of its items that
-        were found; `documents`, `passages` and `bytes` (removed text, UTF-8), summed over the tasks; and up to
+        For each evaluation set of the index, hit or not: its entry in `index`, `items_hit` (number of its items that
+        were found), the sums of `documents`, `passages` and `bytes` (removed text, UTF-8) over the tasks, and up to
         `EXAMPLES` examples. An example has the document's `id` and `where`, the matched `words`, and an `item` that
         contains these words.
 

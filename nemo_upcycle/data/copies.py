@@ -26,7 +26,7 @@ _AT_ONCE = 8
 
 
 def _list_of(blend: Blend, source: str, cache: Path) -> Path:
-    """Return the path of the list of a source's files; it depends on the entries, the options and the seed."""
+    """Return the path of the list of a source's files; the path depends on the entries, the options and the seed."""
     config = blend.config.sources[source]
     entries = [getattr(config, split) for split in SPLITS]
     named: list[Any] = [config.reader, entries, config.options, blend.config.seed]
@@ -75,14 +75,14 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
 
 
 def _names(file: InputFile) -> Iterator[str]:
-    """Yield the paths and addresses to read for a file: its own, and RedPajama's list of its duplicates."""
+    """Yield the path or address of a file, and the path or address of RedPajama's list of its duplicates, if any."""
     yield file.path
     if "duplicates" in file.options:
         yield file.options["duplicates"]
 
 
 def _moved(file: InputFile, place: Callable[[str], str]) -> InputFile:
-    """Return a file whose path and list of duplicates are at another place."""
+    """Return a file with `place` applied to its path and to the path of its list of duplicates."""
     options = {name: place(value) if name == "duplicates" else value for name, value in file.options.items()}
     return replace(file, path=place(file.path), options=options)
 

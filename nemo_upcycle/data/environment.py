@@ -77,11 +77,11 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
 
     Raises:
         StageError: the engine failed.
-        KeyboardInterrupt: a signal stopped it.
+        KeyboardInterrupt: a signal stopped the engine.
     """
     command = away_from_here([str(data_python()), "-m", ENGINE, *arguments])
     stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: a signal may come once the engine runs
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # before the start: a signal may come early
     process = subprocess.Popen(command)
     try:
         while process.poll() is None and not stop.wait(_POLL_S):

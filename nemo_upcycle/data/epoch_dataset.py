@@ -17,9 +17,9 @@ from nemo_upcycle.data.indexed_dataset import tokens_of
 class EpochDataset(GPTDataset):
     """The samples of one source; every token is read once before any token is read again.
 
-    `GPTDataset` shuffles all epochs of a run together. Documents and samples of the fifth epoch may come before those
-    of the first, and a longer run has another order. Here, the documents and the samples of each epoch are shuffled
-    among themselves.
+    `GPTDataset` shuffles all epochs of a run together. Documents and samples of the fifth epoch may come before
+    documents and samples of the first epoch, and a longer run has another order. `EpochDataset` shuffles the documents
+    and the samples of each epoch separately.
 
     As in `GPTDataset`, the epochs are one stream of tokens that is cut into samples. So the last tokens of an epoch
     and the first tokens of the next epoch share a sample, which is the last sample of the earlier epoch. No token is
@@ -59,7 +59,7 @@ class EpochDataset(GPTDataset):
         return datasets[0] if len(datasets) == 1 else _JoinedDatasets(datasets)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds missing ones."""
+        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds missing indices."""
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         names = ("document_index", "sample_index", "shuffle_index")
         files = [Path(self.config.path_to_cache, f"{base}-{name}.npy") for name in names]

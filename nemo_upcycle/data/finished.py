@@ -106,7 +106,7 @@ class FinishedBlend(Finished):
     """A finished folder of texts.
 
     Attributes:
-        tokens: split (`train`, `validation`) -> source -> tokens of each prefix, relative to `folder`.
+        tokens: split (`train`, `validation`) -> source -> prefix, relative to `folder` -> number of tokens.
     """
 
     kind, format, key, command = "texts", FORMAT, "blend", "nemo-upcycle data"
@@ -186,7 +186,7 @@ class FinishedBlend(Finished):
         return [prefix for prefixes in self.tokens[split].values() for prefix in prefixes]
 
     def require_length(self, seq_length: int) -> None:
-        """Check that every source has a training sequence, and at least one source a validation sequence.
+        """Check that every source has a training sequence, and that at least one source has a validation sequence.
 
         Raises:
             UpcycleError: see `paths`.
@@ -198,13 +198,13 @@ class FinishedBlend(Finished):
 
         Each source is given by its first prefix, from which `EpochDataset` finds the others. The entries are sorted by
         prefix, because their order affects the order of the samples. Validation omits sources shorter than a sequence,
-        because they would be repeated to fill one.
+        because Megatron would repeat their tokens to fill a sequence.
 
         Args:
             seq_length: tokens of a sequence.
 
         Raises:
-            UpcycleError: a source has less than a training sequence, or no source has a validation sequence.
+            UpcycleError: a source has fewer tokens than a training sequence, or no source has a validation sequence.
         """
         for source, prefixes in self.tokens["train"].items():
             self._require_sequence(f"The train split of source {source}", sum(prefixes.values()), seq_length)
@@ -240,7 +240,7 @@ class FinishedBlend(Finished):
 
         Args:
             tokens: tokens of the run.
-            also: words on who else has read from the sources.
+            also: text to insert after the number of times, such as which other run has read the sources.
         """
         limit = self.manifest["max_epochs"]
         for source, epochs in self.epochs(tokens).items():
@@ -267,7 +267,7 @@ class FinishedBlend(Finished):
         return "\n".join(lines)
 
     def heldout(self) -> list[tuple[str, str]]:
-        """Return id and text of the documents held out for perplexity; an id begins with its source."""
+        """Return id and text of the documents held out for perplexity; an id begins with the name of the source."""
         return [
             (f"{line['source']}/{line['id']}" if "source" in line else line["id"], line["text"])
             for line in self.lines()
@@ -290,13 +290,13 @@ def overlap_unit(found: Mapping[str, Any]) -> str:
 
 
 def overlap_shares(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the overlap before and after the removals of a row of `heldout_overlap`, as text."""
+    """Return the overlap in a row of `heldout_overlap` as text: before and after the removals."""
     unit = "words" if "words" in row else "ngrams"
     return percent(row["shared"], row[unit]), percent(row["shared_after"], row[f"{unit}_after"])
 
 
 def open_blend(folder: str | Path) -> FinishedBlend:
-    """Read the manifest of a finished folder and check its files against it.
+    """Read the manifest of a finished folder, and compare the folder's files with the manifest.
 
     Only the headers of the index files are read, no tokens.
 

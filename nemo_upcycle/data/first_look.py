@@ -21,9 +21,10 @@ from nemo_upcycle.utils.starting import away_from_here
 
 #: Number of documents to read to check a source.
 FIRST = 50
-#: Bytes of text after which no other file is read.
+#: Bytes of text after which no further file is opened.
 _MOST_BYTES = 4 << 20
-#: A field may be the text, too, if its texts are together longer than this fraction of the longest field's.
+#: Compare the total characters of a field with the total of the longest field. Above this fraction, the field may be
+#: the text, too.
 _AS_LONG = 0.25
 
 
@@ -32,9 +33,10 @@ class Look:
     """A summary of the first documents of some files.
 
     Attributes:
-        documents: id and bytes of each.
-        lost: reason -> number of records without a text for this reason, and the first place.
-        fields: name of a text field -> its characters, longest first, in the first file whose records lack a text.
+        documents: id and bytes of each document.
+        lost: reason -> number of records without a text for this reason, and the place of the first one.
+        fields: name of a text field -> number of its characters, longest field first. They are counted in the first
+            file whose records lack a text.
         read_bytes: bytes read of each opened file; None means the whole file.
         tokens_per_byte: tokens per byte of text; None without a tokenizer.
     """
@@ -132,7 +134,7 @@ def check_look(blend: Blend, source: str, look: Look) -> None:
     """Check that most of the first documents of a source have a text.
 
     Raises:
-        UpcycleError: most have none; the message names the fields that they have.
+        UpcycleError: most of the documents have no text; the message names the fields of these documents.
     """
     if look.is_text:
         return

@@ -64,7 +64,7 @@ def _read_index(prefix: Path) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def tokens_of(prefix: Path) -> int:
-    """Count the tokens of an indexed dataset, by its path without suffix.
+    """Count the tokens of the indexed dataset at a path without suffix.
 
     Raises:
         UpcycleError: one of the two files does not have the size that the index states.

@@ -44,7 +44,7 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
 
 
 def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, in the places that it names; see `list_inputs`."""
+    """Return the files of every split of a source, in the places that the source names; see `list_inputs`."""
     config, reader = blend.config.sources[source], reader_of(blend, source)
     for name in config.options:
         if name not in reader.options:
@@ -223,7 +223,7 @@ def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
 
 
 def _joined_options(group: list[InputFile]) -> dict[str, Any]:
-    """Return the options that a group's files share, with the lists of duplicates by file."""
+    """Return the common options of a group's files, and the list of duplicates of each file."""
     options = {name: value for name, value in group[0].options.items() if name != "duplicates"}
     lists = {file.path: file.options["duplicates"] for file in group if "duplicates" in file.options}
     return options | ({"duplicates": lists} if lists else {})

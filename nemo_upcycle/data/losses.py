@@ -32,9 +32,9 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tasks: counts of the engine, one entry for each task.
 
     Returns:
-        `share`: lost share of the documents or of the bytes, whichever is larger, 0 to 1. `reasons`: reason ->
-        `documents`, `bytes`, the `first` place, and `whole` (files lost entirely; each counts as one document). A file
-        of unknown size counts with the average bytes of a file.
+        `share` is the lost share of the documents or of the bytes, whichever is larger, 0 to 1. `reasons` maps each
+        reason to `documents`, `bytes`, the `first` place, and `whole` (number of files lost entirely; each counts as
+        one document). A file of unknown size counts with the average bytes of a file.
 
     Example:
         >>> lost = {"broken JSON": {"documents": 1, "bytes": 30, "files": 0, "first": "a.jsonl:7"}}
@@ -114,9 +114,9 @@ def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) ->
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
     """Return a function that checks what the engine has written so far, to be called repeatedly.
 
-    After all tasks of a source were read, and again after they were tokenised, it refuses the source if it has no
-    training sequence or if too much was unreadable. After the tasks of all sources were read, it shows how much a run
-    would draw from each source.
+    After the engine has read all tasks of a source, and again after it has tokenised them, the function refuses the
+    source if it has no training sequence or if too much of it was unreadable. After the engine has read all sources,
+    the function shows how much a run would draw from each source.
 
     Args:
         blend: the blend.
@@ -160,7 +160,7 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
 
 
 def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Check that a source has more than a training sequence.
+    """Check that a source has more tokens than one training sequence.
 
     `train` has `documents`, `bytes` and, if known, `tokens`.
     """

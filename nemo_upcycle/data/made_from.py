@@ -23,7 +23,7 @@ def named_tokenizer(tokenizer: str | None) -> str:
     """Return the dense model whose tokenizer is used.
 
     Raises:
-        UpcycleError: the configuration names none.
+        UpcycleError: the configuration names no dense model.
     """
     if tokenizer is None:
         expected = "the data are made with the tokenizer and chat template of the dense model"
@@ -78,9 +78,10 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
 
     Args:
         output: folder to check.
-        kind: `blend` or `chat`, the key of the settings in both records.
-        earlier: record of the settings that made the folder; empty if it holds something else.
-        now: present record: `format`, the settings, `strict`, and for conversations `files`.
+        kind: `blend` or `chat`, the key of the settings in `earlier` and `now`.
+        earlier: record of the settings with which the folder was made; empty if the folder contains something else.
+        now: record of the present settings, with the keys `format`, `blend` or `chat`, `strict` and, for
+            conversations, `files`.
 
     Raises:
         UpcycleError: the folder has another format or kind, or was made from other settings or files.

@@ -35,7 +35,7 @@ from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.utils.schema import numbered
 
 
-#: Maximum number of indexed datasets for one source and split, and the bytes after which another is made.
+#: Maximum number of indexed datasets for one source and split, and bytes after which another dataset is started.
 MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
 #: Share of the requested tokens below which a source is reported.
 _NEAR_ENOUGH = 0.98
@@ -68,7 +68,7 @@ def _merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[
 
 
 def _join(pieces: list[Path], folder: Path, name: str) -> list[str]:
-    """Join indexed datasets into a few, in order, and return the names."""
+    """Join indexed datasets, in order, into fewer datasets, and return the names of the new datasets."""
     total_bytes = sum(Path(f"{piece}.bin").stat().st_size for piece in pieces)
     count = min(MOST_PREFIXES, len(pieces), 1 + total_bytes // PREFIX_BYTES)
     names = []
@@ -147,7 +147,7 @@ def finish_blend(
 
 
 def texts_of(config: BlendConfig) -> dict[str, Any]:
-    """Return the settings that affect the tokens, without weights and settings of a run, which may change later."""
+    """Return the settings that affect the tokens; weights and settings of a run are omitted and may change later."""
     values = dataclasses.asdict(config)
     for key in ("seq_length", "max_epochs"):
         del values[key]
@@ -197,7 +197,7 @@ def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[st
     for entry in stats:
         for path, file in entry["files"].items() if entry["source"] == source else ():
             name = without_secrets(path.removeprefix(within))
-            if path.startswith(within):  # each build renders it anew
+            if path.startswith(within):  # each build renders this file again
                 file = {key: value for key, value in file.items() if key != "modified_ns"}
             if name in files:  # the file was read in parts
                 digests = f"{files[name]['texts_xxh3_128']}-{file['texts_xxh3_128']}"

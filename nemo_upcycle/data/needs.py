@@ -40,16 +40,16 @@ class Caches:
 
 @dataclass(frozen=True)
 class Need:
-    """Something that stages take from a network.
+    """Something that stages fetch from a network.
 
     Attributes:
-        what: name for people; of two needs with the same name, one is enough.
+        what: name to show; needs with the same name are fetched only once.
         place: place to fetch from.
         fetch: function that fetches into the caches of this process, and resumes a stopped fetch.
         is_in: function that tells whether caches hold the need, without a network.
         size_bytes: size on disk; 0 if unknown before the fetch.
         inputs: arguments of the pipeline that cause the need: `dense`, `data` or `evaluation`.
-        is_certain: whether `is_in` sees every copy; libraries have caches of their own.
+        is_certain: whether `is_in` finds every copy; it may miss copies in the caches of other libraries.
     """
 
     what: str
@@ -93,7 +93,7 @@ def task_need(name: str, include_path: str | None = None) -> Need:
 
 
 def note_fetched(folder: Path, names: Iterable[str]) -> None:
-    """Add the names of needs to the list of what a cache has fetched.
+    """Add the names of needs to a cache's list of fetched needs.
 
     Args:
         folder: this package's cache.

@@ -2,9 +2,9 @@
 
 This module needs only numpy and the standard library, because the data engine's environment has no torch.
 
-One pass searches for two kinds of n-grams. A long n-gram is a hit by itself. Short n-grams are a hit if enough of one
-item stand close together (see `ENOUGH` and the shares). In scripts whose characters count as words, both kinds have
-more words (see `STRETCH`).
+One pass searches for two kinds of n-grams. A long n-gram is a hit by itself. Short n-grams are a hit if enough short
+n-grams of the same item are close together (see `ENOUGH` and the shares). In scripts whose characters count as words,
+both kinds have more words (see `STRETCH`).
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ WORDS = 13
 SHORT_WORDS = 8
 SHORTEST = 6
 BOILERPLATE = 10
-#: Short n-grams of an item that are no further apart than the item is long are a hit if two conditions hold. Together
-#: they cover more words than one n-gram has. They also cover either this many words, or a share of the item's longest
-#: rendering: the first share if they are one passage, the second if they are several (measured by
-#: `benchmarks/decontaminate.py`).
+#: Short n-grams of an item form a group if the distance between neighbours is at most the length of the item. A group
+#: is a hit if two conditions hold. First, the group covers more words than one n-gram. Second, the group covers at
+#: least this number of words, or at least a share of the words of the item's longest rendering. `SHARE_OF_ONE` applies
+#: if the n-grams of the group form one passage, `SHARE_OF_SEVERAL` if they form several passages. The values were
+#: measured by `benchmarks/decontaminate.py`.
 ENOUGH = 20
 SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
-#: Characters that stand for one English word: in Han, kana and Hangul; in Thai, Lao, Tibetan, Burmese and Khmer.
+#: Number of characters that count as one English word. First entry: Han, kana and Hangul. Second entry: Thai, Lao,
+#: Tibetan, Burmese and Khmer.
 STRETCH = {SYLLABLES: 2, LETTERS: 3}
-#: Minimum number of words of two or more letters in a short n-gram: rows of digits are no sign of an item.
+#: Minimum number of words of two or more letters in a short n-gram, because rows of digits are no evidence of an item.
 _LETTERED = 2
 
 _FORMAT = 2
@@ -65,7 +67,7 @@ class _Match(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Sorted hashes of n-grams; `places[bounds[i]:bounds[i + 1]]` number the items that contain n-gram i."""
+    """Sorted hashes of n-grams; `places[bounds[i]:bounds[i + 1]]` are the numbers of the items with n-gram i."""
 
     hashes: np.ndarray
     bounds: np.ndarray
@@ -77,7 +79,7 @@ class _Table(NamedTuple):
 
 
 class NgramIndex:
-    """The n-grams of evaluation items, and the items that contain each of them.
+    """The n-grams of evaluation items, and the items that contain each n-gram.
 
     Attributes:
         arrays: arrays that `save` writes.
@@ -111,7 +113,8 @@ class NgramIndex:
             shortest: minimum number of words of a rendering that is indexed.
             boilerplate: maximum number of items of one set that may contain an n-gram. More common n-grams are
                 ignored, as are n-grams of digits only.
-            short_words: words in a short n-gram, of which only several together are a hit; 0 means none.
+            short_words: words in a short n-gram; only several short n-grams together are a hit. 0 means that there are
+                no short n-grams.
 
         Example:
             >>> index = NgramIndex.build([Item("quiz", "1", ("Which of the two came first, and why?",))])
@@ -196,8 +199,8 @@ class NgramIndex:
     def summary(self) -> dict[str, dict[str, int]]:
         """Map each evaluation set to the counts of its items and long n-grams.
 
-        `items` and `ngrams`; `ignored`: n-grams in too many items; `too_short`: items that give no n-gram;
-        `only_boilerplate`: items whose n-grams are all ignored.
+        The counts are `items`, `ngrams`, `ignored` (n-grams in too many items), `too_short` (items that give no
+        n-gram) and `only_boilerplate` (items whose n-grams are all ignored).
         """
         columns = ("items", "ngrams", "ignored", "too_short", "only_boilerplate")
         names, counts = self.arrays["names"].tolist(), self.arrays["long_counts"].tolist()
@@ -253,7 +256,7 @@ class NgramIndex:
                 yield _Match(block.first + word, block.first + word + size, start, stop, entry, is_long)
 
     def _clusters(self, matches: list[tuple[_Match, list[int]]]) -> Iterator[tuple[_Match, list[int]]]:
-        """Yield the short n-grams of an item if enough of them are no further apart than the item is long."""
+        """Yield the short n-grams of each item that are close together and, as a group, are a hit."""
         by_item: dict[int, list[_Match]] = {}
         for match, numbers in matches:
             for number in numbers:

@@ -47,7 +47,7 @@ def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
 def removed_spans(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[tuple[int, int]]:
     """Find the spans that `cut` removes, in order: first character, one past the last.
 
-    A span ends between two words if that makes it at most 50 characters longer.
+    A span ends between two words if this makes the span at most 50 characters longer.
     """
     spans: list[tuple[int, int]] = []
     for hit in sorted(hits, key=lambda hit: hit.start):

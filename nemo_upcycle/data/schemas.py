@@ -23,7 +23,8 @@ TEXT = "text"
 _OPENED = 400
 #: Bytes of text for each stored byte of compressed files and Parquet.
 PACKED = 2.5
-#: Maximum number of fields that a message names, and of characters of a field in the name of a source.
+#: Maximum number of fields that a message names, and maximum number of characters that a field contributes to the name
+#: of a source.
 _NAMED, _LONGEST = 4, 24
 
 
@@ -34,8 +35,8 @@ class Schema:
     Attributes:
         file: file to which the schema belongs.
         records: number of records read.
-        fields: name of a field -> number of records that have text in it, and their characters; None if the file is
-            one text.
+        fields: name of a field -> number of records with text in this field, and number of characters of this text;
+            None if the file is one text.
         rows: number of all records; None if the file does not state it.
     """
 
@@ -74,7 +75,7 @@ def read_schemas(files: Sequence[InputFile]) -> list[Schema]:
     """Read the first records of files on this machine, in the data environment.
 
     Args:
-        files: files of a source; of more than 400, every n-th is opened.
+        files: files of a source; if there are more than 400, only every n-th file is opened.
 
     Raises:
         UpcycleError: there is no data environment, or a file cannot be read.
@@ -88,12 +89,12 @@ def read_schemas(files: Sequence[InputFile]) -> list[Schema]:
 def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tuple[Blend, list[Schema]]:
     """Return a blend in which each source reads one field, and the schemas of the files.
 
-    If all files have the same field, they stay one source. Otherwise each field gets a source named after it, whose
-    weight is its share of the bytes, so that every text is read equally often.
+    If all files have the same field, they stay one source. Otherwise each field gets a source with the name of the
+    field. The weight of the source is the field's share of the bytes, so that every text is read equally often.
 
     Args:
         blend: blend of texts that were given without a blend.
-        source: name of its source.
+        source: name of the blend's only source.
         files: files of the source.
 
     Raises:
@@ -126,7 +127,7 @@ def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tup
 
 
 def _entries(train: Sequence[str], schemas: Sequence[Schema], field: str) -> list[str]:
-    """Return the patterns of the files with a field, or the single files if a pattern also matches others."""
+    """Return the patterns of the files with a field, or the single files if a pattern also matches other files."""
     entries: list[str] = []
     for end in dict.fromkeys(suffix_of(one.file.path) for one in schemas):
         alike = [one for one in schemas if suffix_of(one.file.path) == end]

@@ -1,4 +1,4 @@
-"""The tokenizer that travels with tokenised data, and the hash that identifies it."""
+"""The tokenizer that is stored with tokenised data, and the hash that identifies the tokenizer."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def open_tokenizer(folder: Path) -> Any:
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Return the hash of everything that affects the ids: the tokenizer's description, without padding or names.
 
-    The hash is the same under every release of transformers: release 5 gives a tokenizer without a post-processor one
-    that adds nothing, which is left out here.
+    The hash is the same under every release of transformers. If a tokenizer has no post-processor, release 5 adds one
+    that does nothing; the hash ignores it.
     """
     from tokenizers import Tokenizer
 
@@ -73,7 +73,7 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
     checkpoint, and the dense model's folder holds all its weights. Second, Megatron's datasets mask the padding token
     in the loss and replace it by token 0. Many models pad with their end-of-text token, and would then never learn
     this token. Here, the padding token is a special token. Special tokens appear in no document, because the data
-    engine reads their names in a text as text.
+    engine encodes the name of a special token in a text as ordinary text.
 
     Args:
         dense: folder of the dense model.

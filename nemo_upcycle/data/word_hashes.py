@@ -4,8 +4,8 @@ This module needs only numpy and the standard library, because the data engine's
 
 Words are runs of letters and digits, case-folded and without accents. In scripts without blanks, each character is a
 word. Letters of other scripts that look like Latin letters become Latin letters. Apostrophes are deleted. All other
-characters separate words, dashes included, as do HTML tags and entities, so typography and line breaks make no
-difference. Each character is translated on its own, so positions can be mapped back.
+characters, dashes included, separate words. HTML tags and entities also separate words. So typography and line breaks
+make no difference. Each character is translated separately, so positions can be mapped back.
 
 The hash of a word is a polynomial of its UTF-8 bytes. The hash of an n-gram is a polynomial of its words' hashes. Both
 are modulo 2**64 and computed from differences of running sums, with a few numpy operations for a whole block.
@@ -27,9 +27,9 @@ _DELETED = b"'`"  # the ASCII apostrophes
 _ASCII = bytes(code if code > 127 or chr(code).isalnum() else 0 for code in range(256)).lower()
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _BLOCK = 1 << 15  # bytes hashed at a time: they fit into the processor's cache
-_SLOTS = 8  # in each table of the filter, for each hash
-#: Lower-case Cyrillic, Greek and phonetic letters that look like Latin letters. If a capital looks like another letter
-#: than its lower case, the lower case counts, so that case makes no difference.
+_SLOTS = 8  # slots for each hash in each table of the filter
+#: Lower-case Cyrillic, Greek and phonetic letters that look like Latin letters. If a capital letter and its lower case
+#: look like different letters, the lower case counts, so that case makes no difference.
 _LOOK_ALIKES = str.maketrans(
     "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458\u04af\u04bb\u04cf\u0501\u051b\u051d"
     "\u03b1\u03b2\u03b3\u03b5\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03c9\u0131\u0251\u0261",
@@ -46,8 +46,8 @@ _TAG = re.compile(
     r"|small|span|strike|strong|sub|sup|t[drh]|table|tbody|tt|u|ul|var)(?:\s[^<>=]{1,20}=[^<>]{0,200})?\s?/?>",
     re.IGNORECASE,
 )
-#: A number at the start of a line. Lines are numbered if the numbers of at least this many go up by one; items have no
-#: such lines.
+#: Pattern of a number at the start of a line, and minimum length of a series of such numbers that increase by one. The
+#: numbers of a shorter series may be part of the text; longer series are line numbers, which items do not have.
 _NUMBERED, _LINES = re.compile(r"\n[ \t]*(\d{1,9})(?=[\s.:)|])"), 5
 _ENTITY = re.compile("&(?:nbsp|amp|quot|lt|gt|[lr]dquo|[mn]dash|hellip|(#0?39|#x27|#821[67]|apos|[lr]squo));")
 
@@ -64,7 +64,7 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 class _Fold(dict):
-    """Code point -> its letters and digits, or separators, or nothing; for `str.translate`."""
+    """Maps a code point to its letters and digits, to separators, or to nothing, for `str.translate`."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -150,7 +150,7 @@ class WordBlock:
 
 
 def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
-    """Yield the words of a normalised text, block by block; a block begins with the last `overlap` words before it."""
+    """Yield the words of a normalised text, block by block; a block repeats the last `overlap` words before it."""
     starts = stops = np.empty(0, np.int64)
     hashes = np.empty(0, np.uint64)
     first = begin = 0
@@ -196,7 +196,7 @@ def joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 
 class HashFilter:
-    """Two tables, by the first and the last bits of a hash, that rule out most hashes outside a set."""
+    """Two tables, indexed by the first and the last bits of a hash, that exclude most hashes outside a set."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         width = max((_SLOTS * len(hashes)).bit_length(), 16)

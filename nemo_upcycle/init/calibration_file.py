@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: FORMAT is the format of the file. LINEAGE is its only metadata key, with the lineage in JSON as the value. With a
 #: second key, the file's bytes would differ from run to run, because metadata keys have no order.
 FORMAT, LINEAGE = "nemo-upcycle calibration 1", "lineage"
-#: File name of a run's own calibration, in the folder of the stage that makes it.
+#: File name of a calibration that a run computes itself, in the folder of the stage that computes it.
 NAME = "calibration.safetensors"
 #: Tensor name of a layer's router rows, [C, D] in float32.
 ROUTER = "layers.{layer}.router"
@@ -107,7 +107,7 @@ def _opened(path: Path, state: tuple[int, int] | None) -> Calibration:
 
 
 def require_files(spec: UpcycleSpec) -> None:
-    """Check that the file that a spec names exists: the calibration file, or the prompts if it names no calibration.
+    """Check that a spec's calibration file exists, or its file of prompts if the spec names no calibration file.
 
     Raises:
         SpecError: the file does not exist.

@@ -4,7 +4,7 @@ Every matrix is viewed as one row per neuron: gate and up by their rows [F, D], 
 transposed view). Tensor parallelism cuts networks between neurons, so each neuron of an expert is whole on one rank.
 
 Random numbers are drawn in blocks of `BLOCK` neurons, and each block has its own generator. A rank draws the blocks
-that contain its neurons and uses its part of them. Therefore every layout, and a conversion without any layout, gets
+that contain its neurons and uses only their numbers. Therefore every layout, and a conversion without any layout, gets
 the same bits.
 """
 
@@ -72,8 +72,8 @@ def fill_copies(experts: Sequence[torch.Tensor]) -> None:
     The dense slice was read directly into the first expert, so there is no other copy of the slice.
 
     Args:
-        experts: the matrices, or the same part of each, of this rank's experts that share one dense slice. All have
-            the same shape, and the first one already holds the slice.
+        experts: one matrix, or the same part of one matrix, of each expert of this rank that shares one dense slice.
+            All have the same shape, and the first one already holds the slice.
     """
     first, *others = experts
     if others:

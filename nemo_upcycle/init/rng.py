@@ -40,9 +40,9 @@ def normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> tor
     This is Box-Muller in float64 on the generator's uniform numbers. `torch.randn` is not used, because its code
     paths, and with them the last bits, differ between processors with different vector units. The logarithm, root and
     cosine may still differ between processors in the last bit of float64. Rounding to the model's type hides such a
-    difference unless the number lies on a rounding boundary: float32 keeps 24 of 53 bits and bfloat16 keeps 8, so one
-    difference in 2^29 shows in float32 and one in 2^45 in bfloat16. Among billions of float32 numbers, a few may
-    therefore differ between kinds of processor. On one kind of processor all bits are the same.
+    difference unless the number lies on a rounding boundary. float32 keeps 24 of 53 bits, so one of 2^29 differences
+    shows in float32. bfloat16 keeps 8 bits, so one of 2^45 differences shows in bfloat16. Among billions of float32
+    numbers, a few may therefore differ between kinds of processor. On one kind of processor all bits are the same.
     """
     drawn = uniform((2, *shape), generators)
     return torch.sqrt(-2.0 * torch.log1p(-drawn[:, 0])) * torch.cos(2.0 * math.pi * drawn[:, 1])

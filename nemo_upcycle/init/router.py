@@ -20,7 +20,7 @@ def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tens
 
     If the combine weights sum to one, the router does not change the function at step 0, whatever its values are. The
     values decide which experts drift apart first. With granularity, the experts of one copy have the same row, so that
-    they are chosen together. A row depends on the number of its copy, not on the number of copies.
+    they are chosen together. A row depends on the index of its copy, not on how many copies there are.
 
     Args:
         spec: gives the initialisation, standard deviation and seed, or the calibration file that has the rows.
@@ -44,9 +44,9 @@ def _drawn(spec: UpcycleSpec, layer: int, hidden_size: int, count: int) -> torch
 class RowNoise:
     """Noise on the router rows of the copies of a parent's expert. It makes the copies differ and sums to zero.
 
-    Before the mean over the copies is subtracted, the noise has router_std times the standard deviation of all weights
-    of the layer's router, so that one value of router_std serves any model. If an expert has only one copy, its row
-    does not change.
+    The noise is drawn with a standard deviation of router_std times the standard deviation of all weights of the
+    layer's router, so that one value of router_std serves any model. Then the mean over the copies is subtracted. If
+    an expert has only one copy, its row does not change.
 
     Args:
         sources: for each expert, the parent's expert that it copies.

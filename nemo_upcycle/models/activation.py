@@ -17,14 +17,15 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return functional.relu(x).square()
 
 
-#: Name of a function in Megatron or NeMo -> activation. Looked up by name, because calling some of them compiles them.
+#: Name of a function in Megatron or NeMo -> activation. The function is looked up by name, because calling some of
+#: these functions compiles them.
 _FUNCTIONS = {
     "openai_gelu": "gelu_tanh",
     "fast_gelu": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "squared_relu": "squared_relu",
 }
-#: Activation, as an architecture names it -> its function.
+#: Name of an activation in an architecture -> activation function.
 _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,  # differs from gelu_tanh by up to 5e-4
@@ -34,7 +35,7 @@ _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Return an architecture's name for an activation function, which is recognised by its values.
+    """Return the name that architectures use for an activation function. The values identify the function.
 
     An unknown function keeps its own name.
 
@@ -52,5 +53,5 @@ def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
 
 
 def activation_function(activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function of an activation that an architecture names; the inverse of `activation_of`."""
+    """Return the activation function for a name in an architecture. This is the inverse of `activation_of`."""
     return _KNOWN[activation]

@@ -19,7 +19,8 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: Hugging Face class -> its `Family`, which says what the class can hold. The package `families` fills the table.
 FAMILIES: dict[str, Any] = {}
-#: Biases of the routers: names of fields of an `Architecture`, and of roles in the mapping table. They are buffers.
+#: Biases of the routers. Each name is a field of an `Architecture` and also a role in the mapping table. The biases
+#: are buffers.
 BALANCING_BIASES = ("balancing_bias", "quantile_bias")
 
 
@@ -84,7 +85,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         """Check that the model can be trained.
 
         Raises:
-            CheckpointError: this package cannot fill such layers in any trainer.
+            CheckpointError: no trainer of this package can build the model's layers.
         """
         if self.keeps_network:
             raise CheckpointError(
@@ -176,7 +177,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         return replace(kept, shared_ffn_size=0, shared_gate=False)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
-        """Return the MoE architecture that a spec makes from this one.
+        """Return the MoE architecture that a spec makes from this architecture.
 
         Its Hugging Face class is the first class that can hold the model; "" if none can. A parent with experts keeps
         its class.

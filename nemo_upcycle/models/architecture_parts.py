@@ -111,9 +111,10 @@ class Rope:
         head_dim: K.
         rope_theta: base of the frequencies.
         rope_scaling: scaling of the frequencies, as in `config.json`; None: no scaling.
-        local_rope_theta: base in layers with a window, unscaled; None: the same in all layers.
+        local_rope_theta: base in layers with a window, whose frequencies are not scaled; None: all layers have the
+            same base.
         rope_pattern: layers whose heads are rotated; None: all.
-        rotary_percent: rotated share of a head, from its first number on; 1: the whole head.
+        rotary_percent: rotated share of a head, counted from the head's first number; 1: the whole head.
         max_positions: longest sequence (tokens).
     """
 
@@ -231,11 +232,12 @@ class Experts:
         norm_topk: whether the weights of the chosen experts are normalised to sum to one.
         router_score: function applied to the router's logits, as in `UpcycleSpec`.
         routed_scaling_factor: factor on the weights of the chosen experts.
-        balancing_bias: whether every routed expert has a bias that is used only to choose experts and that training
-            moves to balance the expert load (arXiv 2408.15664). The bias is a buffer, not a parameter.
-        quantile_bias: whether every routed expert has a bias that is a quantile of its logits instead.
-        keeps_network: whether the layers are Gemma 4's. An MoE layer then keeps the dense network beside the experts,
-            each of the two with its own norms, and every layer multiplies its output by a factor.
+        balancing_bias: whether every routed expert has a bias that balances the expert load (arXiv 2408.15664). The
+            router uses the bias only to choose experts. Training moves the bias, but it is a buffer, not a parameter.
+        quantile_bias: whether every routed expert has another kind of bias: a quantile of the expert's logits.
+        keeps_network: whether the layers are built like Gemma 4's. An MoE layer then keeps the dense network beside
+            the experts, and the network and the experts have separate norms. Every layer multiplies its output by a
+            factor.
     """
 
     num_experts: int | None = None

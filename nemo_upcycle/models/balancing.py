@@ -1,7 +1,7 @@
 """Settings with which routers balance the expert load: a loss, or biases.
 
-Biases start at zero, so step 0 still computes the parent's function. `trainers/aux_loss.py` makes a loss act with the
-coefficient that is set.
+Biases start at zero, so step 0 still computes the parent's function. `trainers/aux_loss.py` makes sure that a loss
+has the effect of its coefficient in every layout.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from nemo_upcycle.errors import SpecError
 
 
-#: Type of balancing in Megatron-Core 0.19. Once a step, each expert's bias becomes the quantile of its logits that
-#: gives all experts the same number of tokens.
+#: Type of balancing in Megatron-Core 0.19. Once a step, each expert's bias is set to a quantile of the expert's
+#: logits. The quantile is chosen so that all experts get the same number of tokens.
 QUANTILES = "quantile_balancing"
 #: Default balancing. NeMo's Mixtral has this loss, and He et al. (arXiv 2410.07524) found the same coefficient best.
 BALANCING_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
@@ -68,7 +68,7 @@ def check_balancing(config: Any, router_score: str) -> None:
 
 
 def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield the settings that biases with an update rate exclude: name, whether it conflicts, expected value, fix."""
+    """Yield the settings to check for biases with an update rate: name, whether it conflicts, expected value, fix."""
     if getattr(config, _BIASES, False):
         expected = "false with router_score=softmax, because Megatron adds the biases to sigmoid scores"
         fix = "set the spec's router_score to sigmoid, or use a load-balancing loss"
@@ -79,7 +79,7 @@ def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, 
 
 
 def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield the settings that quantile biases exclude, in the form of `_of_signs`."""
+    """Yield the settings to check for quantile biases, in the form of `_of_signs`."""
     if QUANTILES not in (kinds := _kinds(config)):
         return
     expected = "a kind that this Megatron-Core has (quantiles need 0.19)"

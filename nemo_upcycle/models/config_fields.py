@@ -1,8 +1,8 @@
 """Meaning of each field of a model's configuration when the model is filled from a dense checkpoint.
 
-One table, `config_fields.yaml`, serves every trainer. A field is `free` (changes nothing that is filled), `handled`
-(changes how the model is filled, and this package takes care of it), `inexact` (the filled model differs from its
-parent, and the receipt says so) or `refused`.
+One table, `config_fields.yaml`, serves every trainer. A field is `free` (has no effect on how the model is filled),
+`handled` (changes how the model is filled, and this package takes care of the change), `inexact` (the filled model
+differs from its parent, and the receipt says so) or `refused`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _TABLED = (
 )
 #: Kind of refused fields that change the function. Refused fields of other kinds change only parameters.
 _FUNCTION = "changes the function"
-#: Prefix of a role -> setting that interleaves the rows of gate and up, and setting of the modules that can read them.
+#: Prefix of a role -> two settings. The first one interleaves the rows of gate and up. The second one selects the
+#: modules that can read interleaved rows.
 _INTERLEAVED = {
     "expert_": ("moe_mlp_glu_interleave_size", "moe_grouped_gemm"),
     "shared_": ("moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert"),
@@ -35,7 +36,7 @@ _INTERLEAVED = {
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
-    """Return the table: meaning -> topic, responsible function or kind -> fields."""
+    """Return the table as meaning -> group -> fields. A group is a topic, a responsible function or a kind."""
     return dict(read_yaml(Path(__file__).with_suffix(".yaml")))
 
 
@@ -66,7 +67,7 @@ def refusals(
 
 
 def unknown_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the fields that are missing in the table and not at their default: name, value and default.
+    """Yield the fields that are missing in the table and do not have their default value: name, value and default.
 
     Args:
         config: a configuration, or its `run.Config`.
@@ -86,7 +87,7 @@ def check_fields(config: Any, *parts: Any) -> None:
 
     Args:
         config: configuration of Megatron, NeMo or Bridge, built or as a `run.Config`.
-        parts: modules of the built model. Their values take precedence over the configuration's.
+        parts: modules of the built model. The modules' values take precedence over the configuration's values.
 
     Raises:
         SpecError: a field is refused or unknown, or needs another field.

@@ -73,7 +73,7 @@ def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
 
 
 def check_gates(config: Any, parent: Architecture) -> None:
-    """Check that gated attention and gated delta nets of a configuration are the parent's.
+    """Check that a configuration has the parent's settings for gated attention and gated delta nets.
 
     Args:
         config: Megatron's `TransformerConfig`.

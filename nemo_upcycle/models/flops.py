@@ -23,12 +23,13 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
 
         6 (active parameters - input embedding) + attention
 
-    Attention is 12 L H K s over the whole square of scores (`causal=False`), as arXiv 2412.09952 (Table 1) and
-    Megatron-Core up to 0.10 count, or 6 L H K s over its lower half (`causal=True`), as Megatron-Bridge counts.
+    With `causal=False`, attention is 12 L H K s, for the whole square of scores, as in arXiv 2412.09952 (Table 1) and
+    Megatron-Core up to 0.10. With `causal=True`, attention is 6 L H K s, for the lower half of the square, as in
+    Megatron-Bridge.
 
-    If a window hides tokens, s is the number of tokens that remain visible. The output layer counts, tied or not.
-    Norms and biases count as parameters. L is the number of layers with attention. The work of Mamba layers and gated
-    delta nets between their projections does not count.
+    If a window hides tokens, s is the number of tokens that remain visible. The output layer counts even if it is
+    tied. Norms and biases count as parameters. L is the number of layers with attention. In Mamba layers and gated
+    delta nets, the work between the projections does not count.
 
     Args:
         arch: architecture of the model.
@@ -36,8 +37,8 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         causal: whether to count only the lower half of the scores.
 
     Example:
-        Llama 3 8B needs 4.744e14 FLOPs per sequence with s = 8192 and `causal=False`, its E8T2 7.515e14. The paper
-        prints 4.7e14 and 7.5e14.
+        With s = 8192 and `causal=False`, Llama 3 8B needs 4.744e14 FLOPs per sequence, and its E8T2 model needs
+        7.515e14. The paper prints 4.7e14 and 7.5e14.
     """
     params = arch.active_params - (0 if arch.tied_embeddings else arch.embedding_params)
     windows = [arch.window_of(layer) for layer in arch.layers_with("*")]

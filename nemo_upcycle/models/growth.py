@@ -1,11 +1,13 @@
 """Grow a parent that already has experts: which expert each new one copies, and when the result is exact.
 
-Each of the parent's E experts gets m copies with the same router row, so all copies have the parent's logit l. A token
-passes through k experts in the parent. The combined weight of the copies depends on top_k of the new model:
+Each of the parent's E experts gets m copies with the same router row, so all copies of an expert have the same logit l
+as the expert in the parent. A token passes through k experts in the parent. The combined weight of the copies depends
+on top_k of the new model:
 
 - top_k = m k: top-k takes all copies of the parent's k experts. Softmax after top-k gives each copy exp(l) / (m sum
   over the k of exp(l)). Softmax before top-k gives it exp(l) / (m sum over the E of exp(l)). Sigmoid scores are
-  divided by m times their sum. In each case the m copies add up to the parent's weight. This is exact without scaling.
+  divided by m times the sum of the parent's k scores. In each case the m copies add up to the parent's weight. This is
+  exact without scaling.
 - top_k = k: copies of the best experts take all places, so a token passes through k / m of the parent's experts. This
   is exact only for k = 1, when any copy will do. Softmax before top-k then leaves 1 / m of the parent's weight, and a
   factor on the down projections makes up for it.
@@ -30,7 +32,7 @@ from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
-#: Fields of a spec that a parent with experts decides, and the reasons.
+#: Field of a spec that a parent with experts decides -> reason.
 _KEPT = {
     "granularity": "the parent's experts are copied whole",
     "shared_experts": "the parent's own shared experts are copied",
@@ -44,7 +46,8 @@ _KEPT = {
 class Parent(Protocol):
     """Properties of a parent that this module needs.
 
-    `Architecture` has them all. It imports this module, so this module cannot import it.
+    `Architecture` has all of these properties. This module cannot import `Architecture`, because `architecture.py`
+    imports this module.
     """
 
     @property
@@ -130,7 +133,7 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
 
 
 def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:
-    """Return the spec that copies a parent's experts. Fields that cannot differ are the parent's.
+    """Return the spec that copies a parent's experts. Fields that cannot differ have the parent's values.
 
     Args:
         parent: architecture of a parent with experts.
@@ -177,8 +180,8 @@ def refuse_utility(spec: UpcycleSpec) -> None:
 def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
     """Return which of the parent's experts each expert of a layer copies.
 
-    The first copies of all E experts come first, then the second copies, and so on. If expert parallelism cuts between
-    them, the copies of one expert are on several ranks.
+    The first copies of all E experts come first, then the second copies, and so on. With expert parallelism, the
+    copies of one expert can therefore be on several ranks.
 
     Args:
         parent: architecture of a parent with experts.
@@ -220,7 +223,7 @@ def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
 def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: int) -> tuple[tuple[float, ...], ...]:
     """Return the utilities of every MoE layer, or one row for all layers.
 
-    The result is cached. `state` makes the cache miss when the file changes.
+    The result is cached. If the file changes, `state` changes, so the file is read again.
     """
 
     def wrong(got: object, fix: str = "correct the file") -> SpecError:

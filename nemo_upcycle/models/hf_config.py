@@ -31,16 +31,17 @@ ROUTER_AUX_LOSS = 0.01
 #: Settings that transformers 5 stores together with the scaling of rotary frequencies.
 _NO_SCALING = ("rope_theta", _PART)
 #: Number of positions that a model was trained with before its rotary frequencies were scaled. For LongRoPE,
-#: transformers 4 stores it beside the settings of the scaling, transformers 5 among them.
+#: transformers 4 stores this number beside the settings of the scaling, and transformers 5 stores it among them.
 _SHORT = "original_max_position_embeddings"
-#: Kind of scaling -> its settings, which are checked. Settings of other kinds are passed on unread.
+#: Kind of scaling -> its settings, which are checked. Settings of kinds outside this table are passed on unchecked.
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _SHORT),
 }
-#: Least similarity of the names of two classes that probably compute the same. Ernie must not match Granite.
+#: Two classes whose names are at least this similar probably compute the same. Ernie's and Granite's names are less
+#: similar.
 _CLOSE = 0.75
-#: Former name of a kind of scaling -> its name.
+#: Former name of a kind of scaling -> its current name.
 _FORMER = {"su": LONGROPE}
 
 
@@ -105,7 +106,7 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
     """Return the architecture that a Hugging Face configuration of transformers 4 or 5 describes.
 
-    For a model with other parts, it is the architecture of the text model.
+    If the model has other parts beside a text model, return the architecture of the text model.
 
     Args:
         config: the parsed `config.json`.
@@ -261,7 +262,7 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
         `rope_local_base_freq`, if the file has them.
 
     Raises:
-        CheckpointError: settings contradict each other, or mean more than base and scaling.
+        CheckpointError: settings contradict each other, or change more than base and scaling.
     """
     config = _one_rope(config)
     given = _given(config, where)
@@ -282,12 +283,13 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with one rotary embedding, if transformers 5 wrote one for each kind of layer.
+    """Return a configuration with one rotary embedding, made from one for each kind of layer (transformers 5).
 
-    Layers with a window may have their own base, which gets transformers 4's name, but no scaling.
+    Layers with a window may have another base, which is returned under transformers 4's name. Their
+    frequencies must not be scaled.
     """
     kinds = config.get("rope_parameters")
-    if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # 5.12 adds an empty default
+    if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # transformers 5.12 adds an empty default
         kinds = {key: value for key, value in kinds.items() if value not in (None, "default")}
     if not isinstance(kinds, dict) or kinds.keys() != {FULL, WINDOW}:
         return config
@@ -305,7 +307,7 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None 
     Args:
         theta: base of the frequencies.
         scaling: result of `rope_settings`.
-        part: rotated share of a head, for a class whose own default is not the whole head.
+        part: rotated share of a head, for a class that does not rotate the whole head by default.
     """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
     parameters |= {} if part is None else {_PART: part}
@@ -321,7 +323,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     Args:
         dense_config: the parent's `config.json`.
         arch: architecture of the MoE model, which a Hugging Face class can hold.
-        router_aux_loss: coefficient of the load-balancing loss; None: the parent's, or else `ROUTER_AUX_LOSS`.
+        router_aux_loss: coefficient of the load-balancing loss; None: the parent's coefficient, or `ROUTER_AUX_LOSS`
+            if the parent has none.
     """
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
@@ -330,10 +333,11 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, FOLDED_SCALE}
     dropped |= {*parent.spelling, *parent.own_settings}
     scaling = arch.rope_scaling or {}
-    # If it equals max_position_embeddings, classes take that by default, and writing it would override a factor.
+    # Do not write a number that equals max_position_embeddings: classes use it by default, and writing it would
+    # override a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     ropes = both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART))
-    if "rope_parameters" in settings:  # one for each kind of layer: only transformers 5 has the class
+    if "rope_parameters" in settings:  # one rotary embedding for each kind of layer
         dropped |= ropes.keys()
         ropes = {}
     return {
@@ -361,7 +365,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
 
 
 def _aux_loss(config: dict[str, Any]) -> Any:
-    """Return the coefficient of the load-balancing loss in the `config.json` of a parent with experts, or ours."""
+    """Return the load-balancing coefficient in the `config.json` of a parent with experts, or `ROUTER_AUX_LOSS`."""
     said = config.get("router_aux_loss_coef")
     return ROUTER_AUX_LOSS if said is None else said
 
@@ -385,7 +389,8 @@ def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)
-    # Refuse unknown settings, never drop them. They may be for kinds of layers, or for sections of the head.
+    # Refuse unknown settings instead of dropping them. A setting may apply only to some kinds of layers, or only to
+    # some sections of a head.
     for name in sorted(
         inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
     ):

@@ -1,7 +1,7 @@
 """Load Hugging Face models and tokenizers that transformers 4 or 5 saved, with either of the two installed.
 
 transformers 4 silently ignores the `rope_parameters` of transformers 5, so its classes use their default rotary base.
-It does not know transformers 5's names for tokenizers and their special tokens, either.
+transformers 4 does not know transformers 5's names for tokenizers and their special tokens, either.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def errors_only() -> Iterator[None]:
 def load_model(folder: Path, **options: Any) -> Any:
     """Load a causal language model with the rotary embedding of its `config.json`.
 
-    For a model with other parts, load only the text model, in the class of a text model.
+    If the model has other parts beside a text model, load only the text model, with a text-only class.
 
     Args:
         folder: Hugging Face folder of the model.
@@ -71,7 +71,7 @@ def load_model(folder: Path, **options: Any) -> Any:
 
 
 def _choose_experts(model: Any) -> None:
-    """Let transformers 5 multiply expert by expert if its grouped product refuses the experts' matrices."""
+    """Let transformers 5 multiply expert by expert if its grouped product does not accept the experts' matrices."""
     if hasattr(model, "set_experts_implementation"):
         matrices = [each for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3]
         if any(needs_eager_experts(each.shape[1:], each.itemsize) for each in matrices):
@@ -79,7 +79,7 @@ def _choose_experts(model: Any) -> None:
 
 
 def require_known(folder: Path) -> None:
-    """Check that the transformers of this environment knows the class of a folder's model.
+    """Check that the installed transformers knows the class of a folder's model.
 
     Raises:
         CheckpointError: the class is unknown.
@@ -88,9 +88,9 @@ def require_known(folder: Path) -> None:
 
 
 def empty_model(folder: Path) -> Any:
-    """Return a Hugging Face model in float32 on the meta device that lacks only its weights.
+    """Return a Hugging Face model without weights, in float32 on the meta device.
 
-    Buffers that are stored in the folder are zeros.
+    The buffers that the folder stores are filled with zeros.
 
     Args:
         folder: Hugging Face folder of the model.
@@ -110,7 +110,7 @@ def empty_model(folder: Path) -> Any:
             _set(model, name, type(module)(config=module.config, **kind))
     for name in [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         shapes = hf_shapes(read_architecture(folder))
-        if name.endswith(".embed_scale"):  # Gemma's
+        if name.endswith(".embed_scale"):  # the buffer of Gemma models
             _set(model, name, torch.tensor(config.hidden_size**0.5))
         if name in shapes:
             _set(model, name, torch.zeros(shapes[name]))
@@ -125,7 +125,7 @@ def empty_model(folder: Path) -> Any:
 
 
 def stored_name(name: str, arch: Architecture) -> str:
-    """Return the name in a dense model's folder of a parameter of the transformers class that computes the model.
+    """Return the name under which a dense model's folder stores a parameter of the model's transformers class.
 
     Args:
         name: name of the parameter in the transformers class.
@@ -164,7 +164,7 @@ def _config(folder: Path) -> Any:
             ),
         )
     rope = rope_settings(said, str(path)) if said.get("rope_parameters") else {}
-    if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 has no class with this
+    if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 lacks this scaling
         rope = {}
     if wrapper:
         return AutoConfig.for_model(**said | rope)
@@ -177,7 +177,7 @@ def _class_of(said: dict[str, Any]) -> tuple[str, str]:
 
 
 def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
-    """Return a `config.json`'s family and the family whose class computes it; None if that is the same family."""
+    """Return a model's family and the family whose class computes the model; None if the two are the same."""
     family = find_family(*_class_of(said))
     theirs = find_family(family.computed_as) if family else None
     return (family, theirs) if family and theirs else None
@@ -189,7 +189,7 @@ def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) ->
     Args:
         folder: folder of the model.
         wrapper: class around the text model, whose other parts are omitted; None if there are no other parts.
-        theirs: family whose names to use; None: the folder's own.
+        theirs: family whose tensor names to use; None: keep the names in the folder.
     """
     from safetensors import safe_open
 
@@ -219,7 +219,7 @@ def _renamed(tensors: dict[str, Any], arch: Architecture, theirs: Family) -> Ite
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:
-    """Return a tokenizer's special tokens without a role, which transformers 4 and 5 store under different names."""
+    """Return the special tokens without a role. transformers 4 and 5 store these tokens under different names."""
     named = "additional_special_tokens"
     found: list[str] = getattr(tokenizer, named if hasattr(tokenizer, named) else "extra_special_tokens")
     return found

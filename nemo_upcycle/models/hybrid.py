@@ -20,7 +20,7 @@ _ATTENTION, _DENSE, _MOE, _MAMBA, _BORDER = "*-EM|"
 
 
 class LayerPart(NamedTuple):
-    """Content of a model's layer: a whole dense layer, or only its attention or its network.
+    """Content of a model's layer: a whole dense layer, or only the attention or the network of a dense layer.
 
     Args:
         layer: number of the dense layer, from 0.
@@ -39,7 +39,7 @@ class HybridLayers:
         pattern: Megatron's `hybrid_layer_pattern`, with borders or without.
 
     Raises:
-        SpecError: the pattern has layers that no dense model has, or has them in another order.
+        SpecError: the pattern has layers, or an order of layers, that no dense model has.
 
     Example:
         >>> HybridLayers("*-|*E").parts[2]
@@ -127,13 +127,13 @@ class HybridLayers:
             )
 
     def index(self, part: LayerPart) -> int:
-        """Return the number, from 0, of the model's layer that holds a part."""
+        """Return the index, from 0, of the model's layer that contains a part."""
         if self.has_mamba:
             return part.layer
         return (self.attentions if part.in_attention else self.networks)[part.layer]
 
     def with_experts(self, moe_pattern: Sequence[bool]) -> str:
-        """Return the symbols with experts in the networks that a pattern selects, and in no others."""
+        """Return the symbols of the layers, with experts only in the networks that a pattern selects."""
         symbols = list(self.symbols)
         for index, is_moe in zip(self.networks, moe_pattern, strict=True):
             symbols[index] = _MOE if is_moe else _DENSE
@@ -186,7 +186,7 @@ def hybrid_of(model: Any) -> HybridLayers | None:
 
 
 def layer_parts(model: Any) -> list[LayerPart]:
-    """Return which part of which dense layer each layer of a Megatron chunk holds."""
+    """Return the content of each layer of a Megatron chunk: a dense layer, or one of its parts."""
     hybrid = hybrid_of(model)
     numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
     return [hybrid.parts[number] if hybrid else LayerPart(number) for number in numbers]

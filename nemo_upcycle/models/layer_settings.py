@@ -10,7 +10,8 @@ from nemo_upcycle.models.architecture_parts import Attention
 from nemo_upcycle.models.rotary import same_frequencies
 
 
-#: Fields for the places of norms. They are settings of `online.decoder_layers`, because Megatron has none for them.
+#: Fields that say where norms are. They are settings of `online.decoder_layers`, because Megatron has no settings for
+#: this.
 NORMS = ("pre_norm", "post_norm", "wide_qk_norm")
 #: Fields with factors of a layer or of the model, 1 in most models. They are settings of `online.decoder_layers`, too.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -26,7 +27,7 @@ def decoder_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def layer_fields(config: Any) -> dict[str, Any]:
-    """Read the `Architecture` fields that Megatron's own layers lack from a configuration."""
+    """Read the `Architecture` fields that a configuration has and that Megatron's own layers do not support."""
     spec = getattr(config, "transformer_layer_spec", None)
     given = spec if isinstance(spec, dict) else getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
     return {name: given[name] for name in (*DECODER, "shared_gate") if name in given}
@@ -56,7 +57,7 @@ def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
 
 
 def window_fields(arch: Attention) -> dict[str, Any]:
-    """Return Megatron's settings for a sliding window: number of tokens before the current token, and its layers."""
+    """Return Megatron's settings for a sliding window: tokens before the current token, and layers with the window."""
     if not arch.sliding_window:
         return {}
     pattern = arch.window_pattern

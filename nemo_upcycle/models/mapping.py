@@ -27,7 +27,7 @@ from nemo_upcycle.models.mapping_table import (
 
 
 if TYPE_CHECKING:
-    import torch  # its import takes 1.5 s, and the planner does not need it
+    import torch  # importing torch takes 1.5 s, and the planner does not need torch
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -81,7 +81,7 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
                 fix="give a HybridModel that has only these two",
             )
         symbol = "*" if mapping.in_attention else "E" if mapping in MOE_MAPPINGS else "-"
-        if symbols.get(int(number)) != "E":  # its norm has the same name as a dense network's
+        if symbols.get(int(number)) != "E":  # the norm of an MoE layer has the same name as in a dense layer
             symbols[int(number)] = symbol
     return HybridLayers("".join(symbols.get(number, "?") for number in range(1 + max(symbols, default=0))))
 
@@ -136,7 +136,7 @@ def part_mappings(arch: Architecture, part: LayerPart) -> tuple[ParamMapping, ..
 
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
-    """Return whether an architecture has a parameter that its kind of layer can have."""
+    """Return whether an architecture has a parameter that layers of this kind may have or lack."""
     if mapping.is_shared:  # if the model has no gate, the gate in the folder is a constant of the class
         return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
     some = {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
@@ -165,9 +165,9 @@ def hf_names(arch: Architecture) -> Iterator[str]:
 def as_written(arch: Architecture) -> Architecture:
     """Return the architecture of a model's Hugging Face folder.
 
-    An MoE model always gets its own output matrix. Without it, SGLang cannot read any MoE class (and does not say so),
-    vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Gemma 4 stays tied, as its class is by default. If
-    the class has no `routed_scaling_factor`, the factor is folded into the down projections.
+    An MoE model always gets its own output matrix. Without this matrix, SGLang cannot read any MoE class (and shows no
+    error), vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Only Gemma 4 keeps the tied embedding, the
+    default of its class. If the class has no `routed_scaling_factor`, the factor is folded into the down projections.
     """
     tied = arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network)
     scale = arch.routed_scaling_factor / folded_scale(arch)

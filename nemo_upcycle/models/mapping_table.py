@@ -10,7 +10,7 @@ Shapes (legend in `architecture.py`):
   [(2 H + 2 R) K, D]: the gates of a group's heads come after its query heads.
 - linear_fc1 [2 F, D]: gate rows above up rows. Tensor parallelism cuts each half separately.
 - linear_fc2 [D, F].
-- Biases have the first of these axes.
+- A bias has only the first axis of its matrix.
 - Mamba layer: in_proj has the rows of z, x, B, C and dt, and the convolution has the rows of x, B and C.
 - Gated delta net: in_proj has the rows of query, key, value, z, beta and alpha, and the convolution has the rows of
   query, key and value.
@@ -51,13 +51,13 @@ class ParamMapping:
             classes differ.
         sharding: how tensor parallelism cuts the parameter.
         parts: tensors that Megatron fuses into the parameter, in this order.
-        checkpoint: names in a Megatron distributed checkpoint, if they differ (experts are stacked there, and the
-            local spec saves its norms under Transformer Engine's names).
+        checkpoint: names in a Megatron distributed checkpoint, if they differ from `megatron` (there, experts are
+            stacked, and the local spec saves its norms under Transformer Engine's names).
         in_layer: whether the parameter belongs to a layer.
         hf: Hugging Face names, one for each part. Parts with the same name lie in one tensor, one below the other.
-            They depend on the family: `mapping_of` sets them for an architecture.
+            The names depend on the family, and `mapping_of` sets them for an architecture.
         hf_factor: factor that turns the Megatron parameter into the Hugging Face tensors, set like `hf`.
-        hf_offset: number added to the Megatron parameter in the Hugging Face tensors, set like `hf`.
+        hf_offset: number to add to the Megatron parameter to get the Hugging Face tensors, set like `hf`.
     """
 
     role: str
@@ -91,7 +91,7 @@ class ParamMapping:
         return self.role.removeprefix("expert_").removeprefix("shared_").removeprefix("kept_")
 
     def together(self, part: int) -> tuple[int, ...]:
-        """Return all parts in the Hugging Face tensor of a part, that part included, in the order of the rows."""
+        """Return all parts that share a Hugging Face tensor with a part, itself included, in the order of the rows."""
         return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
 
     @property
@@ -167,7 +167,7 @@ MOE_MAPPINGS = (
     ParamMapping("router", ("mlp.router.weight",), Sharding.REPLICATED),
     ParamMapping("router_bias", ("mlp.router.bias",), Sharding.REPLICATED),
     ParamMapping("balancing_bias", ("mlp.router.expert_bias",), Sharding.REPLICATED),  # a buffer, zero at first
-    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # a buffer, too, from 0.19 on
+    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # a buffer, in Megatron-Core 0.19+
     _expert("expert_fc1", "linear_fc1.weight", Sharding.GATED, _GATE_UP),
     _expert("expert_fc1_bias", "linear_fc1.bias", Sharding.GATED, _GATE_UP),
     _expert("expert_fc2", "linear_fc2.weight", Sharding.NEURON_COLUMNS, ("down",)),

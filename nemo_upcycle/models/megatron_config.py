@@ -47,7 +47,7 @@ _BLOCK = {
     "zero_centered_norm": "layernorm_zero_centered_gamma",
     "qk_norm": "qk_layernorm",
 }
-#: The same for all fields. Only NeMo has the setting for `tied_embeddings`.
+#: The same table for all fields. Only NeMo has the setting for `tied_embeddings`.
 FIELDS = _BLOCK | {
     "tied_embeddings": "share_embeddings_and_output_weights",
     "activation": "activation_func",
@@ -154,7 +154,7 @@ def hybrid_symbols(arch: Architecture) -> str:
 
 
 def architecture_of(config: Any, vocab_size: int) -> Architecture:
-    """Return the architecture that a NeMo or Megatron model configuration describes, as far as it decides FLOPs.
+    """Return the architecture of a NeMo or Megatron model configuration, with only the fields that decide FLOPs.
 
     Args:
         config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one.
@@ -332,7 +332,7 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
 
 
 def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
-    """Yield an error for each setting of a built model that differs from the checkpoint's; see `check_model`."""
+    """Yield an error for each setting of a built model that differs from the checkpoint, see `check_model`."""
     config, frequencies = model.config, getattr(getattr(model, "rotary_pos_emb", None), "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     if hybrid := hybrid_of(model):
@@ -349,15 +349,16 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     if rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers) != moe_arch.rope_pattern:
         wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None
         checks.append(("no_rope_freq", config.no_rope_freq, wanted_rope))
-    if hasattr(config, "rotary_percent"):  # in NeMo and Bridge; it shows in the frequencies, too, once they exist
+    if hasattr(config, "rotary_percent"):  # only NeMo and Bridge have this setting
         checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
-    # A wrong value below changes the function unnoticed. NeMo scales the rotary frequencies outside its config.
+    # Nothing else notices a wrong value of these settings, which would change the function. NeMo scales the rotary
+    # frequencies outside its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
     in_model = replace(moe_arch, rope_scaling=None) if moe_arch.scales_in_layers else moe_arch
     factor, got_factor = attention_factor(in_model), factor_of(config)
     if not math.isclose(got_factor, factor, rel_tol=1e-6):
         checks.append(("yarn_mscale", f"a factor of {got_factor:.6g}", f"{factor:.6g} on sine and cosine"))
-    if factor != 1 and config.apply_rope_fusion:  # the fused kernel has no such factor
+    if factor != 1 and config.apply_rope_fusion:  # the fused kernel does not apply the factor
         checks.append(("apply_rope_fusion", True, False))
     length = model.max_sequence_length
     if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, in_model, length):
@@ -379,7 +380,7 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
     factor = getattr(config, "moe_expert_rank_capacity_factor", None)
     if spec and factor is not None and factor < config.expert_model_parallel_size:
         yield f"moe_expert_rank_capacity_factor={factor} drops the tokens of ranks that overflow"
-    # Hugging Face's window includes the current token. Megatron's does not, and NeMo's import overlooks this.
+    # Hugging Face's window includes the current token. Megatron's window does not, and NeMo's import ignores this.
     tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens
     wanted, layers = dense.sliding_window or tokens, dense.num_layers

@@ -12,14 +12,14 @@ from nemo_upcycle.models.architecture_parts import Rope
 
 
 if TYPE_CHECKING:
-    import torch  # its import takes 1.5 s, and the planner does not need it
+    import torch  # importing torch takes 1.5 s, and the planner does not need torch
 
 #: Scaling of arXiv 2402.13753: a factor for each frequency, other factors for long sequences, and a factor on sine and
 #: cosine.
 LONGROPE = "longrope"
-#: Scaling by a factor that grows with the sequence. Only transformers computes it.
+#: Scaling by a factor that grows with the length of the sequence. Only transformers computes this scaling.
 DYNAMIC = "dynamic"
-#: Scaling of Gemma 4's heads, which are rotated in part. Only transformers computes it.
+#: Scaling of Gemma 4's heads, which are rotated in part. Only transformers computes this scaling.
 PROPORTIONAL = "proportional"
 #: Kinds of `rope_scaling` whose frequencies this module computes.
 KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
@@ -104,7 +104,8 @@ def _yarn_frequencies(inverse: torch.Tensor, arch: Rope) -> torch.Tensor:
 
     scaling, count = arch.rope_scaling or {}, 2 * len(inverse)
     trained = scaling.get(_SHORT) or arch.max_positions
-    # Indices in a head of the numbers that make beta_fast and beta_slow turns within the trained positions.
+    # Indices of two numbers of a head. Over the trained positions, the first number makes beta_fast turns, and the
+    # second one makes beta_slow turns.
     places = [
         count * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(arch.rope_theta))
         for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
@@ -136,7 +137,7 @@ def attention_factor(arch: Rope) -> float:
 
 
 def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0, windowed: bool | None = None) -> bool:
-    """Return whether a model's inverse frequencies are the architecture's, up to rounding.
+    """Return whether a model has the inverse frequencies of an architecture, up to rounding.
 
     Args:
         inverse: inverse frequencies of the model, or of one of its layers.
@@ -167,7 +168,7 @@ def turn_as(model: Any, arch: Architecture) -> None:
             setattr(model.config, name, value)
 
 
-#: Megatron's settings for YaRN, from which it computes a factor on sine and cosine.
+#: Megatron's settings for YaRN, from which Megatron computes a factor on sine and cosine.
 _YARN = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
 
 

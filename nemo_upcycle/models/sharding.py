@@ -13,7 +13,7 @@ from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 
 
 if TYPE_CHECKING:
-    import torch  # its import takes 1.5 s, and the planner does not need it
+    import torch  # importing torch takes 1.5 s, and the planner does not need torch
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SourceSlice:
 
     Args:
         part: number of the part in the mapping.
-        source: (start, stop) of the slice along every axis of the part; after `in_tensor`, of the tensor that holds
-            the part.
+        source: (start, stop) of the slice along every axis of the part. In a result of `in_tensor`, along every axis
+            of the tensor that holds the part.
         blocks: number of equal row blocks in the shard.
         rows: (start, stop) of the rows that the slice fills in every block, block by block.
     """
@@ -101,7 +101,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
 
 
 def tensor_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
-    """Return the shape of the Hugging Face tensor that holds a part, alone or with others."""
+    """Return the shape of the Hugging Face tensor that holds a part, alone or together with other parts."""
     shapes = [hf_shape(mapping, one, arch) for one in mapping.together(part)]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -219,7 +219,7 @@ def source_slices(
 def _part_of_group(
     mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...]
 ) -> Iterator[SourceSlice]:
-    """Yield the slices of a rank's part of a key-value group whose rows several ranks share evenly.
+    """Yield the slices for a rank that gets only a part of a key-value group, split evenly over several ranks.
 
     Megatron-Core 0.16 and later cut the rows of the whole parameter in this way, and gather the ranks' results.
     """
@@ -235,7 +235,7 @@ def _part_of_group(
 
 
 def in_hf_order(slices: Iterable[SourceSlice]) -> tuple[SourceSlice, ...]:
-    """Sort a parameter's slices in the order of the Hugging Face tensors, and join neighbours of one part."""
+    """Sort a parameter's slices in the order of the Hugging Face tensors, and join adjacent slices of one part."""
     found: list[SourceSlice] = []
     for slice_ in sorted(slices, key=lambda one: (one.part, one.source[0])):
         (start, stop), *rest = slice_.source

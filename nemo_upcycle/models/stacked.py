@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 _TRANSPOSED = "].T"
-#: Value of `experts_implementation`, an argument of `from_pretrained` in transformers 5: multiply expert by expert.
+#: Value of `from_pretrained`'s argument `experts_implementation` in transformers 5, which makes transformers multiply
+#: expert by expert.
 EAGER = "eager"
-#: By default transformers 5 multiplies all experts at once. torch's grouped product needs rows of a multiple of this
-#: size (bytes).
+#: By default transformers 5 multiplies all experts at once, by torch's grouped product. The size of a row must then be
+#: a multiple of this number (bytes).
 GROUPED_BYTES = 16
 
 
@@ -69,7 +70,7 @@ def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def lies_transposed(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether an expert is stored transposed in a file. Files that transformers 5 saved again have none.
+    """Return whether an expert is stored transposed in a file. transformers 5 never saves experts transposed.
 
     Args:
         name: name of the expert.

@@ -35,7 +35,7 @@ def check_tokenizer(folder: Path) -> None:
 
 @lru_cache
 def _open(path: Path, size_bytes: int, modified_ns: int) -> None:
-    """Open a tokenizer.json, but only once while the file does not change."""
+    """Open a tokenizer.json. The result is cached until the file changes."""
     try:
         from tokenizers import Tokenizer
     except ImportError:  # not installed: then nothing here can use the tokenizer, either

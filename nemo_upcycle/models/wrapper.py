@@ -49,7 +49,8 @@ _UNSAID = {
     "exaone4": (4096, 16384, 32, 32, 102400),
     "qwen3_5_text": (4096, 12288, 32, 16, 248320),
 }
-#: The same for other settings, if the default differs from the default of the class that computes the text part.
+#: `model_type` of a text part -> defaults of other settings that differ from the defaults of the class that computes
+#: the text part.
 _OTHER: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
     "qwen3_vl_text": {"max_position_embeddings": 128000},
@@ -64,10 +65,10 @@ _THETA = {"qwen2_5_vl_text": 1e6, "qwen3_vl_text": 5e5}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _ROPES = ("rope_parameters", "rope_scaling")
-#: Settings that share a rotary embedding between the axes of a picture. They do nothing in a text, because all axes
-#: have the same positions.
+#: Settings that share a rotary embedding between the axes of a picture. They have no effect on text, because in a text
+#: all axes have the same positions.
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
-#: Text models that are also published alone, with these settings.
+#: `model_type` of text models that are also published without other parts, but with the settings in `_OF_PICTURES`.
 _PARTS = ("qwen3_5_text", "qwen3_5_moe_text")
 #: Settings of a text part that transformers reads only in the text-only class -> value that changes nothing. The
 #: classes around a text part do not divide the logits of the output layer.
@@ -143,17 +144,17 @@ WRAPPERS = (
 
 
 def wrapper_of(config: Any) -> Wrapper | None:
-    """Find the class around the text model in a parsed `config.json`; None if the file is a text model's own."""
+    """Find the class around the text model in a parsed `config.json`; None if the file describes only a text model."""
     names = config.get("architectures") if isinstance(config, dict) else None
     kind = config.get("model_type") if isinstance(config, dict) and not names else None
     return next((one for one in WRAPPERS if names == [one.hf_class] or one.model_type == kind), None)
 
 
 def text_settings(config: Any, where: str) -> Any:
-    """Return the configuration of the text model as if it stood alone.
+    """Return the configuration of the text model, in the form of a text-only model.
 
     Args:
-        config: the parsed `config.json`. The file of a text model itself does not change, except that rotary settings
+        config: the parsed `config.json`. The settings of a text-only model do not change, except that rotary settings
             for pictures are removed.
         where: name of the file in messages.
 
@@ -191,8 +192,8 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
 
     Args:
         whole: `config.json` of the parent.
-        text: settings of the new text model, as if it stood alone. The function adds the settings of the class around
-            it, in place.
+        text: settings of the new text model, in the form of a text-only model. The function changes this
+            mapping in place: it adds settings of the class around the text model.
         wrapper: the class around the text model.
     """
     old, config = str(whole.get("model_type")), whole | {"architectures": [wrapper.hf_class]}
@@ -222,8 +223,8 @@ def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
 def read_config(folder: Path) -> Any:
     """Read the `config.json` of a folder, or only the settings of the text model if there are other parts.
 
-    If the files of such a model have no output layer, the embeddings count as tied, whatever the settings say.
-    Releases of transformers read this setting at different levels and with different defaults.
+    If a model with other parts has no output layer in its files, the embeddings count as tied, whatever the settings
+    say. Releases of transformers read `tie_word_embeddings` at different levels and with different defaults.
 
     Args:
         folder: Hugging Face folder with `config.json`.

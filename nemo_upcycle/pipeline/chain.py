@@ -18,7 +18,8 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
-#: File with the cluster of the jobs that were submitted last, and their ids by stage; deleted when all ended well.
+#: File with the jobs that were submitted last: the cluster, and the jobs' ids by stage. The file is deleted when all
+#: jobs have ended well.
 JOBS = "jobs.json"
 #: Seconds between two looks at markers and logs, and seconds until the marker of an ended job must be visible through
 #: a shared file system.
@@ -45,14 +46,14 @@ class Chain:
     Args:
         cluster: scheduler that runs the jobs.
         jobs: jobs, each after the jobs that it needs.
-        is_done: function that tells whether a stage, by name, is done from its present inputs; asked only if the
-            stages before it are done.
+        is_done: function that takes a stage's name and tells whether the stage is done from its present inputs; called
+            only if the stages before this stage are done.
         run_dir: the run's folder, which this machine must see as well.
     """
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # asked now: it may not answer later
+        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # asked now, as it may not answer later
         self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
@@ -90,7 +91,7 @@ class Chain:
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
 
     def _say_adopted(self, job: Job, identity: str) -> None:
-        """Report that a job keeps the settings it was submitted with, and how to give it other settings."""
+        """Report that a job keeps the settings it was submitted with, and how to give the job other settings."""
         sys.stderr.write(f"[{job.name}] was submitted before: {identity}\n")
         kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
         if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
@@ -102,7 +103,8 @@ class Chain:
     def submit(self) -> list[str]:
         """Submit the jobs that are neither done nor submitted, and return their ids.
 
-        If the scheduler does not hold jobs back, a job is submitted only when the stages before it are done.
+        A scheduler may be unable to hold a job back until earlier jobs have succeeded. Then a job is submitted only
+        when the stages before it are done.
 
         Raises:
             UnreachableError: the scheduler does not answer; the next call submits the rest.
@@ -159,7 +161,7 @@ class Chain:
                 if job.name in self.ids:
                     self._show_log(job)
             if len(done) == len(self.jobs):
-                # If this chain is only a part of the run's, the jobs of the other stages stay recorded.
+                # If this chain has only a part of the run's stages, the jobs of the other stages stay recorded.
                 self._record({name: identity for name, identity in self.alive().items() if name not in done})
                 return True
             if time.monotonic() >= self._asked_s + self.cluster.poll_s:
@@ -197,10 +199,10 @@ class Chain:
             sys.stderr.write(f"{text}\n")
 
     def _submit_again(self, job: Job, state: JobState) -> None:
-        """Forget a job that has to be submitted again: an orphan, or a training that made progress since its start.
+        """Forget a job that has to be submitted again: an orphan, or a training that made progress.
 
-        If the scheduler holds jobs back, a training requeues itself as long as it makes progress. The stages that an
-        orphan waits for are done even if the scheduler counts their jobs as failed, such as a job that ended by itself
+        If the scheduler holds jobs back, a training requeues itself as long as it makes progress. An orphan waits for
+        a stage that is done, but whose job counts as failed in the scheduler. For example, that job ended by itself
         just after its time limit.
 
         Raises:

@@ -31,8 +31,8 @@ from nemo_upcycle.trainers.base import Training
 from nemo_upcycle.utils.files import resolved
 
 
-#: Names that a new run's folder may hold: hidden files, files that a run writes before its plan, and logs of the
-#: command that starts it.
+#: Names of files that a new run's folder may contain: hidden files, files that a run writes before its plan, and logs
+#: of the command that starts the run.
 _NO_MATTER = re.compile(rf"^(\.|lost\+found$|logs$|{re.escape(JOBS)}$|{KEPT}$)|\.(log|out|err)$")
 
 
@@ -41,8 +41,9 @@ class Findings:
     """Result of all checks.
 
     Args:
-        wrong: mistakes in the request; no forecast can be made from it.
-        lacking: anything missing or wrong where the stages would run, or that would end a training at its start.
+        wrong: mistakes in the request, which make a forecast impossible.
+        lacking: things that are missing or wrong where the stages would run, and things that would end a training at
+            its start.
         jobs: jobs of the stages; empty if they cannot be made.
         unchecked: things that were not checked, one line each.
     """
@@ -87,8 +88,8 @@ def check_work(
     `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. A dry run and
     `--render` only show the work, so they need neither a network nor the cluster's storage. After the checks, all
     three also refuse a run that the forecast calls hopeless (`forecast.run.hopeless`). Only `--yes` asks the scheduler
-    (`Cluster.check`), which knows partitions, accounts and limits. For `--render`, whose jobs may run elsewhere, a
-    disk that is too small is only a warning.
+    (`Cluster.check`), which knows partitions, accounts and limits. With `--render`, a disk that is too small is only a
+    warning, because the jobs may run elsewhere.
 
     Args:
         run_dir: the run's folder.
@@ -101,7 +102,7 @@ def check_work(
         shown: whether the work is only shown, by a dry run or `--render`.
     """
     network = not shown  # whether the hub and data servers may be asked
-    storage = not shown or cluster is None  # whether it is mounted here, so that the dense weights can be opened
+    storage = not shown or cluster is None  # whether the storage is mounted here, with the dense weights
     inputs, parent = plan.inputs, plan.inputs.parent
     folders: list[Callable[[], object]] = [partial(check_folder, run_dir)] if storage or is_seen(run_dir) else []
     reads_dense = not {"import", "dense"}.isdisjoint(starting) and bool(parent.address)
@@ -140,7 +141,7 @@ def _is_in(error: UpcycleError, others: Sequence[UpcycleError]) -> bool:
 
 
 def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network: bool, storage: bool) -> Iterator[str]:
-    """Yield a line about each thing that was not checked without a network or the cluster's storage."""
+    """Yield a line about each thing that is not checked without a network or the cluster's storage."""
     folder = plan.inputs.parent.folder
     if folder and is_configuration(folder):
         yield f"{folder} has only the parent's config.json; weights and tokenizer are checked when the stage starts"
@@ -197,7 +198,7 @@ def check_run(
 def _is_done(stage: Stage, run_dir: Path, plan: WorkPlan) -> bool:
     try:
         return stage.is_done(run_dir, plan)
-    except UpcycleError:  # its inputs cannot be read, which another check reports
+    except UpcycleError:  # the inputs cannot be read; another check reports this
         return False
 
 
@@ -241,7 +242,7 @@ def _check_kind_of_data(inputs: Inputs, name: str, training: Training) -> None:
 
 
 def _checks_here(plan: WorkPlan, stages: Sequence[Stage], places: Mapping[str, str]) -> Iterator[Callable[[], object]]:
-    """Yield checks that this machine has everything its stages need; a forecast can be made without it."""
+    """Yield checks that this machine has everything that the stages need. A forecast does not need these things."""
     names = [stage.name for stage in stages]
     if "data" in names:
         yield partial(_check_engine, plan.inputs)
@@ -262,7 +263,7 @@ def _check_suite(inputs: Inputs) -> None:
 
 
 def check_started(run_dir: Path, plan: WorkPlan) -> None:
-    """Check, before other stages run for hours, that work in a folder was started from the same inputs.
+    """Check that work in a folder was started from the same inputs, before other stages run for hours.
 
     Raises:
         UpcycleError: resumable stages were started from other inputs, or the folder belongs to another kind of run or
@@ -277,7 +278,7 @@ def check_started(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def _require_own(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that a folder is a run's or holds no files of the user, so that a run's files never bury them.
+    """Check that a folder belongs to a run or has no files of the user, so that a run never hides the user's files.
 
     Raises:
         UpcycleError: the folder holds other files.
@@ -298,10 +299,10 @@ def _require_own(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def check_asked(inputs: Inputs) -> None:
-    """Check that the held-out data fit the suite: documents of texts, or answers of conversations.
+    """Check that the suite's tasks fit the held-out data, which are documents of texts or answers of conversations.
 
     Raises:
-        UpcycleError: a task needs data that are not held out, or the suite does not exist.
+        UpcycleError: a task needs the other kind of held-out data, or the suite does not exist.
     """
     config = inputs.suite_config
     for task in config.tasks if config.local else ():
@@ -340,7 +341,7 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
 
 
 def is_seen(run_dir: Path) -> bool:
-    """Return whether this machine sees a folder's storage: the folder or a parent of it, except /, exists here."""
+    """Return whether this machine sees a folder's storage: the folder or a parent folder, except /, exists here."""
     here = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     return here != Path(here.anchor)
 

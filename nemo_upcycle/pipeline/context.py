@@ -39,13 +39,13 @@ class CheckedContext(run.cli.RunContext):
     #: Options in addition to NeMo-Run's own, with the argument that each sets, and names of additional executors.
     options: ClassVar[Mapping[str, str]] = {}
     executors: ClassVar[frozenset[str]] = frozenset()
-    #: What was typed: whether `--verbose` was, and argument -> value.
+    #: Facts about the typed command: whether it has `--verbose`, and each argument -> its value.
     verbose = False
     typed: Mapping[str, str] = types.MappingProxyType({})
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
-        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # NeMo-Run takes it, and does not pass it on
+        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # NeMo-Run does not pass it on
         self.typed = dict(word.partition("=")[::2] for word in args)
         with answered():
             args = self.arguments(args)
@@ -53,7 +53,7 @@ class CheckedContext(run.cli.RunContext):
             super().cli_execute(fn, args, entrypoint_type)
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Return the words of a command line in the form that NeMo-Run takes."""
+        """Return the words of a command line in the form that NeMo-Run accepts."""
         return words
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
@@ -109,7 +109,7 @@ _TOOLS = "(For runs with NeMo or Megatron-Bridge. Quick tools: nemo-upcycle --he
 
 
 def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
-    """Register a command of `nemo upcycle`. The list of commands shows the first paragraph of its help.
+    """Register a command of `nemo upcycle`. The list of commands shows the first paragraph of each help text.
 
     Args:
         context: class that reads the command line.
@@ -133,7 +133,7 @@ class PipelineContext(CheckedContext):
     executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Take options that NeMo-Run does not know, such as `--from STAGE`, and an executor that a file describes.
+        """Process options that NeMo-Run does not know, such as `--from STAGE`, and an executor that a file describes.
 
         NeMo-Run would remove every `run.` and `executor.` from values, as in `run.executor=my-run.yaml`.
         """
@@ -156,7 +156,7 @@ class PipelineContext(CheckedContext):
         return rest
 
     def without_settings(self, beginnings: tuple[str, ...]) -> Any:
-        """Parse the command line again without its YAML file and some settings; None if neither was given.
+        """Parse the command line again without its YAML file and some settings; None if the line has neither.
 
         Args:
             beginnings: prefixes of the settings to omit.
@@ -296,7 +296,7 @@ def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> 
 
 
 def _override_error(config: Any, key: str, value: str, error: Exception, where: str) -> UpcycleError:
-    """Return the error of an override: it is about the first name that does not exist, or about the value."""
+    """Return the error of an override: about the first name that does not exist, or about the value if all exist."""
     at, so_far = config, ""
     parts = key.split(".")
     for part in parts:

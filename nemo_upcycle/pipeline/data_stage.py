@@ -45,7 +45,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
 
 def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
-    """Return the tokens of a sequence; None without a training. Load a recipe only if no setting has the number."""
+    """Return the tokens per sequence; None without a training. Load a recipe only if no setting gives the number."""
     if known := plan.training_settings("pretrain").fixed.get(SEQUENCE.of(plan.trainer)):
         return int(known)
     training = plan.training("pretrain")
@@ -65,7 +65,7 @@ def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> N
         data: name or path of the blend or the conversations.
         dense: dense model whose tokenizer is used.
         folder: folder to write.
-        seq_length: tokens of a sequence; None: as the configuration of the data says.
+        seq_length: tokens per sequence; None: the number in the data's configuration.
 
     Raises:
         StageStopped: a signal stopped the build; it can resume.
@@ -87,7 +87,7 @@ def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> N
 
 
 def _say_changes(inputs: Inputs, folder: Path) -> None:
-    """Warn about files that changed since the data of a run were made. The run continues with the data it has."""
+    """Warn about files that changed since the data of a run were made. The run continues with its present data."""
     from nemo_upcycle.data.build import changed_files
     from nemo_upcycle.data.made_from import changes_text
 

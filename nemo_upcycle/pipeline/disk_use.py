@@ -13,7 +13,7 @@ from nemo_upcycle.models.architecture import Architecture
 
 #: Bytes per parameter of a model's folder: dense parents and exports are in BF16.
 _MODEL_BYTES = 2
-#: Largest vocabulary for which a token of the data takes two bytes; above it a token takes four.
+#: Largest vocabulary with two bytes per token of the data. With a larger vocabulary, a token takes four bytes.
 _TWO_BYTE_TOKENS = 65_536
 
 
@@ -24,7 +24,7 @@ class DiskUse:
     Args:
         stage: name of the stage.
         what: name of the files.
-        kept_bytes: bytes that stay, as far as known.
+        kept_bytes: bytes that stay, without the part of unknown size.
         peak_bytes: bytes on the disk while the stage writes.
         present_bytes: bytes that exist already; `new_kept_bytes` and `new_peak_bytes` do not count them.
         unknown: name of the part whose size is unknown.
@@ -57,9 +57,9 @@ def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:
 
 
 def blend_use(stage: str, blend: Blend, arch: Architecture | None, folder: Path) -> DiskUse:
-    """Bound the disk use of a blend. The size is known only for sources that are sampled to a number of tokens.
+    """Return a blend's largest disk use. The size is known only for sources that are sampled to a number of tokens.
 
-    Tokens are merged from parts, and both are on the disk until the build is finished.
+    The build merges parts into the final tokens. Parts and final tokens are both on the disk until the build ends.
     """
     sources = blend.config.sources
     token_bytes = 2 if arch and arch.vocab_size <= _TWO_BYTE_TOKENS else 4

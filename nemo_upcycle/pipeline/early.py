@@ -1,6 +1,7 @@
-"""Refuse mistakes on a command line of `nemo upcycle` before a trainer is imported, which takes longest.
+"""Refuse mistakes on a command line of `nemo upcycle` before the slow import of a trainer.
 
-Megatron-Bridge is imported after this package. NeMo imports itself first, so its users have to wait.
+Megatron-Bridge is imported after this package. NeMo is imported before this package, so users of NeMo have to wait for
+NeMo's import.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def refuse_early(words: Sequence[str]) -> None:
         words: words of the command line after the command.
 
     Raises:
-        UpcycleError: an option, stage or name is wrong; the check after the import would say the same.
+        UpcycleError: an option, stage or name is wrong; the check after the import would report the same mistake.
     """
     options = [*command_options(), *OPTIONS]
     for word in words:

@@ -17,12 +17,13 @@ from nemo_upcycle.utils.validation import require_local
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a run, by their names in its plan. Each input is read when it is first used.
+    """Inputs of a run, as named in the run's plan. Each input is read when it is first used.
 
     Args:
-        dense: address of the dense parent; empty: none.
-        data: a blend or conversations (a name in `conf`, a YAML file, JSON lines), or a finished folder; empty: none.
-        suite: a name in `conf/evaluation`, or a YAML file; empty: none.
+        dense: address of the dense parent; empty if there is no parent.
+        data: a blend or conversations (a name in `conf`, a YAML file, JSON lines), or a finished folder; empty if
+            there are no data.
+        suite: a name in `conf/evaluation`, or a YAML file; empty if there is no suite.
     """
 
     dense: str
@@ -36,7 +37,7 @@ class Inputs:
 
     @cached_property
     def is_finished(self) -> bool:
-        """Whether there are no data to build: they are a finished folder, or there are none."""
+        """Whether no data have to be built, because the data are a finished folder or the run has no data."""
         return not self.data or Path(self.data).is_dir()
 
     @cached_property

@@ -122,7 +122,7 @@ def _forecast(
     except Exception:
         if not found.lacking:
             raise
-        raise UpcycleError.together(found.lacking) from None  # such settings allow no forecast
+        raise UpcycleError.together(found.lacking) from None  # these settings allow no forecast
     problems = {str(error): error for error in (*found.lacking, *expected.problems, *hopeless(expected))}
     return replace(expected, problems=tuple(problems.values()), unchecked=found.unchecked)
 
@@ -160,7 +160,7 @@ def launch(
         check_space(forecast, chain.alive() if chain else ())
     if not ctx.confirm():
         return False
-    with in_use(run_dir):  # its stages read the plan, so no other run may change it
+    with in_use(run_dir):  # the run's stages read the plan, so no other run may change the plan
         own_plan, copies = plan.with_copies(run_dir)
         _require_no_other_jobs(chain, run_dir, own_plan)
         _write_plan(run_dir, own_plan, copies)
@@ -176,7 +176,7 @@ def launch(
 
 
 def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
-    """Write each training's settings to `recipes/STAGE.yaml` for people, one per line, named like its override."""
+    """Write each training's settings to `recipes/STAGE.yaml` for people: one setting per line, as an override."""
     folder = run_dir / "recipes"
     folder.mkdir(exist_ok=True)
     for stage, training in plan.trainings.items():
@@ -204,7 +204,7 @@ def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> Non
 
 
 def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -> None:
-    """Check that no waiting or running job would read another plan than the one it was submitted with."""
+    """Check that every waiting or running job would read the plan with which the job was submitted."""
     recorded = recorded_jobs(run_dir)
     if not recorded:
         return

@@ -54,7 +54,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     command += [] if price is None else [str(price)]
     log = run_dir / "logs" / "live_report.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as told:  # in its own session: Ctrl-C is for the launcher
+    with log.open("wb") as told:  # its own session, because Ctrl-C is for the launcher
         writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
     sys.stderr.write(f"Live report: {run_dir / 'report.html'}\n")
     try:

@@ -1,10 +1,11 @@
 """The marker of a finished stage, which tells the next run whether the stage has to run again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything that the stage depends on: its own settings, and for
-each stage whose results it reads, hashes of that stage's settings (`stage NAME`) and results (`content NAME`). If a
-stage runs again with the same settings and the same result, the stages that read it need not run again. Settings that
-change no result (how often a training logs or saves, how many nodes it runs on) are not in the marker. A started run
-resumes with other values of these settings, and notes the change.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, records everything that the stage depends on. It contains the stage's
+own settings. For each earlier stage whose results the stage reads, it contains a hash of the earlier stage's settings
+(`stage NAME`) and a hash of the results (`content NAME`). If a stage runs again with the same settings and the same
+result, the stages that read it need not run again. Settings that change no result (how often a training logs or saves,
+how many nodes it runs on) are not in the marker. A started run can resume with other values of these settings, and
+records the change.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ STEPS = " steps"
 _SHORT, _LISTED = 200, 5
 #: Pieces of a file that are hashed: their number, and the size of each (bytes).
 _PIECES, _PIECE_BYTES = 16, 1 << 16
-#: Settings that 0.2 noted although they changed no result. Runs of 0.2 may name them; nothing reads them now.
+#: Settings that release 0.2 recorded although they changed no result. Old runs may name these settings; nothing reads
+#: them now.
 RETIRED = ("trained_on",)
-#: NeMo settings that counted as changing the result before 0.4.
+#: NeMo settings that were treated as changing the result before release 0.4.
 _FREED = tuple(f".{name}" for name in free_settings("nemo") if name.startswith("trainer.callbacks."))
 #: Prefixes of the names of inputs. An unknown hash is empty, and equals every other hash.
 SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
@@ -53,7 +55,7 @@ def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(inputs: Mapping[str, str]) -> dict[str, str]:
-    """Omit fields of a spec that have their default: naming a default changes nothing."""
+    """Omit fields of a spec that have their default value, because writing out a default changes nothing."""
     parts = {name: name.rpartition(".")[::2] for name in inputs}
     return {
         name: text
@@ -73,7 +75,7 @@ def content_hash(files: Iterable[Path]) -> str:
     Different weights differ everywhere, so pieces are enough. A checkpoint of hundreds of GiB takes seconds.
 
     Args:
-        files: files in their order; only the last part of each path is hashed.
+        files: files in their order; of each path, only the file's name is hashed.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -88,7 +90,7 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def settings_hash(inputs: Mapping[str, str]) -> str:
-    """Hash a stage's own settings. The hash identifies the settings to the stages that read its result."""
+    """Hash a stage's own settings. Stages that read the result identify the settings by this hash."""
     return sha256(json.dumps(sorted(item for item in inputs.items() if item[0].startswith(SETTING))))
 
 
@@ -112,7 +114,7 @@ def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the changed inputs with which started work may not resume: all except more steps."""
+    """Return the names of changed inputs that keep started work from resuming: all changes except more steps."""
     return [
         name
         for name in changed_inputs(before, inputs)
@@ -242,10 +244,10 @@ class StageFolder:
         return notes | {"inputs": _plain(inputs)}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:
-        """Return why work that was started in the folder may not resume with these inputs; empty if it may.
+        """Return why work that was started in the folder may not resume with these inputs; empty if it may resume.
 
         Raises:
-            StageError: the note of its start is damaged.
+            StageError: the note of the work's start is damaged.
         """
         before = self.started_from() or inputs
         return describe_changes(refused_changes(before, inputs), before, inputs)
@@ -294,7 +296,7 @@ class StageFolder:
             inputs: result of `inputs()`.
             seconds: wall time of the stage.
             outputs: values that the stage reports.
-            content: hash of its results for other stages; empty if none reads them.
+            content: hash of the stage's results for other stages; empty if no stage reads the results.
         """
         made = {"stage": self.name, "inputs": dict(inputs), "content": content, "seconds": round(seconds, 1)}
         write_json(self.marker, numbered(made | {"outputs": outputs}))
@@ -325,8 +327,8 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
         folders: folder of each stage that resumes its work -> inputs with which it would resume.
 
     Raises:
-        StageError: a folder holds such work. The text names all of them, because giving up the work of one folder
-            loses the work of the others as well.
+        StageError: a folder has work that was started from other inputs. The text names all such folders, because
+            giving up the work of one folder loses the work of the others as well.
     """
     refusals = {folder: text for folder, inputs in folders.items() if (text := folder.refusal(inputs))}
     if refusals:

@@ -59,7 +59,7 @@ def _has_model(parent: ModelAddress, caches: Caches) -> bool:
 
 
 def _data_needs(inputs: Inputs) -> Iterator[Need]:
-    if "://" in inputs.data:  # addresses of texts: `nemo-upcycle data` takes them, but a run does not
+    if "://" in inputs.data:  # addresses of texts, for `nemo-upcycle data` but not for a run
         yield from _blend_needs(read_blend(inputs.data))
     elif inputs.chat:
         yield from map(asset_need, inputs.chat.assets)

@@ -1,7 +1,8 @@
 """The entry point `upcycle` of the command `nemo`, which NeMo-Run imports.
 
-Importing the library only imports. Importing NeMo takes longest, so this module first makes the checks that do not
-need it: all parts must be of one checkout, and the words must name a recipe and stages of the installed trainer.
+The import of NeMo takes longest, so this module first makes the checks that do not need NeMo. All parts must belong to
+one checkout, and the words must name a recipe and stages of the installed trainer. The plain `import nemo_upcycle`
+makes no checks.
 """
 
 import importlib

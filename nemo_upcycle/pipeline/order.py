@@ -26,8 +26,8 @@ def read_plan(run_dir: Path) -> WorkPlan:
 def before(plan: WorkPlan, *names: str) -> tuple[Stage, ...]:
     """Return the stages that must be done before the named stages, in order and without the named stages themselves.
 
-    These are the stages in `after`, and every stage whose result is read for them. If the result of a check is lost
-    later, only the training that comes after the check is held up.
+    These are the stages in `after`, and every stage whose result is read, directly or not, by the named stages or by
+    the stages in `after`. A lost result of a check therefore stops only the training right after the check.
     """
     needed: set[str] = set()
     for stage in (plan.stage(name) for name in names):
@@ -102,7 +102,7 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that the started work of resumable stages has the same inputs as the work that would resume.
+    """Check that resumable stages would resume from the same inputs from which their work was started.
 
     Raises:
         StageError: some work has other inputs, or a note of a start is damaged.

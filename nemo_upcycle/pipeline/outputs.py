@@ -11,7 +11,7 @@ from nemo_upcycle.utils.files import read_json
 
 
 def require_kept(folder: Path, run_dir: Path) -> None:
-    """Check that a model's folder in the run's folder is complete; this machine may not see other folders.
+    """Check a model's folder for completeness if it is in the run's folder. This machine may not see other folders.
 
     Raises:
         UpcycleError: a file is missing.

@@ -1,4 +1,4 @@
-"""The only place that changes NeMo-Run: its command-line parser, while a command of this package uses it."""
+"""Change NeMo-Run's command-line parser while a command of this package uses it. Nothing else changes NeMo-Run."""
 
 import functools
 import logging
@@ -22,7 +22,8 @@ _parse_in_order = TypeParser.parse_union
 def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
     """Parse the value of a setting with several types, as a number if one of the types is a number.
 
-    NeMo-Run tries the types in order, and every word is a valid text: `trainer.devices=2` would not become a number.
+    NeMo-Run tries the types in order, and accepts every word as a text. The 2 of `trainer.devices=2` would stay a
+    text.
     """
     numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
     return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
@@ -32,7 +33,7 @@ _parse_attribute = cli_parser.parse_attribute
 
 
 def _parse_class(attribute: str, nested: Any) -> Any:
-    """Return an attribute; in a list, the element of that class, as in `trainer.callbacks.MetricsLogger.gpu=h100`."""
+    """Return an attribute, or a list's element of the named class (`trainer.callbacks.MetricsLogger.gpu=h100`)."""
     if not isinstance(nested, list):
         return _parse_attribute(attribute, nested)
     if (found := of_class(nested, attribute)) is None:
@@ -42,12 +43,12 @@ def _parse_class(attribute: str, nested: Any) -> Any:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """Let NeMo-Run parse numbers first, `int | None`, and classes in lists, without a log, while the block runs.
+    """While the block runs, let NeMo-Run parse numbers first, `int | None`, and classes in lists, and silence its log.
 
     NeMo-Run has no setting for any of these. A process has only one parser, which is restored after the block.
     NeMo-Run logs the whole configuration before it raises an error.
     """
-    known = type_parser.custom_parsers  # a user's own module, imported while the block runs, may add to it
+    known = type_parser.custom_parsers  # a user's module that the block imports may add parsers
     before = dict(known)
     known[types.UnionType] = functools.partial(_parse_numbers_first, type_parser)
     TypeParser.get_parser.cache_clear()  # it caches the function for each type

@@ -52,8 +52,8 @@ class WorkPlan(ABC):
     def write(self, run_dir: Path) -> None:
         """Write the plan to a run's folder for the stages to read, together with the settings of its trainings.
 
-        With the settings, a stage that only checks whether trainings are done need not load a recipe, which would
-        import the trainer.
+        With the settings, a stage that only checks whether trainings are done need not load a recipe. Loading a recipe
+        imports the trainer.
         """
         texts = {stage.name: self.training_text(stage.name) for stage in self.stages}
         known = {sha256(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
@@ -82,8 +82,8 @@ class WorkPlan(ABC):
     def with_copies(self, run_dir: Path) -> tuple[Self, dict[Path, str]]:
         """Return the plan with copies in place of the user's YAML files, and the text of each copy by its path.
 
-        A run that has started thus no longer depends on files that people keep editing. The folder of a copy is named
-        after its content, so jobs of an earlier start never read a different copy.
+        A started run therefore does not depend on files that people keep editing. The folder of a copy is named after
+        the copy's content, so jobs of an earlier start never read a different copy.
 
         Args:
             run_dir: the run's folder; paths of the copies are relative to it.
@@ -106,8 +106,8 @@ class WorkPlan(ABC):
         """Return a setting as the markers hash it: YAML files and data folders by content, not by name.
 
         Args:
-            name: a field; a training's stage, for the fixed settings; or a training's stage with STEPS at the end, for
-                the number of steps.
+            name: name of a field, or of a training's stage. The stage gives the training's fixed settings; the stage
+                with STEPS appended gives the number of steps.
         """
         if name.endswith(STEPS):
             return self.training_settings(name.removesuffix(STEPS)).steps
@@ -234,19 +234,20 @@ class Stage:
     Args:
         name: name of the stage and of its folder.
         work: function that does the work; takes the run's folder and plan, returns the values that the marker reports.
-        after: stages that must be done before it.
-        settings: fields of the plan that it depends on.
-        parallel: whether it runs on all ranks of the training job.
+        after: stages that must be done before this stage.
+        settings: fields of the plan that the stage depends on.
+        parallel: whether the stage runs on all ranks of the training job.
         resumable: whether a new start resumes the work of a stopped one.
-        computes: whether it computes with the models of the run: it needs a GPU if a training of the run does.
-        reads: stages whose outputs it opens; None: the stages in `after`.
-        content: function that lists the result files by which other stages identify its result; takes the run's
-            folder, the plan and the return value of `work`. None: it has no result for other stages.
-        outputs: function that opens its results, and raises an UpcycleError if one is missing; takes the run's folder
-            and the plan. None: no other stage opens a result of it.
-        disk: function that lists the files it writes into the run's folder, for the forecast; takes the folder, the
-            plan, and stage -> architecture of its training (None before the parent is fetched). None: it writes next
-            to nothing, or only a training's checkpoints.
+        computes: whether the stage computes with the models of the run. Then it needs a GPU if a training of the run
+            needs a GPU.
+        reads: stages whose outputs this stage opens; None: the stages in `after`.
+        content: function that lists the result files by which other stages identify the stage's result; takes the
+            run's folder, the plan and the return value of `work`. None: the stage has no result for other stages.
+        outputs: function that opens the stage's results, and raises an UpcycleError if a result is missing; takes the
+            run's folder and the plan. None: no other stage opens a result of this stage.
+        disk: function that lists the files that the stage writes into the run's folder, for the forecast; takes the
+            folder, the plan, and the mapping stage -> architecture of its training (None before the parent is
+            fetched). None: the stage writes almost nothing, or only a training's checkpoints.
     """
 
     name: str
@@ -282,5 +283,5 @@ class Stage:
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
-        """Return the hash of the stage's results for other stages; empty if it has none. `outputs` is its report."""
+        """Return the hash of the stage's results for other stages; empty if none. `outputs` is the stage's report."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

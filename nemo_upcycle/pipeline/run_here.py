@@ -55,7 +55,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 
 
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
-    """Run each stage as soon as the stages that it needs are done. Start none after a stage that did not finish.
+    """Run each stage as soon as the stages that it needs are done. If a stage does not finish, start no more.
 
     On a terminal, or if several stages run at once, their output goes to `logs/STAGE-rank0.log`. A terminal shows one
     line per running stage. If several run at once, the console shows which stages have started, and how many trainings
@@ -71,7 +71,7 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
     Raises:
         SystemExit: with 2 after a user's mistake, 75 if a stage stopped and can resume, 1 after another failure, 130
             or 143 after a signal. The last message is the stage's own.
-        UnfinishedError: a stage ended well but has left no marker.
+        UnfinishedError: a stage ended with status 0 but wrote no marker.
     """
     end_soon()  # exit fast, however the run ends; nothing is imported after this
     waiting, running = list(jobs), dict[Future[int], Job]()
@@ -143,7 +143,7 @@ def _say(text: str) -> None:
 
 
 def _exit_status(name: str, status: int, run_dir: Path) -> int:
-    """Return the launcher's exit status for a failed stage. Report a killed stage, which could not do so itself."""
+    """Return the launcher's exit status for a failed stage. Report a kill, because a killed stage cannot do so."""
     if status < 0:
         signal_name = signal.Signals(-status).name
         hint = " (out of memory?)" if signal_name == "SIGKILL" else ""
@@ -165,7 +165,7 @@ def _logs_of(job: Job) -> Path:
 
 
 def variables_for(ranks: int, executor: Any) -> dict[str, str]:
-    """Return the variables of ranks on this machine: the user's, and the threads per rank that share the cores."""
+    """Return the variables of ranks on this machine: the user's variables, and the threads per rank."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
     return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
 

@@ -22,7 +22,7 @@ from nemo_upcycle.utils.sieve import sifted
 
 logger = logging.getLogger(__name__)
 DONE_BEFORE = "done earlier, from the same inputs"
-#: Seconds for which other ranks wait, so that the first rank can say why it ends before they do.
+#: Seconds that the other ranks wait before they end, so that the first rank can report the reason first.
 _FIRST_SPEAKS_S = 1.0
 
 
@@ -43,7 +43,7 @@ def run_stage(name: str, dir: str) -> None:
         with sifted(libraries_log(run_dir, name)) if quiet and is_first_rank() else nullcontext():
             plan = read_plan(run_dir)
             _run(plan.stage(name), run_dir, plan)
-    except UpcycleError as error:  # refused before its start: nothing is recorded, as another job may hold the folder
+    except UpcycleError as error:  # refused before its start; another job may use the folder, so record nothing
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(error.exit_status) from None
 
@@ -55,7 +55,7 @@ def libraries_log(run_dir: Path, stage: str) -> Path:
 
 @contextmanager
 def _recorded(folder: StageFolder) -> Iterator[None]:
-    """Record and print why the work on a stage ended, once if all ranks have the same error, and end the process."""
+    """Record and print the error that ended a stage's work (once for all ranks with this error), and exit."""
     try:
         yield
     except (StageStopped, UpcycleError) as error:
@@ -63,13 +63,13 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
             time.sleep(_FIRST_SPEAKS_S)
         if is_first_rank() or not (folder.path / ENDED).is_file():
             sys.stderr.write(f"[{folder.name}] {error}\n")
-            with suppress(OSError):  # the disk may be full, and the message about that
+            with suppress(OSError):  # the disk may be full, which may be the error itself
                 folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
         raise SystemExit(error.exit_status) from None
 
 
 def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
-    # Abort if an earlier stage failed, because not every executor does.
+    # Abort if an earlier stage failed, because some executors start the next stage even then.
     if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
         raise StageError(f"Stage did not start: stage '{broken}' has not finished in {run_dir}.")
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)

@@ -12,8 +12,8 @@ from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.trainers.facts import TrainingFacts
 
 
-#: Parameters from which on a training with the accelerator `auto` needs GPUs: nobody trains such a model on CPUs on
-#: purpose.
+#: A training with the accelerator `auto` needs GPUs if its model has at least this many parameters. Nobody trains so
+#: large a model on CPUs on purpose.
 LEAST_FOR_GPUS = 1_000_000_000
 
 

@@ -1,6 +1,6 @@
 """The plan of a run, and the table of its stages.
 
-Every stage can be run alone and again. Heavy libraries are imported by the stage that needs them.
+Every stage can be run separately, and more than once. Each stage imports the heavy libraries that it needs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.models.hf_model import require_known
     from nemo_upcycle.trainers.equivalence import check_step0
 
-    use_cpu_backend()  # before the model's configuration is built, because Megatron checks it right then
+    use_cpu_backend()  # first of all, because Megatron checks it when the model's configuration is built
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
     spec = training.spec(dense_folder)
     spec = with_calibration(spec, run_dir / "upcycle", dense_folder, started=False) or spec
@@ -166,7 +166,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.sources.checkpoints import steps_in
 
     dense_folder = dense_folder_of(run_dir)
-    receipt = run_dir / "pretrain" / "receipt.json"  # it also holds the spec, so no recipe has to be loaded
+    receipt = run_dir / "pretrain" / "receipt.json"  # the receipt has the spec, so no recipe has to be loaded
     spec = recorded_spec(read_receipt(receipt).get("spec"), receipt, {})
     data = {"Data": open_data(data_folder_of(run_dir, plan)).card}
 
@@ -208,7 +208,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     options = ModelOptions(megatron={"dense": str(dense_folder)})
     for number, (name, folder) in enumerate(models.items(), 1):
         logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
-        samples = name != "step0"  # it would write the same texts as its parent
+        samples = name != "step0"  # step 0 would write the same texts as the parent
         evaluate(folder, suite, run_dir / "evaluation", name=name, samples=samples, tasks=tasks, options=options)
     return {name: str(folder) for name, folder in models.items()}
 
@@ -237,7 +237,7 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
 
 def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
     if not plan.dense.startswith("asset://"):
-        return []  # the parent stays in its place
+        return []  # the parent's files stay where they are
     moe = models["pretrain"]
     return [model_use("import", "parent", moe and moe.dense)]
 

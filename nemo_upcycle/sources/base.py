@@ -84,7 +84,7 @@ class DenseSource(Protocol):
         return ()
 
     def branches(self) -> Sequence[DenseSource]:
-        """Return the sources whose networks become experts, copy by copy in turn: one, unless several are mixed."""
+        """Return the sources whose networks become experts in turn: this source, or several if models are mixed."""
         return (self,)
 
     def inexact_because(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ _KEEP = "keep the model in NeMo, which can train and evaluate it"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
 #: PyTorch's or Megatron's function -> its name in the architecture.
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_tanh"}
-#: Values of settings that a checkpoint omits.
+#: Setting -> value to assume if a checkpoint omits the setting.
 _UNSAID = {
     **dict.fromkeys(("add_qkv_bias", "add_bias_linear", "share_embeddings_and_output_weights", "qk_layernorm"), False),
     **{"gated_linear_unit": True, "rotary_percent": 1.0, "moe_layer_freq": 1, "moe_router_topk": 2},
@@ -48,9 +48,9 @@ _FUNCTION = {
 
 
 class _Said:
-    """Saved settings as attributes, as a configuration has them.
+    """Saved settings as attributes, in the form of a configuration.
 
-    The layers of a HybridModel were counted before, so there is no layer pattern here.
+    The layers of a HybridModel were already counted, so this class has no layer pattern.
     """
 
     hybrid_layer_pattern = None
@@ -77,15 +77,15 @@ class CheckpointContext:
 
     @cached_property
     def dense(self) -> Architecture:
-        """Architecture of the parent, as the checkpoint has it. Its vocabulary and its class are not known."""
+        """Architecture of the parent according to the checkpoint. Vocabulary and class are not known."""
         return self._architecture(1, _KEEP).dense
 
     def dense_model(self, padded_vocab: int) -> Architecture:
         """Return the architecture of NeMo's dense model.
 
-        The vocabulary size is the one that the model was built with. If the settings left it to the tokenizer, it is
-        read from `tokenizer.json` in the context. Without that file, it is the number of embedding rows, padding
-        included.
+        The vocabulary size is the size that the model was built with. If the settings leave the size to the tokenizer,
+        it is read from `tokenizer.json` in the context. Without that file, the size is the number of embedding rows,
+        padding included.
 
         Args:
             padded_vocab: number of embedding rows.
@@ -145,10 +145,10 @@ class CheckpointContext:
 
         Args:
             vocab_size: vocabulary size V.
-            fix: fix to suggest if a setting makes another function than the known families.
+            fix: fix to suggest if a setting gives the model a function that no known family has.
 
         Raises:
-            CheckpointError: a setting makes another function, or has the wrong type.
+            CheckpointError: a setting gives the model an unknown function, or has the wrong type.
         """
         get = self.settings.get
         if "M" in (pattern := get("hybrid_layer_pattern") or ""):
@@ -217,18 +217,19 @@ class CheckpointContext:
     def spec_fields_of(self, parent: Architecture) -> dict[str, tuple[str, Any]]:
         """Return `spec_fields` for a model that was made from a parent.
 
-        If the parent has experts, their widths are the parent's own, so `granularity` and `shared_experts` are left
-        out.
+        If the parent has experts, the widths of all experts come from the parent, so `granularity` and
+        `shared_experts` are left out.
         """
         own = ("granularity", "shared_experts") if parent.num_experts else ()
         return {name: value for name, value in self.spec_fields.items() if name not in own}
 
     def spec(self, given: UpcycleSpec | None, parent: Architecture) -> UpcycleSpec | None:
-        """Return the spec of the model: the given spec, or else the fields that a Hugging Face class must know.
+        """Return the given spec, or else a spec with the fields that a Hugging Face class must know.
 
         Args:
             given: spec that the user states.
-            parent: model that it was made from. If it has experts and was trained unchanged, there is no spec.
+            parent: parent of the model. If the parent has experts and the model has no more experts than the parent,
+                there is no spec.
 
         Raises:
             SpecError: the given spec contradicts the checkpoint.
@@ -255,10 +256,10 @@ class CheckpointContext:
         return given
 
     def require_parent(self, parent: Architecture, folder: Path) -> None:
-        """Check that a dense parent's configuration makes the function that the checkpoint was trained with.
+        """Check that a dense parent's configuration describes the function that the checkpoint was trained with.
 
         Raises:
-            CheckpointError: it makes another function.
+            CheckpointError: the configuration describes another function.
         """
         for name, got, setting, expected in self._differences(parent):
             raise CheckpointError(
@@ -269,7 +270,7 @@ class CheckpointContext:
             )
 
     def _differences(self, parent: Architecture) -> Iterator[tuple[str, Any, str, Any]]:
-        """Yield the differences: field, the parent's value, NeMo's setting, the checkpoint's value."""
+        """Yield each difference: the field, the parent's value, NeMo's setting and the checkpoint's value."""
         for name, setting in _FUNCTION.items():
             got, expected = getattr(parent, name), getattr(self.dense, name)
             numbers = isinstance(got, float) and isinstance(expected, float)

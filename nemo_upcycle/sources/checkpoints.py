@@ -17,7 +17,8 @@ UNFINISHED = "-unfinished"
 _STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
 #: File in which Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
 _TRACKER = "latest_checkpointed_iteration.txt"
-#: Free space (bytes) below which the disk counts as full while the first checkpoint, of unknown size, is written.
+#: While the first checkpoint is written, its size is unknown. The disk then counts as full if it has less free space
+#: than this (bytes).
 _LITTLE_BYTES = 16 * 2**20
 
 
@@ -105,9 +106,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
     """Return the error of a training run that a full disk ended, or None if something else ended it.
 
-    Torch and Megatron report a full disk in other words (`unexpected pos 704 vs 598`). Therefore the disk itself is
-    checked: it is full if a checkpoint has been started and the disk has less free space than the checkpoint still
-    needs.
+    Torch and Megatron hide a full disk behind other messages (`unexpected pos 704 vs 598`). Therefore the disk itself
+    is checked, too. It counts as full if a checkpoint has been started and the disk has less free space than the
+    checkpoint still needs.
 
     Args:
         error: exception that ended the run.

@@ -32,8 +32,9 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
 
     Args:
         dense: open checkpoint.
-        sampled: whether to compare only some rows of the output layer that a tied model may store. This is for many
-            ranks that open one checkpoint. An output layer that was trained separately differs in all rows.
+        sampled: whether to compare only some rows of the output layer that a tied model may store. Use this if many
+            ranks open one checkpoint. Some rows are enough, because an output layer that was trained separately
+            differs in all rows.
 
     Raises:
         CheckpointError: a tensor is missing, has a wrong shape, or would not be used. The last case includes an output
@@ -102,8 +103,8 @@ def require_finite(
         slice_: slice that was read.
         name: name of the tensor.
         source: checkpoint, for error messages.
-        made: result of the cast. If given, it is checked, and the slice only shows whether the weights or the cast are
-            at fault.
+        made: result of the cast. If given, this result is checked, and the slice only shows whether the weights or the
+            cast are the cause of an invalid value.
 
     Raises:
         BrokenWeights: a value is NaN or infinite; the message names tensor and source.
@@ -145,7 +146,8 @@ def _where(name: str, source: DenseSource | None) -> str:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # The sum takes one fast pass. Only if it is not finite, a second pass tells an overflow of the sum from a NaN.
+    # The sum needs one fast pass. If the sum is not finite, a second pass checks every value, because a sum of finite
+    # values can overflow.
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
@@ -158,8 +160,9 @@ def rounded_because(
         dense: open checkpoint.
         dtype: type of the result.
         spec: gives the factors on the weights and biases after an expert's activation. A factor that is not a power of
-            two is rounded, and in 16 bits that shows in the logits. A factor below 1 takes a bit from the smallest
-            numbers, which are below 1e-38 in every type except float16.
+            two rounds the weights, which changes the logits in 16-bit types. A factor below 1 makes the smallest
+            numbers of a type lose digits. This matters only in float16, because the numbers are below 1e-38 in every
+            other type.
         folded: `mapping.folded_scale` of a Hugging Face folder's model.
 
     Example:
@@ -175,7 +178,7 @@ def rounded_because(
 
 
 def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
-    """Yield a reason for every factor that rounds weights of a type: the scaled weights and the rounded numbers.
+    """Yield a reason for every factor that rounds weights of a type. It says which weights and numbers are rounded.
 
     Args:
         factors: name of the scaled weights -> factor.
@@ -187,7 +190,7 @@ def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str
 
 
 def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]:
-    """Yield a reason for every stored type that loses digits in a cast to `dtype`, with its tensors.
+    """Yield a reason for every stored type that loses digits in a cast to `dtype`, with the names of the tensors.
 
     Args:
         stored: name of a tensor -> its type.
@@ -212,7 +215,7 @@ def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
 
 
 def _rounding(factor: float, dtype: torch.dtype) -> str:
-    """Return which numbers of a type a factor rounds, or "" if the effect is negligible."""
+    """Describe which numbers of a type lose digits when a factor scales them; "" if the effect is negligible."""
     if math.frexp(factor)[0] != 0.5:
         return f"is rounded in {dtype_name(dtype)}" if torch.finfo(dtype).bits < 32 else ""
     if factor < 1 and dtype is torch.float16:

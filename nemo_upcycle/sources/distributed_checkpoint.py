@@ -1,8 +1,8 @@
 """A Megatron distributed checkpoint (torch_dist), read by slice, without Megatron and without building a model.
 
 Such a folder holds `.metadata`, a pickle that says where each piece of each tensor lies, and `*.distcp` files that the
-ranks wrote. Neither is unpickled the usual way (`torch_pickles.py`). The pieces are read by slice, like safetensors
-files, and no piece is ever loaded whole.
+ranks wrote. `torch_pickles.py` reads both kinds of files without unpickling them in the usual way. The pieces are read
+by slice, like safetensors files, and no piece is ever loaded whole.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DistributedCheckpoint(TensorFiles[Any]):
         """Read a slice, given as (start, stop) along every axis.
 
         If one piece holds the slice, the result is a view; otherwise the slice is assembled from several pieces. Copy
-        it; never write to it. Only the slice is read, and at the first access some hundred bytes of each piece.
+        it; never write to it. Only the slice is read. The first access to a piece also reads some hundred bytes.
 
         Raises:
             CheckpointError: there is no such tensor, a piece is damaged, or the pieces do not cover the slice.

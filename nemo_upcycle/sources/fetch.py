@@ -21,7 +21,7 @@ from nemo_upcycle.utils.locks import take_lock
 
 
 WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
-WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of the upcycled model
+WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the model card of the upcycled model
 OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
 # Subfolders (original/, onnx/) and consolidated.safetensors hold the same weights in other formats. Of all files in
 # subfolders, only additional_chat_templates/*.jinja are wanted.
@@ -37,7 +37,7 @@ def on_this_machine(
         parent: address of the model.
         wanted: patterns of the files to download from the hub.
         offline: whether to use the hub's cache without asking the hub if the cache is complete.
-        cache: folder of the hub's cache; None uses the environment's folder.
+        cache: folder of the hub's cache; None: the folder that the environment sets.
 
     Raises:
         UpcycleError: the model cannot be converted or downloaded.
@@ -66,7 +66,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
         offline: whether to use the hub's cache without asking the hub if the cache is complete.
 
     Returns:
-        A folder with `config.json`, safetensors and tokenizer files. It has been checked to be a complete dense
+        A folder with `config.json`, safetensors and tokenizer files. The folder was checked: it holds a complete dense
         Llama-family model.
 
     Raises:
@@ -141,7 +141,7 @@ def ensure_dense(source: str) -> Path:
         if kind == "asset":
             return output if is_complete(output) else import_dense(source, output, sampled=True)
         if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
-            with suppress(UpcycleError):  # if the first rank has not fetched it yet, this rank does
+            with suppress(UpcycleError):  # if the first rank has not fetched the model yet, this rank fetches it
                 return import_dense(source, Path(), sampled=True, offline=True)
         return import_dense(source, Path(), sampled=True)
 

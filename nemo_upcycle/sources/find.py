@@ -90,7 +90,8 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
 class Parent:
     """A dense parent, given by its address. Local files are opened once, on first use.
 
-    Every property raises an UpcycleError if the address is wrong, or the model is not a parent (CheckpointError).
+    Every property raises an UpcycleError if the address is wrong, and a CheckpointError if the model cannot be a
+    parent.
 
     Args:
         address: address of a model, see `find_parent`, or of a NeMo or Megatron checkpoint; empty for no parent.

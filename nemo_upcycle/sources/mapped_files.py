@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Entry = TypeVar("Entry")
-#: Size of one read (bytes), and number of parallel reads. The buffers take 16 MiB, but only if a file is cold.
+#: Size of one read (bytes), and number of parallel reads. The buffers need 16 MiB, but only if a file is not cached.
 _BLOCK_BYTES = 4 << 20
 _THREADS = 4
-#: Flag for reading only from the page cache. Only Linux has it; without it, the map is used alone.
+#: Flag for reading only from the page cache. Only Linux has this flag. On other systems, files are only mapped, and
+#: there are no large reads.
 _NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
@@ -163,7 +164,7 @@ class MappedFiles:
         _close(self._descriptors)
 
     def _fetch(self, file: str, start: int, stop: int) -> list[Future[None]]:
-        """Return the pending reads of a span, after starting reads for blocks that are not in the page cache."""
+        """Start to read the blocks of a span that are not in the page cache, and return all pending reads."""
         key = (file, start, stop)
         with self._lock:
             if key not in self._fetched:

@@ -1,8 +1,8 @@
 """A dense NeMo 2 or Megatron distributed checkpoint, read by slice under Hugging Face's names.
 
-Megatron fuses tensors that Hugging Face keeps apart: query, key and value, interleaved by key-value group, and gate
-above up. The mapping table says which rows of a Megatron tensor form a Hugging Face tensor, and only these rows are
-read.
+Megatron fuses tensors that Hugging Face keeps apart. Query, key and value are interleaved by key-value group, and the
+gate lies above the up projection. The mapping table says which rows of a Megatron tensor form a Hugging Face tensor,
+and only these rows are read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Fused:
     Args:
         key: name of the Megatron tensor in the checkpoint.
         mapping: row of the mapping table for the Megatron parameter.
-        slices: rows of the Megatron tensor that form the Hugging Face tensor, in the latter's row order.
+        slices: rows of the Megatron tensor that form the Hugging Face tensor, in the row order of Hugging Face.
         shape: shape of the Megatron tensor without the layer axis.
         layer: index on the layer axis; None without this axis.
     """
@@ -70,7 +70,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def read_megatron_architecture(path: Path) -> Architecture:
-    """Return the architecture of a NeMo or Megatron checkpoint, dense or with experts, for plans.
+    """Return the architecture of a NeMo or Megatron checkpoint, dense or with experts, for the planner.
 
     Args:
         path: checkpoint folder, without a Hugging Face `config.json`.
@@ -101,9 +101,9 @@ def _embedding_rows(checkpoint: DistributedCheckpoint, prefix: str) -> int:
 class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
-    If a slice lies in one piece that a rank saved, in one run of rows, it is a view of the mapped file. Otherwise it
-    is assembled in new memory of the slice's size. `bytes_read` counts only the slices. In addition, some hundred
-    bytes of each piece that a slice touches are read once. Optimizer states and other layers are not read.
+    If a slice is one run of rows inside one saved piece, `read` returns a view of the mapped file. Otherwise `read`
+    assembles the slice in new memory of the slice's size. `bytes_read` counts only the slices. In addition, some
+    hundred bytes of each piece that a slice touches are read once. Optimizer states and other layers are not read.
 
     Args:
         path: checkpoint folder. A Hugging Face `config.json` in it takes precedence over the settings in `context/`.
@@ -220,7 +220,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             self._checkpoint.prefetch(self._entry(name).key, run)
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Yield the runs of rows of a slice in the Megatron tensor. Query, key and value have one run per group."""
+        """Yield the runs of rows of a slice in the Megatron tensor. A query, key or value has one run per group."""
         fused, end = self._entry(name), 0
         layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
         for slice_ in fused.slices:

@@ -23,14 +23,14 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
 
     Args:
         uri: a folder as a plain path (its contents decide the kind), as `hf:///absolute/path` (Hugging Face
-            safetensors) or as `nemo:///absolute/path` (NeMo 2 or Megatron distributed checkpoint). Or several folders,
-            whose feed-forward networks become experts in turn.
-        non_expert_weights: source of all weights except the experts if there are several checkpoints: the "first" one,
-            or the "mean" of all.
+            safetensors) or as `nemo:///absolute/path` (NeMo 2 or Megatron distributed checkpoint). It can also be
+            several folders. Their feed-forward networks then become experts in turn.
+        non_expert_weights: "first" or "mean". With several checkpoints, all weights except the experts come from the
+            first checkpoint, or are the mean of all checkpoints.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is neither a dense Llama-family model nor a
-            model with experts that can get more of them.
+            model with experts that can get more experts.
         SpecError: `non_expert_weights` is neither "first" nor "mean".
 
     Example:

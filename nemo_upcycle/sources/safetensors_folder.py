@@ -1,7 +1,7 @@
 """A Hugging Face folder of safetensors files, read by slice through a memory map.
 
 `read` returns a view of the mapped file after its bytes have been fetched into the page cache (`mapped_files.py`). So
-a slice exists nowhere else and needs no memory of its own.
+a slice is not copied and needs no additional memory.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
-        # transformers would use the single file here, but nothing tells which of the two is the old one.
+        # transformers would use the single file here, but nothing shows whether this file or the index is outdated.
         if (folder / SINGLE).is_file() and set(files) != {SINGLE}:
             raise CheckpointError(
                 f"Folder {folder}",
@@ -106,8 +106,8 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
 
     If the model has other parts, only the text model's tensors are listed, named as in a text-only folder.
 
-    Opening it reads only the headers and checks them as the format requires: the tensors fill the file from end to end
-    without gaps or overlaps, and every tensor is in the file that the index names.
+    Opening the folder reads only the headers and checks them as the format requires. The tensors must fill the file
+    from end to end without gaps or overlaps, and every tensor must be in the file that the index names.
 
     Args:
         folder: the folder.

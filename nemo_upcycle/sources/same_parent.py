@@ -19,8 +19,8 @@ _SIZES = ("hidden_size", "ffn_size", "num_layers")
 def parent_digest(dense: DenseSource) -> str:
     """Return a hash of the middle row of every tensor as float32, which tells dense models of one shape apart.
 
-    The hash is the same for a Hugging Face folder and for a distributed checkpoint of the same weights, and reads only
-    a few thousandths of their bytes. If several models are mixed, the first one is hashed.
+    The hash is the same for a Hugging Face folder and for a distributed checkpoint of the same weights. To compute it,
+    only a few thousandths of the weights' bytes are read. If several models are mixed, the first one is hashed.
 
     Args:
         dense: open dense model.

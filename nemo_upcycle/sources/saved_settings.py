@@ -66,7 +66,7 @@ def _nemo_settings(path: Path) -> dict[str, Any]:
     """Return the settings of NeMo's model configuration by name."""
     described = read_yaml(path)
     settings = dict(described["config"])
-    settings["_target_"].split(".")[-2]  # fails unless this is a class in a module
+    settings["_target_"].split(".")[-2]  # fails unless the text names a class in a module
     if adapters := described.get("model_transform"):
         settings["lora_alpha"] = float(adapters.get("alpha", 32))  # NeMo's default
     return settings
@@ -76,7 +76,7 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
     """Return the settings of Bridge's model under Megatron's names, which are also NeMo's."""
     described = read_yaml(path)
     model = dict(described["model"])
-    settings = model | dict(model.get("transformer") or {})  # a builder keeps these in a section of their own
+    settings = model | dict(model.get("transformer") or {})  # a builder has a section for these
     if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # other classes compute differently
         settings["_target_"] = "megatron.GPTModel"
     # A builder's configuration omits the activation. Assume silu, which nearly every parent has.

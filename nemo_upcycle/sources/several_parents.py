@@ -1,4 +1,4 @@
-"""Several dense models as one source: each becomes experts, and the rest comes from the first one or from their mean.
+"""Mix several dense models: each becomes experts, and all other weights come from the first model or from the mean.
 
 Branch-Train-MiX (arXiv 2403.07816, section 2): copies of one seed model are trained separately on different domains
 and become the experts of one MoE. Everything else is averaged, and the router is new.
@@ -44,13 +44,13 @@ def require_copies(dense: DenseSource, copies: int) -> None:
 
 
 class Branches:
-    """Dense models of one architecture. Copy c of the feed-forward network comes from model c modulo their number.
+    """Dense models of one architecture. Copy c of the feed-forward network comes from model c % (number of models).
 
     The step-0 model computes the function of none of its parents. Reading a mean reads every parent, and `bytes_read`
     counts the slices of all of them.
 
     Args:
-        sources: open sources, two or more; the first one names the result. They are closed together with this one.
+        sources: open sources, two or more; the first one names the result. Closing this source closes all of them.
         non_expert_weights: source of all weights except the routed experts: "first" is the first model; "mean" is the
             mean of all models, computed in float32 and cast back to the type on disk.
 

@@ -4,8 +4,8 @@ Each name in a pickle becomes an inert stand-in (`Inert`), except for a few type
 that a pickle builds, calls or changes belongs to torch, Python or this package.
 
 `.metadata` of a torch_dist checkpoint says where each piece of each tensor lies. A piece is one tensor as `torch.save`
-writes it, somewhere in a file: an uncompressed zip archive with a small pickle, which describes the tensor, and with
-the raw numbers.
+writes it, at some position in a file. The piece is an uncompressed zip archive that contains the raw numbers and a
+small pickle, which describes the tensor.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ DAMAGE = (
 class Inert:
     """Stand-in for a class or function that a pickle names. It keeps its arguments and does nothing with them.
 
-    A pickle can set attributes of anything that it has imported. It cannot do so with this class, because pickle calls
-    `__setstate__` for this, and the call fails without an instance. The items of a list or dict of another class are
-    ignored.
+    A pickle can set attributes of every object that it imports, but not of this class. To set them, pickle calls
+    `__setstate__`, and on a class without an instance this call fails. If a pickle builds a list or dict of another
+    class, the items are ignored.
     """
 
     def __init__(self, *args: Any, **_: Any) -> None:
@@ -198,7 +198,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
         dtype: type from the metadata.
 
     Raises:
-        Exception: one of `DAMAGE`: the window holds no such piece.
+        Exception: the window does not hold this piece. The exception is one of `DAMAGE`.
     """
     with zipfile.ZipFile(window) as archive:
         records = {member.filename.partition("/")[2]: member for member in archive.infolist()}
@@ -219,7 +219,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
 
 
 def _record(window: Window, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Return the first byte and the last byte + 1 of a record, after its own header: 30 bytes and two texts."""
+    """Return the first byte and the last byte + 1 of a record, without its header (30 bytes and two texts)."""
     window.seek(member.header_offset + 26)
     start = member.header_offset + 30 + sum(int.from_bytes(window.read(2), "little") for _ in range(2))
     stop = start + member.file_size

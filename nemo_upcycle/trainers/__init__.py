@@ -1,4 +1,4 @@
-"""The trainers: `base.py` is the contract of a training, which `nemo/` and `bridge/` implement."""
+"""The trainers: `base.py` defines the interface of a training, which `nemo/` and `bridge/` implement."""
 
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 

@@ -5,7 +5,7 @@ gradients over tensor-parallel ranks and averages them over data- and context-pa
 contain the context-parallel size. In megatron-core 0.15 this factor is missing. With `calculate_per_token_loss` the
 tensor-parallel size is missing, too. `global_aux_loss` is split over data-parallel ranks as well, and the
 data-parallel size is missing in every release up to 0.19. The missing factor is measured, not looked up by version,
-because containers hold releases with fixes of their own.
+because containers can have releases with additional fixes.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _PROBE: dict[str, Any] = {
 def correct_losses(config: Any) -> list[ActingCoefficient]:
     """Multiply Megatron's auxiliary losses by the factor that they lack in this layout, for this process.
 
-    The factor goes into the loss scale, as in Megatron 0.16. There it reaches every auxiliary loss and schedule, and
-    it works with coefficients that change during training and with FP16's loss scale. If nothing is missing, Megatron
-    stays unchanged. If the global loss lacks a further factor, its coefficient is multiplied by that factor when a
-    router asks for it.
+    The factor goes into the loss scale, as in Megatron 0.16. The loss scale reaches every auxiliary loss and
+    schedule, so the factor works with coefficients that change during training and with FP16's loss scale. If nothing
+    is missing, Megatron stays unchanged. If the global loss lacks a further factor, its coefficient is multiplied by
+    that factor when a router asks for the coefficient.
 
     Args:
-        config: configuration of the model. Megatron's groups must exist, and every rank must call this.
+        config: configuration of the model. Megatron's groups must exist, and every rank must call this function.
 
     Returns:
         The configured and the acting coefficient of each auxiliary loss. The first rank logs the differences.
@@ -93,7 +93,7 @@ def _report(losses: list[ActingCoefficient]) -> None:
 
 
 def _multiply_scale(factor: float) -> None:
-    """Make Megatron's schedules set `factor` times their auxiliary-loss scale; 1 restores Megatron's own function."""
+    """Multiply the auxiliary-loss scale that Megatron's schedules set by `factor`; 1 restores Megatron's function."""
     original = getattr(MoEAuxLossAutoScaler.set_loss_scale, "__wrapped__", MoEAuxLossAutoScaler.set_loss_scale)
 
     @functools.wraps(original)
@@ -104,7 +104,7 @@ def _multiply_scale(factor: float) -> None:
 
 
 def _multiply_global(factor: float) -> None:
-    """Make routers balance the global batch with `factor` times its coefficient; 1 restores Megatron's own method.
+    """Multiply the coefficient of the routers' global loss by `factor`; 1 restores Megatron's own method.
 
     Megatron divides the loss that it logs by the same number, so the logged loss does not change.
     """
@@ -141,9 +141,9 @@ def _describe(config: Any, name: str, coefficient: float, undone: float) -> Acti
 def _acting_share(config: Any, name: str) -> float:
     """Return a router's gradient from a loss of coefficient 1, divided by the correct gradient.
 
-    Every rank routes the same token, so the loss of all ranks together equals the loss of one rank alone. That loss is
-    E * p_0 for balancing (all tokens go to expert 0, with probability p_0), and the squared logsumexp of the logits
-    for the z-loss.
+    Every rank routes the same token, so the loss over all ranks equals the loss of a single rank. For balancing, this
+    loss is E * p_0 (all tokens go to expert 0, with probability p_0). For the z-loss, it is the squared logsumexp of
+    the logits.
     """
     is_z_loss = name == "z_loss"
     probe = copy.copy(config)
@@ -157,7 +157,8 @@ def _acting_share(config: Any, name: str) -> float:
     alone = logits.logsumexp(-1).square() if is_z_loss else config.num_moe_experts * logits.softmax(-1)[..., 0]
     expected = torch.autograd.grad(alone.sum(), logits)[0]
     got = gradient_of_losses(TopKRouter(probe, get_default_pg_collection()).train(), logits)
-    if not config.calculate_per_token_loss:  # tensor-parallel ranks sum their gradients; else tokens are counted
+    # Megatron sums gradients over tensor-parallel ranks. With a loss per token, it divides the sum by the tokens.
+    if not config.calculate_per_token_loss:
         got = got * parallel_state.get_tensor_model_parallel_world_size()
     return float((got * expected).sum() / expected.square().sum())
 
@@ -171,7 +172,7 @@ def gradient_of_losses(router: TopKRouter, logits: torch.Tensor) -> torch.Tensor
     """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
         scores, _ = router.routing(logits)
-        # A schedule does this after every forward step. Here it acts as for a stage without a loss of its own.
+        # A schedule makes this call after every forward step. Here it acts as for a stage that computes no loss.
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]

@@ -1,4 +1,4 @@
-"""The contract of a training, which NeMo and Megatron-Bridge implement and all other code uses."""
+"""The interface of a training: NeMo and Megatron-Bridge implement it, and all other code uses it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Training(ABC):
 
     @property
     def is_for_gpus(self) -> bool:
-        """Whether the training asks for GPUs: a trial on a CPU has at most `CPU_RANKS` ranks."""
+        """Whether the training needs GPUs. A training on a CPU has at most `CPU_RANKS` ranks."""
         nodes, per_node = self.ranks
         return nodes * per_node > CPU_RANKS
 

@@ -67,8 +67,7 @@ class Commands(ABC):
     Attributes:
         title: name of the trainer in texts.
         software: generation of Megatron-Core that the trainer has.
-        gradients: type in which the trainer's recipes sum gradients, if the command has no setting for the type; None:
-            it has one.
+        gradients: type in which the trainer's recipes sum gradients; None: the command has a setting for this type.
     """
 
     title: ClassVar[str]
@@ -77,7 +76,7 @@ class Commands(ABC):
 
     @abstractmethod
     def precisions(self, work: Workload) -> tuple[str, ...]:
-        """List the precisions that the trainer has a setting for, with parameters kept as in the workload."""
+        """List the precisions that the trainer can set, given the workload's type of stored parameters."""
 
     def why_no_recipe(self, recipe: KnownRecipe) -> str:
         """Explain why the trainer lacks a recipe; "" if it has the recipe."""

@@ -6,12 +6,12 @@ model crosses two implementations, in float32.
 
 Comparing the two Megatron models isolates upcycling, so this comparison is done in float64 as well. In float32 the
 combine weights sum to one only up to rounding, which disturbs every layer by one unit in the last place. Thirty layers
-amplify this as much as they amplify any reordering of a sum in the parent itself. To show that size, the parent's
-float32 result is also compared with its float64 result.
+amplify this as much as they amplify any reordering of a sum in the parent itself. To show the size of this effect, the
+parent's float32 result is also compared with its float64 result.
 
-No model is ever in memory as a whole: the weights of an embedding, a layer or an output layer are filled when it
-computes (`paging.py`). Memory does hold five tensors of logits at a time, [B, S, V] each, and the output of every
-layer, [B, S, D].
+No model is ever in memory as a whole: the weights of an embedding, a layer or an output layer are filled when
+this part computes (`paging.py`). Memory does hold five tensors of logits at a time, [B, S, V] each, and the output of
+every layer, [B, S, D].
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from nemo_upcycle.trainers.paging import PagedModel
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Largest differences of logits that rounding alone may cause. TOLERANCE: across implementations, in float32.
-#: TOLERANCE_SAME_STACK: within one implementation, in float64 (Megatron still computes the router's softmax in
+#: Largest differences of logits that count as rounding. TOLERANCE: limit between two implementations, in float32.
+#: TOLERANCE_SAME_STACK: limit within one implementation, in float64 (Megatron still computes the router's softmax in
 #: float32).
 TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5

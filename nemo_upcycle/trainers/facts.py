@@ -48,7 +48,7 @@ class Profile:
         Args:
             sizes: object with `tensor_model_parallel_size` and its siblings.
             model: a `TransformerConfig`.
-            ddp: a `DistributedDataParallelConfig`, or any object without its fields.
+            ddp: a `DistributedDataParallelConfig`, or any object without these fields.
             accelerator: device that the recipe asks for.
             precision: the planner's name of the precision.
         """
@@ -103,7 +103,7 @@ class Computation:
         grouped: whether the experts multiply as one grouped product.
         recompute: kind of recomputation at the start of the training.
         first_steps: number of steps after which MoE layers are no longer recomputed; 0: recomputation never stops.
-        overlap: communication that runs beside computation.
+        overlap: communication that runs at the same time as computation.
         gradients: type in which data parallelism sums gradients.
         optimizer: name of the optimizer.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
@@ -187,7 +187,7 @@ class TrainingFacts:
     Args:
         recipe: name of the recipe.
         arch: architecture of the model.
-        knows_vocabulary: whether `arch` counts the embeddings.
+        knows_vocabulary: whether the vocabulary size is known, so that `arch` counts the embeddings.
         layout: parallel sizes.
         profile: use of the GPUs.
         seq_length: length of a sequence (tokens).

@@ -22,13 +22,14 @@ FOLDER = "evaluation"
 
 
 class LiveEvaluation:
-    """Evaluates a model every few steps with a small suite, on the ranks and in the layout that train it.
+    """Evaluates a model every few steps with a small suite, on the ranks and in the layout of the training.
 
-    `evaluation/step=N.json` in the training's folder holds every item, in the format of `nemo-upcycle evaluate`: two
-    steps or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric ->
-    value, stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are held out
-    by the run's blend, and cut into pieces of at most one training sequence. No token is dropped, whatever the
-    capacity factor. Evaluations do not change the training's state: a run gives the same bits with and without them.
+    `evaluation/step=N.json` in the training's folder holds every item in the format of `nemo-upcycle evaluate`, so
+    that two steps or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation`
+    (metric -> value, stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts
+    are held out by the run's blend, and cut into pieces of at most one training sequence. No token is dropped,
+    whatever the capacity factor. Evaluations do not change the training's state: a run gives the same bits with and
+    without them.
 
     Args:
         evaluations: settings of the evaluations; one evaluation comes before the first step, and one after the last
@@ -81,16 +82,17 @@ class LiveEvaluation:
         """Build the suite on the first rank, and delete scores that an abandoned start left for later steps.
 
         Returns:
-            On all ranks, whether to score the step that the training starts from: a stop right after that step's
-            checkpoint may have prevented its evaluation. None if the suite cannot be built: the training then
-            continues without evaluations.
+            On all ranks, whether to score the step that the training starts from. This step has no scores if an
+            earlier start was stopped right after the step's checkpoint. None if the suite cannot be built; the
+            training then continues without evaluations.
         """
         found: list[bool | None] = [None]
         if torch.distributed.get_rank() == 0:
             try:
                 self._build()
                 for path in self._folder.glob("step=*.json"):
-                    if int(path.stem.removeprefix("step=")) > step or step == 0:  # its metrics line is gone, too
+                    # The metrics lines of these steps were deleted, too.
+                    if int(path.stem.removeprefix("step=")) > step or step == 0:
                         path.unlink()
                 found = [self._is_due(step) and not (self._folder / f"step={step}.json").is_file()]
             except UpcycleError as error:
@@ -119,7 +121,7 @@ class LiveEvaluation:
         return suite if (suite / MARKER).is_file() else self._folder / "suite"
 
     def _evaluate(self, step: int) -> None:
-        """Ask on the first rank, serve on the others. If scoring fails, warn and continue the training."""
+        """Score the suite on the first rank with the help of the others. If scoring fails, warn and continue."""
         if torch.distributed.get_rank() > 0:
             self._lm.serve()
             return

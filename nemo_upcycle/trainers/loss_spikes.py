@@ -68,7 +68,7 @@ def how_to_go_on(folder: Path, trainer: str, rate: float) -> str:
     """Explain how to continue after a loss ended a training: resume, or restart with half the learning rate.
 
     Args:
-        folder: folder of the training, inside a run's folder or by itself.
+        folder: folder of the training, which may be inside a run's folder.
         trainer: `nemo` or `bridge`.
         rate: highest learning rate of the training.
     """

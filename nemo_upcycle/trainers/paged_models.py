@@ -38,7 +38,7 @@ _ONE_RANK: dict[str, Any] = ON_META | {
     "sequence_parallel": False,
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
-    "moe_token_dispatcher_type": "alltoall",  # the others need several ranks
+    "moe_token_dispatcher_type": "alltoall",  # other dispatchers need several ranks
     "moe_flex_dispatcher_backend": "deepep",
     "moe_enable_deepep": False,
     "ep_overlap_early_attn_memory_release": False,
@@ -59,7 +59,7 @@ _ROLES = {"gate.weight": "router", "experts.gate_up_proj": "expert_fc1", "expert
 
 
 def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
-    """Return a Megatron model on one rank whose parts are filled when they compute, and its plans.
+    """Return a Megatron model on one rank whose parts are filled when they compute, and the plans that fill it.
 
     Args:
         config: a NeMo `GPTConfig` or a Megatron-Bridge model, of any layout; it stays unchanged.
@@ -110,7 +110,7 @@ def build_bridges(config: Any, **place: Any) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with torch.device("meta"):  # a HybridModelProvider has no setting for it
+    with torch.device("meta"):  # a HybridModelProvider has no setting for the device
         if hasattr(config, "get_builder_cls"):
             configure_for_cpu(config)
             return config.get_builder_cls()(config).build_model(groups, **place)

@@ -1,8 +1,8 @@
 """The settings that every upcycling recipe takes as arguments, defined once in `adjust`.
 
-`with_overrides` adds them to the signature and the docstring of a recipe in `recipes/`: NeMo-Run parses the command
-line by the signature, and users read the docstring. Importing this module imports no trainer. The same is true of a
-recipe's file.
+`with_overrides` adds these arguments to the signature and the docstring of a recipe in `recipes/`, because NeMo-Run
+parses the command line by the signature, and users read the docstring. Importing this module or a recipe's file
+imports no trainer.
 """
 
 import functools

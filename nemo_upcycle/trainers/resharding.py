@@ -1,9 +1,9 @@
 """Let a run resume from optimizer states that were saved under another expert parallelism.
 
-With expert parallelism, Megatron chains two optimizers: one for the experts and one for everything else. Without it
-there is one optimizer. In a fully reshardable checkpoint, moments and master weights are stored by parameter name and
-fit both cases. The settings of parameter groups (rates, steps) are stored with the optimizers that were saved, but
-Megatron looks for them with the optimizers of the present run.
+With expert parallelism, Megatron chains two optimizers: one for the experts and one for everything else. Without
+expert parallelism, there is only one optimizer. In a fully reshardable checkpoint, moments and master weights are
+stored by parameter name and fit both cases. The settings of parameter groups (rates, steps) are stored with the
+optimizers that were saved, but Megatron looks for them with the optimizers of the present run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def regrouped(states: Any, count: int) -> Any:
     if len(saved) in (0, count):
         return states
     groups = [group for one in saved for group in one["optimizer"]["param_groups"]]
-    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # of two alike, the later counts
+    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # if two are alike, the later counts
     settings = {name: value for name, value in saved[0].items() if name != _TENSORS and not isinstance(name, int)}
     settings["optimizer"] = settings["optimizer"] | {"param_groups": [*others, *groups]}
     if count == 1:

@@ -141,8 +141,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "trainer.strategy.ckpt_optim_fully_reshardable", "checkpoint.dist_ckpt_optim_fully_reshardable", free=True
     ),
-    # A run that is filled from a dense checkpoint refuses these, and the fields refused in
-    # `models/config_fields.yaml`.
+    # A run that is filled from a dense checkpoint refuses these settings, and the fields that
+    # `models/config_fields.yaml` refuses.
     Setting("trainer.strategy.fsdp", "", _NONE),
     Setting("trainer.strategy.ddp.use_megatron_fsdp", "ddp.use_megatron_fsdp", _NONE),
     Setting("trainer.plugins.precision", "", shown=True),
@@ -152,8 +152,8 @@ SETTINGS: tuple[Setting, ...] = (
     _model("moe_pad_expert_input_to_capacity", shown=True),
     _model("recompute_granularity", shown=True),
     _model("recompute_modules", shown=True),
-    # Megatron-Core 0.15 treats any other name as none. 0.19 lists the valid names, and `trial.wrong_choices` checks
-    # them.
+    # Megatron-Core 0.15 treats any other name as if no name were set. 0.19 lists the valid names, and
+    # `trial.wrong_choices` checks them.
     Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
@@ -264,7 +264,7 @@ def all_wrong(
     check: Callable[[], object],
     construct: Callable[[], Iterable[UpcycleError]],
 ) -> list[UpcycleError]:
-    """Return all errors that keep a training from its first step; construct it only if nothing else is wrong.
+    """Return all errors that keep a training from its first step; construct objects only if nothing else is wrong.
 
     Args:
         recipe: NeMo recipe, or Bridge configuration.
@@ -340,7 +340,7 @@ def setting(recipe: Any, name: str) -> Any:
 
 
 def of_class(elements: list[Any], name: str) -> Any:
-    """Return the first element of a class, an object or its configuration; None if there is none."""
+    """Return the first element that is an object of a class or a configuration of one; None if there is none."""
     return next((one for one in elements if class_name(one) == name), None)
 
 

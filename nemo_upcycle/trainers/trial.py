@@ -1,4 +1,4 @@
-"""Construct what a job constructs on its ranks, but on the meta device and in simulated process groups.
+"""Construct the objects that a job constructs on its ranks, on the meta device and in simulated process groups.
 
 Megatron's classes check their settings themselves, some only when a module is built. An error that is found here would
 otherwise stop the job, after hours of other stages.
@@ -130,9 +130,9 @@ def construct_ranks(
 
     Args:
         layout: layout of the job.
-        configure: function that makes and checks the model's configuration, and checks everything else beside it.
+        configure: function that makes and checks the model's configuration, and checks all other settings.
         make_chunk: function that makes a chunk of the model from that configuration; gets the chunk's number if a rank
-            has several.
+            has several chunks.
         arch: expected architecture of the model; None: unknown.
 
     Returns:
@@ -193,7 +193,7 @@ def _without_hardware() -> Iterator[None]:
         *((token_dispatcher, name, _Nothing) for name in senders),
     ]
     if not torch.cuda.is_available():
-        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers look at it
+        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers look at the GPU
         changes.append((torch.cuda, "get_device_properties", lambda *_: gpu))
     if find_spec("megatron.core.models.hybrid"):  # only in later releases
         from megatron.core.models.hybrid import hybrid_block

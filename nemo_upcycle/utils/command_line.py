@@ -60,7 +60,7 @@ class CommandLine:
             start = [_python(), "-m", main.name.removesuffix(".__main__")]
         elif not Path(program).is_file() or Path(program).absolute() == own_program(Path(program).name):
             start = [shown_program(Path(program).name)]
-            path = path if _finds_module(path, words) else ""  # a script (below) keeps it: its imports are unknown
+            path = path if _finds_module(path, words) else ""  # kept for a script, whose imports are unknown
         else:
             start = [_python(), program]
         return cls((*start, *words), path)
@@ -122,14 +122,14 @@ def _python() -> str:
     own = Path(sys.executable)
     names = ("python", "python3", own.name)
     found = ((name, shutil.which(name)) for name in names)
-    # Links to Python in one folder lead to the same interpreter. Links in two environments can do so as well, so
-    # folders are compared without resolving links.
+    # Links to Python in one folder lead to the same interpreter. Links in two environments may also lead to one
+    # interpreter, so folders are compared without resolving links.
     known = (name for name, path in found if path and Path(path).parent == own.parent and own.samefile(path))
     return next(known, None) or shown_program(own.name)
 
 
 def _finds_module(path: str, words: Sequence[str]) -> bool:
-    """Return whether PYTHONPATH holds this package or a module named in `words` (`module.name` or `module:name`)."""
+    """Return whether PYTHONPATH has this package or a module named in `words` (`module.name` or `module:name`)."""
     named = {name for word in words for name in re.findall(r"(?:^|=)([A-Za-z_]\w*)(?=[.:]\w)", word)}
     named.add(__name__.partition(".")[0])
     folders = [Path(entry) for entry in path.split(os.pathsep) if entry]

@@ -29,7 +29,8 @@ _COMPUTES = "executors"
 #: folder of `conf/` -> the file in it whose comments explain the keys
 _TEMPLATES = {"data": "text", "chat": "messages", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-#: type of a field -> types of YAML values that it accepts; text accepts numbers, but numbers do not accept a bool
+#: type of a field -> types of YAML values that it accepts; a text field accepts numbers, but a number field does not
+#: accept a bool
 _TAKEN = {str: (str, int, float), int: (int,), float: (int, float), bool: (bool,), type(None): (type(None),)}
 
 
@@ -39,8 +40,9 @@ class Conf(NamedTuple):
     Attributes:
         content: content of the file, with references resolved.
         path: path of the file.
-        folder: base folder of the relative paths in the file. It is the value of the file's key `folder` if that
-            exists; otherwise the folder of a user's file, or the current folder for a file of the package.
+        folder: base folder of the relative paths in the file. If the file has the key `folder`, the base folder is the
+            key's value. Otherwise it is the folder that contains a user's file, or the current folder for a file of
+            the package.
     """
 
     content: dict[str, Any]
@@ -268,7 +270,7 @@ def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: P
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types that a union allows; for any other type, return the type alone.
+    """Return the types that a union allows; for any other type, return only the type.
 
     Example:
         >>> members(int | None), members(list[str])

@@ -53,8 +53,8 @@ def folded(text: str) -> str:
 def end_soon() -> None:
     """Make Python skip the objects of NeMo's import at exit, because collecting them takes seconds.
 
-    Nothing is skipped if Triton is loaded (PyTorch loads it for GPUs): its nanobind would print every object that is
-    not freed as a leak.
+    If Triton is loaded (PyTorch loads it for GPUs), nothing is skipped, because Triton's nanobind would report every
+    object that is not freed as a leak.
     """
     if "triton._C.libtriton" not in sys.modules:
         gc.freeze()
@@ -62,14 +62,14 @@ def end_soon() -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector while large libraries are imported; it would scan their objects for seconds."""
+    """Pause the garbage collector while large libraries are imported, because it would delay the import by seconds."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.unfreeze()  # freeze and unfreeze make them old objects, which the collector does not scan at once
+        gc.unfreeze()  # makes all objects old: the collector does not scan old objects at once
         if was_on:
             gc.enable()
 

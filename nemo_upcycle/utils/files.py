@@ -1,4 +1,4 @@
-"""Write files and folders that are either complete or absent: write to a hidden sibling, then rename it.
+"""Write files and folders that are either complete or absent: write to a hidden sibling, then rename the sibling.
 
 A folder that took work to make contains a marker, `_SUCCESS.json`, which is written last. The marker of a model folder
 is called `nemo_upcycle.json`, because such a folder may be published. Readers check for the marker, so the remains of
@@ -23,8 +23,8 @@ from nemo_upcycle.utils.locks import take_lock
 
 
 MARKER = "_SUCCESS.json"
-#: Files in the folder of a stage. STARTED: the inputs of its last start. ENDED: one word for the shell of a batch job
-#: that says how the stage ended without a result (a killed stage writes none). CHANGES: one line for each setting that
+#: Files in the folder of a stage. STARTED: the inputs of its last start. ENDED: one word that tells a batch job's
+#: shell how the stage ended without a result (a killed stage writes no file). CHANGES: one line for each setting that
 #: was changed after a start.
 STARTED, ENDED, CHANGES = "_STARTED.json", "_ENDED", "changes.jsonl"
 #: The marker of a Hugging Face folder. The folder may be published, so the marker also says from which inputs and by
@@ -177,7 +177,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     without an error. On error, the caller cleans up.
 
     Args:
-        target: folder to make; missing or empty when the block ends.
+        target: folder to make; it must be missing or empty when the block ends.
 
     Raises:
         UpcycleError: another process writes `target`, or `target` is a mount point and cannot be replaced.
@@ -218,7 +218,7 @@ def in_use(folder: Path) -> Iterator[None]:
     """Create a folder, and keep other runs out of the folder while the block runs.
 
     Raises:
-        UpcycleError: another run uses the folder, or a file has its name.
+        UpcycleError: another run uses the folder, or a file is at the folder's path.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

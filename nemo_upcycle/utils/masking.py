@@ -1,8 +1,8 @@
-"""Mask secrets in output and records. Files that must hold them are readable by their owner only.
+"""Mask secrets in output and records. Only the owner can read files that must contain secrets.
 
-A secret is recognised by its name if the text has a name for it, and by its value. Values are recognised if they are
-tokens with the prefix of a known service, the user and password of an address (before its host), or a parameter of an
-address's query that is named like a secret or a signature.
+A secret is recognised by its name, if the text gives a name, or by its value. Three kinds of values are recognised:
+tokens with the prefix of a known service, user and password in an address (before the host), and parameters in an
+address's query that are named like a secret or a signature.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOKENS = (
     r"AIza[\w-]{35}",
     r"wandb_v\d_\w{16,}",
 )
-#: These tokens, and `user:password@` of an address. A user name alone, as in ssh://git@host, is no secret.
+#: The tokens above, and `user:password@` in an address. A user name alone, as in ssh://git@host, is no secret.
 _VALUE = re.compile(rf"(?<![\w-])(?:{'|'.join(_TOKENS)})|(?<=://)[^\s/?#'\"@:]*:[^\s/?#'\"]*@")
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 #: A secret in the query of an address, for example `?token=...` or the signature in a signed address of S3, Azure or
@@ -69,7 +69,7 @@ def masked(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_secrets(value: _T) -> _T:
-    """Return a value with the secrets masked that can be recognised without a name.
+    """Return a value, and mask every secret in it that can be recognised without a name.
 
     Args:
         value: text, or a JSON value whose texts are masked.
@@ -102,7 +102,7 @@ def masked_text(text: str) -> str:
 
 
 def write_private(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a text file atomically; make it readable by its owner only if it holds secrets.
+    """Write a text file atomically. If the text contains secrets, make the file readable by the owner only.
 
     Args:
         path: the file.

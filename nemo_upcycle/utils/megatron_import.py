@@ -7,7 +7,7 @@ allocator when it is used.
 
 Every folder of this package that has a module which imports Megatron or NeMo calls `need_no_cuda_to_import` in its
 `__init__`. Python runs the `__init__` before any module of the folder, so nobody has to remember the order of imports,
-and `import nemo_upcycle` alone changes nothing. tests/unit/utils/test_megatron_import.py enforces this rule.
+and a plain `import nemo_upcycle` changes nothing. tests/unit/utils/test_megatron_import.py enforces this rule.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALLOCATOR = "megatron.core.inference.unified_memory"
 
 
 class _NoUnifiedMemory:
-    """Finder that replaces the allocator without a CUDA device by Megatron's own fallback for a failed compilation."""
+    """Finder for machines without CUDA. It replaces the allocator by Megatron's fallback for a failed compilation."""
 
     # No abstract base class, because importing importlib.abc takes longer than everything else here.
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:

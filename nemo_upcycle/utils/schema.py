@@ -9,7 +9,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.validation import is_whole
 
 
-#: Increased only when earlier releases could not read the files. An additional field does not increase it.
+#: The number increases only if earlier releases cannot read the files. An additional field does not increase the
+#: number.
 SCHEMA = 1
 KEY = "schema"
 

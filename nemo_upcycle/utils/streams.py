@@ -1,6 +1,6 @@
 """Large files that are written from front to end, and are on the disk when closed.
 
-The kernel copies bytes that do not change.
+If bytes are taken unchanged from another file, the kernel copies them.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class StreamedFile:
         """Count written bytes; after every 64 MiB, start writing to the disk without waiting."""
         self._written += written
         if self._written - self._flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # Advice that the pages are not needed makes the kernel write them. Pages that it keeps stay cached.
+            # The advice that the pages are not needed makes the kernel write the pages to the disk.
             count = self._written - self._flushed
             os.posix_fadvise(self._file.fileno(), self._flushed, count, os.POSIX_FADV_DONTNEED)
             self._flushed = self._written

@@ -24,7 +24,7 @@ _REORDERING = "\\u202a-\\u202e\\u2066-\\u2069"
 _CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{_REORDERING}]")
 #: Characters that YAML must escape: reordering characters, and line ends that PyYAML writes raw and reads as blanks.
 _ESCAPED = re.compile(rf"[{_REORDERING}\x85\u2028\u2029\ufeff]")
-#: A number for Python and OmegaConf that PyYAML takes for a text.
+#: Text that Python and OmegaConf read as a number, and PyYAML reads as text.
 EXPONENT = re.compile(r"[-+]?[\d_.]*\d[\d_.]*[eE][-+]?\d+")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -104,7 +104,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 
     Args:
         header: titles of the columns.
         rows: cells of each row.
-        words: number of last columns that hold words and are aligned left.
+        words: number of columns at the end that contain words and are aligned left.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -125,7 +125,8 @@ def _cell(text: str) -> str:
 def plain(text: object) -> Markdown:
     """Return a value on one line, escaped so that Markdown shows its text unchanged, also inside a table.
 
-    All text from files and names of runs must pass through this function, `code` or `fenced`. `table` does it itself.
+    All text from files and names of runs must pass through this function, `code` or `fenced`. `table` calls `plain`
+    itself.
 
     Example:
         >>> print(plain("one | <b>two</b>\\n*three* of my_task"))

@@ -183,7 +183,7 @@ def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterat
 
 
 def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
-    """Return the error for a folder whose files were edited or are from another start; `there` runs those files."""
+    """Return the error for a folder whose files were edited or are from another start; `there` is their command."""
     names = " and ".join(differing)
     return UpcycleError(
         f"--dir {folder}",

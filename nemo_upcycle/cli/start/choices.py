@@ -40,13 +40,13 @@ _SOFTWARE = {"nemo": DEFAULT_SOFTWARE, "bridge": BRIDGE_SOFTWARE}
 #: A trial on a CPU, which takes two cores a few minutes.
 TRIAL_STEPS, TRIAL_BATCH, TRIAL_PEAK, TRIAL_WARMUP = 10, 2, 1e-4, 2
 _SHORT, _SHORTER, _LARGE_PARAMS = 512, 128, 50e6
-#: Training on GPUs: smallest number of steps, and smallest number of sequences, for which the texts should be enough.
+#: Training on GPUs: smallest number of steps and smallest number of sequences that the texts should provide.
 _FEW_STEPS, _FEW_SEQUENCES = 200, 128
 _LONGEST = 8192
-#: Number of layouts to search for a plain one (without interleaved stages, and with whole experts).
+#: Number of layouts among which to look for a plain layout (no interleaved stages, no split experts).
 _LAYOUTS = 100
-#: Bytes on a CPU: per parameter with its gradient and Adam's states; per parameter without these states, which ranks
-#: share; and of a rank's program itself.
+#: Memory of a trial on a CPU (bytes). First value: a parameter, its gradient and its Adam states. Second value: a
+#: parameter and its gradient in each further rank; ranks share the Adam states. Third value: the program of a rank.
 _CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
 #: The table warns if the texts are read more often than this.
 _FEW_EPOCHS = BlendConfig.max_epochs
@@ -121,7 +121,7 @@ class Choices:
 
     @property
     def needed_disk_bytes(self) -> int:
-        """Bytes of the run's folder: last checkpoints of both trainings, one being written, step 0, and export."""
+        """Bytes of the run's folder: last checkpoint of each training, a checkpoint being written, step 0, export."""
         at_once = 2 if self.steps > paper.CHECKPOINT_STEPS else 1
         states = checkpoint_bytes(self.arch) * at_once + checkpoint_bytes(self.dense)
         return states + 2 * _MODEL_BYTES * self.arch.total_params
@@ -156,7 +156,7 @@ def _has(module: str) -> bool:
 
 
 def gpus_here() -> tuple[int, str | None]:
-    """Return the number of GPUs that the driver lists, and the planner's name for them if it knows their kind."""
+    """Return the number of GPUs that the driver lists, and their name in the planner if it knows this kind."""
     found = [path.read_text(errors="replace") for path in _PROC.glob("*/information")]
     model = re.search(r"Model:\s*(.+)", found[0]) if found else None
     gpu = gpu_of_device(model[1]) if model else None
@@ -311,7 +311,8 @@ def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tupl
 def _length(texts: Texts, dense: Architecture) -> int:
     """Return the sequence length: the largest power of two that fits the parent's positions and the texts.
 
-    It is at most the paper's length, and the texts should have at least `_FEW_SEQUENCES` sequences of it.
+    The length is at most the paper's length. The texts should provide at least `_FEW_SEQUENCES` sequences of this
+    length.
     """
     most = min(_LONGEST, dense.max_positions, max(_SHORT, texts.tokens // _FEW_SEQUENCES))
     return 1 << (most.bit_length() - 1)

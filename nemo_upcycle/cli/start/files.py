@@ -231,10 +231,10 @@ def write_files(folder: Path, files: Mapping[str, str]) -> bool:
 
 
 def run_command(folder: Path, parent: FoundParent, choices: Choices, *, is_here: bool) -> CommandLine:
-    """Return the command that runs the files of a folder, typed in the same folder as `nemo-upcycle start`.
+    """Return the command that runs a folder's files, to be typed in the current folder of `nemo-upcycle start`.
 
     Args:
-        folder: folder of the recipe; PYTHONPATH gets it, so that the recipe can be imported.
+        folder: folder of the recipe; the folder is added to PYTHONPATH, so that the recipe can be imported.
         parent: dense model.
         choices: choices for the run.
         is_here: whether this machine has enough GPUs; if not, the command is a dry run for a cluster.

@@ -57,8 +57,8 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
 
     Raises:
         UpcycleError: a file, the tokenizer or its chat template is missing; a split has no conversation; a line is
-            invalid and `strict` is set; more lines are invalid than `max_lost` allows; or the folder holds something
-            else.
+            invalid and `strict` is set; more lines are invalid than `max_lost` allows; or the folder contains
+            something else.
 
     Example:
         >>> build_chat(read_chat("mine.jsonl", ["tokenizer=/models/Llama-3-8B"]), Path("data/mine"))  # doctest: +SKIP
@@ -151,7 +151,7 @@ def _note(problem: Problem, problems: list[Problem], strict: bool) -> None:
 
 
 def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem]) -> dict[str, list[Conversation]]:
-    """Return the conversations of each split; if they are equal before the first answer, they stay together."""
+    """Return the conversations of each split; conversations that are equal before the first answer share a split."""
     config = chat.config
     together: dict[str, list[Conversation]] = {}
     for conversation in conversations:
@@ -210,7 +210,7 @@ def _write(
     problems: list[Problem],
     strict: bool,
 ) -> dict[str, Any]:
-    """Write a split and return its counts; for a packed split, they include NeMo's packing metadata."""
+    """Write a split and return its counts, with NeMo's packing metadata if the split is packed."""
     size, kept = chat.config.seq_length, []
     counts = Counter(conversations=0, answers=0, tokens=0, answer_tokens=0, cut=0)
     for found in template.tokens(track(conversations, f"pack {split}", len(conversations))):

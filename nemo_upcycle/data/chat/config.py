@@ -26,14 +26,14 @@ class ChatConfig:
     """A set of conversations; `conf/chat/messages.yaml` explains every key.
 
     Attributes:
-        files: files of JSON lines, a conversation in each line: paths, patterns, or `asset://NAME`.
+        files: paths, patterns, or `asset://NAME` of files of JSON lines; each line is a conversation.
         tokenizer: address of the dense model whose tokenizer and chat template are used.
         seq_length: tokens in a sequence, into which several conversations are packed.
         validation: share of the conversations held back for the validation loss.
         heldout: share of the conversations held back to score their answers after training.
-        too_long: treatment of a conversation of more than `seq_length` tokens: `cut` keeps it up to the last answer
-            that fits, `drop` removes it.
-        max_lost: largest share of the lines that may be invalid; above it the build fails.
+        too_long: treatment of a conversation of more than `seq_length` tokens: `cut` keeps the conversation up to the
+            last answer that fits, `drop` removes the conversation.
+        max_lost: largest share of the lines that may be invalid; above this share, the build fails.
         chat_template: Jinja file that replaces the tokenizer's own template.
         license: licence of the conversations, for the model card.
         seed: random seed that chooses the held-out conversations and the order.
@@ -138,8 +138,8 @@ def is_chat(data: str) -> bool:
     """Return whether a run reads conversations rather than texts.
 
     Args:
-        data: value of a pipeline's `data=`. It means conversations if it is a name in `conf/chat`, a YAML file that
-            names `files`, a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
+        data: value of a pipeline's `data=`. The value means conversations if it is a name in `conf/chat`, a YAML file
+            that names `files`, a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
 
     Example:
         >>> is_chat("messages"), is_chat("sotu"), is_chat("mine.jsonl")

@@ -55,7 +55,7 @@ class FinishedChat(Finished):
             yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
 
     def require_length(self, seq_length: int) -> None:
-        """Check that a run expects packs of the length that this folder has.
+        """Check that the pack length that a run expects equals the pack length of this folder.
 
         Raises:
             UpcycleError: the lengths differ.
@@ -80,7 +80,7 @@ class FinishedChat(Finished):
 
 
 def open_chat(folder: str | Path) -> FinishedChat:
-    """Read the manifest of a finished folder of conversations, and check its files against it.
+    """Read the manifest of a finished folder of conversations, and compare the folder's files with the manifest.
 
     Args:
         folder: output of `nemo-upcycle chat CONVERSATIONS DIR`.

@@ -35,7 +35,7 @@ class Conversation:
         place: file and line, `mine.jsonl:17`.
         messages: dicts with `role`, `content` and other fields that a template reads; `weight` 0 excludes a message
             from the loss.
-        tools: tools that the line names, for templates that show them; None if it names none.
+        tools: tools that the line names, for templates that show tools; None if the line names no tools.
         field: field of the line that holds the messages: `messages`, or `conversations` in ShareGPT's form.
     """
 
@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """Return the hash of the messages before the first answer; equal hashes share a split."""
+        """Return the hash of the messages before the first answer; conversations with equal hashes share a split."""
         roles = [message["role"] for message in self.messages]
         return _digest(self.messages[: roles.index(ANSWER)])
 
@@ -67,7 +67,7 @@ class Problem:
     Attributes:
         place: file and line.
         field: field of the line, as `messages[1].content`.
-        reason: mistake in a few words, the same words for many lines.
+        reason: short description of the mistake; all lines with this mistake have the same description.
         fix: remedy.
     """
 
@@ -90,8 +90,8 @@ def read_conversations(
     Args:
         path: file of JSON lines. Each line is an object with `messages` (objects with `role` and `content`) or with
             `conversations` (objects with `from` and `value`).
-        special_tokens: names that no content may contain. The tokenizer would read them as special tokens, so the
-            author of a text could end a turn inside it.
+        special_tokens: names that no content may contain. The tokenizer would read these names as special tokens, so
+            that a name inside a text could end the turn.
         called: file name to use in places; empty means the file's own name.
 
     Raises:

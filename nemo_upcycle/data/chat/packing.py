@@ -18,7 +18,7 @@ from nemo_upcycle.data.chat.template import Tokens
 
 
 def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Assign sequences to packs: longest first, each into the pack where it leaves the least room.
+    """Assign sequences to packs: longest first, each into the pack with the least sufficient room.
 
     Args:
         lengths: places that each sequence takes, at most `size`.
@@ -34,8 +34,9 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
     """
     numbers = np.random.default_rng(seed).permutation(len(lengths))
     packs: list[list[int]] = []
-    # Packs are grouped by the room left in them, and bit r of `rooms` tells whether there is a pack with room r. So
-    # the least sufficient room is found at once. A search through all packs would take a day for a million sequences.
+    # Packs are grouped by the room left in them, and bit r of `rooms` tells whether there is a pack with room r. So a
+    # pack with the least sufficient room is found at once. A search through all packs would take a day for a million
+    # sequences.
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms = 0
     for number in sorted(map(int, numbers), key=lambda number: -lengths[number]):

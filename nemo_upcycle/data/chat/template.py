@@ -30,7 +30,7 @@ _OTHER_TEMPLATE = "set chat_template to a Jinja file that writes it, or delete t
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence to train on: a whole conversation, or one of its answers with all that comes before.
+    """A sequence to train on: a whole conversation, or one of its answers with all text before the answer.
 
     Attributes:
         place: place of the conversation.
@@ -54,8 +54,8 @@ class Tokens:
 class Turn:
     """A prompt and its answer.
 
-    The prompt is the text since the previous answer, or from `ChatTemplate.asked` the whole text before the answer.
-    The answer includes the text that ends it.
+    The prompt is the text since the previous answer. In the result of `ChatTemplate.asked`, the prompt is the whole
+    text before the answer. The answer includes the text that ends it.
     """
 
     prompt: str
@@ -96,8 +96,8 @@ class ChatTemplate:
     def conversations(self, conversation: Conversation) -> list[list[Turn]] | Problem:
         """Return the texts to train on: one text with all turns, or one text for each answer.
 
-        Some templates write earlier answers differently from the last one, for example without its thoughts. Then each
-        answer gets a text of its own, with the prompt that the model will be given before this answer.
+        Some templates write earlier answers in another form than the last answer, for example without thoughts. Then
+        each answer gets a text of its own, with the prompt that the model will be given before this answer.
         """
         answers, turns, before = conversation.answers(), [], ""
         try:
@@ -208,7 +208,7 @@ class ChatTemplate:
         return Tokens(place, np.array(ids, np.int32)[: ends[-1]], np.array(is_answer)[: ends[-1]], tuple(ends))
 
     def _scored(self, answer: Sequence[int]) -> int:
-        """Return how many tokens of an answer the model must write: up to its last special token; 0 without one."""
+        """Count the tokens that the model must write: up to the answer's last special token, or 0 without one."""
         return next((number + 1 for number in reversed(range(len(answer))) if answer[number] in self.special_ids), 0)
 
     def asked(self, conversation: Conversation) -> list[Turn] | Problem:

@@ -102,7 +102,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _cores() -> int:
-    """Return how many cores this process may use; inside a Slurm job, not all cores of the machine."""
+    """Return how many cores this process may use; a Slurm job may use only some cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

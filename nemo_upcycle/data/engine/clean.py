@@ -92,7 +92,7 @@ def deduplication() -> ExactDedupConfig:
 
 
 def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
-    """Give each document a number, add it to a digest, and pass it on."""
+    """Assign a number to each document, add its text to a digest, and pass the document on."""
     for number, document in enumerate(data):
         document.metadata["number"] = number
         digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
@@ -100,7 +100,7 @@ def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
 
 
 class SignDocuments(ExactDedupSignature):
-    """Numbers documents, and writes a signature (14 bytes) of the compared text of each and a digest of all.
+    """Numbers documents, and writes a 14-byte signature of each compared text and one digest of all documents.
 
     datatrove breaks ties by the document's number in its task, and then by chance. So each task has its own priority,
     and the earlier task wins.
@@ -125,7 +125,7 @@ class SignDocuments(ExactDedupSignature):
 
 
 class RequireSameDocuments(LedgerStep):
-    """Numbers documents, and checks that they are those of the first pass, because removals name them by number."""
+    """Numbers documents, and checks that the first pass had the same documents, because removals use the numbers."""
 
     type, name = "check", "the documents of the first pass"
 
@@ -208,7 +208,7 @@ class Decontaminate(LedgerStep):
     """Drops a training document that contains an evaluation item, or cuts the passage out of it.
 
     Short n-grams of items in the remaining text are counted but not removed. The counts include documents that the
-    last step omits because their source has more than its `tokens`.
+    last step omits because their source has more tokens than its `tokens` setting allows.
     """
 
     type, name = "filter", "n-grams of the evaluation items"

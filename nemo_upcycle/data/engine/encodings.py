@@ -20,8 +20,8 @@ MOST_BAD = 0.02
 _MOST_CONTROL = 0.05
 
 _GZIP, _BZIP2, _XZ = rb"\x1f\x8b\x08", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", rb"\xfd7zXZ\0"
-_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a skippable frame, with which pzstd begins
-_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # terminals write \b and \x1b
+_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a skippable frame, as pzstd writes first
+_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # logs of terminals contain \b and \x1b
 _C1 = re.compile(rb"\xc2[\x80-\x9f]")
 _RUNS = re.compile(rb"[\x80-\xff]{3,}")
 _ASCII = bytes(range(0x80))
@@ -67,8 +67,8 @@ def decode(content: bytes) -> str:
     """Decode UTF-8, or Latin-1 as Windows writes it.
 
     Raises:
-        UnicodeDecodeError: it is neither. Runs of bytes beyond ASCII mean another script; fragments of UTF-8 mean
-            damaged UTF-8.
+        UnicodeDecodeError: the content is neither UTF-8 nor Latin-1. Runs of bytes beyond ASCII indicate another
+            script, and fragments of UTF-8 indicate damaged UTF-8.
     """
     try:
         return content.decode()

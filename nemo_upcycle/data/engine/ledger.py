@@ -29,7 +29,7 @@ class Ledger:
 
     Args:
         plan_path: path of the plan.
-        is_kept: whether to write the record; only the last pass over the documents does.
+        is_kept: whether to write the record; only the last pass over the documents writes it.
     """
 
     def __init__(self, plan_path: Path, *, is_kept: bool) -> None:
@@ -111,7 +111,7 @@ class Ledger:
         self.removed(step, reason, document.id, document.metadata["where"], size_bytes, **more)
 
     def finish(self) -> None:
-        """Write the record, complete or not at all."""
+        """Write the record; an interrupted write leaves no incomplete file."""
         if not self._lines:
             return
         self._lines.close()
@@ -164,7 +164,7 @@ class LedgerStep(PipelineStep):
 
 
 class CountDocuments(LedgerStep):
-    """Counts the documents that leave a step, and the CPU seconds spent up to there."""
+    """Counts the documents that leave a step, and the CPU seconds spent up to the end of this step."""
 
     type, name = "count", "documents that leave a step"
 

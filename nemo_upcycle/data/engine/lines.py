@@ -26,23 +26,23 @@ NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 NOT_TEXT, ARCHIVE = "not text", "zip archive, to be unpacked"
 _CHUNK_BYTES = 1 << 16
-_COMPRESSED_BYTES = 1 << 12  # read at a time, and so the most that damage costs
+_COMPRESSED_BYTES = 1 << 12  # read at a time, so damage loses at most this many bytes
 #: Longest line that is read: a file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
 _WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts to read a file from a server
 
 
 class _DamagedError(Exception):
-    """Damage in a file, with the bytes of text that are lost; None means the rest of the file."""
+    """Damage in a file, with the number of lost bytes of text; None means that the rest of the file is lost."""
 
 
 class OtherFormatError(Exception):
-    """The bytes of a file have another format than its name says; holds the name of the real format."""
+    """The bytes of a file have another format than its name says; the argument is the name of the real format."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """An unreadable line, or the unreadable rest of a file, with the lost bytes; None means all the rest."""
+    """An unreadable line, or an unreadable rest of a file, with the number of lost bytes (None: all that remain)."""
 
     reason: str
     number: int
@@ -59,7 +59,7 @@ def open_input(url: str) -> IO[bytes]:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: the file cannot be read now; every later read may raise this, too.
+        UpcycleError: the file cannot be read now; every later read may raise this error, too.
     """
     return cast("IO[bytes]", _Input(url))
 
@@ -97,7 +97,7 @@ class _Input(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         try:
             data = _patiently(self._url, lambda: self._tried(size))
-        except (*NOT_THERE, ValueError) as error:  # the file was there: its server cannot read from a place
+        except (*NOT_THERE, ValueError) as error:  # it was found before, so its server cannot start at a position
             raise _unreadable(self._url, error) from error
         self._place += len(data)
         return data
@@ -136,7 +136,8 @@ class _Input(io.RawIOBase):
 def _patiently(url: str, action: Callable[[], T]) -> T:
     """Run an action on a file, and try again after a while if the server or the network fails.
 
-    A lasting failure is an error. If it counted as a damaged file, the file's texts would be missing unnoticed.
+    A lasting failure is an error. If the failure counted as a damaged file, nobody would notice that the file's texts
+    are missing.
     """
     for wait_s in (*(_WAITS_S if is_address(url) else ()), None):
         try:
@@ -188,7 +189,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
     Raises:
         OSError: one of `NOT_THERE`.
         OtherFormatError: the file is Parquet, which has no lines.
-        UpcycleError: reading it fails.
+        UpcycleError: the file cannot be read now.
     """
     chunks = _text(_of_part(url, part[0], part[1]) if part else _of_file(url))
     rest: list[bytes] = []
@@ -243,7 +244,7 @@ def _of_file(url: str) -> Iterator[bytes]:
 
 
 def _decompressed(chunks: Iterator[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress one stream after the other, and skip the NULs between them that fill a block."""
+    """Decompress one stream after the other, and skip the padding of NUL bytes between streams."""
     stream: Any = None
     stored_bytes = text_bytes = 0
     for chunk in chunks:

@@ -22,7 +22,7 @@ _ROWS = 4096  # n-grams hashed at a time: 3.7 MB with 112 hashes each
 
 
 class SignNear(MinhashDedupSignature):
-    """Writes the signatures of documents; a document with fewer words than an n-gram has none."""
+    """Writes the signatures of documents; a document with fewer words than an n-gram has no signature."""
 
     def __init__(self, folder: str, config: MinhashConfig) -> None:
         # The language's own word tokenizer would need spaCy.
@@ -42,8 +42,8 @@ class SignNear(MinhashDedupSignature):
 class KeepFirst(LedgerStep):
     """Writes which documents are near duplicates of an earlier document, directly or through others.
 
-    datatrove's own step keeps the document that has the most pairs. It might keep a training document and remove a
-    held-out one.
+    datatrove's own step keeps the document that has the most pairs. So it might keep a training document and remove a
+    held-out document.
     """
 
     type, name = "dedup", "all but the first of near duplicates"

@@ -1,11 +1,11 @@
-"""Remove text that is both held out and trained on from one of the two sides.
+"""Find text that is in both held-out and training documents, and remove it from one of the two.
 
 After deduplication, documents are searched for the short n-grams that decontamination uses. As in decontamination, the
 overlap is the number of words that the n-grams cover together. In a copy with one word in ten changed, most words
 still match, but few n-grams do.
 
-A training document with most of its words in held-out text is a copy or a part of it, and is removed. Then a held-out
-document with most of its words in the remaining training text is removed.
+A training document with most of its words in held-out text is a copy or a part of this text, and is removed. Then a
+held-out document with most of its words in the remaining training text is removed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from nemo_upcycle.data.word_hashes import HashFilter, grams_of, joined, look_up,
 from nemo_upcycle.utils.files import write_json
 
 
-#: Maximum number of held-out n-grams to search for. With more, only every second, third, ... is used, chosen by its
-#: hash.
+#: Maximum number of held-out n-grams to search for. If there are more, only every second, third, ... n-gram is used,
+#: chosen by its hash.
 MOST_NGRAMS = 1 << 23
 #: Reason -> files in the plan's folder that hold the numbers of the removed documents.
 REMOVED = {
@@ -40,14 +40,14 @@ REMOVED = {
 
 
 def _grams(text: str) -> tuple[int, Iterator[np.ndarray]]:
-    """Return the words in an n-gram, which depend on the script, and the hashes of a text's n-grams in blocks."""
+    """Return the number of words in an n-gram of a text's script, and the hashes of the text's n-grams in blocks."""
     words = normalise(text)
     size = SHORT_WORDS * stretch_of(words)
     return size, grams_of(words, size)
 
 
 def _covered(starts: np.ndarray, size: int | np.ndarray) -> np.ndarray:
-    """Return how many words each n-gram covers before the next one starts, from their first words in order."""
+    """Return how many words each n-gram covers before the next n-gram starts; `starts` are ascending positions."""
     return np.minimum(np.diff(starts, append=starts[-1:] + np.max(size, initial=0)), size)
 
 
@@ -60,7 +60,8 @@ def _seen(every: int, size: int | np.ndarray) -> Any:
 class _Documents:
     """The held-out documents of a task, and their n-grams.
 
-    `spans` holds the words in an n-gram, `sizes` the number of n-grams of each document, `hashes` the n-grams of all.
+    For each document, `spans` is the number of words in an n-gram, and `sizes` is the number of n-grams. `hashes` has
+    the n-grams of all documents.
     """
 
     numbers: np.ndarray
@@ -71,7 +72,7 @@ class _Documents:
 
     @classmethod
     def load(cls, plan: EnginePlan, rank: int) -> _Documents:
-        """Read the documents that are left after deduplication."""
+        """Read the documents that remain after deduplication."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
         return documents.where(~np.isin(documents.numbers, list(numbered(plan, rank, DUPLICATES))))
@@ -88,7 +89,7 @@ class _Documents:
 
     def covered(self, chosen: np.ndarray) -> np.ndarray:
         """Return how many words of every document the chosen n-grams cover."""
-        more = np.cumsum(self.spans - 1) - (self.spans - 1)  # words before a document that begin no n-gram
+        more = np.cumsum(self.spans - 1) - (self.spans - 1)  # words of earlier documents that begin no n-gram
         starts = np.flatnonzero(chosen)
         counts = np.zeros(len(chosen), np.int64)
         words = starts + np.repeat(more, self.sizes)[starts]
@@ -199,7 +200,7 @@ def _most(plan: EnginePlan) -> float:
 
 
 class JudgeHeldout(LedgerStep):
-    """Writes which held-out documents are mostly in the remaining training text, and the overlap before and after."""
+    """Writes which held-out documents are mostly in kept training text, and the overlap before and after removals."""
 
     type, name = "overlap", "held-out documents in training text"
 

@@ -43,7 +43,7 @@ class RunOn:
     Args:
         workers: tasks at a time.
         slurm: name of the Slurm partition.
-        time_limit: time limit of a Slurm job, as sbatch takes it.
+        time_limit: time limit of a Slurm job, in sbatch's format.
         ray: whether the tasks run on a Ray cluster.
         sbatch: other options of sbatch: name -> value.
         srun: other options of srun, as words.
@@ -127,7 +127,7 @@ def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
 
 
 def _cleaned(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
-    """Return the steps that yield the documents that may be written."""
+    """Return the steps that read documents and omit the documents that must not be written."""
     remove = clean.RemoveNumbered(ledger, "overlap", overlap.REMOVED)
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     if any(task.pii for task in plan.tasks):
@@ -143,7 +143,7 @@ def _cleaned(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
 
 
 def _deduplicated(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
-    """Return the steps that yield the documents that are not duplicates."""
+    """Return the steps that read documents and omit duplicates."""
     if SIGN not in tasks_of_stages(plan):
         return _documents(ledger)
     check = clean.RequireSameDocuments(ledger, plan.folder / "duplicates")
@@ -166,7 +166,7 @@ class _Local(LocalPipelineExecutor):
             BrokenProcessPool: a worker was killed.
         """
         self.save_executor_as_json()
-        # fork, so that die_with_parent holds for the workers, too
+        # fork, so that die_with_parent applies to the workers, too
         pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
         for done in as_completed([pool.submit(self._run_task, rank) for rank in self.get_incomplete_ranks()]):
             done.result()
@@ -208,7 +208,7 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn) -> Any:
     Args:
         plan: plan of the engine.
         stage: stage to run.
-        run_on: place where its tasks run.
+        run_on: place where the stage's tasks run.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
     if run_on.slurm:

@@ -1,4 +1,4 @@
-"""End every process of the engine with its parent, because datatrove's workers would go on writing."""
+"""End every process of the engine with its parent, because otherwise datatrove's workers would continue to write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _started_by = [0]
 
 
 def stop_with_parent() -> None:
-    """Make this process get SIGTERM when the `nemo-upcycle data` that started it ends, even by `kill -9`.
+    """Make this process get SIGTERM when its parent `nemo-upcycle data` ends, even by `kill -9`.
 
     The end of a shell has no effect, so an engine that was started under nohup continues.
     """

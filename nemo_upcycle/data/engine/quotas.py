@@ -1,7 +1,7 @@
-"""Choose the documents to take from a source that has more than its `tokens`, in the order of a hash of their ids.
+"""Choose which documents to take if a source has more tokens than its `tokens` setting, ordered by a hash of the id.
 
-The tokens left after all removals are counted first, so a source that has enough gives as many tokens as were asked
-for. The order depends only on the ids and the seed.
+The tokens left after all removals are counted first, so a source with enough tokens gives as many tokens as its
+`tokens` setting asks for. The order depends only on the ids and the seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BEYOND = {"max_tokens": "quotas/{rank:05d}.remove"}
 
 
 class CountTokens(LedgerStep):
-    """Writes the tokens and the place in the order of every training document, if the task's source has a quota."""
+    """Writes each training document's number of tokens and place in the order, if the task's source has a quota."""
 
     type, name = "count", "tokens that are left"
 
@@ -44,7 +44,7 @@ class CountTokens(LedgerStep):
                 places.extend(map(xxh64_intdigest, ids))
                 _, offsets = encode([document.text for document in batch])
                 sizes.frombytes((np.diff(offsets) + 1).tobytes())
-        # The pieces that decontamination cuts a document into are taken together, in the place of the first piece.
+        # Decontamination may cut a document into pieces. They are taken together, in the place of the first piece.
         documents, first = np.unique(np.array(numbers, np.uint32), return_index=True)
         tokens = np.add.reduceat(np.array(sizes, np.int64), first) if len(first) else np.empty(0, np.int64)
         path = plan.path("quotas", rank, "npz")
@@ -52,7 +52,7 @@ class CountTokens(LedgerStep):
 
 
 class TakeDocuments(LedgerStep):
-    """Writes which documents exceed the tokens that their source may give."""
+    """Writes which documents exceed the maximum number of tokens of their source."""
 
     type, name = "quota", "documents beyond the tokens of their source"
 

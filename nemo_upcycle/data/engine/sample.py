@@ -21,7 +21,8 @@ from nemo_upcycle.errors import UpcycleError
 
 #: Characters to tokenise for the estimate of tokens per byte.
 _TOKENISED = 200_000
-#: Documents read to compare the lengths of fields, and records read to find the fields of a file.
+#: Number of documents to read to compare the lengths of fields, and number of records to read to find the fields of a
+#: file.
 _MEASURED, _OF_A_FILE = 50, 20
 
 
@@ -29,8 +30,8 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
     """Read files until there are enough documents or bytes.
 
     Args:
-        request: `files`, each with `path`, `name`, `reader` and `options`; `documents` and `bytes`: limits of the
-            sample; `tokenizer`: path of a `tokenizer.json`, or None.
+        request: `files` (each with `path`, `name`, `reader` and `options`), `documents` and `bytes` (limits of the
+            sample), and `tokenizer` (path of a `tokenizer.json`, or None).
 
     Returns:
         `documents` (id and bytes of each), `lost` (reason -> count and first place), `fields` (field -> characters, in
@@ -84,12 +85,12 @@ def schemas(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Read the first records of each file.
 
     Args:
-        files: `path`, `reader` and `options` of each.
+        files: `path`, `reader` and `options` of each file.
 
     Returns:
-        For each file, `records`: number of records read; `fields`: name of a text field -> number of records that have
-        it, and their characters, or None if the whole file is one text; `rows`: number of all records, if the file
-        states it.
+        For each file, `records` (number of records read), `fields` (name of a text field -> number of records with
+        this field, and number of characters in the field; None if the whole file is one text) and `rows` (number of
+        all records, if the file states this number).
     """
     return [_schema({**file, "name": file["path"]}) for file in files]
 

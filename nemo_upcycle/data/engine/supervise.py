@@ -30,11 +30,11 @@ _LOCK = ".engine.lock"
 _UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for a job that ended a while ago
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, unless nohup ignores it
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
-_PATIENCE_S = 10.0  # for workers of a killed engine to end, and for a shared disk to show new files
+_PATIENCE_S = 10.0  # time for the workers of a killed engine to end, and for a shared disk to show new files
 
 
 class Stopped(Exception):
-    """The engine was stopped by a signal; holds its number."""
+    """The engine was stopped by a signal; the argument is the signal's number."""
 
 
 def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
@@ -150,7 +150,7 @@ def _require_no_jobs(plan: EnginePlan) -> None:
 
 
 def _ask_slurm(*command: str) -> str | None:
-    """Return Slurm's answer, empty for jobs that are gone; None if there is no answer."""
+    """Return Slurm's answer, which is empty if the jobs are gone; return None if Slurm does not answer."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     except OSError:
@@ -160,7 +160,7 @@ def _ask_slurm(*command: str) -> str | None:
 
 def _child(plan: EnginePlan, run_on: RunOn, sender: Any) -> NoReturn:
     """Run the stages one after the other, with datatrove's output in a file."""
-    os.setsid()  # Ctrl-C goes to the parent alone
+    os.setsid()  # Ctrl-C goes only to the parent
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

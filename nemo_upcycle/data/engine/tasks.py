@@ -15,11 +15,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
 
-#: Maximum number of tasks: datatrove stores a document's priority, which here is its task's, in 16 bits.
+#: Maximum number of tasks, because each task has its own priority, and datatrove stores priorities in 16 bits.
 MAX_TASKS = 65_535
 #: File in the folder of the plan: `EnginePlan.fingerprint` of the work that the engine began.
 BEGUN = "engine.json"
-#: Format version of the files that one stage leaves for another.
+#: Format version of the files that one stage writes for another.
 _FORMAT = 2
 
 
@@ -32,8 +32,8 @@ class Task:
         reader: key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
         split: split of the documents; None divides them among the splits, see `EnginePlan.hold_out`.
-        options: options of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its
-            list), `part` (part of the only file, see `read_lines`).
+        options: options of the reader, which are `text_key`, `id_key`, `bucket` (one name or several), `duplicates`
+            (file -> list of its duplicates) and `part` (part of the only file, see `read_lines`).
         max_tokens: maximum number of training tokens to take from all tasks of the source together; None takes all.
         on_hit: treatment of a training document that shares a passage with an evaluation item, `cut` or `drop`.
         pii: kinds of personal data to replace in the documents, out of `nemo_upcycle.data.blend.PII`.
@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Everything that determines the engine's output; the number of workers does not.
+    """Everything that affects the engine's output; the number of workers does not affect it.
 
     Args:
         folder: folder of the plan, which receives all output.
@@ -68,8 +68,9 @@ class EnginePlan:
         min_characters: length of the shortest document to keep (characters).
         hold_out: shares of `validation` and `heldout`, for tasks without a split.
         near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash; None keeps near duplicates.
-        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, or a
-            training document with held-out documents; None skips the search.
+        heldout_overlap: largest fraction of its words that a held-out document may share with training documents. The
+            same limit applies to the words that a training document shares with held-out documents. None skips the
+            search.
     """
 
     folder: Path
@@ -114,8 +115,8 @@ def load_plan(path: Path) -> EnginePlan:
     """Read the plan that `nemo-upcycle data` wrote.
 
     Raises:
-        UpcycleError: the plan is missing or has too many tasks, or datatrove would read its folder's name as a
-            pattern.
+        UpcycleError: the plan is missing or has too many tasks, or datatrove would read the name of the plan's folder
+            as a pattern.
     """
     content = read_json(path)
     if set("*?[") & set(str(path)):

@@ -1,7 +1,7 @@
 """The last step: turn texts into the .bin and .idx files that Megatron reads.
 
 Text is data: a literal `<|endoftext|>` in a text becomes ordinary tokens, never the token that ends a document. Added
-tokens that are not special, such as GPT-NeoX's runs of blanks, are recognised, as wherever the model is used.
+tokens that are not special, such as GPT-NeoX's runs of blanks, are recognised, as in every other use of the tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_upcycle.data.engine.tasks import EnginePlan, aside, outputs
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: Texts -> the ids of all texts, and the offsets where each text begins and the last one ends.
+#: Texts -> the ids of all texts, and the offsets where each text begins and the last text ends.
 Encode = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
 FASTOKENS, TOKENIZERS = "fastokens", "tokenizers"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 10_000
@@ -85,7 +85,7 @@ def _tokenizers_encode(content: str) -> Encode:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(content)
-    tokenizer.encode_special_tokens = True  # encode them as ordinary text
+    tokenizer.encode_special_tokens = True  # encode the names of special tokens as ordinary text
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         all_ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -169,7 +169,7 @@ class Tokenise(LedgerStep):
         for file in self.files.values():
             file.close()
         written = {path for file in self.files.values() for path in file.final.values()}
-        for path in outputs(plan, rank):  # left by an interrupted run with other input
+        for path in outputs(plan, rank):  # files of an interrupted run with other input
             if path not in written:
                 path.unlink(missing_ok=True)
         self.ledger.finish()

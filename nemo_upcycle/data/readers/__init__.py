@@ -2,8 +2,8 @@
 
 A `Reader`, which a blend names with `reader:`, turns the entries of a source into files. A `Format` yields the
 documents of such a file inside the engine. At the top, a module imports only packages that both environments have.
-Packages that only the engine's environment has (orjson, pyarrow), or that it lacks (lm-eval), are imported inside
-functions.
+Packages that only one of the two environments has (the engine's: orjson, pyarrow; the other: lm-eval) are imported
+inside functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_upcycle.data.needs import Need
 #: Output of a format: the line or row (from 1), its bytes (None means the rest of the file), and the object or the
 #: mistake.
 Records = Iterator[tuple[int, "int | None", "dict[str, Any] | str"]]
-#: Reason for losing a record without a text; the name of the field follows.
+#: Reason for losing a record without a text; the name of the missing field follows this reason.
 NO_FIELD = "no field"
 
 
@@ -85,19 +85,19 @@ class Reader(ABC):
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """List the needs from a network, except for the addresses among `paths`."""
+        """List what must be fetched from a network, except for the addresses among `paths`."""
         return []
 
 
 class Format(ABC):
-    """A format reads the documents of a file: the file is one document, or each of its lines or rows is one."""
+    """A format reads the documents of a file: the whole file is a document, or each line or row is a document."""
 
     name: ClassVar[str]
     #: suffixes of the files for which the reader `files` uses this format
     suffixes: ClassVar[tuple[str, ...]] = ()
     #: whether a file is one document
     is_document: ClassVar[bool] = False
-    #: options if a task gives none; without these, `text_key` is "text" and `id_key` "id"
+    #: default options; if they lack `text_key` or `id_key`, the default is "text" or "id"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod

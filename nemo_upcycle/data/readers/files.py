@@ -55,7 +55,7 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
         matches = system.glob(root, detail=True)
     except FileNotFoundError:
         return []
-    except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home for ~nobody
         raise UpcycleError(
             f"Address {pattern}",
             kind="state",

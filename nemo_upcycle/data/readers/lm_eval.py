@@ -20,7 +20,7 @@ _EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 @register
 class LmEval(Reader):
-    """Reader of lm-eval's training splits; an entry is a task or a group, `include_path` a folder of own tasks."""
+    """Reader of lm-eval's training splits; entries are tasks or groups, `include_path` is a folder of user tasks."""
 
     name, options, renders = "lm_eval", ("include_path",), True
 
@@ -53,8 +53,8 @@ def write_training_splits(names: Sequence[str], folder: Path, include_path: Path
         include_path: a folder with task files of the user's own, or None.
 
     Raises:
-        UpcycleError: a task is unknown, has no training split or evaluates it, or its data cannot be fetched. Nothing
-            is written then.
+        UpcycleError: a task is unknown, a task has no training split, a training split is also used for evaluation, or
+            the data of a task cannot be fetched. In all these cases, nothing is written.
 
     Example:
         >>> write_training_splits(["sciq"], Path("runs/data"))  # doctest: +SKIP
@@ -98,7 +98,7 @@ def _worked_example(task: Any, document: Mapping[str, Any]) -> str | None:
     choices = task.doc_to_choice(document) if task.config.doc_to_choice else []
     if isinstance(answer, list):
         answer = answer[0] if answer else ""
-    if isinstance(prompt, int):  # each choice begins a sentence that the target ends
+    if isinstance(prompt, int):  # each choice is the start of a sentence, the target is its end
         prompt = choices[prompt]
     elif isinstance(answer, int) and choices:
         answer = choices[answer] if 0 <= answer < len(choices) else ""

@@ -1,1 +1,1 @@
-"""Evaluation suites, their tasks and items. Data keep the items out of training, evaluation asks them."""
+"""Evaluation suites, their tasks and items. The data stage keeps items out of training; evaluations ask the items."""

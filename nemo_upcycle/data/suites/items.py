@@ -53,7 +53,7 @@ def suite_items(config: SuiteConfig, without: Collection[str] = ()) -> Iterator[
 def lm_eval_items(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> Iterator[Item]:
-    """Yield the documents that lm-eval's tasks evaluate, from the test split or, without one, the validation split.
+    """Yield the documents that lm-eval's tasks evaluate, from the test split or else the validation split.
 
     Args:
         names: tasks or groups; each is an evaluation set, `lm-eval/NAME`.
@@ -82,7 +82,7 @@ def set_name(task: str) -> str:
 def _forms(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:
     question = question_of(task, document)
     stems = [question.stem]
-    if isinstance(document.get("question"), str):  # the prompt may put a passage or examples before it
+    if isinstance(document.get("question"), str):  # the prompt may have a passage or examples before the question
         stems.append(document["question"])
     prompts = (f"{question.prompt} {answer}" for answer in question.answers or ("",))
     return (*(form for stem in stems for form in renderings(stem, question.options, question.answers)), *prompts)

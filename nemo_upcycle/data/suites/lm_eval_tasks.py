@@ -29,7 +29,8 @@ _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
 #: Task of instructions that code can check (`lm_eval/tasks/ifeval`), and its instruction that counts sentences.
 IFEVAL, _SENTENCES = "ifeval", "length_constraints:number_sentences"
-#: Task -> packages that its code imports beyond lm-eval's own requirements; lm-eval's extra of that name has them.
+#: Task -> packages that its code imports beyond lm-eval's own requirements; lm-eval's extra with the name of the task
+#: installs them.
 _IMPORTED = {IFEVAL: ("langdetect", "immutabledict", "nltk")}
 #: `datasets` calls the only split of a single file `train`.
 _ASKED_OF_A_FILE = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
@@ -45,7 +46,7 @@ class TaskQuestion:
 
     Attributes:
         prompt: text that lm-eval gives the model, without examples and description.
-        stem: prompt without labels such as "Question:", and without the options that it lists.
+        stem: prompt without labels such as "Question:", and without the listed options.
         options: answers to choose from, if there are any.
         answers: right answers; empty if the data have none.
     """
@@ -79,7 +80,8 @@ def load_tasks(
     """Load tasks, groups or tags of lm-eval, with their data, which are then in the cache of the Hugging Face hub.
 
     Args:
-        names: tasks, groups or tags: lm-eval's own, or from files of the user or this package, which come first.
+        names: tasks, groups or tags. They are defined by lm-eval, by the user's files or by this package's files;
+            definitions in the user's files and in this package's files take precedence.
         include_path: a folder with task files of the user's own, or None.
         files: files of tasks, see `load_available_tasks`.
 
@@ -110,14 +112,15 @@ def load_available_tasks(
     Args:
         names: tasks, groups or tags, see `load_tasks`.
         include_path: folder with the user's task files, see `load_tasks`.
-        files: task -> file of JSON lines in the form of its data set's rows, read in place of the data set.
+        files: task -> file of JSON lines that is read instead of the task's data set; each line has the form of the
+            data set's rows.
         strict: whether to fail at the first name that cannot be loaded.
 
     Returns:
         Name -> loaded task, and name -> reason why it cannot be loaded.
 
     Raises:
-        TaskDataError: no name can be loaded, or one cannot and `strict` is set.
+        TaskDataError: no name can be loaded, or `strict` is set and some name cannot be loaded.
         UpcycleError: lm-eval does not know a name.
     """
     managers = _managers(names, include_path)
@@ -183,7 +186,7 @@ def _counts_sentences() -> bool:
 
 
 def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any]:
-    """Return lm-eval's managers that know the names: for our own and the user's files, and for its own tasks."""
+    """Return lm-eval's managers that know the names: one for our and the user's files, and one for lm-eval's tasks."""
     from lm_eval.tasks import TaskManager
 
     folders = [packaged("evaluation") / "tasks", *([Path(include_path)] if include_path else [])]
@@ -251,7 +254,7 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Check that lm-eval knows tasks.
 
     Raises:
-        UpcycleError: lm-eval does not know a task; the message names the closest of its thousands.
+        UpcycleError: lm-eval does not know a task; the message names the closest known task.
     """
     for task in tasks:
         if task not in known:
@@ -289,7 +292,7 @@ def question_of(task: Any, document: Mapping[str, Any]) -> TaskQuestion:
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
-    if isinstance(prompt, int):  # each choice begins a sentence that the target ends
+    if isinstance(prompt, int):  # each choice is the start of a sentence, the target is its end
         return TaskQuestion(choices[prompt], choices[prompt], (), (str(target),))
     stem, options = _without_options(prompt, choices)
     answers = [_answer(one, choices, options) for one in (target if isinstance(target, list) else [target])]

@@ -39,7 +39,8 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "text",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     },
-    # Prompts are rendered with the parent's chat template. lm-eval has no loss of answers, so `evaluate` adds it.
+    # Prompts are rendered with the parent's chat template. lm-eval does not compute the loss of an answer, so
+    # `evaluate` adds this loss.
     "heldout_answers": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",
@@ -79,7 +80,7 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
         folder: folder to write into, which is renamed to `final` later.
         final: final path of the suite.
         task: key of `LOCAL_TASKS`.
-        shots: number of worked examples before the question; each row has its own in `examples`.
+        shots: number of worked examples before the question; the `examples` of each row are its worked examples.
         rows: items of the task.
 
     Raises:
@@ -109,7 +110,7 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
 
 
 def _with_examples(prompt: str, answer: str) -> str:
-    """Return a prompt template with worked examples before it, because lm-eval draws its own from all subjects."""
+    """Return a prompt template with worked examples before it, because lm-eval would mix examples of all subjects."""
     names = "question, choices, answer"
     values = ", ".join(f"example.{name}" for name in names.split(", "))
     return f"{{% for example in examples %}}{{% set {names} = {values} %}}{prompt} {answer}\n\n{{% endfor %}}{prompt}"

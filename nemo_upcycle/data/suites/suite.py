@@ -2,7 +2,7 @@
 
 Every task is an lm-eval YAML file beside a JSON lines file, so that
 `lm_eval --include_path FOLDER --tasks mmlu_letter ...` runs the same suite without this package. The same seed always
-chooses the same items, whatever their order.
+chooses the same items, whatever the order of the input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_upcycle.data.suites.suite_config import HeldoutConfig, QuestionsConfig
 from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_complete, sha256_file, write_json
 
 
-#: Number of held-out texts that every model continues, and bytes of each prompt: about 40 tokens.
+#: Number of held-out texts that every model continues, and bytes of each prompt (about 40 tokens).
 PROMPTS, PROMPT_BYTES = 2, 160
 
 
@@ -212,7 +212,7 @@ def _as_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_prompts(documents: Iterable[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
-    """Return held-out texts to continue: `document` (its id), `prompt`, and how the text itself `goes_on`."""
+    """Return held-out texts to continue: `document` (its id), `prompt`, and `goes_on` (the rest of the real text)."""
     windows = choose_windows(documents, HeldoutConfig(2 * PROMPT_BYTES, PROMPTS), seed)
     halves = [(window["document"], *cut_windows(window["text"], PROMPT_BYTES)[:2], "") for window in windows]
     return [{"document": document, "prompt": prompt, "goes_on": rest} for document, prompt, rest, *_ in halves]

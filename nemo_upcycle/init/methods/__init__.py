@@ -27,11 +27,12 @@ class Method:
     """An init method, as `init_method` registers it. Biases and shared experts are never changed.
 
     Args:
-        name: the value of `UpcycleSpec.method` that selects it.
+        name: the value of `UpcycleSpec.method` that selects the method.
         summary: half a line for the command's help.
         change: function that changes the copies.
         strength: spec field that sets how much the method changes; "" if it has none.
-        inexact: why the resulting models do not compute the dense function, without the subject; "" if they do.
+        inexact: reason why the resulting models do not compute the dense function, as a sentence without a subject;
+            "" if they compute it.
         computes: whether the method changes the copies at all.
     """
 
@@ -69,7 +70,8 @@ def init_method(
     Args:
         summary: half a line for the command's help.
         strength: spec field that sets how much the method changes; "" if it has none.
-        inexact: why the resulting models do not compute the dense function, without the subject; "" if they do.
+        inexact: reason why the resulting models do not compute the dense function, as a sentence without a subject;
+            "" if they compute it.
         computes: whether the method changes the copies at all.
 
     Raises:

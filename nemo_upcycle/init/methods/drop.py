@@ -38,11 +38,11 @@ def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
 
 
 def dropped_neurons(spec: UpcycleSpec, layer: int, expert: int, neurons: int) -> torch.Tensor:
-    """Return the sorted numbers of the neurons of one expert to redraw: floor(drop_ratio * neurons) of them.
+    """Return the sorted indices of the neurons to redraw in one expert: floor(drop_ratio * neurons) indices.
 
     Gate, up and down share one set, because a neuron with a new gate row and an old down column computes neither the
-    old nor the new function. (The code published with the paper draws three sets, so that at 0.5 an eighth of the
-    neurons stays whole.)
+    old nor the new function. (The code published with the paper draws three sets. With a drop_ratio of 0.5, only an
+    eighth of the neurons then keeps all old weights.)
     """
     import torch
 

@@ -43,7 +43,7 @@ def router_init(*, from_data: bool = False, always_zero: bool = False) -> Callab
     """Register a function as a router initialisation under the function's name.
 
     The function returns the rows of a layer's router, [C, D] in float64, one for each copy of the network. It must
-    draw each row from the row's own generator, and a row must not depend on the number of copies.
+    draw each row from the row's own generator, and a row must not depend on how many copies there are.
 
     Args:
         from_data: whether the function reads the rows from the spec's calibration file; otherwise it draws them.
@@ -65,28 +65,29 @@ def router_init(*, from_data: bool = False, always_zero: bool = False) -> Callab
     return register_rows
 
 
-#: Share of a layer's tokens up to which no reason is returned, because most texts contain no such token.
+#: If a reason affects at most this share of a layer's tokens, it is not returned, because most texts contain no
+#: affected token.
 _RARE = 1e-5
 
 
 def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
     """Return why a model that is exact in real numbers is inexact in float32; empty if only rounding differs.
 
-    A token has one logit for each of the C copies of the network. The estimate takes the logits as normal with a
-    standard deviation of s = router_std sqrt(hidden_size), which follows from independent weights and a token of root
-    mean square 1. If the parent's norm makes tokens n times as large, this has the effect of an n times larger
-    router_std. A router from data has s = router_spread. A reason is returned if it affects more than one token in
-    100,000 of a layer:
+    A token has one logit for each of the C copies of the network. The estimate assumes that the logits are normally
+    distributed with a standard deviation of s. If the router's weights are independent and a token has a root mean
+    square of 1, s = router_std sqrt(hidden_size). If the parent's norm makes tokens n times as large, the effect is
+    the same as with an n times larger router_std. A router from data has s = router_spread. A reason is returned if it
+    affects more than one token in 100,000 of a layer:
 
     - Sigmoid scores are so small that the 1e-20 added to their sum matters. This happens if all logits are below
       `least_logit`, with probability Phi(least_logit / s)^C.
     - With granularity, the last of the c chosen copies has the same float32 score as the next copy, and top-k takes
-      parts of both. This happens if their logits differ by less than `RouterKind.spacing`. At z standard deviations
-      the two are next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1) Phi^(C - c - 1) phi^2
-      / s; this density times the spacing, summed over all z, is the probability. Small logits therefore tie, and so do
-      large logits with sigmoid scores. Hugging Face's classes choose by score, so they are affected. Megatron's
-      softmax after top-k chooses by the logits, and small logits do not tie: such a model is exact in Megatron, but
-      its export is not.
+      parts of both. This happens if the two logits differ by less than `RouterKind.spacing`. At z standard deviations
+      the two logits are next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1)
+      Phi^(C - c - 1) phi^2 / s. The probability is the sum over all z of this density times the spacing. Small logits
+      therefore tie, and so do large logits with sigmoid scores. Hugging Face's classes choose by score, so they are
+      affected. Megatron's softmax after top-k chooses by the logits, and small logits do not tie. A model with this
+      router is therefore exact in Megatron, but its export is not.
 
     Args:
         spec: how a dense parent is upcycled.

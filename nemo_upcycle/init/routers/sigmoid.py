@@ -38,6 +38,6 @@ class Sigmoid(RouterKind):
     def spacing(self, logit: float) -> float:
         """Return the spacing of logits, see `RouterKind.spacing`.
 
-        The slope of log sigmoid is 1 / (1 + exp(logit)), so all scores from a logit of 17 on are 1 in float32.
+        The slope of log sigmoid is 1 / (1 + exp(logit)), so all logits from 17 on have a score of 1 in float32.
         """
         return FLOAT32 * (1.0 + math.exp(min(logit, 100.0)))

@@ -99,7 +99,7 @@ def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:
 
 
 def find_dense(arch: Architecture, nemo_module: str) -> Family | None:
-    """Find the family of a dense model: the family of its NeMo module, or else the first that computes the same."""
+    """Return the family of a dense model's NeMo module, or else the first family that computes the same function."""
     own, known = find_nemo_module(nemo_module), parents()
     return next((family for family in (own, *known) if family in known and family.computes(arch)), None)
 
@@ -110,7 +110,7 @@ def parents() -> list[Family]:
 
 
 def targets() -> list[MoeFamily]:
-    """Return the MoE families whose Hugging Face class is a text model of its own."""
+    """Return the MoE families whose Hugging Face class can be used without another class around it."""
     return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily) and not family.only_among_others]
 
 
@@ -139,7 +139,7 @@ def check_parent(arch: Architecture, where: str) -> None:
 
 
 def why_not_exported(arch: Architecture) -> str:
-    """Say why no Hugging Face class can hold a model; "" if a class can.
+    """Return the reason why no Hugging Face class can hold a model; "" if a class can hold the model.
 
     Args:
         arch: architecture of the model.
@@ -155,7 +155,7 @@ def require_class(moe_arch: Architecture) -> None:
     """Check that a Hugging Face class can hold a model.
 
     Raises:
-        SpecError: no class can; the message says why.
+        SpecError: no class can hold the model; the message says why.
     """
     if moe_arch.hf_class:
         return
@@ -177,7 +177,7 @@ def require_class(moe_arch: Architecture) -> None:
     )
 
 
-#: Fields with which every layer of a model attends to all tokens.
+#: Fields of an `Architecture`, with the values that make every layer attend to all tokens.
 _OPENED: dict[str, Any] = {"sliding_window": None, "window_pattern": None, "local_rope_theta": None}
 _OPEN = (
     "if no training sequence was longer than the window, set sliding_window in config.json to null, and each of its"
@@ -212,7 +212,7 @@ def _changes_that_help(moe_arch: Architecture, near: list[MoeFamily]) -> list[st
 
 
 def _routes(moe_arch: Architecture) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the `Architecture` and spec fields for each kind of router, the model's own kind first."""
+    """Yield `Architecture` fields and spec fields for each kind of router, beginning with the model's kind."""
     own, experts, top_k = moe_arch.router_kind, moe_arch.num_experts or 0, moe_arch.top_k or 1
     yield {}, {}
     for kind, chosen in itertools.product(ROUTER_KINDS.values(), dict.fromkeys((top_k, max(top_k, 2)))):

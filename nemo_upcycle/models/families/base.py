@@ -16,20 +16,21 @@ from nemo_upcycle.models.architecture_parts import MambaLayers
 TANH_GELU = "gelu_pytorch_tanh"
 #: Names in `layer_types` of layers whose attention sees a window, and of layers whose attention sees all tokens.
 WINDOW, FULL = "sliding_attention", "full_attention"
-#: Setting for a separate base of the rotary embedding in layers with a window. Only classes with a default read it.
+#: Setting for a separate base of the rotary embedding in layers with a window. Only classes that have a default for
+#: this setting read it.
 LOCAL_BASE = "rope_local_base_freq"
 #: Name of an activation in Hugging Face -> name in an architecture.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
-#: The same for networks without a gate.
+#: Name of an activation in Hugging Face -> name in an architecture, for networks without a gate.
 SQUARED_RELU = {"relu2": "squared_relu"}
 #: Start of the name of a layer's tensor, up to the layer number.
 _NUMBERED = re.compile(r"model\.(?P<mtp>mtp_)?layers\.(?P<number>\d+)\.")
-#: Fields of an `Architecture` for features that only some layers have, in a few classes.
+#: Fields of an `Architecture` that say which layers have a feature. Only a few classes support such fields.
 _PATTERNS = ("rope_pattern", "window_pattern")
-#: This package's own key in `config.json`: parts that the class always has and the model lacks, so that the folder
-#: holds zeros for them (`shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`).
+#: Key that this package adds to `config.json`. It lists the parts that the class requires and the model lacks:
+#: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`. The folder holds zeros for them.
 ZERO_FILLED = "zero_filled"
-#: This package's own key in `config.json`: the `MoeFamily.folded_scale` of the model.
+#: Key that this package adds to `config.json`, with the `MoeFamily.folded_scale` of the model.
 FOLDED_SCALE = "folded_routed_scaling_factor"
 #: Defaults that transformers' configuration classes of the Llama family share. If a class has no other defaults, it
 #: has as many key-value heads as heads, and the head dim is the hidden size divided by the number of heads.
@@ -99,9 +100,9 @@ class ConfigValues:
 class Family:
     """A Hugging Face class: how to read its `config.json`, and the names of its tensors.
 
-    If a class differs from Llama only in names and defaults, create an instance of this class. If it reads a setting
-    differently, override the method that reads the setting. The tensors must be Llama's, separate or fused. A fused
-    tensor has the rows of query, key and value, or of gate and up projection, one below the other.
+    If a Hugging Face class differs from Llama only in names and defaults, create an instance of `Family`. If the class
+    reads a setting differently, override the method that reads the setting. The tensors must be Llama's, separate or
+    fused. A fused tensor has the rows of query, key and value, or of gate and up projection, one below the other.
 
     Args:
         title: name of the family in messages.
@@ -163,7 +164,7 @@ class Family:
     computed_as: str = ""
 
     def of(self, config: Mapping[str, Any]) -> Family:
-        """Return the family for a configuration: this one, unless the class has a dense and an MoE family."""
+        """Return the family for a configuration: this family, unless the class has both a dense and an MoE family."""
         return self
 
     def activation(self, config: ConfigValues) -> str:
@@ -203,12 +204,12 @@ class Family:
         return kinds or None
 
     def _windowed(self, config: ConfigValues, num_layers: int, every: int, first: int = 1) -> list[bool]:
-        """Return which layers see a window: as in the file, else all but each n-th layer, counted from `first`."""
+        """Return which layers see a window: as the file lists them, or else layers n with (n + first) % every != 0."""
         kinds = self._layer_types(config, num_layers, (WINDOW, FULL))
         return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
 
     def is_mtp(self, name: str, num_layers: int) -> bool:
-        """Return whether a tensor is for multi-token prediction, in layers after the model's or under another name.
+        """Return whether a tensor is for multi-token prediction, as the number or the name of its layer shows.
 
         Args:
             name: the tensor's name in the checkpoint.
@@ -230,7 +231,7 @@ class Family:
         return {}
 
     def computes(self, arch: Architecture) -> bool:
-        """Return whether dense models of the class compute an architecture, except for its experts."""
+        """Return whether dense models of the class compute the same function as an architecture without experts."""
         return (
             arch.gated is self.gated
             and arch.activation in ACTIVATIONS.values()
@@ -265,7 +266,7 @@ def multipliers(config: ConfigValues) -> dict[str, float]:
 
 
 def zero_filled(config: ConfigValues) -> list[str]:
-    """Return the parts that a model lacks and its folder fills with zeros, by their names in `ZERO_FILLED`."""
+    """Return the names, as in `ZERO_FILLED`, of the parts that a model lacks and its folder fills with zeros."""
     names = config.values.get(ZERO_FILLED, [])
     if not isinstance(names, list):
         raise config.wrong(ZERO_FILLED, "a list of names")
@@ -278,9 +279,10 @@ class MoeFamily(Family, ABC):
 
     Args:
         router_score: function that the class applies to the router's logits, as in `UpcycleSpec`.
-        has_attention_bias: whether the class reads `attention_bias`: biases of query, key, value and output, or none.
+        has_attention_bias: whether the class reads `attention_bias`, which adds biases to query, key, value and output
+            together.
         no_parent_because: reason why a model of the class cannot get more experts; "" if it can.
-        only_among_others: whether the class exists only as the text model of a class with other parts.
+        only_among_others: whether the class exists only as the text model inside a class that also has other parts.
     """
 
     router_score: str = "softmax"

@@ -8,7 +8,7 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
-#: Scaling of the rotary frequencies if `config.json` does not say it.
+#: Scaling of the rotary frequencies if `config.json` has none.
 _SCALING = {
     **{"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     **{"original_max_position_embeddings": 8192},

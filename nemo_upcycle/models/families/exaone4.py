@@ -1,6 +1,7 @@
 """EXAONE 4: norms after attention and network, windows in most layers, positions only in layers with a window.
 
-No MoE class has norms after attention and network together with norms of query and key head by head.
+No MoE class has both of these features: norms after attention and network, and separate norms of query and key for
+each head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FlexOlmo: OLMo 2's attention and norms, routed experts in every layer, combine weights with any sum."""
+"""FlexOlmo: OLMo 2's attention and norms, routed experts in every layer, combine weights that need not sum to one."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class FlexOlmo(MoeFamily):
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`. The source is the servers' code; no server was run with this class.
+        """See `MoeFamily.caveats`. The caveats come from the servers' code; no server was run with this class.
 
         vLLM does not divide the combine weights by their sum. This needs no caveat, because the norm after the network
-        removes a common factor again, up to its epsilon.
+        removes any factor on its whole input, except for the effect of the norm's epsilon.
         """
         yield "SGLang, llama.cpp: they do not know this class"
         if arch.attention_out_bias:

@@ -10,9 +10,9 @@ class Gemma(Family):
     """Base of the Gemma classes."""
 
     def activation(self, config: ConfigValues) -> str:
-        """Read `hidden_activation`, or `hidden_act` if it is missing.
+        """Read `hidden_activation`. If it is missing, read `hidden_act`.
 
-        The first configs say `gelu` in `hidden_act` and mean the tanh form.
+        The first published configs have `gelu` in `hidden_act`, but mean the tanh form of GELU.
         """
         key = "hidden_activation" if "hidden_activation" in config.values else "hidden_act"
         return config.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")

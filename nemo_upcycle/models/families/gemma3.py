@@ -1,4 +1,4 @@
-"""Gemma 3 (text): norms on both sides, windows in five of six layers, a separate rotary base for these layers."""
+"""Gemma 3 (text): norms before and after each part, windows in five of six layers with a separate rotary base."""
 
 from __future__ import annotations
 

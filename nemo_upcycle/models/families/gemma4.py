@@ -1,6 +1,7 @@
 """Gemma 4 (text, 12B and 31B): other heads in layers without a window, and a factor on the output of each layer.
 
-E2B and E4B are refused, because every layer has its own embeddings, and layers share keys and values.
+The models E2B and E4B are refused, because each of their layers has its own embeddings, and layers share keys and
+values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nemo_upcycle.models.rotary import PROPORTIONAL
 #: Class of dense models, and this package's name for the same class with `enable_moe_block`.
 DENSE, EXPERTS = "Gemma4ForCausalLM", "Gemma4ForCausalLM (enable_moe_block)"
 _OWN_HEADS = "per_layer_config"
-#: Setting -> values that change nothing, and the expected value in messages.
+#: Setting -> the values that have no effect, and the text that messages show as the expected value.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_size_per_layer_input": ((0,), "0: no embeddings of its own in each layer, as E2B and E4B have them"),
     "num_kv_shared_layers": ((None, 0), "0: no layers that take keys and values from others, as in E2B and E4B"),
@@ -27,7 +28,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-#: Rotary embeddings if the file says nothing about them.
+#: Rotary embeddings of a model whose file gives none.
 _UNSAID = {"local_rope_theta": 1e4, "rope_scaling": {"rope_type": PROPORTIONAL}, "rotary_percent": 0.25}
 
 
@@ -65,7 +66,7 @@ class Gemma4(gemma.Gemma):
     def _global_heads(config: ConfigValues, windowed: list[bool]) -> GlobalHeads:
         """Read the heads of layers without a window.
 
-        transformers 5.24 writes them for each layer. Older releases write one setting for all of these layers.
+        transformers 5.24 writes a setting for each of these layers. Older releases write one setting for all of them.
         """
         same, heads = config.flag("attention_k_eq_v"), config.whole("num_attention_heads")
         groups = config.whole("num_key_value_heads")
@@ -82,7 +83,7 @@ class Gemma4(gemma.Gemma):
             raise inside.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
         return GlobalHeads(
             head_dim=inside.whole("head_dim", head_dim), num_kv_heads=groups, value_is_key=same
-        )  # transformers omits values that equal the other layers'
+        )  # transformers omits values that are the same as in the other layers
 
 
 NAMES = {**gemma3.FAMILY.names, "layer_scale": (llama.LAYER + "layer_scalar",)}

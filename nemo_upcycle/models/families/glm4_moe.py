@@ -72,7 +72,7 @@ class _Glm4Moe(MoeFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the bias that balances the experts and the shared expert, if the model lacks them."""
+        """Return the shared expert, and the bias that balances the routed experts, if the model lacks them."""
         shapes: dict[str, tuple[int, ...]] = {}
         if not arch.balancing_bias:
             shapes |= dict.fromkeys(self.names["balancing_bias"], (arch.num_experts or 0,))

@@ -1,4 +1,4 @@
-"""GraniteMoe: Granite's multipliers, experts in every layer, in one tensor, combine weights that sum to one."""
+"""GraniteMoe: Granite's multipliers, experts in every layer (as one tensor), combine weights that sum to one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternLM3: a Llama, for sequences up to the length from which its rotary frequencies change."""
+"""InternLM3: a Llama. Sequences are limited to the length up to which its rotary frequencies do not change."""
 
 from __future__ import annotations
 

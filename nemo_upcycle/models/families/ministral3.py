@@ -1,4 +1,4 @@
-"""Ministral 3 (text): a Mistral with YaRN, for sequences up to the position from which its scores grow."""
+"""Ministral 3 (text): a Mistral with YaRN. Sequences must end before the position where its scores begin to grow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
-#: Settings stored with the rotary embedding: growth of the scores with the position, and position where it begins.
+#: Settings stored with the rotary embedding: how fast the scores grow with the position, and the position where the
+#: growth begins.
 _GROWTH, _BEGINS = "llama_4_scaling_beta", "original_max_position_embeddings"
 
 

@@ -25,7 +25,7 @@ FAMILY = _Olmo3(
     names=olmo2.NAMES,
     defaults=COMMON_DEFAULTS
     | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "qk_norm": True}
-    | {LOCAL_BASE: 0},  # 0: the same base as in all other layers
+    | {LOCAL_BASE: 0},  # 0: layers with a window have the same base as the others
     pre_norm=False,
     post_norm=True,
     wide_qk_norm=True,

@@ -1,4 +1,4 @@
-"""Qwen2-MoE: shared experts, dense layers, biases of query, key and value, combine weights with any sum."""
+"""Qwen2-MoE: shared experts, dense layers, biases of query, key and value, combine weights not summing to one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
-#: Neurons of a shared expert of zeros. Tensor parallelism and kernels of servers can divide this number.
+#: Number of neurons in a shared expert that holds only zeros. The number is divisible as tensor parallelism and the
+#: kernels of servers require.
 _SHARED_WIDTH = 64
-#: Used instead of zero, because llama.cpp divides by it. The sigmoid of a sum of such numbers is exactly one half.
+#: Weight of a gate, in place of zero, because llama.cpp divides by this weight. The sigmoid of a sum of numbers that
+#: are so small is exactly one half.
 _NEARLY_ZERO = 2.0**-100
 
 
@@ -61,12 +63,12 @@ class Qwen2Moe(RoutedFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the parts that the class always has and the model lacks, such as the gate of the shared expert.
+        """Return the parts that the class requires and the model lacks, such as the gate of the shared expert.
 
         The class multiplies its shared expert by the sigmoid of the gate. A gate of nearly zero gives one half, and
         `hf_factors` doubles the shared down projection to make up for it. The gate is not exactly zero, because
-        llama.cpp divides by it. vLLM and SGLang cannot read a folder without biases of query, key and value, or with a
-        shared expert without neurons.
+        llama.cpp divides by it. vLLM and SGLang cannot read a folder that lacks biases of query, key and value, or
+        whose shared expert has no neurons.
         """
         gate = () if arch.shared_gate else self.names["shared_gate"]
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(gate, (1, arch.hidden_size))

@@ -35,7 +35,8 @@ DEFAULTS = COMMON_DEFAULTS | {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
-#: The norm of a net's output is the only norm that is not zero-centered. In Megatron it is.
+#: In Hugging Face, the norm of a net's output is the only norm that is not zero-centered. In Megatron, this norm is
+#: zero-centered, too.
 OFFSETS = {"delta_norm": 1.0}
 
 

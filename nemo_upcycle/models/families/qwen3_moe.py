@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, dense layers, combine weights with any sum, no shared experts."""
+"""Qwen3-MoE: Qwen3's attention, dense layers, combine weights that need not sum to one, no shared experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Qwen3Moe(RoutedFamily):
         yield from super().caveats(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
-        if arch.attention_out_bias:  # from the servers' source code; neither was run
+        if arch.attention_out_bias:  # found in the source code of the servers; neither server was run
             yield "vLLM: it drops the bias of the attention's output without a word, so its tokens differ"
             yield "llama.cpp: it knows no bias of the attention's output in this class"
 

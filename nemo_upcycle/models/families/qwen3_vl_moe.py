@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE: the text model is a Qwen3-MoE. As published, its experts lie in one tensor, transposed."""
+"""Qwen3-VL-MoE: the text model is a Qwen3-MoE. Published files hold its experts in one tensor, transposed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _EXPERTS = llama.LAYER + "mlp.experts."
 
 class _Qwen3VlMoe(qwen3_moe.Qwen3Moe):
     def limits(self, arch: Architecture) -> dict[str, bool]:
-        # transformers 5 saves experts untransposed, and tells the two forms apart by shape (its issue 47031). A square
-        # matrix has the same shape in both.
+        # transformers 5 saves experts untransposed, and tells the two forms apart by shape (transformers issue 47031).
+        # A square matrix has the same shape in both forms.
         is_square = arch.hidden_size in (arch.expert_ffn_size, 2 * (arch.expert_ffn_size or 0))
         return super().limits(arch) | {
             "expert weights that do not sum to one": not arch.norm_topk,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-#: Class in `architectures` -> the reason.
+#: Class in `architectures` -> reason why the class has no family.
 REFUSED = {
     "NemotronForCausalLM": "its norms are LayerNorms with biases, which no family has",
     "Qwen2AudioForConditionalGeneration": "it is not in WRAPPERS of nemo_upcycle.models.wrapper",

@@ -1,1 +1,1 @@
-"""Ablations: train arms times seeds from one parent on one blend, and tell differences from noise in a table."""
+"""Ablations: train every arm with every seed on one blend, and show in a table which differences exceed the noise."""

@@ -1,4 +1,4 @@
-"""Build the recipe of a grid's arm, with the changes that each trainer makes to it."""
+"""Build the recipes of a grid's arms. Each trainer has its own subclass of `Arm`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ArmRequest:
         recipe: name of the recipe in the trainer's command.
         fields: fields of the spec that differ from the recipe's.
         settings: overrides, by name.
-        parent: dense parent; its address is empty if the grid trains it.
-        steps: training steps; None: as recipe and settings say.
-        gpus: ranks that train the arm; None: as the recipe says.
+        parent: dense parent; the parent's address is empty if the grid trains the parent.
+        steps: training steps; None: the number in the recipe and the settings.
+        gpus: ranks that train the arm; None: the number in the recipe.
     """
 
     where: str
@@ -53,7 +53,7 @@ class ArmRequest:
 
 
 class Arm(ABC):
-    """One arm of a grid. Its recipe is built and checked as the command line would do it."""
+    """One arm of a grid. The arm's recipe is built and checked like a recipe on the command line."""
 
     #: Name of the trainer, as in a plan.
     trainer: ClassVar[str]
@@ -63,18 +63,18 @@ class Arm(ABC):
 
     @abstractmethod
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
-        """Serialise the training of one seed, which sets the router, the method's random numbers and the data order.
+        """Serialise the training of a seed. The seed sets the router, the method's random numbers and the data order.
 
         Args:
             seed: seed of the cell.
             name: name of the cell.
             evaluations: evaluations during training.
-            tokens_read: tokens that the training of the cell's parent has read with the same seed; this training
-                continues after them.
+            tokens_read: tokens that the training of the cell's parent has read with the same seed; the cell's training
+                continues after these tokens.
         """
 
     def parent(self) -> str:
-        """Serialise the unchanged recipe of a dense model that trains the grid's parent.
+        """Serialise the unchanged recipe of the dense model that is the grid's parent.
 
         Raises:
             UpcycleError: the recipe cannot train a parent.

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 @dataclass
 class EvaluateConfig:
-    """The suite that scores the models during training, and how often; see `Evaluations`."""
+    """The suite that scores the models during training, and the steps between two scorings; see `Evaluations`."""
 
     suite: str = "watch"
     every_n_steps: int = 500
@@ -50,7 +50,8 @@ class ArmConfig:
     """One arm: its recipe in NeMo (`factory`, or a file that names a factory) or in Bridge, and its own settings.
 
     `parent` is UNTRAINED, or the dense training of an earlier arm with the same seed: ARM or ARM-STEPS. None: the
-    grid's parent. Each of `lengths` (steps) is a whole training of its own. `seeds` replace the grid's seeds.
+    grid's parent. For each number in `lengths`, a separate training runs for this number of steps. `seeds` replace the
+    grid's seeds.
     """
 
     factory: str | None = None
@@ -86,7 +87,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 
     Args:
         name: a name in `conf/ablations`, or the path of a YAML file of the same form.
-        dense: dense parent that replaces the grid's.
+        dense: dense parent, in place of the grid's parent.
         data: blend or finished folder that replaces the grid's data.
 
     Raises:
@@ -135,7 +136,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)
             facts = open_training(one.trainer, cells[cell]).facts(dense_parent)
-            assert facts is not None  # an arm of Bridge has its parent from the start, so its facts are known
+            assert facts is not None  # an arm of Bridge has its parent from the start, so the arm's facts are known
             described[cell] = {
                 "arm": name,
                 "seed": seed,
@@ -205,10 +206,10 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 def _trainings(
     path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, parent: Parent, evaluations: Evaluations
 ) -> dict[str, tuple[str, Arm]]:
-    """Build the trainings of one seed: training's name -> arm's name, and the recipe in its trainer.
+    """Build the trainings of one seed: name of the training -> name of the arm, and the built `Arm`.
 
     Raises:
-        UpcycleError: recipes cannot be built; the text lists the mistakes of each.
+        UpcycleError: recipes cannot be built; the text lists the mistakes of every recipe.
     """
     built, wrong = dict[str, tuple[str, Arm]](), list[UpcycleError]()
     for name, arm in arms.items():
@@ -222,7 +223,7 @@ def _trainings(
                 built[training] = name, open_arm(key, request)
             except UpcycleError as error:
                 wrong.append(error)
-    if wrong:  # also list the other arms' mistakes that only a trial shows; `ablate` would find them later
+    if wrong:  # list all mistakes of the other arms at once; `ablate` would find them only later
         for name, one in dict(built.values()).items():
             tried = open_training(one.trainer, one.cell(0, name, evaluations))
             wrong += tried.problems(f"{path}: arms.{name}", parent)

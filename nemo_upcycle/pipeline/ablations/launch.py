@@ -48,8 +48,8 @@ def ablate(
         ctx: NeMo-Run's context of the command.
         grid: `--grid GRID`: a name in conf/ablations, or a YAML file of the same form.
         dir: folder of the grid: a new one, an empty one, or the grid's own.
-        dense: dense parent that replaces the grid's.
-        data: blend, or finished folder of `nemo-upcycle data`, that replaces the grid's data.
+        dense: dense parent, in place of the grid's parent.
+        data: blend, or finished folder of `nemo-upcycle data`, in place of the grid's data.
         at_once: trainings that run at the same time on this machine's cores.
 
     Raises:

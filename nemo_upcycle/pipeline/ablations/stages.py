@@ -17,7 +17,7 @@ from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
 
-#: Name of the stage that draws random weights. An arm with this parent is trained from nothing.
+#: Name of the stage that draws random weights. An arm with this parent is trained from scratch.
 UNTRAINED = "untrained"
 #: Path, in the grid's folder, of the suite that scores all trainings.
 SUITE = "suite/items"
@@ -31,8 +31,8 @@ class GridPlan(WorkPlan):
         name: name of the grid.
         dense: address of the dense parent; "" if the grid trains its own.
         data: a blend, or a finished folder.
-        parent: serialised recipe that trains the parent from random weights; None with `dense`. If every training has
-            another parent, only the recipe's model sizes are used.
+        parent: serialised recipe that trains the parent from random weights; None if `dense` is set. If no training
+            starts from this parent, only the recipe's model sizes are used.
         vocabulary: vocabulary size of the parent's tokenizer, which is trained on the blend.
         suite: suite that scores all trainings: a name in `conf/evaluation`, or a YAML file.
         cells: name of each training -> its serialised recipe.
@@ -149,7 +149,7 @@ def _parent(name: str) -> Callable[[Path, GridPlan], None]:
 
 
 def _train(name: str, work: Callable[[Path, Any], dict[str, Any]], after: tuple[str, ...], *, is_read: bool) -> Stage:
-    """Return the stage of a training. If later stages read its checkpoint, the checkpoint's files identify it."""
+    """Return the stage of a training. With `is_read`, the checkpoint's files identify the result."""
     stage = Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
     if not is_read:
         return stage

@@ -13,7 +13,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import output_folder
 
 
-#: Characters of the blend that train the tokenizer, shared among the sources by weight. Takes seconds.
+#: Number of characters of the blend that train the tokenizer, divided among the sources by weight. Training takes
+#: seconds.
 _CHARACTERS = 20_000_000
 _FIRST, _LAST, _PAD = "<s>", "</s>", "<pad>"
 _SEED = 1234

@@ -25,7 +25,7 @@ from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
 
 
-#: Prefixes of settings of the node `upcycling`. Commands of 0.3 wrote `spec.`.
+#: Prefixes of the settings under `upcycling`. Commands of release 0.3 used `spec.`.
 _NODE = ("upcycling.", "spec.")
 
 
@@ -72,13 +72,13 @@ def pipeline(
         dir: folder of the run: a new one, an empty one, or the run's own.
         dense: dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         recipe: recipe of the upcycled model, as Bridge names it; `package.module:function` for your own recipe.
-        dense_ct: recipe of the dense baseline; None omits the baseline. If it is the same as `recipe`, that recipe
-            trains the parent without upcycling it.
+        dense_ct: recipe of the dense baseline; None omits the baseline. If `dense_ct` equals `recipe`, the recipe
+            trains the parent without upcycling the parent.
         data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`; for
             fine-tuning recipes, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
             speeches, only without GPUs.
         evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
-        gpus: ranks of both trainings; None: as many as the recipe is for.
+        gpus: ranks of each training; None: the number that the recipe is made for.
         gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
         from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
         until_stage: `--until STAGE`: last stage to run.
@@ -121,7 +121,7 @@ def training_of(
     Args:
         recipe: name of the recipe.
         settings: `KEY=VALUE`, as Bridge's command line takes it; `upcycling.FIELD=VALUE` for the UpcycleSpec.
-        gpus: ranks; None: as many as the recipe is for.
+        gpus: ranks; None: the number that the recipe is made for.
         gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
 
     Raises:
@@ -173,10 +173,10 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
 
 
 def chain(known: KnownRecipe) -> Callable[..., run.Partial]:
-    """Register and return the chain of an upcycled model and its dense baseline, under NeMo's name and inputs.
+    """Register and return the chain of an upcycled model and its dense baseline, under the name and inputs in NeMo.
 
     Args:
-        known: recipe; Bridge has it.
+        known: recipe, which Bridge must have.
     """
     name, inputs = known.name, known.inputs
 

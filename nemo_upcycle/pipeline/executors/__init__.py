@@ -1,1 +1,1 @@
-"""The executors that run stages, one file per executor, and the settings of each stage there."""
+"""The executors that run stages, one file per executor, and the executors' settings for each stage."""

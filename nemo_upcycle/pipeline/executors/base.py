@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: GPU of an executor that names none. The recipes are written for it.
+#: GPU of an executor that names no GPU. The recipes are written for this GPU.
 USUAL_CARD = "h100"
 #: End of an error's subject if a key does not exist.
 _UNKNOWN_KEY = ": key"
@@ -41,7 +41,7 @@ def is_local(executor: Any) -> bool:
     """Return whether the stages run on this machine."""
     if executor is None:
         return True
-    from nemo_run import LocalExecutor  # takes seconds, which a stage's own process need not wait
+    from nemo_run import LocalExecutor  # takes seconds, which a stage's process must not lose
 
     return isinstance(executor, LocalExecutor)
 
@@ -60,7 +60,7 @@ class Cluster(ABC):
     settings_class: ClassVar[type]
     #: Seconds between two queries to the scheduler.
     poll_s: float = 15.0
-    #: Part of the table of performance settings that is for this scheduler; empty: none.
+    #: Part of the performance table that applies only to this scheduler; empty if there is no such part.
     performance_part: str = ""
     #: Whether the scheduler holds a job back until the jobs that it depends on have succeeded.
     holds_back: bool = False
@@ -80,12 +80,12 @@ class Cluster(ABC):
 
     @property
     def identity(self) -> str:
-        """Identity that no other scheduler has. Jobs of another scheduler may have the same ids."""
+        """Unique identity of the scheduler, because jobs of another scheduler may have the same ids."""
         return self.label
 
     @abstractmethod
     def wrong_for_all(self) -> list[UpcycleError]:
-        """List settings common to all stages that are missing or cannot work, without asking the scheduler."""
+        """List missing and unusable settings that are common to all stages, without asking the scheduler."""
 
     @abstractmethod
     def wrong_for(self, job: Job) -> list[UpcycleError]:
@@ -94,7 +94,7 @@ class Cluster(ABC):
     def wrong_settings(self, jobs: Sequence[Job]) -> list[UpcycleError]:
         """List settings that are missing, would be ignored, or do not fit these jobs, without asking the scheduler."""
         found = self.wrong_for_all()
-        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # then no stage's settings can be made
+        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # no stage's settings can be made
             return found
         for job in jobs:
             of_job = self.wrong_for(job) or failures([partial(self.render, job)])
@@ -142,11 +142,11 @@ class Cluster(ABC):
         return list(files)
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
-        """Render a job with the present settings, under the file names that it was submitted with as `identity`."""
+        """Render a job with the present settings, under the file names of the submitted job `identity`."""
         return self.render(job)
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Return files, by name, that submit the rendered jobs by hand; none by default."""
+        """Return files, by name, with which a user can submit the rendered jobs; none by default."""
         return {}
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Ask the scheduler for the states of jobs. A job that it does not know has ended."""
+        """Ask the scheduler for the states of jobs. A job that the scheduler does not know has ended."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
@@ -206,7 +206,7 @@ class Cluster(ABC):
         return name in getattr(settings, "env_vars", {})
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
-        """Return the times within which a training has to save; none if the scheduler sets no limit."""
+        """Return the time limits within which a training must save; none if the scheduler sets no limit."""
         return ()
 
     def goes_on(self, job: Job) -> bool:
@@ -234,7 +234,7 @@ def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
 
     Args:
         job: job of the stage.
-        given: variables that the site sets; HF_HOME or HF_HUB_CACHE among them decides instead.
+        given: variables that the site sets; if HF_HOME or HF_HUB_CACHE is among them, this variable decides instead.
     """
     return {} if {"HF_HOME", "HF_HUB_CACHE"} & set(given) else {"HF_HUB_CACHE": str(job.run_dir / "hub")}
 
@@ -301,12 +301,13 @@ def require_variables(names: Iterable[str]) -> None:
 def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
     """Check that a stage that needs GPUs asks for them, and that a training's nodes have one GPU per rank.
 
-    A training needs GPUs if `stage_jobs.needs_gpus` says so. Evaluation needs a GPU if a training of the run does.
+    A training needs GPUs if `stage_jobs.needs_gpus` says so. Evaluation needs a GPU if a training of the run needs
+    GPUs.
 
     Args:
         job: job of the stage.
         per_node: GPUs per node that the job asks for; None: some GPUs, but their number is unknown.
-        fix: fix in the message if the job asks for none.
+        fix: fix in the message if the job asks for no GPUs.
 
     Raises:
         UpcycleError: the job asks for no GPUs, or for too few.

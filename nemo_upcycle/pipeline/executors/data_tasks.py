@@ -14,8 +14,8 @@ from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler, Stag
 from nemo_upcycle.pipeline.executors.slurm_script import missing_mounts
 
 
-#: Settings that sbatch takes under the same name. Cores and memory are omitted: the file sizes them for the data
-#: stage, which is one job, while a task has one core.
+#: Settings that sbatch takes under the same name. Cores and memory are omitted, because the file gives the cores and
+#: memory of the whole data stage (one job), while a task has one core.
 _SBATCH = ("account", "qos", "constraint", "exclude", "network")
 
 
@@ -69,7 +69,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
                 fix=fix,
             )
         mounts = [*mine.container_mounts, *missing_mounts(job, mine.container_mounts)]
-        # Name our variables: an image's own variables win over all that are not named.
+        # Name our variables, because an image's own variables override all variables that are not named.
         named = dict.fromkeys([*(mine.container_env or []), *variables])
         srun += [f"--container-image={mine.container_image}", f"--container-mounts={','.join(mounts)}"]
         srun += [f"--container-env={','.join(named)}"] if named else []

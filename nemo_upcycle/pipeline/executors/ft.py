@@ -35,18 +35,20 @@ def ft_command(
 ) -> tuple[str, ...]:
     """Return the command for each node that runs `command` on the node's ranks and restarts all ranks when one fails.
 
-    Start it once per node, not once per rank; it sets the variables of torchrun. The launcher numbers the nodes by
-    `SLURM_PROCID`, or by `GROUP_RANK` outside Slurm. The recipe needs `hang_detection` among its callbacks, since only
-    this callback tells the launcher that a rank is alive. The recipe must also resume from its own checkpoints.
+    Start this command once per node, not once per rank. The command sets the variables of torchrun. The launcher
+    numbers the nodes by `SLURM_PROCID`, or by `GROUP_RANK` outside Slurm. The recipe needs `hang_detection` among its
+    callbacks, since only this callback tells the launcher that a rank is alive. The recipe must also resume from its
+    own checkpoints.
 
     Args:
-        command: command of a rank; its interpreter must have nvidia-resiliency-ext.
-        nodes: number of nodes; all of them must stay, since a layout fits only one number of ranks.
+        command: command of a rank; the command's interpreter must have nvidia-resiliency-ext.
+        nodes: number of nodes; no node may drop out, since a layout fits only one number of ranks.
         ranks_per_node: processes per node.
         endpoint: host and port of the first node, where the launchers meet; a shell expands the default.
         job: id that the launchers of one job share, and no other job has.
         silence_s: seconds between two signs of life of a rank.
-        save_s: seconds to save a checkpoint after SIGTERM to the launcher; the scheduler must wait as long.
+        save_s: seconds to save a checkpoint after SIGTERM to the launcher; the scheduler must wait equally long before
+            SIGKILL.
         restarts: number of restarts.
 
     Example:

@@ -1,4 +1,4 @@
-"""The job of a stage, its state in the scheduler, and the time it has to save."""
+"""The job of a stage, its state in the scheduler, and the time limit for a save."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Job:
 
     Args:
         name: name of the stage.
-        run_dir: the run's folder; the stage's own is `run_dir / name`.
+        run_dir: the run's folder; the stage's folder is `run_dir / name`.
         command: program and its arguments; every rank executes it.
-        after: stages that must be done before it.
+        after: stages that must be done before this stage.
         nodes: number of nodes.
         ranks_per_node: processes per node.
-        is_training: whether it saves checkpoints, stops on SIGTERM, and resumes from the last checkpoint.
-        reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
-        is_resumable: whether a new start resumes the work of an earlier one, as trainings do.
+        is_training: whether the stage saves checkpoints, stops on SIGTERM, and resumes from the last checkpoint.
+        reads: folders and files outside the run's folder that the stage reads: the dense model, the data, the suite.
+        is_resumable: whether a new start resumes the work of an earlier start, as trainings do.
         profile: how a training uses its GPUs; None for other stages, or if it is unknown.
         gpus: GPUs that each node must have; 0 if the stage needs none, or if the number is unknown.
     """
@@ -59,9 +59,10 @@ class JobState:
 
     Args:
         phase: phase of the job.
-        reason: the scheduler's words: why the job waits, or how it ended.
+        reason: the scheduler's text about why the job waits or how the job ended.
         is_abandoned: whether the job counts as ended although it may still start, so that it has to be cancelled.
-        is_orphaned: whether the job ended because the scheduler believes that a job it waits for has failed.
+        is_orphaned: whether the job ended because, according to the scheduler, an earlier job that it needs has
+            failed.
     """
 
     phase: Phase

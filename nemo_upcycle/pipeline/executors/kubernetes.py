@@ -26,12 +26,13 @@ _COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
 _NAMES_TRIED = 20
 #: Default seconds between SIGTERM and SIGKILL of a pod.
 _POD_GRACE_S = 30
-#: A restarted operator has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
+#: Smallest allowed `report_within_s`. Within this time, a restarted operator must be scheduled, start and get its
+#: lease. The lease is free 15 s after its last holder has ended.
 _LEAST_REPORT_S = 60
 
 
 class KubernetesScheduler(Cluster):
-    """Kubeflow jobs in a namespace. This client runs the chain: nothing in the cluster holds a stage back.
+    """Kubeflow jobs in a namespace. This client submits the stages in turn: nothing in the cluster holds a stage back.
 
     Args:
         executor: the user's settings.
@@ -129,8 +130,8 @@ class KubernetesScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
         """See `Cluster.submit`: return the name of the created job, and keep its manifest in the job's folder.
 
-        If the job of the last manifest exists and has not ended, it is taken for this job: the server may have
-        accepted the request although its answer was lost.
+        If the job of the last manifest exists and has not ended, this call returns the existing job. The server may
+        have accepted an earlier request although its answer was lost.
         """
         settings, number = self.settings_for(job.name), _next_number(job)
         last = f"{manifests.base_name(job)}-{number - 1}"
@@ -143,7 +144,7 @@ class KubernetesScheduler(Cluster):
             write_private(job.folder / f"{name}.yaml", yaml_text(document, width=119), private=holds_secret)
             try:
                 self._connected().create(resource_of(settings), document)
-            except TakenError:  # an earlier run in a folder of the same name has this name
+            except TakenError:  # an earlier run at the same path has this name
                 continue
             except UnreachableError:
                 self._api = None  # the next request reads the credentials anew
@@ -161,7 +162,7 @@ class KubernetesScheduler(Cluster):
         return state is None or state.phase is not Phase.ENDED
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """See `Cluster.states`. If the server does not answer, the last state stays, and its reason says so."""
+        """See `Cluster.states`. If the server does not answer, the last state stays, with the error as its reason."""
         return {identity: self._state(identity) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -249,7 +250,7 @@ class KubernetesScheduler(Cluster):
 
 
 def _next_number(job: Job) -> int:
-    """Return the number of a stage's next job: one more than the highest that its folder has a manifest for."""
+    """Return the number of a stage's next job: one more than the highest number of a manifest in its folder."""
     pattern = re.compile(rf"{re.escape(manifests.base_name(job))}-(\d+)\.yaml")
     found = (pattern.fullmatch(path.name) for path in job.folder.glob("*.yaml"))
     return max((int(match[1]) for match in found if match), default=0) + 1

@@ -33,7 +33,7 @@ class KubernetesApi:
 
     Args:
         kubeconfig: path of the file; empty: $KUBECONFIG or ~/.kube/config, then the pod's service account.
-        context: context of that file; empty: its current context.
+        context: context in the kubeconfig; empty: the current context.
 
     Raises:
         UpcycleError: the client is not installed, or there are no credentials.

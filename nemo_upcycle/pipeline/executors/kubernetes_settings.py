@@ -25,7 +25,7 @@ class NodeResources:
         gpus_per_node: GPUs.
         gpu_resource: the cluster's name for GPUs.
         extra_resources: further resources, such as `{"rdma/ib": 8}`.
-        shared_memory_gib: size of /dev/shm (GiB), which counts as memory; training needs it.
+        shared_memory_gib: size of /dev/shm (GiB), which training needs and which counts as memory.
     """
 
     cpus: int = 0
@@ -112,12 +112,12 @@ class JobSettings:
         annotations: annotations of the jobs and their pods.
         termination_grace_s: seconds that evicted ranks have to save a checkpoint (Trainer 2.3 and later, PyTorchJob).
         active_deadline_s: seconds after which a job is ended.
-        restarts: restarts of a training from its last checkpoint before it counts as failed (PyTorchJob; for a
-            TrainJob, its runtime sets them).
+        restarts: number of restarts from the last checkpoint before a training counts as failed (PyTorchJob only; the
+            runtime of a TrainJob sets this number).
         report_within_s: seconds after which a job counts as ended if no controller reports on it. If an operator's
             node is lost, the operator starts elsewhere after 5 minutes.
         kubeconfig: path of the kubeconfig; empty: $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: context of that file; empty: its current context.
+        context: context in the kubeconfig; empty: the current context.
     """
 
     namespace: str = "default"
@@ -138,8 +138,8 @@ class JobSettings:
 class KubernetesExecutor(PodSettings, NodeResources, JobSettings, SiteSettings, run.Executor):
     """The executor for Kubernetes: where and how its stages run.
 
-    NeMo-Run's own `KubeflowExecutor` is not used, for four reasons. Constructing it needs a kubeconfig, even if it
-    only has to show what it would do. It writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently,
+    NeMo-Run's own `KubeflowExecutor` is not used, for four reasons. Constructing `KubeflowExecutor` needs a
+    kubeconfig, even for a dry run. It writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently,
     together with the volumes, tolerations and pull secrets in it. It starts the next stage after a failed one. It
     never stops waiting for a job that was deleted. This executor also copies nothing into the pods: the plan of a run
     lies in the run's folder, on a claim that the pods mount.
@@ -166,7 +166,7 @@ class Resource:
         kind: name of the kind in manifests.
         pods: label of a job's pods that holds the job's name.
         operator: operator that must run in the cluster, with its oldest suitable release.
-        lacks: setting that this kind has no field for -> where it is set instead.
+        lacks: setting for which this kind has no field -> place where a user sets the value instead.
     """
 
     group: str

@@ -12,7 +12,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, NodeResources, PodSettings
 
 
-#: Fields of a toleration, and the possible values of fields that have few.
+#: Fields of a toleration. A field with few valid values lists these values.
 _TOLERATION: dict[str, tuple[str, ...]] = {
     "key": (),
     "operator": ("Exists", "Equal"),

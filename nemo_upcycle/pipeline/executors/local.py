@@ -1,4 +1,4 @@
-"""Run a stage on this machine: one process per rank, and none of them outlives the launcher.
+"""Run a stage on this machine with one process per rank. No rank outlives the launcher.
 
 NeMo-Run's local executor is not enough. It starts the next stage after a failed one, ends torchrun but not torchrun's
 workers, and obeys only the second Ctrl-C. Also, torchrun prints its own traceback below the stage's message.
@@ -26,7 +26,7 @@ USERS_MISTAKE = 2
 #: Seconds that ranks have to end by themselves after SIGTERM, and after another rank failed.
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
-#: Last lines of the log that are shown if a stage failed without explaining it.
+#: Number of lines from the end of the log that are shown if a stage failed without an explanation.
 _TAIL = 40
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
 #: Variables that tell a process which rank of which job it is. A shell in a Slurm allocation, or a job script, may
@@ -137,11 +137,12 @@ def _last_words(log: Path, name: str, status: int) -> str:
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """Hold a port of this machine while the block runs, so that only a rank's store can listen on it.
+    """Reserve a port of this machine while the block runs, so that only a rank's store can listen on the port.
 
-    Ranks import for seconds before the first of them listens. A port that was merely free may be taken by then. A
-    bound socket that does not listen keeps the port from every `bind` to any free port and from every outgoing
-    connection. It does not keep the port from a listener with SO_REUSEADDR, such as torch's store.
+    Ranks import for seconds before the first rank listens. Without a reservation, another process may take the port
+    meanwhile. This function binds a socket to the port and does not listen. Then the kernel gives the port to no
+    process that asks for any free port, and to no outgoing connection. A listener with SO_REUSEADDR, such as torch's
+    store, can still use the port.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -23,18 +23,19 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import (
 )
 
 
-#: Author of a runtime's patch; must look like a label with a domain.
+#: Name of a runtime patch's author; the name must look like a label with a domain.
 MANAGER = "nemo-upcycle/launcher"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-#: Name of the replicated job, and of the container in it, that run the ranks in Kubeflow's torch runtimes.
+#: In Kubeflow's torch runtimes, this is the name of the replicated job that runs the ranks, and of the job's
+#: container.
 _NODE = "node"
-#: Characters of the run and of the stage in a job's name. Pods are called NAME-node-0-NUMBER or NAME-worker-NUMBER,
-#: which must stay below 64 characters.
+#: Largest number of characters that the run's name, or the stage's name, has in a job's name. Pods are called
+#: NAME-node-0-NUMBER or NAME-worker-NUMBER, and a pod's name must stay below 64 characters.
 _RUN_CHARS = 20
 
-# Bash is the pod's first process. It also keeps the ranks' output in the run's folder, and passes SIGTERM on. torchrun
-# would kill its ranks 30 s after a SIGTERM, in the middle of a checkpoint. So the signal goes to torchrun's ranks, not
-# to torchrun, which waits for them.
+# Bash is the pod's first process. Bash also writes the ranks' output to the run's folder, and passes SIGTERM on.
+# torchrun would kill its ranks 30 s after a SIGTERM, in the middle of a checkpoint. So bash sends the signal to
+# torchrun's ranks. Torchrun gets no signal, and waits for its ranks.
 _WRAPPER = """\
 log=$1-node${PET_NODE_RANK:-0}.log; shift
 mkdir -p "$(dirname "$log")"
@@ -57,7 +58,7 @@ def pod_path(path: Path) -> Path:
 
 
 def label_of(text: str) -> str:
-    """Return a text in the form of the cluster's names: small letters, digits and hyphens, a letter first.
+    """Return a text in the form of the cluster's names: small letters, digits and hyphens; a letter is first.
 
     Example:
         >>> label_of("8B v2")
@@ -147,7 +148,7 @@ def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Ma
     restarts = settings.restarts if job.is_training else 0
 
     def replicas(number: int) -> dict[str, Any]:
-        # Not ExitCode, a policy that treats status 1 as final: torchrun always ends with 1 if its ranks fail.
+        # The policy ExitCode would treat status 1 as final, but torchrun always ends with 1 if its ranks fail.
         policy = "OnFailure" if restarts else "Never"
         return {"replicas": number, "restartPolicy": policy, "template": _pod(settings, container)}
 

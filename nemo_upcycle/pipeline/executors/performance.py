@@ -20,8 +20,8 @@ from nemo_upcycle.utils.conf import packaged, read_yaml
 TABLE = "conf/performance.yaml"
 ENVIRONMENT, SLURM = "environment", "slurm"
 NUMACTL, SEGMENT = "numactl", "--segment"
-#: Binds a rank to a memory node. Skipped if numactl is missing, or if Slurm gave the rank cores of another memory
-#: node.
+#: Shell line that binds a rank to a memory node. The line binds nothing if numactl is missing, or if Slurm gave the
+#: rank cores of another memory node.
 _BIND = (
     'bind="numactl --cpunodebind=$((SLURM_LOCALID/%s)) --membind=$((SLURM_LOCALID/%s))"; '
     '$bind true >/dev/null 2>&1 || bind=; exec $bind "$@"'
@@ -54,7 +54,7 @@ def performance_settings(
     Args:
         job: job of the stage.
         card: kind of GPU of the job's nodes.
-        scheduler: part of the table that is added to the variables; empty: none.
+        scheduler: part of the table whose settings are added to the variables; empty if nothing is added.
         container: whether the job runs in a container.
         changed: setting -> the user's value, which replaces the table's; None removes the setting.
 
@@ -80,7 +80,7 @@ def performance_settings(
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
-    """Gather the facts that the table's conditions refer to, by name, as far as they are known."""
+    """Gather the known facts to which the table's conditions refer, by name."""
     facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
     if profile := job.profile:
         facts |= asdict(profile)
@@ -113,7 +113,7 @@ def srun_options(found: Mapping[str, str]) -> list[str]:
 
 
 def segment(found: Mapping[str, str], nodes: int) -> int | None:
-    """Return how many nodes Slurm should place per rack: the largest divisor within the limit; None without a limit.
+    """Return the number of nodes per rack for Slurm (the largest divisor within the limit), or None without a limit.
 
     Example:
         >>> segment({"--segment": "18"}, 64)
@@ -130,7 +130,7 @@ def bound(found: Mapping[str, str]) -> list[str]:
 
 
 def performance_settings_here(job: Job) -> dict[str, str]:
-    """Return the variables for a training on this machine that its environment does not set; none without a GPU."""
+    """Return a training's performance variables that this environment does not set yet; none without a GPU."""
     if not torch.cuda.is_available() or getattr(job.profile, "accelerator", "auto") == "cpu":
         return {}
     words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())

@@ -34,7 +34,7 @@ CLUSTERS: tuple[type[Cluster], ...] = (
 )
 #: Name after `executor:` in a YAML file -> class of the scheduler's settings.
 KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
-#: Field that the chain sets itself -> what to do instead of setting it.
+#: Field that the chain sets itself -> what a user does instead of setting the field.
 _OWN = {
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
@@ -66,7 +66,7 @@ def executor_names() -> list[str]:
 
 
 def is_described(name: str) -> bool:
-    """Return whether a name is in conf/executors or is the path of a YAML file; otherwise it is a factory's."""
+    """Return whether a name is in conf/executors or is the path of a YAML file; otherwise it names a factory."""
     return name.endswith((".yaml", ".yml")) or name in executor_names()
 
 
@@ -119,7 +119,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
 
 @dataclass
 class _Stages:
-    """The table of stages, each with the executor's fields that it sets."""
+    """The table of stages: stage -> fields of the executor that are set for the stage."""
 
     stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
@@ -137,7 +137,7 @@ def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[s
 
 
 def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Parse the settings of the command line, for all stages and by stage. Text fields keep the words as they are."""
+    """Parse the command line's settings for all stages and for single stages. Text fields keep words unchanged."""
     kinds = typing.get_type_hints(schema)
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
@@ -156,7 +156,7 @@ def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str
         elif str in taken and not (bool in taken and text.lower() in ("true", "false")):
             found[name] = text
         else:
-            found[name] = text  # kept if it is not YAML; the field then refuses it
+            found[name] = text  # invalid YAML is kept as text, which the field then refuses
             with suppress(UpcycleError):
                 found[name] = parse_yaml(text, f"run.executor.{key}")
     return common, stages

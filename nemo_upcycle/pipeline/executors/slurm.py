@@ -74,9 +74,12 @@ class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
     Attributes:
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one per node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        counts_gpus: whether Slurm hands out GPUs; False if it does not know them (no GRES), so that jobs ask for none.
-        shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
-        python: interpreter of the stages; None: the container's `python`, or this process's without a container.
+        counts_gpus: whether Slurm hands out GPUs; False if Slurm does not know the GPUs (no GRES), so that jobs ask
+            for no GPUs.
+        shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like that of a single
+            machine.
+        python: interpreter of the stages; None: the container's `python`; without a container, this process's
+            interpreter.
         packager: packager of code for the nodes; sends nothing, because the package is installed there.
     """
 
@@ -124,7 +127,7 @@ class SlurmScheduler(Cluster):
 
     @classmethod
     def takes(cls, executor: Any) -> bool:
-        """See `Cluster.takes`. NeMo-Run's own Slurm executor goes here as well."""
+        """See `Cluster.takes`. This scheduler also takes NeMo-Run's own Slurm executor."""
         return isinstance(executor, run.SlurmExecutor)
 
     @functools.cached_property
@@ -158,7 +161,7 @@ class SlurmScheduler(Cluster):
         return found + wrong_values(mine, job)
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check`: try every job with `sbatch --test-only`, and check that nodes see its files."""
+        """See `Cluster.check`: try every job with `sbatch --test-only`, and check that nodes see the job's files."""
         self.check_settings(jobs)
         if shutil.which("sbatch") is None:
             fix = "start the command on the cluster's login node, or write the scripts with --render DIR"
@@ -186,11 +189,11 @@ class SlurmScheduler(Cluster):
     def sized(self, job: Job) -> run.SlurmExecutor:
         """Return the executor of a stage, with the nodes and ranks of the stage's job."""
         mine = self.settings_for(job.name)
-        # These are exported in the script: NeMo-Run would write `env_vars` without quotes, and their names in
+        # The script exports these variables, because NeMo-Run would write `env_vars` without quotes and with names in
         # capitals.
         fast = self.performance(job)
         # Without a container, a job starts in the folder where sbatch was typed, which may hold another clone.
-        # PYTHONSAFEPATH (from Python 3.11 on) keeps Python from importing it.
+        # PYTHONSAFEPATH (from Python 3.11 on) keeps Python from importing that clone.
         usual = hub_variables(job, mine.env_vars) if mine.container_image else {"PYTHONSAFEPATH": "1"}
         variables = usual | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
@@ -201,7 +204,8 @@ class SlurmScheduler(Cluster):
         # Without this setting, Slurm keeps jobs in the queue after a predecessor has failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         cpus_per_task = mine.cpus_per_task and mine.cpus_per_task * tasks
-        # srun of Slurm 22.05 to 24.05 does not inherit the setting, and 24.11 does not read SRUN_CPUS_PER_TASK.
+        # srun of Slurm 22.05 to 24.05 does not inherit the number of cores, and srun of 24.11 does not read
+        # SRUN_CPUS_PER_TASK.
         own_cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
         return dataclasses.replace(
             mine,
@@ -339,7 +343,7 @@ class SlurmScheduler(Cluster):
         return kind(f"Slurm refuses stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
 
     def _check_seen(self, path: Path, job: Job) -> None:
-        """Check that the nodes see a path that a stage reads or writes, as far as its file system tells."""
+        """Check that the nodes see a path that a stage reads or writes, judging by the path's file system."""
         kind = filesystem_type(path)
         if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
             return

@@ -1,4 +1,4 @@
-"""Read the answers of Slurm's commands: whether it accepts a job, why a job waits, how it ended, and the remedy."""
+"""Read the answers of Slurm's commands: whether it accepts a job, why a job waits, how a job ended, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 
 
-#: Words in the output of a command if the controller did not answer it.
+#: Words in the output of a command if the controller did not answer.
 NO_ANSWER = ("Unable to contact", "timed out")
 #: Slurm's variables that name the controller. All its other variables describe an allocation.
 OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
@@ -67,7 +67,7 @@ def last_line(text: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's variables without the variables of a Slurm allocation that it runs in."""
+    """Return this process's variables without the variables of a Slurm allocation around it."""
     is_inside = "SLURM_JOB_ID" in os.environ
     return {
         name: value
@@ -107,7 +107,7 @@ def refusal_hint(text: str) -> str:
 def ending(identity: str) -> str:
     """Return how a job ended.
 
-    The controller knows it for some minutes. The accounting, if the cluster has one, always knows it.
+    The controller remembers a job's end for some minutes. The accounting, if the cluster has one, always remembers it.
     """
     asked = ask("scontrol", "--oneliner", "show", "job", identity)
     found = dict(word.partition("=")[::2] for word in asked.stdout.split())
@@ -129,7 +129,7 @@ def waiting(job: str, reason: str, partition: str = "") -> JobState:
     Args:
         job: id of the job.
         reason: Slurm's reason.
-        partition: partition in which it waits; if there are several, the reason may hold for only one of them.
+        partition: partition in which the job waits; if there are several partitions, the reason may apply to only one.
 
     Example:
         >>> waiting("7", "JobHeldUser").reason

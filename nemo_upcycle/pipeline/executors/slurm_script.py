@@ -1,4 +1,4 @@
-"""The batch script around a stage. It requeues a stage that makes progress; paths that it cannot hold are refused."""
+"""Write the batch script around a stage, which requeues a stage that makes progress, and refuse unsuitable paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
 
-#: Paths that NeMo-Run may write into its script without quotes, and the folder whose name it replaces there.
+#: Paths that NeMo-Run may write into its script without quotes, and the folder whose name NeMo-Run replaces in the
+#: script.
 _PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
 #: Progress of a training: the step of its newest checkpoint, written by Megatron-Bridge or by NeMo.
 _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
@@ -25,11 +26,13 @@ _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/de
     } | sort -n | tail -n 1"""
 #: Progress of the data stage: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
-#: Replaces NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. Through the variable
-#: unset here, Slurm would pass SBATCH_EXPORT=NONE on to every srun, and no rank would even have a PATH.
+#: Replaces NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. This line also unsets
+#: a variable. Through the variable, Slurm would pass SBATCH_EXPORT=NONE on to every srun, and no rank would even have
+#: a PATH.
 PROLOGUE = "unset SLURM_EXPORT_ENV"
-#: The batch shell outlives the ranks, which are told to stop before the time limit, and decides by the stage's marker.
-#: Exit codes cannot decide: srun reports only one of several ranks, and a rank may crash after its work is done.
+#: The batch shell outlives the ranks, because the ranks are told to stop before the time limit. The shell then decides
+#: by the stage's marker whether the job has succeeded. Exit codes cannot decide: srun reports only one of several
+#: ranks, and a rank may crash after its work is done.
 _DECIDE = r"""
 stage={folder}
 rm -f "$stage/{ended}"  # of an earlier start
@@ -84,8 +87,8 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
 #: Lines for a training, whose ranks write a file when they are set up. A job that spends most of its time on setup
-#: gets only a step or two further, and would be requeued without end. The script reports such a job and counts it as
-#: no progress. One such job is allowed, since a file system may have been slow. `limit` excludes the time after the
+#: gets only a step or two further, and would be requeued without end. The script reports such a job as a job without
+#: progress. One such job is allowed, since a file system may have been slow. `limit` excludes the time after the
 #: signal.
 _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
         awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
@@ -157,7 +160,7 @@ def escaped(value: str) -> str:
 
 
 def require_plain(path: Path, *, in_container: bool) -> None:
-    """Check that NeMo-Run's batch script can hold a path."""
+    """Check that NeMo-Run's batch script can contain a path."""
     fix = "rename the folder, or make a link to it with a plain name"
     if not _PLAIN_PATH.fullmatch(str(path)):
         got = "a character that NeMo-Run's batch script does not quote"
@@ -170,7 +173,7 @@ def require_plain(path: Path, *, in_container: bool) -> None:
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
-    """Return mounts for the files of a stage that none of the user's mounts holds, each under its own path."""
+    """Return mounts for the stage's files that no user's mount covers. Files keep their paths in the container."""
     missing: list[str] = []
     for path in (job.run_dir, *job.reads):
         if not any(_holds(mount, path) for mount in [*mounts, *missing]):

@@ -34,7 +34,7 @@ class DiskForecast:
 
     @property
     def needed_bytes(self) -> int:
-        """Largest number of bytes that the run adds to the disk at one moment, as far as known."""
+        """Largest number of bytes that the run adds to the disk at one moment, without parts of unknown size."""
         kept = most = 0
         for number, use in enumerate(self.uses):
             beside = (other for other in self.uses[number + 1 :] if {use.stage, other.stage} <= self.at_once)
@@ -44,7 +44,7 @@ class DiskForecast:
 
     @property
     def fits(self) -> bool:
-        """Whether the known disk use fits."""
+        """Whether the known disk use fits into the free space."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
@@ -89,5 +89,5 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     size_bytes = training.facts.checkpoint_bytes
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
-    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # deletes old ones after saving
+    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # old ones go after a save
     return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

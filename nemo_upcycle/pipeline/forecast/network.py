@@ -22,7 +22,7 @@ from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.files import MARKER
 
 
-#: Variables that keep huggingface_hub off the network, and the values that it takes for yes.
+#: Variables that keep huggingface_hub off the network, and the values that switch these variables on.
 _OFFLINE, _TRUE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), ("1", "ON", "YES", "TRUE")
 
 
@@ -31,9 +31,11 @@ class NetworkForecast:
     """Items that stages fetch from networks because their caches lack them.
 
     Attributes:
-        stages: stage -> place -> items fetched from it, in the stages' order; stages that need no network are omitted.
+        stages: stage -> place -> items fetched from that place, in the order of the stages. Stages that need no
+            network are omitted.
         command: command that fetches everything beforehand; several commands are joined by &&.
-        offline: stage -> items that it lacks while a variable keeps it off the Hugging Face hub.
+        offline: stage -> items that the stage lacks and cannot fetch, because a variable keeps the stage off the
+            Hugging Face hub.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -60,7 +62,7 @@ def forecast_network(
     jobs: Mapping[str, Job],
     facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
-    """List everything that the stages of a run fetch. Use no network; look into the caches that this machine sees.
+    """List everything that the stages of a run fetch. Use no network, only the caches on this machine.
 
     Args:
         stages: stages that run.
@@ -99,7 +101,7 @@ def _fetch(plan: RunPlan, *inputs: str) -> str:
 
 
 def _variables(cluster: Cluster, job: Job) -> dict[str, Any]:
-    """Return the environment of a job, as far as it is known. A container's own caches are empty."""
+    """Return the known variables of a job. The caches in a container's image count as empty."""
     settings = cluster.settings_for(job.name)
     given = {name: value for name, value in (getattr(settings, "env_vars", None) or {}).items() if value is not None}
     if cluster.has_container(settings):

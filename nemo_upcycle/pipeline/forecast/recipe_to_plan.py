@@ -22,12 +22,13 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
 
     Args:
         accelerator: accelerator in the recipe.
-        executor: executor of the training, which may have a `card`, a name of `nemo-upcycle plan`; None: this machine.
+        executor: executor of the training; its field `card` may name the GPU as in `nemo-upcycle plan`. None: this
+            machine.
         resources: resources that the training asks the executor for.
 
     Returns:
-        The planner's GPU (None if there is none or the planner does not know it), and how the GPU was found or why
-        there is none.
+        The planner's GPU and a text. The GPU is None if the training has no GPU or the planner does not know the GPU.
+        The text says how the GPU was found, or why it is None.
     """
     if accelerator == "cpu":
         return None, "the recipe trains on the CPU"
@@ -44,7 +45,7 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
 
 
 def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEstimate]:
-    """Return the plan of a training's first steps and the plan of its later steps. Mostly they are the same.
+    """Return the plan of a training's first steps and the plan of its later steps. Mostly the two plans are equal.
 
     Args:
         facts: facts of the training.
@@ -87,7 +88,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEsti
 
 
 def _dispatcher(facts: TrainingFacts) -> str:
-    """Return the dispatcher of tokens to their experts. If every rank has all experts, nothing is sent.
+    """Return the name of the dispatcher that sends tokens to experts. If each rank has all experts, nothing is sent.
 
     Raises:
         SpecError: the size of NCCL EP's receive buffers is missing.

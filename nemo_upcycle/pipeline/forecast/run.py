@@ -56,7 +56,7 @@ class Forecast:
         settings: all settings of the run.
         performance: stage -> NVIDIA's performance settings of its training.
         unchecked: things that were not checked, one line each.
-        problems: errors that would stop the run before its end, as far as the checks and `hopeless` find them.
+        problems: errors that would stop the run before its end, found by the checks and by `hopeless`.
         read_too_often: one warning for each source of finished data that a training reads more often than allowed.
     """
 
@@ -84,7 +84,7 @@ class Forecast:
 
     @property
     def memory_misfits(self) -> tuple[str, ...]:
-        """Trainings that do not fit the memory of their GPUs, by an estimate that may be wrong; see `hopeless`."""
+        """Trainings that need more memory than their GPUs have. The estimate may be wrong; see `hopeless`."""
         return tuple(
             f"{name}: {_memory_text(training, 'does not fit')}"
             for name, training in self.trainings.items()
@@ -110,11 +110,11 @@ def forecast(
     """Forecast a run: its stages, memory, time, cost and disk. Write nothing, and ask no cluster or network.
 
     Args:
-        stages: stages that were asked for, a part of the chain.
+        stages: stages that were asked for: the chain or a part of it.
         run_dir: the run's folder; need not exist.
         plan: checked plan of the run.
-        cluster: cluster that runs the stages; None: this machine. Its executor may have a `price_per_gpu_hour`, and a
-            `card` as in `nemo-upcycle plan --gpu`.
+        cluster: cluster that runs the stages; None: this machine. The cluster's executor may have a
+            `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: jobs of the stages.
         typed: each typed argument or setting -> its value.
 
@@ -129,7 +129,7 @@ def forecast(
         stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
     models = {name: known.arch if known else None for name, known in facts.items()}
-    holds_back = cluster is not None and cluster.holds_back  # then a training waits only for its inputs
+    holds_back = cluster is not None and cluster.holds_back  # if so, trainings may run in parallel
     disk = forecast_disk(
         run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back, is_here=cluster is None
     )
@@ -183,9 +183,9 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
 
 
 def hopeless(forecast: Forecast) -> Iterator[UpcycleError]:
-    """Yield problems too large for an error of the estimate: far too little memory of a GPU, or time of a job.
+    """Yield problems that no estimation error explains: a GPU has far too little memory, or a job far too little time.
 
-    Estimates are within 25 %. A smaller excess is only a warning, or a misfit of the dry run.
+    Estimates differ from the truth by at most 25 %. A smaller problem is only a warning, or a misfit in a dry run.
     """
     for name, training in forecast.trainings.items():
         if not training.stage.runs:
@@ -278,6 +278,6 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
 def _memory_text(training: TrainingForecast, what: str) -> str:
     """Describe how full a GPU is, and name the command that searches for another layout."""
     gib = f"{training.memory_gib:.1f} of {training.gpu.memory_gib if training.gpu else 0} GiB"
-    recipe = training.facts.recipe.partition("_pretrain_")[0]  # keeps the start of Bridge's longer names
+    recipe = training.facts.recipe.partition("_pretrain_")[0]  # drops the end of Bridge's longer names
     search = f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
     return f"memory {what} ({gib} a GPU); search a layout: `{search}`"

@@ -15,7 +15,8 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
-#: Executor of a stage without an executor: this machine, or none, because a stage of several nodes cannot run here.
+#: Text for a stage without an executor: this machine, or no executor if the stage needs several nodes, because such a
+#: stage cannot run here.
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
 #: Reason given for a stage that has left no trace yet.
 NOT_RUN = "not run yet"
@@ -62,7 +63,7 @@ class StageForecast:
         nodes: number of nodes.
         ranks_per_node: processes per node.
         resources: resource -> amount that the stage asks the executor for.
-        save_limits: times within which a training has to save.
+        save_limits: time limits within which a training must save.
         is_requeued: whether the stage continues in another job when the time of its job is over.
         time_setting: field of the executor that sets the time of a job.
         time_fix: fix if this time is too short, with `{stage}` in place of the stage's name.
@@ -95,7 +96,7 @@ def forecast_stages(
     """Forecast what will happen to each stage.
 
     Args:
-        stages: a part of the chain, in its order; the stages before it are done.
+        stages: the chain or a part of it, in order; the stages before this part are done.
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
         cluster: scheduler of the stages; None: this machine.
@@ -132,11 +133,11 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         stage: the stage.
         run_dir: the run's folder.
         plan: plan of the run.
-        before: stage -> forecast, for the stages before it; a stage that is omitted is done.
+        before: earlier stage -> its forecast; an earlier stage without a forecast is done.
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
-    for name in again:  # its results are unknown until it has run
+    for name in again:  # the stage's results are unknown until it has run
         inputs.pop(CONTENT + name, None)
     done = folder.done_from()
     if done is not None and not changed_inputs(done, inputs):
@@ -162,7 +163,7 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Join names into a phrase, without the words that tell settings from stages in a marker.
+    """Join the names of a marker's inputs into a phrase, without the prefixes `setting` and `stage`.
 
     Example:
         >>> _listed(["setting dense", "stage import", "setting data"])

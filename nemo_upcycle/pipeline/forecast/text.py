@@ -1,4 +1,4 @@
-"""Render a forecast for a console of 120 columns: the facts for a decision on one screen, or all with `verbose`."""
+"""Render a forecast for 120 columns: one screen with the facts for a decision, or all facts with `verbose`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_upcycle.utils.masking import without_secrets
 
 WIDTH = 119
 _INDENT, _GOES_ON = "  ", " \\"
-#: Rows of the table of trainings that fit on one screen.
+#: Rows of the trainings' table that are shown without `verbose`, so that the forecast fits on one screen.
 _DECISIVE = (
     *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step", "time", "cost", "jobs", "checkpoint"),
 )
@@ -66,7 +66,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
 
 
 def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:
-    """Break a text into lines. A command in backticks continues on the next line in a form that a shell takes."""
+    """Break a text into lines. If a command in backticks is broken, a shell still accepts it."""
     room -= len(_GOES_ON) * ("`" in text)
     lines = textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
     ends = accumulate(line.count("`") for line in lines)
@@ -84,7 +84,7 @@ def _asked(stage: StageForecast) -> dict[str, str]:
 
 
 def _common(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Keep the entries that all mappings share; none if not even the executors are equal."""
+    """Return the entries that all mappings share; nothing if the executors differ."""
     first = rows[0] if rows else {}
     found = {name: value for name, value in first.items() if all(row.get(name) == value for row in rows)}
     return found if "" in found else {}
@@ -95,7 +95,7 @@ def _phrase(asked: Mapping[str, str]) -> str:
 
 
 def _stage_lines(stages: Sequence[StageForecast], common: Mapping[str, str], *, verbose: bool) -> Iterator[str]:
-    """Yield a line for each stage without the common entries. Successive stages with equal texts share a line."""
+    """Yield a line for each stage, without `common` entries. Successive stages with equal texts share a line."""
     rows = []
     for stage in stages:
         own = {name: value for name, value in _asked(stage).items() if common.get(name) != value}
@@ -231,7 +231,7 @@ def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
-    """Yield which stages fetch from where (in detail with `verbose`), and the command that fetches it all first."""
+    """Yield the stages that fetch, their sources (with `verbose`, the items), and a command that fetches all first."""
     if not network.stages:
         return
     width = max(map(len, network.stages))

@@ -73,7 +73,7 @@ class TrainingForecast:
         return self.fullest.memory.total / GIB if self.fullest else 0.0
 
     def _time_s(self, steps: int, first_steps: int) -> float | None:
-        """Return the seconds of steps, some of them first ones, without evaluation, checkpoints and failures."""
+        """Return the seconds of `steps`, including `first_steps`, without evaluation, checkpoints and failures."""
         if self.first is None or self.later is None:
             return None
         return first_steps * self.first.time.total + (steps - first_steps) * self.later.time.total
@@ -96,7 +96,7 @@ class TrainingForecast:
 
     @property
     def jobs_left(self) -> int | None:
-        """Jobs that the steps still to do take if none is interrupted; None without a time limit or an estimate."""
+        """Number of jobs for the remaining steps without interruptions; None without a time limit or an estimate."""
         if self.limit_s is None or self.seconds_left is None:
             return None
         return math.ceil(self.seconds_left / self.limit_s)
@@ -121,7 +121,8 @@ class TrainingForecast:
             return None
         if not self.stage.is_requeued:
             return self.seconds_left if self.seconds_left > WORST_ERROR * limit_s else None
-        # The job is told to stop this long before its end, and needs time for one step before that.
+        # The job is told to stop some seconds before its end (the save limit), and needs time for one step before
+        # this.
         needed_s = min((limit.seconds for limit in self.stage.save_limits), default=0) + self.slowest_step_s
         return needed_s if needed_s >= limit_s else None
 
@@ -138,7 +139,7 @@ class TrainingForecast:
 
     @property
     def slowest_step_s(self) -> float:
-        """Time of the slowest step (seconds), which ends before an early save begins; 0 without an estimate."""
+        """Time of the slowest step (seconds); an early save waits for the step's end. 0 without an estimate."""
         return max((plan.time.total for plan in (self.first, self.later) if plan), default=0.0)
 
     def save_gib_s(self, limit: SaveLimit) -> float:
@@ -158,7 +159,7 @@ class TrainingForecast:
 
     @property
     def longest_loss_s(self) -> float | None:
-        """Time of the work lost by a kill just before a checkpoint is written (seconds); None without an estimate."""
+        """Time of the lost work (seconds) if a kill comes just before a checkpoint; None without an estimate."""
         lost = min(self.facts.saving.every_n_steps, self.facts.steps)
         losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.computation.first_steps))]
         return max((loss for loss in losses if loss is not None), default=None)
@@ -201,7 +202,7 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
 
 
 def time_limit_s(text: str) -> float | None:
-    """Return a time limit in seconds, from Slurm's form or from a number with an s; None for other texts.
+    """Convert a time limit to seconds, from Slurm's form or from a number followed by s; return None for other texts.
 
     Example:
         >>> [time_limit_s(text) for text in ("4:00:00", "1-12", "1-12:30", "90", "30:15", "3600s", "infinite")]
@@ -213,8 +214,8 @@ def time_limit_s(text: str) -> float | None:
     if not match:
         return None
     numbers = [int(part) for part in match["parts"].split(":")]
-    # After days come hours, minutes, seconds. Without days come minutes, or minutes and seconds, or hours, minutes and
-    # seconds.
+    # The numbers after the days are hours, minutes and seconds. Without days, one number is minutes, two numbers are
+    # minutes and seconds, and three numbers are hours, minutes and seconds.
     if match["days"] is not None:
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:

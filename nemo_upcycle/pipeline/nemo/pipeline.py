@@ -79,7 +79,7 @@ def pipeline(
 
 
 def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator[UpcycleError]:
-    """Yield settings from the command line or a YAML file that the stages would replace.
+    """Yield an error for each setting on the command line or in a YAML file that the stages would replace.
 
     Args:
         ctx: NeMo-Run's context of the command.
@@ -111,7 +111,7 @@ class PretrainContext(CheckedContext):
 
 
 class _OthersContext(run.cli.RunContext):
-    """NeMo-Run's own context, unless the recipe of a user's factory or YAML file turns out to upcycle."""
+    """NeMo-Run's own context, which also checks a user's recipe (factory or YAML file) if the recipe upcycles."""
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         try:

@@ -29,7 +29,7 @@ with quiet_imports():
 
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")  # `nemo upcycle ablate`
 
-#: Model of the demo. A laptop trains it on two ranks, and has enough memory for it if layers are recomputed.
+#: Model of the demo. A laptop trains the model on two ranks, and has enough memory if layers are recomputed.
 _ON_LAPTOPS = "smollm2_135m"
 
 
@@ -59,7 +59,7 @@ def _register_model(name: str, make: Callable[[], Any]) -> None:
 
 
 def chains(model: str, recipe: ModuleType) -> dict[str, Callable[..., run.Partial]]:
-    """Make the chains of a model's file, by their names on the command line.
+    """Make the chains of a model's file: name on the command line -> chain.
 
     Args:
         model: name of the model.
@@ -91,7 +91,7 @@ def _cluster_chain(name: str, recipe: ModuleType) -> Callable[..., run.Partial]:
             dir (str): Folder of the run.
             num_nodes (int): Number of compute nodes of the two trainings.
             num_gpus_per_node (int): Number of GPUs per node.
-            performance_mode (bool): Use the fast run of both trainings.
+            performance_mode (bool): Use the recipes' performance mode in both trainings.
             dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
             data (str): Blend, or finished folder of `nemo-upcycle data`.
 
@@ -128,8 +128,8 @@ def _few_steps_chain(name: str, recipe: ModuleType) -> Callable[..., run.Partial
         Args:
             dir (str): Folder of the run.
             dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-            processes (int | None): Ranks of each training; the experts are spread over them. None: one rank; in the
-                demo two, or one on a machine with one GPU.
+            processes (int | None): Ranks of each training; the experts are spread over the ranks. None: one rank. The
+                demo uses two ranks, or one rank on a machine with one GPU.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -162,7 +162,7 @@ def _tuning_chain(name: str, recipe: ModuleType, on_laptops: bool) -> Callable[.
         data: str = CONVERSATIONS,
         peft_scheme: Optional[str] = usual,
     ) -> run.Partial:
-        """Create the whole chain: import, pack, upcycle, tune, tune the dense model alike, export, evaluate, report.
+        """Create the whole chain: import, pack, upcycle, tune, tune the dense parent, export, evaluate, report.
 
         Args:
             dir (str): Folder of the run.

@@ -16,13 +16,14 @@ from nemo_upcycle.utils.files import read_json_lines, whole_file
 from nemo_upcycle.utils.locks import take_lock
 
 
-#: The asset's files with one answer to each question. The other files chat, or give several answers to one question.
+#: Files of the asset that have one answer to each question. The other files are small talk, or have several answers to
+#: one question.
 SUBJECTS = ("tech_support", "trivia", "coding")
 LETTERS = "ABCD"
 
 
 def address_files(entries: Iterable[object]) -> list[Path]:
-    """Return the files of the addresses of some years, fetched on first use.
+    """Return the files with the addresses (speeches) of some years. The files are fetched on first use.
 
     Args:
         entries: years like `2007`, or ranges of years like `1946-2005`.
@@ -104,7 +105,7 @@ def mmlu_questions(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dict per question, in the order of the file: `question` (str), `choices` (four str), `answer` (0 to 3) and
-        `subject` as lm-eval spells it (`high_school_us_history`). The whole file gives 14,042.
+        `subject` as lm-eval spells it (`high_school_us_history`). The whole file gives 14,042 questions.
 
     Raises:
         UpcycleError: the file is missing.

@@ -1,7 +1,7 @@
 """Convert the demo's model, a Llama in GGUF with a byte-level BPE tokenizer, to a Hugging Face folder.
 
 Only the `gguf` package reads the file, so the result does not depend on the GGUF support of a transformers release.
-Releases differ in the files that they accept, in whether the result may be saved, and in the tokenizer that they
+transformers releases differ in which files they accept, whether they can save the result, and which tokenizer they
 rebuild. Quantised weights are dequantised, so the result is an ordinary float checkpoint. The file is an asset with a
 known hash, so its contents are not checked here.
 """
@@ -49,7 +49,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
 
     Args:
         gguf_path: the asset's dense `llama` model with a tied embedding and SmolLM's tokenizer.
-        output: folder to create, complete with its success marker.
+        output: folder to create, including its success marker.
         base_model: name of the file's model on the Hugging Face hub, for the model card.
 
     Returns:
@@ -77,7 +77,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
         tensors = track(reader.tensors, "dequantise", len(reader.tensors))
         weights = dict(_converted(tensor, config) for tensor in tensors)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # other users cannot read it otherwise
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # so that other users can read it
         _write_tokenizer(fields, folder)
         _write_card(fields, folder, gguf_path.name, base_model)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -87,7 +87,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
 
 
 def _write_card(fields: dict[str, Any], folder: Path, name: str, base_model: str | None) -> None:
-    """Write a model card with the file's licence and languages, which hold for all models that are made from it."""
+    """Write a model card with the file's licence and languages, which apply to all models made from the file."""
     known = {"base_model": base_model, "license": fields["general.license"], "language": fields["general.languages"]}
     text = f"---\n{yaml_text(known)}---\n\nThe weights of {plain(name)}, dequantised.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -131,7 +131,7 @@ def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
     values = torch.from_numpy(np.require(array, requirements="W")).reshape(shape)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     if name in heads:
-        # GGUF rotates neighbouring rows as pairs, Hugging Face pairs the two halves of a head
+        # GGUF rotates pairs of neighbouring rows. In Hugging Face, a pair has one row from each half of a head.
         pairs = values.view(heads[name], config["head_dim"] // 2, 2, shape[1])
         values = pairs.transpose(1, 2).reshape(shape)
     prefix = f"model.layers.{layer}." if layer else ""
@@ -148,7 +148,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
-    # GGUF's tag `smollm` means these two. Without Digits, spaces before a number would be split differently.
+    # GGUF's tag `smollm` means these two steps. Without Digits, spaces before a number would be split differently.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -165,7 +165,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # Llama's forward refuses token_type_ids
         "model_max_length": fields["llama.context_length"],
-        "tokenizer_class": "PreTrainedTokenizerFast",  # every transformers release has it
+        "tokenizer_class": "PreTrainedTokenizerFast",  # every transformers release has this class
         "chat_template": fields["tokenizer.chat_template"],
     }
     write_json(folder / "tokenizer_config.json", settings)

@@ -25,8 +25,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 def package_texts(name: str) -> Path:
     """Return the texts of a package as JSON lines (`id`, `text`), fetched with apt-get on first use.
 
-    Each `.txt` file is one document, including the files of sphinx. The articles of a dictionary are joined into
-    documents of about 4,000 characters. Nothing is installed, and no script of the package is run.
+    Each `.txt` file is one document, including source files of Sphinx pages. The articles of a dictionary are joined
+    into documents of about 4,000 characters. Nothing is installed, and no script of the package is run.
 
     Args:
         name: name of the package in apt.
@@ -60,7 +60,7 @@ def _write(name: str, path: Path) -> None:
     with scratch_folder(path) as folder:
         _run(name, ["apt-get", "-qq", "download", name], folder)
         packages = list(folder.glob(f"{name}_*.deb"))
-        if len(packages) != 1:  # if no package has the name, apt reads its dots as a pattern
+        if len(packages) != 1:  # if no package has the name, apt reads dots in it as wildcards
             raise UpcycleError(
                 f"Package {name}",
                 kind="state",

@@ -30,7 +30,7 @@ class BlendDataset(DatasetProvider):
         folder: a finished folder of `nemo-upcycle data`; all nodes must share it.
         seq_length: sequence length (tokens).
         seed: seed of the order of the sequences; None: the manifest's.
-        indices: folder in which the first rank writes the order of the samples, shared by all nodes; None: `indices`
+        indices: folder, shared by all nodes, in which the first rank writes the order of the samples; None: `indices`
             in the data folder.
 
     Example:
@@ -44,7 +44,7 @@ class BlendDataset(DatasetProvider):
     dataloader_type: Any = "single"
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """Return the training sequences and, if wanted, validation sequences; the first rank logs the tokens to read.
+        """Return the training sequences and, if wanted, validation sequences; the first rank logs the token count.
 
         Raises:
             UpcycleError: the folder is not finished or damaged, or a split is shorter than one sequence.
@@ -52,7 +52,7 @@ class BlendDataset(DatasetProvider):
         blend = open_blend(self.folder)
         paths = blend.paths(self.seq_length)
         batch = get_current_global_batch_size()
-        once = context.test_samples  # samples of one validation: as many as for one test
+        once = context.test_samples  # a validation has as many samples as a test
         cache = index_folder(blend, self.indices)
         config = GPTDatasetConfig(
             random_seed=blend.manifest["seed"] if self.seed is None else self.seed,
@@ -69,7 +69,7 @@ class BlendDataset(DatasetProvider):
             eod_mask_loss=False,
             create_attention_mask=False,  # attention is causal
         )
-        # One step more than the run has: a finished run may be started again, and must find samples.
+        # One step more than the run has, because a finished run that is started again must find samples.
         wanted = [context.train_samples + batch, once or None, None]
         builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0

@@ -88,7 +88,7 @@ class BridgeLossGuard(Callback):
         if limit is None or not self._stops:
             return
         checkpoint = context.state.cfg.checkpoint
-        maybe_finalize_async_save(context.state, checkpoint, blocking=True)  # a checkpoint being written is good
+        maybe_finalize_async_save(context.state, checkpoint, blocking=True)  # this checkpoint is older than the spike
         kept = newest_checkpoint(Path(checkpoint.save))
         raise UpcycleError(
             f"loss of step {step}",
@@ -102,8 +102,8 @@ class BridgeLossGuard(Callback):
 class Heartbeat(Callback):
     """Tells `ft_launcher` after each step that this rank is alive; see `pipeline.executors.ft.ft_command`.
 
-    The callback continues without its watcher. If a scheduler sends SIGTERM to all processes of a job, the watcher
-    ends at once, but the ranks have to save first.
+    The callback keeps working after its watcher has ended. If a scheduler sends SIGTERM to all processes of a job, the
+    watcher ends at once, but the ranks must still save.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Heartbeat(Callback):
         self._beat()
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Ask for the end of the watching, because the work after the training may take any time."""
+        """Tell the watcher to stop, because the work after the training may take any time."""
         with contextlib.suppress(*self._gone):
             self._client.shutdown_workload_monitoring()
 

@@ -40,7 +40,7 @@ def _settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         elif field.name == "activation_func":
             yield name, callable_to_str(value)
         elif not callable(value):
-            yield name, list(value) if isinstance(value, tuple) else value  # overrides do not distinguish the two
+            yield name, list(value) if isinstance(value, tuple) else value  # overrides have only lists
 
 
 def word(value: Any) -> str:

@@ -25,9 +25,9 @@ class ChatDataset(DatasetProvider):
     """The data of a tuning, for Bridge's `config.dataset`.
 
     A sample is a pack of conversations that do not see each other, with a loss on their answers. The packs are read
-    epoch by epoch. Each epoch has its own order, which depends on `seed` alone. Therefore a longer run, the dense
-    baseline, and a tuning in NeMo see the same first samples. Every validation reads the same packs, which were held
-    back for it.
+    epoch by epoch. Each epoch has a different order, which depends only on `seed`. Therefore a longer run, the dense
+    baseline, and a tuning in NeMo see the same first samples. Every validation reads the same packs, which are not
+    used for training.
 
     Args:
         folder: a finished folder of `nemo-upcycle chat`; all nodes must share it.
@@ -120,7 +120,7 @@ def check_balancing(model: Any) -> None:
     """Check that no router loss counts the tokens that pad a sequence or a pack.
 
     Raises:
-        SpecError: `seq_aux_loss` is set, which counts them.
+        SpecError: `seq_aux_loss` is set, which counts these tokens.
     """
     if "seq_aux_loss" in (kinds := model.moe_router_load_balancing_type):  # a name, or a list of them
         raise SpecError(

@@ -32,7 +32,7 @@ from nemo_upcycle.utils.children import shield_children
 
 #: Names in the stage's folder: the folder of a run's checkpoints, and the file with Bridge's output.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
-#: Module in which a name without a module is looked up. A plan holds names.
+#: Module in which a recipe's name is looked up if the name has no module. A plan stores recipes by name.
 _RECIPES = "nemo_upcycle.recipes"
 #: Settings that follow from the folders of the stage and of the data.
 _PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder", "logger.tensorboard_dir")
@@ -55,7 +55,7 @@ def find_recipe(name: str) -> Callable[..., ConfigContainer]:
             raise UpcycleError.unknown("recipe", name, recipes)
         return recipes[name]
     module, _, function = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there
+    if (here := str(Path.cwd())) not in sys.path:  # a console script does not search the current folder
         sys.path.insert(0, here)
     try:
         found: Any = getattr(importlib.import_module(module), function)
@@ -82,11 +82,11 @@ def load_config(
         recipe: see `find_recipe`.
         settings: overrides `KEY=VALUE`, as Bridge's command line takes them.
         dense: dense checkpoint that replaces the recipe's own.
-        changes: fields of the node `upcycling` that are to differ; None: train the parent itself in the recipe's way.
+        changes: fields of the node `upcycling` that are to differ; None: train the parent itself with the recipe.
 
     Raises:
-        UpcycleError: the recipe does not exist, it starts from no dense checkpoint or from several, or a setting does
-            not exist or does not take its value.
+        UpcycleError: the recipe does not exist, the recipe starts from no dense checkpoint or from several, or a
+            setting does not exist or has an invalid value.
     """
     config = _made(recipe, dense)
     parents = getattr(config, "parents", ())
@@ -145,7 +145,7 @@ def _made(recipe: str, dense: Path) -> Any:
 
 
 def tunes(recipe: str) -> bool:
-    """Return whether a recipe trains on conversations, from `on_gpus` or else from the data of its configuration."""
+    """Return whether a recipe trains on conversations, as `on_gpus` states or else as the configured data show."""
     make = find_recipe(recipe)
     if (said := job_of(make).tunes) is not None:
         return said
@@ -198,9 +198,9 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
     else:
         config.dataset.folder = str(open_blend(data_folder).folder)
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
-    if config.logger.tensorboard_dir:  # null turns it off
+    if config.logger.tensorboard_dir:  # null turns TensorBoard off
         config.logger.tensorboard_dir = str(folder / "tb_logs")
-    if torch.cuda.is_available():  # a step on a CPU is too long to wait for: there a signal ends the run at once
+    if torch.cuda.is_available():  # on a CPU a signal ends the run at once, because steps take long
         config.train.exit_signal_handler = True
 
 
@@ -238,6 +238,6 @@ def run_config(
 
 @contextlib.contextmanager
 def _printed_to(log: Path) -> Iterator[None]:
-    """Append Bridge's output to a file; ranks print one at a time, or only the first and the last rank print."""
+    """Append Bridge's output to a file, which stays readable because Bridge's ranks do not print at the same time."""
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield

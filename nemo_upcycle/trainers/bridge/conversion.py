@@ -1,8 +1,8 @@
 """Bridges for the families whose classes Megatron-Bridge lacks, generated from the families and the mapping table.
 
-Once this module is imported, `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM`, and the
-class of every other family that was registered before and that Bridge does not know. Bridge's own bridges of MoE
-classes then export upcycled models, too, and add the tensors that the class has but such a model lacks.
+Once this module is imported, `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM`, and other
+classes that Bridge does not know, if their families were registered before the import. Bridge's own bridges of MoE
+classes then export upcycled models, too. They add the tensors that the class has and the upcycled model lacks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _LAYER = re.compile(r".*?layers\.\d+\.")
 
 
 class UpcycledExport(MegatronModelBridge):
-    """Exports upcycled models of a family, and adds tensors that only the class has; see `MoeFamily.constants`."""
+    """Exports upcycled models of a family, and adds the tensors that only the class has; see `MoeFamily.constants`."""
 
     family: Family
 
@@ -89,7 +89,7 @@ class UpcycledExport(MegatronModelBridge):
         models = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         if conversion_tasks is None:
             conversion_tasks = self.build_conversion_tasks(hf_pretrained, unwrap_model(models), weight_dtype)
-            weight_dtype = None  # the tasks have it already
+            weight_dtype = None  # the tasks already contain this type
         weights = super().stream_weights_megatron_to_hf(
             models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights, weight_dtype
         )
@@ -118,7 +118,7 @@ class UpcycledExport(MegatronModelBridge):
                 yield HFWeightTuple(other, constants[other].to(weight.device).contiguous())
         (output,) = self.family.names["output"]
         if output not in made and embedding is not None and not arch.tied_embeddings:
-            yield HFWeightTuple(output, embedding.clone())  # tied in Megatron if a builder made the model
+            yield HFWeightTuple(output, embedding.clone())  # a builder's model has one tensor for both
 
     def _lacks_gate(self, absent: list[str]) -> bool:
         """Return whether a factor makes up for a missing gate; always true if the class has no gate."""
@@ -167,8 +167,8 @@ def _factors(family: Family, arch: Architecture) -> dict[str, float]:
 class FamilyBridge(UpcycledExport):
     """Bridge of a family, in the form that `AutoBridge` finds.
 
-    The Megatron model has every tensor that the class always has. If the upcycled model lacks such a tensor, it holds
-    the folder's zeros.
+    The Megatron model has every tensor that the class requires. If the upcycled model lacks such a tensor, the
+    Megatron model has the zeros that the folder contains for this tensor.
 
     Example:
         >>> AutoBridge.from_hf_pretrained("runs/demo/hf").to_megatron_provider()  # doctest: +SKIP
@@ -192,7 +192,7 @@ class FamilyBridge(UpcycledExport):
 
 def _mappings(family: Family) -> Iterator[Any]:
     for mapping in MAPPINGS:
-        if mapping in DELTA_MAPPINGS:  # Bridge has these itself, in its own classes
+        if mapping in DELTA_MAPPINGS:  # Bridge's own classes have these mappings
             continue
         names = family.names.get(mapping.role, ())
         theirs = [name.format(layer="*", expert="*") for name in dict.fromkeys(names)]
@@ -215,6 +215,6 @@ for _family in (*parents(), *targets()):
     _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
     _is_known = _family.hf_class in AutoBridge.list_supported_models()
     if any(is_stacked(_name) for _names in _family.names.values() for _name in _names):
-        continue  # nor do they support one tensor for all experts
+        continue  # Bridge's mappings do not support one tensor for all experts either
     if isinstance(_family, MoeFamily) if _is_known else not _loses_factor:
         _register(_family)

@@ -1,4 +1,4 @@
-"""Supply on a CPU whatever Megatron-Bridge takes for granted of CUDA, as `cpu.patches` does for Megatron-Core."""
+"""Let Megatron-Bridge run on a CPU by replacing things that need CUDA, as `cpu.patches` does for Megatron-Core."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from nemo_upcycle.cpu.configuration import configure_for_cpu
 def start_without_cuda() -> None:
     """Let Bridge's set-up start over gloo, and seed Megatron's named random states.
 
-    Without this patch: AssertionError, "Megatron requires CUDA"; ValueError, "ProcessGroupNCCL is only supported with
-    GPUs"; and dropout finds no random state, because Bridge seeds the states only if it counts a CUDA device.
+    Without this patch, the set-up raises an AssertionError, "Megatron requires CUDA", or a ValueError,
+    "ProcessGroupNCCL is only supported with GPUs". Dropout finds no random state, because Bridge seeds the states only
+    if there is a CUDA device.
     """
     from megatron.bridge.training import initialize, setup
     from megatron.core.tensor_parallel import random
@@ -38,8 +39,8 @@ def start_without_cuda() -> None:
 def use_compiled_helpers() -> None:
     """Use the compiled dataset helpers that are installed.
 
-    Without this patch the process ends, "Failed to compile the C++ dataset helper functions": the package from the
-    index has the helpers compiled, but no Makefile.
+    Without this patch the process ends with "Failed to compile the C++ dataset helper functions", because the PyPI
+    package contains the compiled helpers but no Makefile.
     """
     from megatron.bridge.training import initialize
 
@@ -59,7 +60,7 @@ def keep_random_states() -> None:
 def build_without_transformer_engine() -> None:
     """Configure a builder's model for the CPU before it is built.
 
-    Without this patch the layers are Transformer Engine's, whose modules need a GPU.
+    Without this patch the model gets layers of Transformer Engine, which need a GPU.
     """
     from megatron.training.models.base import ModelBuilder
 

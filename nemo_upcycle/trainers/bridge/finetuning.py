@@ -20,9 +20,10 @@ from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
 def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> None:
     """Let a fine-tuning start from the newest checkpoint of an upcycled run, or of its dense baseline.
 
-    Sets the model of the run's spec, with the parent's vocabulary. Bridge's recipes would take the tokenizer's
-    vocabulary, padded, and the run's checkpoint has no such rows. Biases that balance the experts stay, and keep
-    changing. The parent's `config.json` must still be at its original place.
+    The configuration gets the model that the run's spec describes, with the parent's vocabulary size. Bridge's recipes
+    would use the padded size of the tokenizer's vocabulary, and the run's checkpoint has no rows for the padding.
+    Biases that balance the experts are kept, and the fine-tuning continues to adjust these biases. The parent's
+    `config.json` must still be at its original place.
 
     Args:
         config: configuration of the fine-tuning; changed in place. Its data set defines the sequence length.

@@ -42,8 +42,9 @@ def add_pre_wrap_hook(model: Any, hook: Callable[[list[Any]], list[Any]]) -> Non
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
     """Make newly built chunks refuse their first pass if nothing has given them weights by then.
 
-    Until then their norms and biases are NaN. Any code that fills or loads a model replaces the NaNs. A computation
-    that does not call the chunk itself, such as a schedule that runs its layers one by one, ends with a loss of NaN.
+    Until then, the norms and biases of the chunks are NaN. Any code that fills or loads a model replaces the NaNs. A
+    computation that does not call the chunk itself, such as a schedule that runs the chunk's layers one by one, ends
+    with a loss of NaN.
 
     Args:
         dense: checkpoint that should fill the chunks.
@@ -75,5 +76,5 @@ def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
 
 
 def _vectors(chunk: Any) -> Iterator[torch.Tensor]:
-    """Yield a chunk's norms and biases, which are the same in every precision of weights."""
+    """Yield a chunk's norms and biases, which are plain tensors even if the weights are kept in FP8 or FP4."""
     return (parameter for parameter in chunk.parameters() if parameter.ndim == 1)

@@ -1,4 +1,4 @@
-"""The metrics of a Megatron-Bridge run, in the same lines and files as for a NeMo run, for the same report."""
+"""Write the metrics of a Megatron-Bridge run to the same files and in the same format as for a NeMo run."""
 
 from __future__ import annotations
 

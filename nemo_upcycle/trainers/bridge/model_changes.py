@@ -18,8 +18,8 @@ from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
 from nemo_upcycle.trainers.bridge.models import Origin, builder_of, made_of, provider_of, set_origin
 
 
-#: Entries of `config_fields.yaml`: kinds of settings that change nothing in a filled model (_STAYING), and code that
-#: handles layouts (_LAYOUT).
+#: Entries of `config_fields.yaml`. _STAYING: kinds of settings that change nothing in a filled model. _LAYOUT: code
+#: that handles the layout settings.
 _STAYING = (
     "who computes what, and when",
     "memory and recomputation",
@@ -56,7 +56,7 @@ def model_like(given: Any, origin: Origin, **changes: Any) -> Any:
 
 
 def copied(model: Any) -> Any:
-    """Return a copy of a model's settings that can be changed alone, with the same hooks for Bridge to call."""
+    """Return an independent copy of a model's settings, with the same hooks for Bridge to call."""
     model = copy.copy(model)
     if isinstance(model, ModelConfig):
         model.transformer, model.pre_wrap_hooks = copy.copy(model.transformer), copy.copy(model.pre_wrap_hooks)
@@ -96,7 +96,7 @@ def follow(model: Any, now: Origin) -> None:
 
 
 def _plain(model: Any, origin: Origin) -> Any:
-    """Return a model in the form of another model, with only the settings that follow from its parent and spec."""
+    """Return the model of a parent and a spec in another model's form, with defaults for all other settings."""
     changes = {}
     if (pattern := getattr(model, "hybrid_layer_pattern", None)) and not origin.arch.mamba:
         moe = iter([origin.arch.is_moe_layer(layer) for layer in range(origin.arch.num_layers)])
@@ -114,8 +114,8 @@ def _same(one: Any, other: Any) -> bool:
 def kept_settings(model: Any, origin: Origin) -> dict[str, Any]:
     """Return the settings of a model's configuration that stay with another parent: layout, precision, kernels.
 
-    Kernel settings always stay. Other settings stay if they differ from Bridge's default. A dense model says nothing
-    about experts.
+    Kernel settings always stay. Other settings stay if they differ from Bridge's default. If the model is dense, its
+    kernel settings for experts are treated like other settings.
 
     Args:
         model: Bridge's provider, or the configuration of one of Bridge's builders.

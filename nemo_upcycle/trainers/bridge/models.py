@@ -34,7 +34,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.hooks import refuse_first_step
 
 
-#: The frequencies of Megatron's own rotary scaling, which are Llama 3.1's. Only its factor can be set.
+#: Megatron's fixed values for the frequencies of rotary scaling, the same as in Llama 3.1. Only the factor can be set.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 #: Settings for GPUs, with and without experts. The loss coefficient is the same as in this package's recipes.
 _KERNELS: dict[str, Any] = {
@@ -60,9 +60,9 @@ def upcycled_provider(
     """Return Bridge's provider of the model that a spec makes from a dense checkpoint.
 
     With a `hybrid_layer_pattern` among the changes, the provider is a HybridModel's, otherwise a GPTModel's. For a
-    parent with Mamba layers it is always a HybridModel's, by default with the parent's pattern, without borders
-    between stages. A model made from a folder trains only if its run has filled it (`with_upcycling`) or a checkpoint
-    was loaded; otherwise it refuses its first step.
+    parent with Mamba layers, the provider is always a HybridModel's. By default, this provider has the parent's
+    pattern, without borders between stages. A model made from a folder trains only if its run has filled the model
+    (`with_upcycling`) or a checkpoint was loaded. Otherwise the model refuses its first step.
 
     Args:
         dense: folder of the dense checkpoint, or its architecture; a model made from an architecture may start from
@@ -106,7 +106,7 @@ def upcycled_config(
 
 @dataclass(frozen=True)
 class Origin:
-    """The parent and the spec that a model was made from. The model keeps them as `_made_of`; Bridge does not save it.
+    """The parent and the spec that a model was made from, kept in the model as `_made_of`, which Bridge does not save.
 
     Args:
         parent: architecture of the dense checkpoint.
@@ -132,7 +132,7 @@ def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridMode
     else:
         _refuse_scaled_embedding(arch)
         fields = _transformer(arch, hybrid=True) | _hybrid_model(arch) | _routing(origin.spec)
-        fields["attention_backend"] = AttnBackend.auto  # as a GPTModel has it: a process keeps to one backend
+        fields["attention_backend"] = AttnBackend.auto  # as for a GPTModel, because a process uses one backend
         if arch.qk_norm:
             fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
         model = HybridModelProvider(**(fields | changes))
@@ -173,8 +173,8 @@ def made_of(model: Any) -> Origin | None:
 class _SavedWithSizes:
     """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint.
 
-    A deep copy copies all parts. In Bridge 0.6.2 it would copy only the `TransformerConfig`. The sequence length is
-    stored in both parts, because the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
+    A deep copy copies all parts. In Bridge 0.6.2, a deep copy would copy only the `TransformerConfig`. The sequence
+    length is stored in both parts, because the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ _SpecFields = make_dataclass(
 
 @dataclass(kw_only=True)
 class Upcycling(_SpecFields):  # type: ignore[valid-type, misc]
-    """The node `config.upcycling`. It has all fields of `UpcycleSpec`, and the fields below.
+    """The node `config.upcycling`. The node has all fields of `UpcycleSpec`, and the fields below.
 
     Args:
         hf_model_path: dense checkpoint: a folder that every rank sees, ORG/NAME or hf://ORG/NAME, or an asset.

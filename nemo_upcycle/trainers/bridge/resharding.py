@@ -33,8 +33,8 @@ _SIZES = {
 def fit_layout(config: ConfigContainer) -> None:
     """Let a run load its last checkpoint, whatever the checkpoint's layout.
 
-    Random states are saved for each rank. If the checkpoint has another layout, they are not loaded, and a message
-    says so.
+    Random states are saved for each rank. If the checkpoint has another layout, the random states are not loaded, and
+    a message says so.
 
     Args:
         config: configuration of a run that has a checkpoint; changed in place.
@@ -45,7 +45,7 @@ def fit_layout(config: ConfigContainer) -> None:
     load_other_chains()
     checkpoint = config.checkpoint
     if not checkpoint_exists(checkpoint.load) or "://" in checkpoint.load:
-        return  # only this job can read the checkpoint, or its files cannot be inspected from here
+        return  # the checkpoint is non-persistent, so only this job reads it, or is in an object store
     step = (
         checkpoint.ckpt_step or read_train_state(get_checkpoint_train_state_filename(checkpoint.load, "latest")).step
     )
@@ -72,7 +72,7 @@ def fit_layout(config: ConfigContainer) -> None:
 
 
 def _layout(model: dict[str, Any]) -> dict[str, int]:
-    """Read a layout from the fields of a model; a builder's model has some of them in its `transformer`."""
+    """Read a layout from the fields of a model; a builder's model has some of these fields in its `transformer`."""
     transformer = model.get("transformer") or {}
     inner = transformer if isinstance(transformer, dict) else vars(transformer)
     sizes = {name: model.get(field, inner.get(field)) or 1 for name, field in _SIZES.items()}
@@ -82,7 +82,7 @@ def _layout(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _has_random_numbers(folder: str) -> bool:
-    """Return whether the checkpoint has random states for the same ranks; the first rank looks for all ranks."""
+    """Return whether the checkpoint has random states for the same ranks; only the first rank looks."""
     found = [False]
     if torch.distributed.get_rank() == 0:
         sizes = [

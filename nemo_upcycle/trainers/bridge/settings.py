@@ -20,12 +20,12 @@ class UpcycleSettings:
 
     Args:
         spike_window: number of last losses to compare with; see `LossSpikes`.
-        spike_threshold: number of spreads above the median that make a spike.
+        spike_threshold: a loss is a spike if it is more than this number of spreads above their median.
         stop_on_spike: whether a spike ends the run; otherwise it is a warning and a line in `metrics.jsonl`.
         evaluate_every: steps between two evaluations of the live model; 0: none.
         evaluate_suite: suite of these evaluations: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: number of items to take from the start of each task; None: all.
-        fp8_statistics_every: steps between two of Transformer Engine's FP8 statistics, on a GPU; 0: none.
+        fp8_statistics_every: steps between two FP8 statistics of Transformer Engine, only on GPUs; 0: none.
 
     Example:
         >>> config.upcycle.stop_on_spike = True  # doctest: +SKIP
@@ -60,7 +60,7 @@ class UpcycleSettings:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the class that `run_config.yaml` in a checkpoint of 0.3 names in this module."""
+    """Return a class that this module had in release 0.3, for reading `run_config.yaml` of an old checkpoint."""
     if name != "UpcyclingConfig":
         raise AttributeError(name)
     from nemo_upcycle.trainers.bridge.node import UpcyclingConfig

@@ -1,4 +1,4 @@
-"""Construct the objects that Bridge constructs in a job before its first step, and explain why that fails."""
+"""Construct the objects that Bridge constructs in a job before its first step, and report why this fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIMIZERS = {"adam", "sgd", "lion", *_EMERGING_OPTIMIZERS}
 
 
 def wrong_in(config: UpcyclingConfig, layout: Layout, unit: str) -> list[UpcycleError]:
-    """Return the reasons why a job would end before its first step, as far as construction shows them.
+    """Construct a job's objects, and return the reasons why the job would end before its first step.
 
     Args:
         config: result of `load_config`.

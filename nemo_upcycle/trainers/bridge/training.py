@@ -1,4 +1,4 @@
-"""A training in Megatron-Bridge: a recipe by Bridge's naming, its overrides, and its ranks.
+"""A training in Megatron-Bridge: the name of a recipe, overrides of its settings, and the number of ranks.
 
 The module can be imported without Bridge; functions that need Bridge import it.
 """
@@ -81,7 +81,7 @@ class BridgeTraining(Training):
         return self.nodes, self.ranks_per_node
 
     def named_settings(self) -> dict[str, str]:
-        """See `Training.named_settings`; only the given settings, because the recipe alone knows the others."""
+        """See `Training.named_settings`; lists only the given settings, because only the recipe knows the others."""
         given = dict(word.partition("=")[::2] for word in self.overrides)
         given |= {f"spec.{name}": str(value) for name, value in (json.loads(self.changes) or {}).items()}
         return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
@@ -147,7 +147,7 @@ class BridgeTraining(Training):
         )
 
     def shown_settings(self, parent: Parent) -> dict[str, Any]:
-        """See `Training.shown_settings`; only the given settings if the parent is out of reach."""
+        """See `Training.shown_settings`; lists only the given settings if the parent is out of reach."""
         folder = parent_configuration(parent)
         if folder is None:
             return dict(self.named_settings())
@@ -155,7 +155,7 @@ class BridgeTraining(Training):
         return shown_settings(config, self.name) | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
-        """See `Training.check`; the recipe must exist and steps must be a number. The rest needs the parent."""
+        """See `Training.check`; the recipe must exist and steps must be a number. The other checks need the parent."""
         require_bridge()
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
@@ -186,7 +186,7 @@ class BridgeTraining(Training):
             )
 
     def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
-        """See `Training.problems`; none if the parent's configuration is out of reach."""
+        """See `Training.problems`; finds none if the parent's configuration is out of reach."""
         return _problems(self, stage, parent)
 
     def config(self, dense_folder: Path) -> Any:
@@ -233,7 +233,7 @@ class BridgeTraining(Training):
             if full := full_disk(error, folder / CHECKPOINTS):
                 raise full from None
             raise
-        if ended_itself and not is_first_rank():  # the first rank reports whether everything is there
+        if ended_itself and not is_first_rank():  # only the first rank looks for the last checkpoint
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
         kept = steps_in(checkpoint) if checkpoint else 0
@@ -242,7 +242,7 @@ class BridgeTraining(Training):
         if not is_first_rank():
             return {}
         checkpoint = checkpoint or last_checkpoint(folder)
-        copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
+        copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # the report looks for the receipt there
         return {"checkpoint": str(checkpoint)}
 
 
@@ -264,7 +264,7 @@ def _problems(training: BridgeTraining, stage: str, parent: Parent) -> tuple[Upc
 
 @lru_cache
 def parent_configuration(parent: Parent) -> Path | None:
-    """Return a folder with a parent's configuration; None if it is out of reach. A hub is asked only once.
+    """Return a folder with a parent's configuration; None if it is out of reach. Ask a hub only once.
 
     Args:
         parent: the dense parent.
@@ -274,7 +274,7 @@ def parent_configuration(parent: Parent) -> Path | None:
         return None
     try:
         return tokenizer_folder(parent.address)
-    except UpcycleError as error:  # a name on the hub: `Parent` has already opened any folder
+    except UpcycleError as error:  # the parent is on the hub: `Parent` has already opened any folder
         sys.stderr.write(f"Not checked against the dense parent: {error}\n")
         return None
 
@@ -326,7 +326,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     from nemo_upcycle.trainers.bridge.upcycling import check
 
     check_values(config, training.name, f"{stage}.")
-    if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # an arm may be either
+    if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # an arm may do either
         wanted = "a recipe of a dense baseline" if stage == "dense_ct" else "a recipe that upcycles"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another recipe")

@@ -66,8 +66,8 @@ def prepare(config: UpcyclingConfig) -> None:
 
     Bridge calls this function at the start of every rank, through `UpcyclingConfig.validate`, when all settings are
     known. A run that has a checkpoint of its own resumes from it and reads nothing from the dense checkpoint. The
-    receipt is written as `receipt.json` beside the checkpoints, before the first of them. A run without a tokenizer
-    gets the parent's.
+    receipt is written as `receipt.json` beside the checkpoints, before the first checkpoint is written. A run without
+    a tokenizer gets the parent's tokenizer.
 
     Args:
         config: configuration of the run; changed in place.
@@ -83,10 +83,10 @@ def prepare(config: UpcyclingConfig) -> None:
         tokenizer.tokenizer_model = str(tokenizer_folder(config.parents[0]).absolute())
     check(config)
     transformer: Any = getattr(config.model, "transformer", config.model)
-    transformer.perform_initialization = False  # the filled weights would overwrite it
+    transformer.perform_initialization = False  # the filled weights replace any random weights
     hooks = (getattr(hook, "__self__", None) for hook in pre_wrap_hooks(config.model))
     for hook in hooks:
-        if isinstance(hook, UpcycleHook):  # from the run that this run is a copy of, or from an earlier start
+        if isinstance(hook, UpcycleHook):  # the hook of a copied run, or of an earlier start
             hook.config = config
             return
     add_pre_wrap_hook(config.model, UpcycleHook(config).fill)
@@ -100,7 +100,7 @@ def follow_node(config: UpcyclingConfig) -> None:
 class UpcycleHook:
     """Fills the chunks of a run that has no checkpoint of its own. Bridge calls the method `fill`.
 
-    Bridge may copy a model's settings, and pickle them. A copy's hook has the same run. A pickled hook has no run.
+    Bridge may copy or pickle a model's settings. A copied hook belongs to the same run. A pickled hook has no run.
 
     Args:
         config: configuration of the run.
@@ -154,7 +154,7 @@ class UpcycleHook:
                 said.append(why)
             if merged.inexact_because:
                 said.append(f"not the parent's function: {'; '.join(merged.inexact_because)}")
-            for line in said:  # not as warnings: Bridge drops warnings
+            for line in said:  # not a warning, because Bridge drops warnings
                 show_messages().info("%s", line)
         torch.distributed.barrier()
         return chunks
@@ -295,7 +295,7 @@ def _name_of(hook: Any) -> str:
 
 
 def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
-    """Return whether the run has a checkpoint that Bridge will load; the first rank looks for all ranks.
+    """Return whether the run has a checkpoint that Bridge will load; only the first rank looks.
 
     Raises:
         UpcycleError: the checkpoint was not made from this parent and this spec.

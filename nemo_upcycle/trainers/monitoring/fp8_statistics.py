@@ -50,7 +50,7 @@ class Fp8Statistics:
                     self._logged.setdefault((kind, statistic), []).append(float(value))
 
     def local(self) -> dict[str, torch.Tensor]:
-        """Return this rank's numbers since the last call, to be summed over all ranks; every rank must call it."""
+        """Return this rank's numbers since the last call, to be summed over all ranks; every rank must call this."""
         import nvdlfw_inspect.api as inspect
 
         inspect.transformer_engine.step()  # logs this step's statistics; `inspect.step` would also count a step
@@ -79,7 +79,7 @@ class Fp8Statistics:
 
 
 def require_inspect(every: int, field: str) -> None:
-    """Check that this machine can take the requested statistics; without a GPU none are taken, so nothing is checked.
+    """Check that this machine can take the requested statistics; without a GPU, nothing is checked.
 
     Args:
         every: steps between two statistics; 0: none.
@@ -130,7 +130,7 @@ def start_inspect(every: int, precision: Any, folder: Path) -> None:
     """
     import nvdlfw_inspect.api as inspect
 
-    inspect.end_debug()  # an earlier training in this process may have started it
+    inspect.end_debug()  # an earlier training may have started nvdlfw-inspect
     where = import_module("transformer_engine.debug.features").__path__[0]
     inspect.initialize(
         features(every, precision), feature_dirs=[where], log_dir=str(folder), default_logging_enabled=True

@@ -79,7 +79,7 @@ class RouterHealth:
 
     def _counter(self, layer: int) -> Any:
         def count(router: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            # Only with gradients enabled, so that each micro-batch counts once, recomputed or not.
+            # Count only with gradients enabled, so that a micro-batch counts once even if it is recomputed.
             if router.training and torch.is_grad_enabled():
                 probs_TE = outputs[0]  # after dropping; slots that pad to the capacity have a weight of zero
                 self._counts_LE[layer] += (probs_TE.detach() > 0).sum(dim=0)
@@ -134,7 +134,7 @@ class RouterHealth:
         return range_L
 
     def _sample_experts(self) -> torch.Tensor:
-        """Return the same few weights of every expert, [L, E, samples]; only the first of several replicas fills them.
+        """Return the same few weights of every expert, [L, E, samples]; only the first replica fills them in.
 
         With `overlap_param_gather` the shards of other ranks arrive during the next forward pass, so some weights are
         one step old.
@@ -195,10 +195,10 @@ class RouterHealth:
         return {name: [round(value, 6) if is_moe else None for value, is_moe in row] for name, row in pairs.items()}
 
     def _distance(self, experts_LEW: torch.Tensor) -> torch.Tensor:
-        """Return the mean distance of each layer's experts from their origin: norm of the difference over its norm.
+        """Return the mean distance of each layer's experts from their origin, divided by the norm of the origin.
 
-        The mean of the experts stands for the origin. The mean is the common part of copies of one network, needs no
-        dense checkpoint in memory, and exists after a restart and in models that were never dense. If all experts
+        The mean of the experts is used as the origin. The mean is the common part of copies of one network. It needs
+        no dense checkpoint in memory, and exists after a restart and in models that were never dense. If all experts
         drift together, the mean drifts with them. So the number says how much the experts differ: 0 for copies. With
         granularity G the experts of a layer hold G different shards, and each shard has its own mean.
         """
@@ -221,7 +221,7 @@ def shares(counts_LE: torch.Tensor) -> torch.Tensor:
 def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """Sum every tensor over all ranks with a single reduction; return CPU tensors on the first rank, else None.
 
-    All ranks must call it with the same names and shapes. Only the first rank waits for the result.
+    All ranks must call this function with the same names and shapes. Only the first rank waits for the result.
     """
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     flat = torch.cat([part.flatten().to(device, torch.float64) for part in parts.values()])
@@ -247,7 +247,7 @@ def _spread(size: int) -> list[int]:
 def _expert_weights(module: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield role, expert number and weight for every parameter of a layer's routed experts on this rank."""
     for name, parameter in module.experts.named_parameters():
-        name = name.replace(".to_wrap.", ".")  # LoRA wraps the layer and puts its adapters beside it
+        name = name.replace(".to_wrap.", ".")  # LoRA wraps a layer as `to_wrap`, beside the adapters
         mapping, number = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
         if mapping is not None and number is not None:
             yield mapping.role, module.local_expert_indices[number], parameter.detach()

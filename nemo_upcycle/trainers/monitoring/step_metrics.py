@@ -1,15 +1,15 @@
 """One line of metrics per training step, for NeMo and Megatron-Bridge: `metrics.jsonl`, `training.json`, the console.
 
-It works the same on every layout: each step ends with one small reduction over all ranks (`router_health`), and only
-the first rank waits for the result.
+The metrics work in the same way on every layout: each step ends with one small reduction over all ranks
+(`router_health`), and only the first rank waits for the result.
 
 The FLOPs come from `models.flops.flops_per_token` in two conventions, which are always labelled. `full` counts the
-whole square of attention scores, as arXiv 2412.09952 does (its 46.8 % MFU at 462.8 TFLOP/s). `causal` counts only the
+whole square of attention scores, as arXiv 2412.09952 does (46.8 % MFU at 462.8 TFLOP/s). `causal` counts only the
 lower half, as newer NVIDIA pages do. Only model FLOPs count: recomputation, padding and dropped tokens are excluded.
 
 The true numbers for Llama 3 8B with eight experts, top-2, and the numbers that the paper prints in its Table 1:
 
-    parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; two of the three matrices of each extra expert
+    parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; an extra expert counts as two of three matrices
     FLOPs a sequence   7.515e14                 printed: 7.5e14; forward and backward of 8192 tokens, full attention
     the dense parent   8.03B, 4.744e14          printed: 8B, 4.7e14
 """
@@ -72,7 +72,7 @@ class Probe(Protocol):
 
 
 class StepMetrics:
-    """Writes a line for every step on the first rank; every rank of the job needs an instance and calls it.
+    """Writes a line for every step on the first rank; every rank of the job needs an instance and calls its methods.
 
     A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens` and `seconds`; the rates of `Throughput.of`;
     `memory_gib` (the most that any rank has held) and `memory_share` (its share of that rank's GPU); for an MoE model
@@ -150,7 +150,7 @@ class StepMetrics:
         return line
 
     def validation(self, step: int, loss: Any) -> None:
-        """Write a validation's loss, and exclude its time from the next step's; every rank must call it."""
+        """Write a validation's loss, and exclude its time from the next step's time; every rank must call this."""
         summed = sum_over_ranks({"loss": _given(loss)})
         mean = _mean(summed["loss"]) if summed else None
         if mean is not None:
@@ -195,7 +195,7 @@ def _mean(given: torch.Tensor) -> float | None:
 
 
 def _own_memory() -> torch.Tensor:
-    """Return memory held and memory of the GPU (GiB) in this rank's row of [ranks, 2]; a sum collects all rows."""
+    """Return [ranks, 2] (GiB): this rank's row has the memory held and the GPU's memory; other rows are zero."""
     memory = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
     held, total = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, total or 0.0])

@@ -53,7 +53,7 @@ def is_for_gpus(recipe: run.Partial) -> bool:
 
 
 def check_own_data(recipe: run.Partial) -> None:
-    """Refuse to train on the demo texts if a recipe runs on GPUs without a chain, which would set other data.
+    """Refuse a recipe that would train on the demo texts on GPUs, because no chain has set other data.
 
     Raises:
         UpcycleError: the recipe names no data and would train on the demo texts.
@@ -116,7 +116,7 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
 
 def check_settings(recipe: run.Partial, where: str = "") -> None:
-    """Check everything in a recipe that does not depend on its ranks: names, values, and that spec and model agree.
+    """Check everything in a recipe that does not depend on its ranks: names, values, and whether spec and model agree.
 
     Args:
         recipe: recipe of a training job.
@@ -180,7 +180,7 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
     """Check that a LoRA run can be resumed, exported and reproduced under every layout.
 
     Raises:
-        SpecError: a setting prevents that.
+        SpecError: a setting prevents one of these.
     """
     from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
@@ -227,7 +227,7 @@ def parent_of(parent: Parent, *, remote: bool = False) -> Architecture | None:
 
     Args:
         parent: the dense parent.
-        remote: whether to ask the hub if the parent is there.
+        remote: whether to read the architecture from the hub if the parent is on the hub.
     """
     if not parent.address:
         return None
@@ -249,7 +249,7 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
         recipe: recipe of a training job.
         dense: the dense parent.
         where: prefix of the recipe's overrides, for error messages.
-        remote: whether to ask the hub if the parent is there; needs the network.
+        remote: whether to look for the parent on the hub, which needs the network.
 
     Raises:
         UpcycleError: sizes differ, the parent is missing, or the parent cannot become such a model.

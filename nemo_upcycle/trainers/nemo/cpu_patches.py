@@ -1,4 +1,4 @@
-"""Patches that let NeMo 2.7 run on a CPU, where its code assumes CUDA; `cpu.patches` has Megatron-Core's."""
+"""Patches that let NeMo 2.7 run without CUDA; the patches for Megatron-Core are in `cpu.patches`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 def seed_random_states() -> None:
     """Seed Megatron's named random states as well.
 
-    Without this patch they are never seeded: NeMo seeds them only if it finds a CUDA device.
+    Without this patch these states are never seeded: NeMo seeds them only if it finds a CUDA device.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
@@ -46,7 +46,7 @@ def print_progress_alone() -> None:
 
 
 def adapt_layers_of_megatron() -> None:
-    """Let NeMo's LoRA compare a layer's class with Transformer Engine's even if that is not installed.
+    """Let NeMo's LoRA compare a layer's class with Transformer Engine's classes if Transformer Engine is missing.
 
     Without this patch, LoRA raises an UnavailableError, "transformer_engine.pytorch could not be imported". After that
     `isinstance` raises a TypeError, because Megatron sets its classes for grouped experts to None.

@@ -24,7 +24,7 @@ class EvaluateWhileTraining(Callback):
         suite: name in `conf/evaluation`, YAML file, or folder of a suite that was built; all its tasks must be local.
         every_n_steps: steps between two evaluations; the model is also evaluated before the first and after the last
             step.
-        limit: number of items taken from each task, the first ones; None: all.
+        limit: number of items to take from the start of each task; None: all.
         batch_size: sequences in one forward pass of a replica; None: the suite's batch size.
 
     Example:

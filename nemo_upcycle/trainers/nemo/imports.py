@@ -1,4 +1,4 @@
-"""Hide misleading console messages of NeMo and Lightning: missing optional parts, one rank's size, accelerators."""
+"""Hide misleading console messages of NeMo and Lightning: on optional parts, model sizes and accelerators."""
 
 from __future__ import annotations
 

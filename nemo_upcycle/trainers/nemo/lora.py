@@ -2,7 +2,7 @@
 
 NeMo saves only the adapters and finds the other weights in the checkpoint that the run started from. An upcycled model
 has no checkpoint before it is trained. So this package's LoRA checkpoints are complete: they hold the weights and the
-adapters side by side, and an export adds them up.
+adapters side by side, and an export adds the adapters to the weights.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ class UpcycleLoRA(LoRA):
     def freeze_model(self, model: torch.nn.Module) -> None:
         """Freeze all weights except the routers, and let gradients pass through recomputed layers.
 
-        A recomputed layer passes gradients on only if its input requires one, so the frozen embedding's output must.
+        A recomputed layer passes gradients on only if its input requires a gradient. So the output of the frozen
+        embedding must require a gradient.
         """
         super().freeze_model(model)
         for name, parameter in model.named_parameters():
@@ -52,7 +53,7 @@ class UpcycleLoRA(LoRA):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set up as NeMo does, and note the checkpoint from which a resumed run reads its adapters.
 
-        A resumed run reads the weights first. Once the adapters exist, it reads them from the same checkpoint.
+        A resumed run reads the weights first. Once the adapters exist, the run reads them from the same checkpoint.
         """
         super().setup(trainer, pl_module, stage)
         if recorded := getattr(getattr(pl_module, "__io__", None), "model_transform", None):
@@ -65,7 +66,7 @@ UpcycleLoRA.__init__.__annotations__.update(get_type_hints(LoRA))
 
 
 def _with_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Make the output of a frozen embedding require a gradient, which nobody reads; a forward hook."""
+    """Make a frozen embedding's output require a gradient that nobody reads. For use as a forward hook."""
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

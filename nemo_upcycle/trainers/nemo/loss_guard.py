@@ -20,15 +20,15 @@ class LossGuard(Callback):
     """Ends the run at the first step whose loss or gradient norm is not finite, before a checkpoint can be written.
 
     Megatron's own check (`ddp.check_for_nan_in_grad`) looks at every gradient bucket on every rank. The rank that
-    finds a bad value ends alone while the others wait for it. Here the first rank checks the loss and the gradient
-    norm, which are already sums over all ranks, and all ranks end together. To learn which rank first computes the bad
-    value, start a new run with Megatron's check.
+    finds a bad value ends, and the other ranks keep waiting for it. Here the first rank checks the loss and the
+    gradient norm, which are already sums over all ranks, and all ranks end together. To learn which rank first
+    computes the bad value, start a new run with Megatron's check.
 
     A loss spike (see `LossSpikes`) gives a warning and a line in `metrics.jsonl`.
 
     Args:
         window: number of recent losses that a loss is compared with.
-        threshold: distance above their median that makes a spike (in spreads).
+        threshold: a loss is a spike if it is more than this number of spreads above their median.
         stop_on_spike: whether a spike ends the run as a non-finite loss does. By default the run continues, because
             most spikes pass.
 

@@ -110,7 +110,7 @@ class MetricsLogger(Callback):
             count_step()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the validation loss; Lightning's sanity check, which runs before `on_train_start`, gives step 0's."""
+        """Write the validation loss; Lightning's sanity check, before `on_train_start`, gives the loss of step 0."""
         loss = _from_first_rank(trainer.callback_metrics.get("val_loss"))
         if trainer.sanity_checking:
             self._loss_before = loss
@@ -139,7 +139,7 @@ class MetricsLogger(Callback):
 
 
 def _from_first_rank(loss: Any) -> Any:
-    """Return a loss that all ranks have on the first rank only; None on the others."""
+    """Return the loss on the first rank and None on the others, because all ranks have the same loss."""
     return loss if torch.distributed.get_rank() == 0 else None
 
 
@@ -169,9 +169,10 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
 
 
 def _move_logs_only() -> None:
-    """Let NeMo's checkpoint callback, which comes after this one, move only logs of earlier runs into `run_0`.
+    """Let NeMo's checkpoint callback, which runs after `MetricsLogger`, move only logs of earlier runs into `run_0`.
 
-    Otherwise it moves every file of the log folder: the metrics, the receipt, and the files that identify a stage.
+    Otherwise NeMo's callback moves every file of the log folder: the metrics, the receipt, and the files that identify
+    a stage.
     """
     state = AppState()
     state.files_to_move = [file for file in state.files_to_move or [] if Path(file).suffix in (".log", ".txt")]

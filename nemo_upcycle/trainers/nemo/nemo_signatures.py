@@ -2,7 +2,7 @@
 
 Before Python 3.11.4, `inspect` shows the arguments of any inherited `__new__` if a class has no `__init__` of its own.
 NeMo's `IOMixin` has a `__new__` that takes everything, so a `run.Config` of `nl.Trainer` or `UpcycleStrategy` would
-know neither names nor defaults.
+know neither the names nor the defaults of the arguments.
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ def upcycled_from(
         warmup_steps: steps until the peak.
         num_nodes: compute nodes.
         num_gpus_per_node: GPUs of a node; without a GPU, processes.
-        tensor_parallelism: parts that attention and dense networks are cut into, with sequence parallelism.
-        pipeline_parallelism: stages that the layers are cut into.
+        tensor_parallelism: number of parts that attention and dense networks are cut into, with sequence parallelism.
+        pipeline_parallelism: number of stages that the layers are divided into.
         context_parallelism: ranks that share a sequence.
         expert_parallelism: ranks that the experts are spread over; ignored for a model without experts.
-        data: finished folder of `nemo-upcycle data`; a chain sets it. None: the demo texts without a GPU; with GPUs,
-            the training is refused when it starts.
+        data: finished folder of `nemo-upcycle data`; a chain sets it. None: without a GPU, the demo texts are used;
+            with GPUs, the training is refused when it starts.
         dir: folder for logs and checkpoints; a chain sets it.
         name: name of the run.
         accelerator: `gpu` (even if this machine has none and the recipe is for a cluster) or `cpu`; None: `gpu` if

@@ -3,8 +3,8 @@
 The recipes differ from `performance_mode` of NeMo's own recipes:
 
 - NeMo's Mixtral sets EP1 TP8. Cutting experts by eight leaves small matrices and an all-reduce in every layer. Here
-  experts are spread (EP8) and never cut (expert-tensor parallelism 1). This is the paper's fastest row, and NeMo's own
-  tuned row for Mixtral 8x7B on H100 in `scripts/performance`.
+  experts are spread (EP8) and never cut (expert-tensor parallelism 1). This is the paper's fastest layout, and NeMo's
+  own tuned layout for Mixtral 8x7B on H100 in `scripts/performance`.
 - Gradients are reduced in bfloat16 only under `performance_mode`, as in NeMo's and Megatron-Bridge's recipes.
   Otherwise they stay in float32. A run that starts from a trained model makes small steps (3e-5), and a sum over 512
   sequences with 8 bits of mantissa may lose them (derived, not measured). The plain layouts have room for float32.
@@ -43,10 +43,10 @@ from nemo_upcycle.trainers.recipe_arguments import adjust
 VOCABULARY = 128_256
 #: Steps that the fresh routers get to find balance before the activations of the MoE layers are kept.
 RECOMPUTE_MOE_STEPS = 500
-#: Number of checkpoints kept: the last and the one before. A bad loss is often noticed only after the next save, and
-#: a file lost by the storage must not cost the run. Keeping more needs room: a checkpoint of an upcycled 8B model
-#: takes 619 GiB, and there is one more while a checkpoint is written. `log.ckpt.keep_every=5000` keeps every
-#: 5000-step checkpoint for good.
+#: Number of checkpoints to keep: the last checkpoint and the one before it. A bad loss is often noticed only after the
+#: next save, and a run must survive if the storage loses a file. Keeping more checkpoints needs room: a
+#: checkpoint of an upcycled 8B model takes 619 GiB, and there is one more while a checkpoint is written.
+#: `log.ckpt.keep_every=5000` keeps one checkpoint every 5000 steps for good.
 KEEP_LAST = 2
 
 
@@ -78,7 +78,7 @@ def paper_training(recipe: run.Partial, schedule: Schedule) -> run.Partial:
 
 
 def resilient(recipe: run.Partial) -> run.Partial:
-    """Add the parts that keep a run on hundreds of GPUs going to a recipe, in place.
+    """Change a recipe in place so that a run on hundreds of GPUs survives failures.
 
     - `LossGuard`: if the loss is not finite, all ranks end at once with a message, before a checkpoint is saved.
     - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone, and the others wait until NCCL gives up.
@@ -99,7 +99,7 @@ def resilient(recipe: run.Partial) -> run.Partial:
     recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS, keep_last=KEEP_LAST)
     recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
     # LossGuard comes first, before the callbacks that write a step's metrics or a checkpoint. SaveOnSignal comes after
-    # the step's metrics. StopOnSignal comes last, because it restores the handlers that both replace.
+    # the step's metrics. StopOnSignal comes last, because it restores the handlers that these two callbacks replace.
     added = [run.Config(hang_detection), run.Config(straggler_report), run.Config(SaveOnSignal)]
     others = [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is not StopOnSignal]
     recipe.trainer.callbacks = [run.Config(LossGuard), *others, *added, run.Config(StopOnSignal)]

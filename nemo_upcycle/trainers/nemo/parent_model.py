@@ -75,7 +75,7 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
         fields |= nemo_scaling(arch)
     if arch.sliding_window:
         fields["cp_comm_type"] = "a2a"  # the only kind that supports a window under context parallelism
-    elif kind is MistralConfig7B:  # its default is a window
+    elif kind is MistralConfig7B:  # this class has a window by default
         fields |= {"window_size": None, "cp_comm_type": None}
     if activation_of(kind.activation_func) != arch.activation:
         fields["activation_func"] = activation_function(arch.activation)

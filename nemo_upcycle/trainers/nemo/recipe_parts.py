@@ -48,7 +48,7 @@ def in_float32_if_faster(trainer: run.Config[nl.Trainer]) -> None:
 
 
 def recompute_layers(config: run.Config) -> None:
-    """Let a model keep only the layers' inputs as activations, and recompute all others."""
+    """Let a model keep only the layers' inputs as activations, and recompute all other activations."""
     config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
 
 

@@ -1,4 +1,4 @@
-"""Recipes on their way from the launcher to the stages: serialised, compared, and pointed to a run's folders."""
+"""Serialise recipes for the stages of a run, compare recipes, and point them to a run's folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DECIDES = {
     "resume": ("the run's folder and its parent decide it", "omit it, or change dir or dense"),
     "data": ("the run's data and parent decide it", "omit it, or change data=... or dense=..."),
 }
-#: Settings that NeMo ignores if it is given the folder, or that would hide a stage's own checkpoints from the stage.
+#: Settings that NeMo ignores if NeMo is given the folder, or that would hide a stage's own checkpoints from the stage.
 _OF_THE_RUN = (
     *("log.version", "log.use_datetime_version", "log.ckpt.dirpath"),
     *("resume.resume_from_directory", "resume.resume_from_path", "resume.resume_if_exists"),

@@ -12,10 +12,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 class RecomputeFirstSteps(Callback):
     """Recomputes MoE layers in the first steps only.
 
-    An expert keeps its tokens' activations for the backward pass, so an unbalanced router can take many times the
-    memory of a balanced one. Fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2). Recomputation
-    repeats the forward pass of the MoE layers and changes no result. Whether a step recomputes depends only on its
-    number, so a resumed run continues as if it had not stopped.
+    An expert keeps its tokens' activations for the backward pass, so an unbalanced router can need many times
+    the memory of a balanced router. Fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2).
+    Recomputation repeats the forward pass of the MoE layers and changes no result. Whether a step recomputes depends
+    only on its number, so a resumed run continues as if it had not stopped.
 
     Args:
         steps: number of first steps that recompute. The model's configuration must enable recomputation:

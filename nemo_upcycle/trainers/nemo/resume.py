@@ -26,15 +26,15 @@ _CHOSEN, _ERROR = "nemo_upcycle/checkpoint", "error: "
 
 @dataclass(kw_only=True)
 class UpcycleResume(nl.AutoResume):
-    """NeMo's `AutoResume`, but it resumes from the complete checkpoint of the highest step, whatever else a kill left.
+    """NeMo's `AutoResume`, changed to resume from the complete checkpoint with the highest step after any kill.
 
-    NeMo's own takes the newest folder without an `-unfinished` marker, so it can take a half-removed checkpoint. It
-    also refuses to start again if the only checkpoint is unfinished because the run was killed in its first save. Here
-    such a run starts again from its `restore_config`. NeMo deletes marked checkpoints when training starts. Other
-    incomplete checkpoints, and complete `-last` checkpoints of earlier steps, are moved aside.
+    NeMo's class takes the newest folder without an `-unfinished` marker, so it can take a half-removed checkpoint.
+    NeMo's class also refuses to start again if the only checkpoint is unfinished because the run was killed in its
+    first save. Here such a run starts again from its `restore_config`. NeMo deletes marked checkpoints when training
+    starts. Other incomplete checkpoints, and complete `-last` checkpoints of earlier steps, are moved aside.
 
-    Only the first rank looks at the folder, and tells the others its choice, because on a shared file system each rank
-    may see another state of the folder.
+    Only the first rank looks at the folder, and tells the other ranks its choice. On a shared file system, each rank
+    may see a different state of the folder.
 
     Takes the arguments of `nl.AutoResume`.
 
@@ -55,9 +55,10 @@ class UpcycleResume(nl.AutoResume):
     def _choose(self) -> Path | None:
         folder = Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
         found = by_step(folder)
-        if not found or any(step_of(path) is None for path in found):  # NeMo handles msc:// too
-            # A checkpoint without a step in its name overwrites the checkpoint before. If it is unfinished, the
-            # training is lost, and NeMo is right to refuse a new start.
+        if not found or any(step_of(path) is None for path in found):
+            # NeMo itself handles checkpoints at msc:// addresses.
+            # A checkpoint without a step in its name overwrites the checkpoint before it. If this checkpoint is
+            # unfinished, the training is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
         chosen = newest_checkpoint(folder)
         if chosen is None:
@@ -76,7 +77,7 @@ def _chosen_by_first(strategy: Any, choose: Callable[[], Path | None]) -> Path |
         choose: function that chooses the path, called only on the first rank.
 
     Raises:
-        CheckpointError: `choose` raised it; then every rank raises it.
+        CheckpointError: `choose` raised this error on the first rank; every rank then raises it.
     """
     ranks = strategy.cluster_environment
     if not ranks.creates_processes_externally or ranks.world_size() == 1:

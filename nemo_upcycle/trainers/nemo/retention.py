@@ -1,4 +1,4 @@
-"""The checkpoints that a run keeps: the newest few, and every N-th step's for good."""
+"""The checkpoints that a run keeps: the newest few, and one every N steps for good."""
 
 # Do not postpone annotations here, and use Optional: NeMo-Run parses `log.ckpt.keep_every=5000` with them.
 
@@ -19,10 +19,10 @@ LAST = "-last"
 class RetainedCheckpoints(nl.ModelCheckpoint):
     """NeMo's checkpoint callback, able to keep earlier checkpoints as well.
 
-    The last checkpoint is named `...-last`, as in NeMo. When a newer checkpoint replaces it, it loses this suffix. It
-    is removed once it is neither among the `keep_last` newest nor due by `keep_every`. A checkpoint is removed only
-    after the newer one is complete, so a run that keeps one checkpoint needs room for two, and a run that keeps two
-    needs room for three.
+    The last checkpoint is named `...-last`, as in NeMo. When a newer checkpoint is complete, the earlier one loses
+    this suffix. A checkpoint is removed when it is no longer among the `keep_last` newest, unless `keep_every` keeps
+    it. It is removed only after the newer checkpoint is complete, so a run that keeps one checkpoint needs room for
+    two, and a run that keeps two needs room for three.
 
     Args:
         keep_last: number of newest checkpoints to keep, including the last one.
@@ -52,7 +52,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         super().__init__(**settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of every training; NeMo saves it only at the last validation, which may be switched off."""
+        """Save a checkpoint at the end of every training. NeMo does so only if the last validation is switched on."""
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_end(trainer, pl_module)
@@ -79,7 +79,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             super()._remove_checkpoint(trainer, path, override_async)
 
     def _removable(self, folder: Path) -> list[Path]:
-        """Return the checkpoints older than the kept ones; if incomplete, a kill interrupted their removal."""
+        """Return the checkpoints to remove. An incomplete checkpoint is the rest of an interrupted removal."""
         earlier = [path for path in by_step(folder) if not path.name.endswith(LAST)]
         whole = [path for path in earlier if is_complete_checkpoint(path)]
         beside = self.keep_last - 1

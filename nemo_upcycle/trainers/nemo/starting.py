@@ -32,11 +32,11 @@ _NOT_TRIED = ("accelerator", "devices", "num_nodes", "precision", "logger", "det
 
 
 def wrong_in(recipe: Any, dense: Parent, unit: str) -> list[UpcycleError]:
-    """Return the errors that would end a recipe's job before its first step, as far as construction shows them.
+    """Construct the objects of a recipe's job, and return the errors that would end the job before its first step.
 
     Args:
         recipe: recipe of a training job.
-        dense: the dense parent; if it is known, the model is compared with the one that the spec makes from it.
+        dense: the dense parent; if it is known, the recipe's model is compared with the model that the spec makes.
         unit: name of the training, for error messages.
     """
     parent = parent_within_reach(dense)

@@ -1,4 +1,4 @@
-"""The end of a training job on SIGTERM, Ctrl-C or a full disk: at once or after a checkpoint; prints what is kept."""
+"""End a training job on SIGTERM, Ctrl-C or a full disk, and print which checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StopOnSignal(Callback):
         self._before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Replace the error of a full disk with one that says so and names the checkpoint that is kept.
+        """Replace the error of a full disk with an error that says so and names the checkpoint that is kept.
 
         Raises:
             UnfinishedError: the disk is full.
@@ -77,14 +77,14 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
 
     It differs from NeMo's `PreemptionCallback` in four ways:
 
-    - A signal to any rank counts. NeMo's obeys only rank 0, so if another node alone is preempted, the steps since the
-      last checkpoint are lost.
+    - A signal to any rank counts. NeMo's callback obeys only rank 0, so if only another node is preempted, the steps
+      since the last checkpoint are lost.
     - Data loaders survive the signal, which a scheduler sends to all processes of a job.
     - The handler stays until training is torn down. NeMo removes its handler before the last checkpoint is written.
     - The exit status is 75, not 0, so that a scheduler does not take an early end for a finished training.
 
-    Put it after `MetricsLogger`, so that the last step gets its line, and before `StopOnSignal`, which ends at once
-    as long as there is nothing to save.
+    Put this callback after `MetricsLogger`, so that the last step gets its line, and before `StopOnSignal`, which ends
+    the process at once while there is nothing to save.
 
     Example:
         >>> recipe.trainer.callbacks += [run.Config(SaveOnSignal), run.Config(StopOnSignal)]  # doctest: +SKIP
@@ -124,7 +124,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
             raise SystemExit(StageStopped.exit_status) from None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the handler, because the last checkpoint is written after this."""
+        """Keep the handler, because the last checkpoint is written after this call."""
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the earlier handler."""
@@ -135,8 +135,8 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
 def step_kept(folder: Path) -> int:
     """Return the number of steps in a training's newest complete checkpoint, the same on all ranks.
 
-    Only this number tells whether a training is finished, because a process may end early with status 0. It is a
-    collective call, so all ranks must ask.
+    Only this number tells whether a training is finished, because a process may end early with status 0. This
+    function is a collective call, so all ranks must call it.
 
     Args:
         folder: the training's log folder, which contains `checkpoints`.

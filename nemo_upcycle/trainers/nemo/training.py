@@ -1,4 +1,4 @@
-"""A training in NeMo: a NeMo-Run recipe behind the `Training` contract, run in the folder of a stage."""
+"""A training in NeMo: a NeMo-Run recipe behind the `Training` interface, run in the folder of a stage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-#: Sizes that identify a known parent if its vocabulary is not known.
+#: Sizes by which a model is compared with the known parents if the model's vocabulary size is missing.
 _SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
 
 
@@ -181,7 +181,7 @@ class NeMoTraining(Training):
             )
 
     def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
-        """See `Training.check_parent`; the parent's sizes must be the model's."""
+        """See `Training.check_parent`; the parent and the model must have the same sizes."""
         check_parent(self.recipe, parent, f"{stage}.", remote=remote)
 
     def check_here(self, stage: str) -> None:

@@ -62,7 +62,7 @@ def tuned(
     recipe.trainer.val_check_interval = max(1, schedule.steps // 4)
     recipe.trainer.limit_val_batches = 1.0  # validate on all held-out packs
     if getattr(recipe.trainer, "num_sanity_val_steps", 0):
-        recipe.trainer.num_sanity_val_steps = -1  # validate on all of them before the first step, too
+        recipe.trainer.num_sanity_val_steps = -1  # validate on all held-out packs before the first step, too
     recipe.optim.config.lr = schedule.lr
     scheduler = recipe.optim.lr_scheduler
     scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = schedule.warmup_steps, 0, schedule.min_lr

@@ -114,7 +114,7 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
     elif recipe.data.__fn_or_cls__ is MockDataModule and recipe.data.tokenizer is None:
         # NeMo would fetch GPT-2's tokenizer, which has another vocabulary.
         recipe.data.tokenizer = run.Config(mock_tokenizer, dense=str(dense))
-    own = (MetricsLogger, StopOnSignal)  # a recipe may derive from a recipe that already has them
+    own = (MetricsLogger, StopOnSignal)  # the recipe may already have these callbacks
     others = [callback for callback in recipe.trainer.callbacks or [] if callback.__fn_or_cls__ not in own]
     recipe.trainer.callbacks = [*others, *map(run.Config, own)]
     return recipe
@@ -177,7 +177,7 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
 
 
 def _own_experts(config: run.Config) -> int | None:
-    """Return the number of experts that a model's class has by default: the parent's experts, without the spec's."""
+    """Return the number of experts that a model's class has by default, which are the experts of the parent."""
     return getattr(config.__fn_or_cls__, "num_moe_experts", None)
 
 
@@ -238,7 +238,7 @@ def _complete(recipe: run.Partial) -> None:
 
 
 def _take_ours(recipe: run.Partial, name: str) -> None:
-    """Replace NeMo's class of a recipe's part by this package's and keep its settings; a derived class stays.
+    """Replace a part's NeMo class with this package's class and keep its settings, unless the part has this class.
 
     Raises:
         SpecError: the part has another class.

@@ -74,7 +74,7 @@ class UpcycleConfig(RestoreConfig):
     load_artifacts: bool = False  # the folder has no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
-        # AutoResume accepts only nemo:// addresses in `path`, so it gets the folder that will hold the model.
+        # AutoResume accepts only nemo:// addresses in `path`, so `path` becomes the folder that will hold the model.
         self.path = str(_local(self.path))
         self.branches = [str(_local(branch)) for branch in self.branches or []]
         self.checkpoint = str(_checkpoint(Path(self.checkpoint).expanduser())) if self.checkpoint else None
@@ -124,7 +124,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
-        if not self._init_model_parallel:  # with LoRA: it wraps a filled model's layers before NeMo wraps the chunks
+        if not self._init_model_parallel:  # LoRA wraps a filled model's layers before NeMo wraps the chunks
             self._fill()
         self._auxiliary_losses = correct_losses(model.config)
         load_other_chains()

@@ -1,4 +1,4 @@
-"""Callbacks of NVIDIA's resiliency extension; if a requirement is missing, a callback that does nothing instead."""
+"""Make callbacks of NVIDIA's resiliency extension, or callbacks that do nothing if a requirement is missing."""
 
 # Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` with them.
 

@@ -76,7 +76,7 @@ def _start_from(
     """Return a configuration with a parent and a node, and the model that follows from both.
 
     Args:
-        given: configuration to start from. If this package made its model, only the parent and the node change in it.
+        given: configuration to start from. If this package made its model, only that model's parent and spec change.
         hf_model_path: dense checkpoint.
         node: fields of the node; None: the parent is trained as it is.
         settings: settings of the model, which take precedence over its present settings.
@@ -111,8 +111,8 @@ def upcycled_pretraining(
 ) -> UpcyclingConfig:
     """Make Bridge's pretraining of an upcycled model, or of its parent, with the paper's numbers.
 
-    Bridge's own numbers are for random weights; see `trainers.paper`. Without `data` the run trains on Bridge's mock
-    data, and says so at its start.
+    Bridge's own numbers are for a training from random weights; see `trainers.paper`. Without `data` the run trains on
+    Bridge's mock data, and says so at its start.
 
     Args:
         dense: dense checkpoint; see `with_upcycling`.
@@ -173,11 +173,11 @@ def upcycled(
     is_text = not isinstance(config.dataset, BlendDataset | GPTDatasetConfig)
     values = {
         "tokenizer.tokenizer_type": "HuggingFaceTokenizer" if is_text else "NullTokenizer",
-        "tokenizer.tokenizer_model": None,  # for texts, the parent's tokenizer
+        "tokenizer.tokenizer_model": None,  # on texts, the run then uses the parent's tokenizer
         "tokenizer.vocab_size": None if is_text else config.model.vocab_size - 1,
         "dataset.seq_length": seq_length,
         "checkpoint.load": config.checkpoint.save,
-        "dist.distributed_timeout_minutes": 60,  # the first rank alone computes the order of the samples
+        "dist.distributed_timeout_minutes": 60,  # only the first rank computes the order of the samples
     }
     if rates == "paper":
         values |= {

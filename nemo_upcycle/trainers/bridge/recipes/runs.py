@@ -87,7 +87,7 @@ def mxfp8_run(
     """Make the fast MXFP8 run on GB200 racks: HybridEP, no capacity limit, no recomputation. It has not been run.
 
     Apart from the layout, it has the settings of Bridge's own Qwen3-MoE recipe for GB200 (`recipes/qwen/gb200`), with
-    one difference: parameters stay in BF16 until MXFP8 parameters have been filled on a GPU.
+    one difference: parameters stay in BF16, because filling MXFP8 parameters has not been tried on a GPU yet.
 
     Args:
         dense: see `upcycled_run`.
@@ -132,8 +132,8 @@ def fast_run(
 ) -> UpcyclingConfig:
     """Make the fast FP8 run: capacity factor 1 with padding, no recomputation. FP8 has not been run.
 
-    Parameters stay in BF16 until FP8 parameters (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced
-    in BF16, as in Bridge's `perf_recipes`.
+    Parameters stay in BF16, because filling FP8 parameters (`fp8_param_gather`) has not been tried on a GPU yet.
+    Gradients are reduced in BF16, as in Bridge's `perf_recipes`.
 
     Args:
         dense: see `upcycled_run`.
@@ -169,7 +169,7 @@ def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: st
         dense: see `upcycled_run`.
         schedule: see `upcycled_run`.
         data: see `upcycled_run`.
-        spec: how to upcycle it; None for the dense baseline.
+        spec: how to upcycle the parent; None for the dense baseline.
     """
     config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data)
     _train_by(config, schedule)
@@ -200,7 +200,7 @@ def tuned(config: UpcyclingConfig, tuning: Tuning, data: str | None = None) -> U
     config.model.seq_length, config.model.context_parallel_size = schedule.seq_length, 1
     _train_by(config, schedule)
     config.validation.eval_interval = config.checkpoint.save_interval = max(1, schedule.steps // 4)
-    config.validation.eval_iters = 32  # at most: the pipeline lowers it if fewer packs are held out
+    config.validation.eval_iters = 32  # the pipeline lowers this number if fewer packs are held out
     return config
 
 
@@ -220,7 +220,7 @@ def _paper_run(
         layout: see `upcycled_run`.
         schedule: see `upcycled_run`.
         data: see `upcycled_run`.
-        spec: how to upcycle it; None for the dense baseline.
+        spec: how to upcycle the parent; None for the dense baseline.
         model: further settings of the model.
     """
     model |= {
@@ -235,5 +235,5 @@ def _paper_run(
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
     config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data, **model)
     _train_by(config, schedule)
-    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often
+    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send much more often
     return config
