@@ -78,4 +78,4 @@ def how_to_go_on(folder: Path, trainer: str, rate: float) -> str:
     if typed:
         values = {"dir": f"{folder.parent}-lower-rate", f"{folder.name}.{name}": f"{rate / 2:g}"}
         anew += f": `{typed.changed(values)}`"
-    return f"start again to resume from it; if the loss fails at the same step again, {anew}"
+    return f"Start again to resume from it; if the loss fails at the same step again, {anew}"

@@ -121,7 +121,7 @@ def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, 
     _plan(inputs, run_dir, lr=5e-4)
     answer = run_in_own_process("pretrain", run_dir)  # only the first rank: it refuses before it waits for others
     assert answer.status == 2
-    assert f"work started from other inputs (pretrain.{setting_name('lr')} was " in answer.text
+    assert f"changed after its work started: pretrain.{setting_name('lr')} was " in answer.text
     assert f"delete {run_dir / 'pretrain'} to lose that work" in answer.text
     assert [line["step"] for line in metrics(run_dir / "pretrain")] == [1, 2, 3, 4, 5, 6]
     _plan(inputs, run_dir, steps=8, save_every=4)
@@ -132,7 +132,7 @@ def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, 
     assert [line["step"] for line in metrics(run_dir / "pretrain")] == [*range(1, 9)]
     answer = run_in_own_process("report", run_dir)
     assert answer.status == 2
-    assert "[report] not started: stage 'export' has not finished" in answer.text
+    assert "[report] Stage did not start: stage 'export' has not finished" in answer.text
 
 
 WITH_LOADERS = (

@@ -70,7 +70,7 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
 
 def _go_on(run: Path, *, in_full: bool) -> None:
     """Type the report's next commands: run or forecast a longer training, and parse the words of an evaluation."""
-    block = run.joinpath("report.md").read_text().partition("## How to go on\n\n```bash\n")[2].partition("\n```")[0]
+    block = run.joinpath("report.md").read_text().partition("## Next steps\n\n```bash\n")[2].partition("\n```")[0]
     longer, tasks = (line for line in block.splitlines() if not line.startswith("#"))
     done = Command.pasted(run / "next.txt", longer if in_full else longer.replace(" --yes", " --dryrun"))
     assert done.wait() == 0, done.text()

@@ -143,7 +143,7 @@ def test_contaminated_questions_are_reported(built: Path) -> None:
     assert _manifest(built)["decontaminated_without"] == ["lost"]
     said = open_blend(built).contamination
     assert f"removed text with {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)" in said
-    assert said.endswith("; not looked for: lm-eval/lost")
+    assert said.endswith("; not searched for: lm-eval/lost")
 
 
 def test_another_blend_in_the_same_folder_is_refused(
@@ -157,7 +157,7 @@ def test_another_blend_in_the_same_folder_is_refused(
     assert _bytes(copy) == _bytes(small)
     next(copy.glob("tokens/*.bin")).unlink()
     assert main(command) == 2
-    assert "got no such file" in capsys.readouterr().err
+    assert ".bin does not exist. " in capsys.readouterr().err
 
 
 def test_changed_files_are_said_and_built_again_when_asked_for(

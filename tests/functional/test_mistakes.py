@@ -61,7 +61,7 @@ def test_a_mistake_inside_a_stage_ends_in_status_2(files: Path, tmp_path: Path) 
     other = [word.replace("/tiny", "/other") for word in command]
     answer = _type(other, tmp_path, files)
     assert answer.status == 2, answer.text
-    assert "work started from other inputs (stage import has other settings)" in answer.text
+    assert "changed after its work started: stage import has other settings" in answer.text
     assert answer.written == []
 
 
