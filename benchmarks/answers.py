@@ -1,4 +1,4 @@
-"""Measure the processor time that each command needs to answer, and the share of it that imports take.
+"""Measure each command's processor time until it answers, and the share of imports in this time.
 
     python -m benchmarks.answers          all commands, in 3 minutes; writes the table into results/answers.md
     python -m benchmarks.answers plan     prints the commands that begin with `nemo-upcycle plan` or `nemo plan`
@@ -47,9 +47,10 @@ ASKED = (
 
 
 class Taken(NamedTuple):
-    """The result of a command: exit status, processor seconds, and the parts of this package and of other imports.
+    """The result of a command: its exit status and its processor seconds.
 
-    `imports` holds the longest imports of other packages.
+    `own_s` are the seconds of this package, and `imports_s` the seconds of importing other packages. `imports` has the
+    longest of these imports.
     """
 
     status: int

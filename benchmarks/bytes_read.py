@@ -1,4 +1,4 @@
-"""Measure the bytes that each rank of a 512-GPU job reads to upcycle Llama 3 8B, against the bytes that it needs.
+"""Measure the bytes that each rank of a 512-GPU job reads to upcycle Llama 3 8B, and the bytes that the rank needs.
 
     python -m benchmarks.bytes_read         # writes benchmarks/results/bytes_read.md
 
@@ -9,9 +9,9 @@ rank under a fake process group. Then the slices of each rank's plan (`online/pl
     needed     bytes of the distinct slices
     read       bytes that the source returned
     fetched    bytes of the file from the first to the last byte of each slice. If tensor parallelism cuts a matrix by
-               columns, they include the columns of other ranks.
-    node       bytes that the eight ranks of a node fetch together, over the bytes that they need together, because
-               they share the page cache
+               columns, these bytes include other ranks' columns.
+    node       bytes that the eight ranks of a node fetch together, divided by the bytes that they need together. The
+               ranks of a node share the page cache.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 
 Every run starts with its input in the page cache and ends with its output on the disk (`sync -f`). The competitors
 take turns. `smollm2` is the real model. `llama1b` has the shapes of Llama 3.2 1B and random weights. `llama8b` has the
-shapes of Llama 3 8B in a sparse file. Its output is larger than the memory of most laptops, so `cp` could not have its
-input in the page cache and is not measured. On a virtual disk, the zeros of this output may cost less than weights.
-mergekit is installed in a separate environment on first use. It gets the same parent for every expert, and random
-gates, because every other mode reads prompts.
+shapes of Llama 3 8B in a sparse file. The output of `llama8b` is larger than the memory of most laptops. So the
+page cache could not hold the input of `cp`, and `cp` is not measured. On a virtual disk, the zeros of this output may
+cost less than weights. mergekit is installed in a separate environment on first use. It gets the same parent for every
+expert, and random gates, because its other kinds of gates read prompts.
 """
 
 from __future__ import annotations

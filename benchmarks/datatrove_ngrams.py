@@ -1,7 +1,8 @@
 """Run datatrove's n-gram filter on documents, in a separate environment: `python datatrove_ngrams.py WORK.json`.
 
-The index is built from the same renderings with the same 13 words. Words are split at blanks, which is faster than any
-tokenizer of datatrove. Prints JSON: for each list of documents, the removed documents and the CPU seconds.
+The index is built from our renderings of the items, with n-grams of 13 words like ours. Words are split at blanks,
+which is faster than any tokenizer of datatrove. Prints JSON: for each list of documents, the removed documents and the
+CPU seconds.
 """
 
 import json

@@ -2,12 +2,12 @@
 
     python -m benchmarks.decontaminate   # writes benchmarks/results/decontaminate.md; needs apt-get and 1 GB of disk
 
-300 questions of MMLU are planted in speeches, each of them verbatim and changed in twelve ways. Prose, manuals and
+300 questions of MMLU are planted in speeches, each verbatim and in twelve changed forms. Prose, manuals and
 code (10,000 documents each) are searched for all of MMLU. Each hit is listed with its words, so that it can be judged
 by eye. The texts come from Debian packages (`apt-get download`) and from the Python that runs this benchmark. A
-package that is not available is omitted and named. datatrove's n-gram filter runs in a separate environment, which is
-made on first use, on the same documents with the same renderings and 13 words. The share of the writing step is
-measured in the data environment (`make venv`).
+package that is not available is omitted and named. datatrove's n-gram filter reads the same documents, and uses the
+same renderings and also 13 words. It runs in a separate environment, which is made on first use. The share of
+decontamination in the writing step is measured in the data environment (`make venv`).
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Pa
 def planted_table(
     planted: dict[str, list[tuple[str, int, int]]], indices: list[NgramIndex], theirs: dict
 ) -> list[str]:
-    """Return a table of the planted items found by 13 words alone, removed, reported, and removed by datatrove."""
+    """Return a table of planted items: found by only 13 words, removed, reported, and removed by datatrove."""
     lines = [
         f"| of {PLANTED} items | 13 words alone | removed: 13, or several 8 | share 8 words | datatrove, 13 |",
         "|---|---:|---:|---:|---:|",

@@ -1,10 +1,11 @@
 """Write the tables in the documentation that are generated from code, and count the words of its pages.
 
-    python -m benchmarks.doc_tables          docs/*.md, between `<!-- NAME table -->` and `<!-- end of table -->`
-    python -m benchmarks.doc_tables --check  only names the pages that differ; exit status 1 if any page differs
-    python -m benchmarks.doc_tables --words  counts the words of each page and of all pages, without these tables
+    python -m benchmarks.doc_tables          writes into docs/*.md, between `<!-- NAME table -->` and `<!-- end of
+    table -->` python -m benchmarks.doc_tables --check  only names the pages that differ; exit status 1 if any page
+    differs python -m benchmarks.doc_tables --words  counts the words of each page and of all pages, without these
+    tables
 
-The memory in the tables is the answer of `nemo-upcycle plan`.
+The memory in the tables comes from `nemo-upcycle plan`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def table(headings: str, rows: Iterator[tuple[Any, ...]]) -> str:
 
 
 def models() -> Iterator[tuple[str, ModuleType, KnownRecipe]]:
-    """Yield the name of each model in `recipes/` that has a plan, its file, and the recipe of the upcycled model."""
+    """Yield name, file and recipe of each upcycled model in `recipes/` that has a plan."""
     for model, file in modules().items():
         if f"{model}_e8t2" in known_recipes():
             yield model, file, known_recipe(f"{model}_e8t2")
@@ -108,9 +109,9 @@ def _gib(model: str, gpu: str, kind: str, run: Run, recompute: str) -> str:
 
 
 def class_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield a row for each class of MoE models, with the features that this class cannot hold.
+    """Yield a row for each class of MoE models, with the features that this class does not support.
 
-    Features that more than eight classes cannot hold are omitted.
+    Features that more than eight classes do not support are omitted.
     """
     plain = known_shape("llama3_8b").upcycled(UpcycleSpec(num_experts=8, top_k=2))
     limits = {family: _limits(family, plain) for family in families.targets()}
@@ -123,7 +124,7 @@ def class_rows() -> Iterator[tuple[Any, ...]]:
 def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
     """List the limits of a class, without the limits on scores.
 
-    A limit on shared experts is omitted if it applies neither to a model without shared experts nor to one with them.
+    A limit on shared experts is omitted if it applies to no model, with or without shared experts.
     """
     shared = replace(arch, shared_ffn_size=arch.ffn_size)
     never = {name for name in ("shared experts", "no shared experts") if name in family.limits(arch)}

@@ -1,11 +1,11 @@
-"""Measure how exact upcycling is at step 0, beside Megatron-Core's upcycling, in float32 on one rank on a CPU.
+"""Compare upcycling with Megatron-Core's upcycling: exactness at step 0, in float32, on one rank on a CPU.
 
     python -m benchmarks.exactness            # writes benchmarks/results/exactness.md
 
-Both fill the same Megatron MoE model from the same random dense parent. The parent's weights have std 0.1, so that
-activations are of order one, as in trained models. The reference is the parent in Megatron. The error is the norm of
-the logits' difference over the norm of the reference's logits. Unless a case says otherwise, the router is random with
-std 1, so that a wrong weight shows.
+Both methods fill the same Megatron MoE model from the same random dense parent. The parent's weights have std 0.1, so
+that activations are of order one, as in trained models. The reference is the parent in Megatron. The error is the norm
+of the logits' difference divided by the norm of the reference's logits. Unless a case says otherwise, the router is
+random with std 1, so that a wrong weight shows.
 """
 
 from __future__ import annotations

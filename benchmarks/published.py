@@ -29,7 +29,7 @@ class Published:
     """One row of `published.yaml`, which explains the fields.
 
     Args:
-        tokens_per_s_per_gpu: measured speed; if only TFLOP/s or MFU is published, computed with the formula of
+        tokens_per_s_per_gpu: measured speed; if only TFLOP/s or MFU is published, the speed is computed with
             `models.flops.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on this row.
         sets: constant of `Machine` that was chosen by hand for this row, if any.

@@ -32,7 +32,8 @@ BLACKWELL = {
     "attention": 0.5,
     "uneven_mx_expert_us": 400.0,
 }
-#: Weight of the pull. A constant that differs from its start by a factor e costs as much as an error of 14 %.
+#: Weight of the pull towards the starting values. A constant that differs from its start by a factor e costs as much
+#: as an error of 14 %.
 PULL = 0.02
 PAGE = Path(__file__).parent / "results/planner.md"
 
@@ -58,7 +59,7 @@ def error(row: Published, reached: dict[str, float] | None = None) -> float:
 
 
 def error_as_asked(row: Published) -> float:
-    """Return the relative error of the prediction that is not told the source's further settings."""
+    """Return the relative error of the prediction without the source's further settings."""
     return row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1
 
 

@@ -2,13 +2,13 @@
 
     python -m benchmarks.tokenise           # writes benchmarks/results/tokenise.md; needs apt-get, dpkg-deb and 2 GB
     python -m benchmarks.tokenise ours      # one of the writers
-    MEGATRON_LM=/src/Megatron-LM python -m benchmarks.tokenise      # with its tools/preprocess_data.py, too
+    MEGATRON_LM=/src/Megatron-LM python -m benchmarks.tokenise      # also Megatron's tools/preprocess_data.py
 
 The texts are the training texts of the blend `docs_small`. One page, on kbuild, is omitted. It contains `<filename>`,
-a special token of SmolLM2, which the other writers remove from the text. Each writer has one thread, as a task has.
-CPU time is counted after the imports. For Megatron's tool, the CPU time of a run over one document is subtracted. A
-floor measures the library alone: it encodes texts in memory and writes nothing. All writers must write the same bytes,
-and the floors must give the same number of ids.
+a special token of SmolLM2, which the other writers remove from the text. Each writer has one thread, like a task of
+the data stage. CPU time is counted after the imports. For Megatron's tool, the CPU time of a run over one document is
+subtracted. A floor measures the library alone: it encodes texts in memory and writes nothing. All writers must write
+the same bytes, and the floors must give the same number of ids.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     python -m benchmarks.upcycle smollm2    # one of the models
 
 The floor copies the dense slices once from the page cache and writes the shard once. `floor` writes the same number
-everywhere. `floor, copying` copies numbers from the processor's cache, which is slower, but any real weights need it.
+everywhere. `floor, copying` copies numbers from the processor's cache. This is slower, but real weights need copying.
 The competitor is `upcycle_state_dict` of megatron.core. It fills the same MoE model from a dense Megatron model that
-is already loaded; this loading is not counted. The memory is the peak of anonymous memory above the finished MoE model
-(for Megatron-Core it includes the dense model). It is measured in separate runs, because watching takes time. Every
-measurement has a separate process. The models' memory is touched before, so that no side pays for page faults. The
-workers take turns, because a machine's speed changes.
+is already loaded; this loading is not counted. The memory is the peak of anonymous memory in addition to the finished
+MoE model (for Megatron-Core, the peak includes the dense model). Memory is measured in separate runs, because watching
+it takes time. Every measurement has a separate process. The models' memory is touched before the measurement, so that
+no worker pays for page faults. The workers take turns, because a machine's speed changes.
 """
 
 from __future__ import annotations

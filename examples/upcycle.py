@@ -2,13 +2,14 @@
 
     python examples/upcycle.py models/Llama-3.2-1B models/Llama-3.2-1B-E8T2 --experts 8 --top-k 2
 
-PARENT is a Hugging Face folder. OUT becomes another one, a Mixtral or a Qwen3-MoE, which transformers loads. This file
-needs torch and safetensors only. Read it from top to bottom. `nemo-upcycle convert` writes the same bits; the package
-also makes them inside a training job, for many more models and methods.
+PARENT is a Hugging Face folder. OUT becomes a Hugging Face folder with a Mixtral or a Qwen3-MoE, for transformers.
+This file needs only torch and safetensors. Read it from top to bottom. `nemo-upcycle convert` writes the same bits.
+The package can also upcycle inside a training job, and knows many more models and methods.
 
 THE METHOD ("Llama 3 Meets MoE: Efficient Upcycling", arXiv 2412.09952)
 1. The feed-forward network of every layer becomes E experts. Each expert starts as a copy of that network.
-2. Every layer gets a router: a new matrix [E, D], filled with random numbers. It gives a token one logit per expert.
+2. Every layer gets a router: a new matrix [E, D], filled with random numbers. A router gives a token one logit per
+expert.
    The token passes through the k experts with the largest logits. Their outputs are added up with combine weights.
 3. Every other tensor is copied. Then training continues. The experts see different tokens and drift apart.
 
@@ -32,13 +33,13 @@ down. The output is a sum over neurons, so cutting the F neurons into G shards c
     f = f_0 + f_1 + ... + f_(G-1).
 
 Expert c G + g is shard g of copy c; there are E / G copies. The experts of one copy share their row of the router, so
-a token gives them equal logits. If k is a multiple of G, the top k are therefore whole copies, k / G of them. All
+a token gives them equal logits. If k is a multiple of G, the top k are therefore k / G whole copies. All
 shards of copy c have the same weight q_c. All k weights sum to one: G (sum of q_c) = 1. The layer computes
 
     y = sum of q_c (f_0 + ... + f_(G-1)) over the chosen copies = (sum of q_c) f = f / G.
 
-So down is multiplied by G, and y = f again. Only down is scaled: the network is linear in it, and the factor comes out
-unchanged for every activation. A factor on gate would not, because silu(a x) is not a silu(x).
+So down is multiplied by G, and y = f again. Only down is scaled. The network is linear in down, so its output gets the
+same factor. A factor on gate would not scale the output by that factor, because silu(a x) is not a silu(x).
 """
 
 import ctypes
@@ -60,7 +61,7 @@ NAMES = {
     "LlamaForCausalLM": ("block_sparse_moe", ("w1", "w3", "w2")),
     "Qwen3ForCausalLM": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
-#: Settings that `config.json` may omit, and their value then.
+#: Settings that `config.json` may omit, and the values that they then have.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 QWEN3_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
 #: Settings that make a dense model compute something that this file does not follow.
@@ -69,14 +70,14 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FILE_BYTES = 5 * 10**9  # largest size of a file; a larger tensor gets a separate file
-#: Files that are copied as they are. Other files stay behind: the parent's code, its old weights, its model card.
+#: Files that are copied as they are. Its code, old weights and model card are not copied.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
 class Mistake(Exception):
-    """Something that the user can correct; its text says how."""
+    """An error that the user can correct; its text says how."""
 
 
 # ---- 1. Read the parent ---------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def moe_config(config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> d
         raise Mistake(f"Rotary embedding is {kind} on {rotated} of each head; expected {', '.join(ROPES)} on 1.")
     respelled = ("type", "rope_theta", "partial_rotary_factor", "dtype")
     scaling = {key: value for key, value in rope.items() if key not in respelled} | {"rope_type": kind}
-    # The first three name files of code, which stay behind. The others mean nothing to the new class.
+    # The first three name files of code, which are not copied. The others mean nothing to the new class.
     dropped = ("auto_map", "custom_pipelines", "custom_generate", "attention_bias", "mlp_bias", "layer_types")
     made = {key: value for key, value in config.items() if key not in respelled + dropped} | {
         "num_experts_per_tok": args.top_k,
@@ -280,7 +281,7 @@ def make(new: New, parent: dict[str, Path], dtype: torch.dtype, args: Namespace)
     else:
         layer, copies = int(new.name.split(".")[2]), args.experts // args.granularity
         made = random_router(layer, new.shape[1], copies, args.granularity, args.seed).to(dtype)
-    if not math.isfinite(made.sum()) and not made.isfinite().all():  # the sum is fast, but can overflow on its own
+    if not math.isfinite(made.sum()) and not made.isfinite().all():  # the sum is fast, but it may overflow
         raise Mistake(f"{new.source} holds NaN, infinity or too large numbers. Use another checkpoint.")
     return made.contiguous()
 

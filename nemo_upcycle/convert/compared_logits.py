@@ -16,10 +16,10 @@ class LogitComparison:
         tokens: number of tokens, B S.
         max_abs: largest absolute difference.
         mean_abs: mean absolute difference.
-        relative: largest absolute difference over the first model's largest absolute logit.
+        relative: largest absolute difference divided by the first model's largest absolute logit.
         same_argmax: share of the tokens for which both models have the same most likely next token.
-        layer_relative: for every layer whose outputs were given, norm of the difference over the norm of the first
-            model's output.
+        layer_relative: for every layer whose outputs were given, norm of the difference divided by the norm of the
+            first model's output.
     """
 
     tokens: int

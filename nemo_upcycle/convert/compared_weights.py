@@ -1,7 +1,7 @@
-"""Find out how the weights of an MoE model differ from its dense parent's, as a stream.
+"""Find out how the weights of an MoE model differ from the weights of its dense parent, as a stream.
 
-Every expert's matrix is compared with the shard of the dense network from which it was made: is it identical, is it a
-multiple, or were some of its neurons changed? Nothing is loaded whole.
+Every expert's matrix is compared with the shard of the dense network from which the matrix was made. The matrix may be
+identical, it may be a multiple, or some of its neurons may be changed. No model is loaded as a whole.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _COPIED = (
 
 @dataclass
 class _Routers:
-    """Whether all routers are zero, whether each copy's experts share one row, and the largest standard deviation."""
+    """Facts about all routers: whether all are zero, whether each copy's experts share one row, the largest std."""
 
     zero: bool = True
     tied: bool = True
@@ -69,7 +69,7 @@ class WeightGroup:
         tensors: number of tensors.
         identical: number of tensors that equal the dense model's bit by bit (in the MoE model's type).
         scales: factors that were found, rounded.
-        changed: smallest and largest share of a matrix's neurons that are not the dense model's times the factor.
+        changed: smallest and largest share of a matrix's neurons that differ from the dense neurons times the factor.
     """
 
     kind: str
@@ -103,8 +103,8 @@ class WeightComparison(NamedTuple):
 
     Args:
         groups: differences of each kind of tensor.
-        exact: whether such weights compute the dense function, except for rounding.
-        rounded: why weights lost digits.
+        exact: whether these weights compute the dense function, except for rounding.
+        rounded: reasons why weights lost digits.
         granularity: number of parts that the dense network was cut into.
     """
 
@@ -117,15 +117,16 @@ class WeightComparison(NamedTuple):
 def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path | None = None) -> WeightComparison:
     """Find out how an MoE model's weights differ from the dense model's, and whether they compute the dense function.
 
-    They do if two things hold. First, all weights are the dense model's, except that the experts' down projection is
-    scaled as the model's routing requires (`UpcycleSpec.down_scale`). Second, the router does not change the sum of
-    the experts (`models/growth.py`). If the parent has experts, the router's rows must be the parent's, too.
+    The weights compute the dense function under two conditions. First, all weights equal the dense model's weights,
+    except that the experts' down projection is scaled as the model's routing requires (`UpcycleSpec.down_scale`).
+    Second, the router does not change the sum of the experts (`models/growth.py`). If the parent has experts, the
+    router's rows must equal rows of the parent's router.
 
     Args:
         dense: open dense model.
         moe: open MoE model.
-        expert_utility: for a parent with experts, the file that gives some experts more copies; None if all have
-            equally many.
+        expert_utility: for a parent with experts, the file that gives some experts more copies; None if all
+            experts have equally many copies.
 
     Raises:
         CheckpointError: the tensors of a folder do not match its configuration, a tensor holds NaN or infinity, or the
@@ -164,20 +165,20 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
             is_exact &= not any(rounded({name: dense.dtype(plan.slices[0].name)}, moe.dtype(name)))
     router = moe_arch.router_kind
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
-        is_exact = False  # no spec makes this: scores of several experts, not divided by their sum
+        is_exact = False  # no spec makes scores of several experts that are not divided by their sum
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
     lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch))]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
 
 
 def _constants_are_as_written(moe: DenseSource) -> bool:
-    """Return whether tensors that only the Hugging Face class has are as written, or zero if that acts the same."""
+    """Return whether the constant tensors of the Hugging Face class have the values that this package writes."""
     written: dict[torch.dtype, dict[str, torch.Tensor]] = {}
     for name in hf_constants(moe.architecture):
         found = moe.read(name)
         if found.dtype not in written:
             written[found.dtype] = constant_tensors(moe.architecture, found.dtype)
-        if not torch.allclose(found, written[found.dtype][name], rtol=0, atol=1e-7):  # too small to change 0.5
+        if not torch.allclose(found, written[found.dtype][name], rtol=0, atol=1e-7):  # 1e-7 cannot change 0.5
             return False
     return True
 
@@ -214,12 +215,12 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
 def _spec_of(
     arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None, utility: Path | None = None
 ) -> UpcycleSpec:
-    """Return a spec of plain copies that makes this model, as far as its configuration and its routers show."""
+    """Return a spec of plain copies that agrees with the configuration and the routers of the MoE model."""
     if arch.num_experts:
         return growth_spec(arch, moe_arch.num_experts or 0, moe_arch.top_k, str(utility or ""))
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
-    if top_k == 1 and moe_arch.norm_topk:  # no spec makes this; one more expert has the same sums
+    if top_k == 1 and moe_arch.norm_topk:  # no spec makes this top-k; a larger top-k has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
         num_experts=experts,
@@ -246,8 +247,8 @@ def _pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both models' rows in blocks. The dense rows are cast to the MoE model's type.
 
-    Factors that cancel out are applied, because a value that was halved in Megatron and doubled again on export may
-    have lost its last bit if it is very small.
+    Factors that cancel out are applied, too: a very small value that was halved in Megatron and doubled again on
+    export may have lost its last bit.
     """
     shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
@@ -270,7 +271,7 @@ def _pairs(
 def _relation(
     blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
 ) -> tuple[float, float]:
-    """Return the factor between two matrices, and the share of neurons (rows or columns) that do not follow it."""
+    """Return the factor between two matrices, and the share of neurons (rows or columns) that do not fit it."""
     scale: float | None = None
     kept: list[torch.Tensor] = []
     for theirs, ours in blocks:
@@ -287,7 +288,7 @@ def _relation(
 
 
 def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return where `theirs` is `ours` times a factor: bit by bit for 1, otherwise up to two roundings of the type."""
+    """Return where `theirs` is `ours` times a factor: bit by bit if the factor is 1, otherwise up to two roundings."""
     if scale == 1.0:
         return theirs == ours
     scaled = ours.float() * scale

@@ -29,8 +29,8 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
-#: Size of the blocks that are read, cast and written (bytes), and the largest slice that is kept for the next copy
-#: instead of being made again (bytes).
+#: Size of the blocks that are read, cast and written (bytes). A slice of at most this size is kept for the next copy.
+#: A larger slice is made again.
 BLOCK_BYTES = 32 << 20
 KEPT_BYTES = 256 << 20
 #: Number of files to write in parallel. The kernel does the writing, on one core per file.
@@ -39,13 +39,13 @@ WRITERS = 4
 
 @dataclass(frozen=True)
 class Expansion:
-    """The tensors that a spec makes from a dense checkpoint, with the bits of `upcycle_into` in the same type.
+    """The tensors that a spec makes from a dense checkpoint, bit-identical to `upcycle_into` in the same type.
 
     Args:
         dense: open dense checkpoint.
         spec: how to upcycle it.
         dtype: type of the result, in which weights are also scaled and changed.
-        whole: parts outside the text model, which the written class then contains, too.
+        whole: parts outside the text model that are written, too; None for only the text model.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model.
@@ -89,8 +89,9 @@ class Expansion:
     def writers(self) -> int:
         """Number of files to write in parallel.
 
-        It is 1 for methods that compute, because they use all cores for one file and hold whole matrices in memory. It
-        is also 1 if some tensors are transposed, because they are held whole, too.
+        The number is 1 for init methods that compute, because these methods use all cores for one file and keep whole
+        matrices in memory. The number is also 1 if some tensors are transposed, because whole tensors are then in
+        memory, too.
         """
         holds = METHODS[self.spec.method].computes or any(map(is_transposed, self.shapes))
         return 1 if holds else min(WRITERS, os.cpu_count() or 1)
@@ -124,7 +125,7 @@ class Expansion:
 
     @cached_property
     def _plans(self) -> dict[str, tuple[TensorPlan | str, int]]:
-        """The plan of every tensor, and the number of its expert. For a constant, the plan is its name."""
+        """The plan and the expert number of every tensor. For a constant, the plan is the constant's name."""
         return {name: (name, 0) if name in self._constants else self.plan.hf_tensor(name) for name in self.shapes}
 
     def _copies(self, names: list[str]) -> list[tuple[TensorPlan | str, list[tuple[str, int]]]]:
@@ -164,7 +165,7 @@ class Expansion:
                 file.write(as_bytes(as_in_file(name, own) if plan.method else own))
 
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
-        """Return where the output's bytes already are in a file, or None if they must be made."""
+        """Return the bytes of a source file that equal the output, or None if the output must be computed."""
         slice_, *others = plan.slices
         if others or plan.method or plan.factors or plan.offset or source.dtype(slice_.name) is not self._dtype(plan):
             return None
@@ -173,7 +174,7 @@ class Expansion:
     def _blocks(self, source: DenseSource, plan: TensorPlan) -> Iterator[torch.Tensor]:
         """Yield the expanded slices in blocks of rows.
 
-        For a method, each slice is one block, because the method needs the whole matrix.
+        With an init method, each slice is one block, because the method needs the whole matrix.
         """
         for slice_ in plan.slices:
             (first, last), *rest = slice_.bounds

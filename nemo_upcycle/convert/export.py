@@ -1,7 +1,7 @@
 """Export NeMo or Megatron weights to a Hugging Face folder, as a stream, by the mapping table.
 
-A dense model becomes its own class again. An upcycled model becomes the first target class that can hold it. The
-checkpoint's description of its own model decides: a parent or a spec that contradicts it is refused.
+A dense model is exported to its own class. An upcycled model is exported to the first target class that can hold it. A
+parent or a spec that contradicts the checkpoint's description of its own model is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart,
 from nemo_upcycle.utils.streams import StreamedFile
 
 
-#: Maker of a folder, as recorded in its marker. The next export may replace such a folder.
+#: Maker of a folder, as recorded in its marker. The next export may replace a folder with such a marker.
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
     "the checkpoint does not describe its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
@@ -82,8 +82,8 @@ def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dt
     """Return a function that writes the tensors of a file, with one tensor in memory at a time.
 
     Raises:
-        CheckpointError: when the function is called: a tensor has another shape than in the architecture, or holds
-            NaN, infinity or a number too large for the type.
+        CheckpointError: only the returned function raises this error, if a tensor has another shape than in the
+            architecture, or holds NaN, infinity or a number too large for the type.
     """
     constants, float32 = constant_tensors(arch, dtype), float32_names(arch)
 
@@ -138,7 +138,8 @@ def export_weights(
 
     Raises:
         CheckpointError: the weights do not fit `arch`.
-        UpcycleError: the disk has too little space, or `output` is the parent, or exists and is not an earlier export.
+        UpcycleError: the disk has too little space, `output` is the parent, or `output` exists and is not an earlier
+            export.
     """
     about = about or CardInfo()
     require_class(arch)
@@ -215,8 +216,8 @@ def export_checkpoint(
         about: information for the model card in addition to the checkpoint's.
 
     Raises:
-        SpecError: an MoE checkpoint has no spec, a dense checkpoint has one, the spec contradicts the checkpoint's own
-            context, or no Hugging Face class can hold the model.
+        SpecError: an MoE checkpoint has no spec, a dense checkpoint has a spec, the spec contradicts the checkpoint's
+            own context, or no Hugging Face class can hold the model.
         CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than the
             parent's, or holds tensors that the spec does not explain.
         UpcycleError: `output` exists and is not an earlier export, or overlaps with the checkpoint or the parent.
@@ -236,7 +237,7 @@ def export_checkpoint(
     plan = {
         "checkpoint": str(checkpoint.resolve()),
         "files": weights.checkpoint.fingerprint(),
-        # Two checkpoints of one run have files of the same sizes, so the time tells them apart.
+        # Two checkpoints of one run have files of the same sizes, so the time tells the checkpoints apart.
         "written_ns": (weights.checkpoint.path / ".metadata").stat().st_mtime_ns,
         "config_sha256": sha256_file(dense_folder / "config.json"),
         "architecture": asdict(arch),

@@ -1,4 +1,4 @@
-"""Find a checkpoint by the path that a user gives, and its parent and spec from its run's receipt and its context."""
+"""Find a checkpoint at a user's path, and read its parent and spec from the run's receipt and from its context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 _RECEIPT = "receipt.json"
-#: Spec fields that no tensor shows but every reader needs.
+#: Spec fields that every reader needs, although no tensor shows them.
 _UNSEEN = ("top_k", "router_order")
 
 
@@ -27,7 +27,7 @@ class FoundModel:
         checkpoint: folder with `weights/` or `.metadata`.
         dense: Hugging Face folder of the dense parent.
         spec: how the model was upcycled; None for a dense model.
-        receipt_path: receipt of its run, or None.
+        receipt_path: receipt of the checkpoint's run, or None.
         receipt: content of the receipt.
     """
 
@@ -45,9 +45,9 @@ def find_trained_model(
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run, as in `find_checkpoint`.
-        dense: folder of the dense parent; None takes it from the receipt.
-        receipt_path: receipt of the run. None takes the nearest receipt above the checkpoint, or, for a fine-tuning
-            without a receipt, the receipt of its source run.
+        dense: folder of the dense parent; None takes the folder that the receipt names.
+        receipt_path: receipt of the run. None takes the nearest receipt above the checkpoint. If a fine-tuning has no
+            receipt, None takes the receipt of the run from which the fine-tuning started.
         given: spec fields that the user states.
 
     Raises:
@@ -89,7 +89,7 @@ def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`, the newest in a folder or run, or the last for `.../last`.
+    """Return the checkpoint at `path`, or the newest one in this folder or run. `FOLDER/last` finds the last one.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or several runs have one.

@@ -17,7 +17,7 @@ from nemo_upcycle.utils.files import read_json, write_json
 if TYPE_CHECKING:
     import torch
 
-#: Files to copy unchanged, because a tokenizer that a newer library saves again may not open in an older one.
+#: Files to copy unchanged. If a newer library saved the tokenizer again, an older library might not open it.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,7 +52,7 @@ def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]
 
     Args:
         dense_folder: folder of the parent.
-        sees: whether to include the settings of its image processor.
+        sees: whether to include the settings of the parent's image processor.
 
     Raises:
         UpcycleError: a file is a link to a place outside the folder, so copying would publish a file by mistake.
@@ -100,7 +100,7 @@ def write_config(
     *,
     wrapper: Wrapper | None = None,
 ) -> None:
-    """Write the `config.json` of `arch`, made from the parent's, without keys that make a loader run code.
+    """Write the `config.json` of `arch` from the parent's file, without keys that make a loader run code.
 
     Args:
         dense_folder: folder of the parent.
@@ -108,7 +108,7 @@ def write_config(
         arch: architecture of the model.
         dtype: type of the model's weights.
         router_aux_loss: see `moe_config`.
-        wrapper: class that holds the model and the parent's other parts; None for the text model alone.
+        wrapper: class that holds the model and the parent's other parts; None for only the text model.
     """
     config = _without_code(read_config(dense_folder))
     if arch.num_experts:

@@ -106,7 +106,7 @@ class CheckpointWeights:
     def require_parent(self, arch: Architecture) -> None:
         """Check that the model has as many layers as `arch`, and a separate output layer only if `arch` has one.
 
-        Reading the tensors of `arch` would not show this.
+        Reading the tensors of `arch` would not show such a difference.
 
         Raises:
             CheckpointError: the model was not made from a parent of this architecture.
@@ -171,7 +171,7 @@ class CheckpointWeights:
         return weight
 
     def _adapters(self, key: str) -> list[str]:
-        """Return the names of a weight's two LoRA matrices, the outer one first, or [] if it has none."""
+        """Return the names of a weight's two LoRA matrices, the outer one first, or [] if the weight has none."""
         names = [f"{key.removesuffix('weight')}adapter.linear_{part}.weight" for part in ("out", "in")]
         return names if names[0] in self._adapted.names() else []
 
@@ -191,14 +191,14 @@ def open_checkpoint(
     Args:
         checkpoint: checkpoint of NeMo or Megatron, saved under any layout.
         dense_folder: Hugging Face folder of the dense parent.
-        spec: how an MoE checkpoint was upcycled; by default, the spec in its own context.
+        spec: how an MoE checkpoint was upcycled; by default, the spec in the checkpoint's own context.
 
     Returns:
         The open weights, the model's architecture, and the checkpoint's description of the model (None without one).
 
     Raises:
-        SpecError: an MoE checkpoint has no spec, a dense checkpoint has one, or the spec contradicts the checkpoint's
-            context.
+        SpecError: an MoE checkpoint has no spec, a dense checkpoint has a spec, or the spec contradicts the
+            checkpoint's context.
         CheckpointError: the checkpoint is damaged, belongs to another parent, or was trained with other settings.
     """
     context = read_context(checkpoint)
@@ -234,7 +234,7 @@ def open_checkpoint(
 
 
 def _newest(run: Path) -> Path:
-    """Return the newest checkpoint of the run whose weights Bridge's LoRA adapters change.
+    """Return the newest checkpoint of a run. Bridge's LoRA adapters are added to the weights of this checkpoint.
 
     Raises:
         CheckpointError: the run has no checkpoint.

@@ -58,7 +58,7 @@ class CardText:
 
     Args:
         title: name of the model.
-        tool: command that wrote it.
+        tool: command that wrote the model.
         facts: rows of the table: label -> value.
         notes: sentences on what is inexact, unknown or assumed.
         parent: address that the user gave for the first parent.
@@ -83,7 +83,7 @@ def write_card(
         parents: folders of the dense models; the first one gives everything except the experts.
         arch: architecture of the model.
         card: texts of the card.
-        whole_class: class that holds the model and the parent's other parts; empty without such parts.
+        whole_class: class that holds the model and the parent's other parts; empty if the parent has no other parts.
     """
     family = find_family(arch.hf_class)
     loads_as, around = whole_class or (family.saved_as if family else "") or arch.hf_class, ""
@@ -123,7 +123,7 @@ def write_card(
 def add_scores(folder: Path, text: str) -> None:
     """Put a section with scores into a card that this package wrote, in place of an earlier section.
 
-    Nothing happens without such a card. A folder that is a link to another place is not changed.
+    If this package wrote no card, nothing happens. A folder that is a link to another place is not changed.
 
     Args:
         folder: folder of the model.
@@ -145,7 +145,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _besides(arch: Architecture) -> dict[str, str]:
-    """Return a card row on what the files hold besides the parameters. These numbers do not change the function."""
+    """Return a card row on numbers in the files that are not parameters. They do not change the model's function."""
     constants = sum(math.prod(shape) for shape in hf_constants(arch).values())
     copied = extra_params(arch) - constants
     told = []
@@ -179,7 +179,7 @@ def training_facts(metrics: Path, step: int) -> dict[str, str]:
 
 def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architecture) -> dict[str, Any]:
     """Return the card's metadata in the form that the Hugging Face hub reads."""
-    # The card of a parent without a name on the hub may name the parent's own base, which is then the nearest model.
+    # If a parent has no name on the hub, its card may name its own base model, which is then the nearest named model.
     bases = [name or card.get("base_model") for name, card in zip(names, cards, strict=True)]
     flat = [base for one in bases for base in (one if isinstance(one, list) else [one]) if isinstance(base, str)]
     front: dict[str, Any] = {}
@@ -207,7 +207,7 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     """Return a card row on how a model was upcycled: sizes and seed always, other fields only if not the default."""
     always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
     fields = {name: value for name, value in asdict(spec).items() if name in always or value != getattr(default, name)}
-    for name in ("calibration", "expert_utility", "router_prompts"):  # a path holds for one machine only
+    for name in ("calibration", "expert_utility", "router_prompts"):  # a path is valid on one machine only
         if name in fields:
             fields[name] = Path(fields[name]).name
     return {
@@ -216,11 +216,11 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
 
 
 def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:
-    """Return a name for a parent that readers know: its hub name or address, or else its folder and its base model."""
+    """Return a parent's name for readers: its hub name or address, or otherwise its folder and its base model."""
     if name := _hub_name(folder):
         return name
     _, separator, rest = (address or "").partition("://")
-    # A path holds for one machine only, so only its last part is used.
+    # A path is valid on one machine only, so only its last part is used.
     called = address if address and separator and not rest.startswith("/") else folder.resolve().name
     base = card.get("base_model")
     return f"{called}, made from {base}" if isinstance(base, str) else called

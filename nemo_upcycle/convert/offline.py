@@ -1,8 +1,8 @@
 """Convert a dense checkpoint to an upcycled Hugging Face folder, without a training job.
 
-The result has the bits of upcycling and exporting. Every output file gets its final name only when it is complete and
-on disk, so a run that was stopped, at any time and for any reason, continues with the first missing file.
-`expansion.py` makes the tensors.
+The result is bit-identical to upcycling in a training job and exporting afterwards. Every output file gets its final
+name only when it is complete and on disk. So a run that was stopped at any time, for any reason, continues with the
+first missing file. `expansion.py` makes the tensors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from nemo_upcycle.utils.files import (
 
 
 _PLAN = ".conversion.json"
-#: Errors that a file system may raise in the middle of the work, with the words for the message.
+#: Errors that a file system may raise during the conversion, each with its text in the message.
 _FULL = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has no quota left",
@@ -64,10 +64,10 @@ _FULL = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` are of this call only.
+    """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` count only this call.
 
-    The call may have found finished files (`files_kept`). They are recognised by size and header and are not read
-    again. If the model needs routing in float32, `exact` holds for float32 routing.
+    `files_kept` is the number of finished files that the call found. It recognised them by size and header, and did
+    not read them again. If the model needs routing in float32, `exact` assumes routing in float32.
     """
 
     output: Path
@@ -123,8 +123,8 @@ def convert(
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
         CheckpointError: the source is damaged, holds NaN or infinity, or does not fit its `config.json`.
-        UpcycleError: `output` exists and is damaged or something else, another process is writing it, no file can hold
-            weights of this type, or the disk is full.
+        UpcycleError: `output` exists and is damaged or has another origin, another process is writing `output`,
+            weights of this type cannot be written, or the disk is full.
 
     Example:
         >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -139,7 +139,7 @@ def convert(
     expansion = Expansion(dense, spec, dtype, whole)
     moe_arch = expansion.moe_arch
     if not is_complete(output) and not aside_of(output).exists():  # otherwise the writer checks the disk
-        # This check comes before names are listed, because that takes long for very many experts.
+        # This check comes before names are listed, because listing takes long if there are very many experts.
         require_disk(
             output,
             (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize + (whole.size_bytes if whole else 0),
@@ -229,7 +229,7 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 got=_FULL[error.errno],
                 fix="correct that, and run the same command again: finished files are kept",
             ) from None
-    forget_work(output, _PLAN)  # only after the final rename, because without a plan nothing is kept
+    forget_work(output, _PLAN)  # only after the final rename, because files without a plan are not kept
 
 
 def _finish(
@@ -274,7 +274,8 @@ def _caveats(expansion: Expansion) -> tuple[str, ...]:
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
     """Return everything that determines the output. Files of a stopped run are kept only if its plan is the same.
 
-    Two models of one shape have the same headers, so the plan includes the times at which the files were written.
+    Files of two models with the same shapes have the same headers. So the plan includes the times at which the
+    source's files were written.
     """
     sources = []
     for source in dense.branches():
@@ -296,10 +297,10 @@ def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shar
 
 
 def _is_done(output: Path, plan: dict[str, Any]) -> bool:
-    """Return whether an earlier run finished exactly this conversion. Nothing else may be in the place of the output.
+    """Return whether an earlier run finished exactly this conversion. Nothing else may be at `output`.
 
     Raises:
-        UpcycleError: something else is there. It is never deleted.
+        UpcycleError: something else is at `output`. It is never deleted.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False

@@ -58,7 +58,7 @@ def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -
     """Return the header of a safetensors file that holds tensors one after the other.
 
     Args:
-        tensors: name, type by the format's name, shape and size (bytes) of each tensor.
+        tensors: name, type (as the format calls it), shape and size (bytes) of each tensor.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -84,9 +84,9 @@ class SafetensorsWriter:
         dtype: type of all tensors on disk.
         max_shard_bytes: largest size of a file's data (bytes).
         order: function that returns a file's tensors in writing order; by default, the model's order.
-        float32: names of the tensors that are float32 whatever `dtype` is; they come first in a file, where they are
-            aligned.
-        whole: parts outside the text model; their tensors have files of their own, after all others.
+        float32: names of the tensors that are float32 whatever `dtype` is; they come first in a file, so
+            that they are aligned.
+        whole: parts outside the text model; their tensors are in separate files, after all other files.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP
@@ -152,7 +152,7 @@ class SafetensorsWriter:
             yield self._called(tensor), _DTYPE_NAMES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize
 
     def _others_in(self, file: str) -> list[OtherTensor]:
-        """Return a file's tensors of other parts. A file holds only such tensors, or none of them."""
+        """Return a file's tensors of other parts. A file has either only such tensors, or none."""
         return [self._others[name] for name in self.files[file] if name in self._others]
 
     @cached_property
@@ -166,7 +166,7 @@ class SafetensorsWriter:
         return len({tensor_of(name) for name in (*self.shapes, *self._others)})
 
     def is_whole(self, folder: Path, file: str) -> bool:
-        """Return whether a file is complete, as far as its size and header show."""
+        """Return whether a file is complete, judged by its size and header."""
         path = folder / file
         if not path.is_file():
             return False

@@ -31,7 +31,7 @@ from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Largest difference of logits, over the largest logit, that rounding causes between two float32 implementations.
+#: Largest relative difference of logits that rounding causes between two float32 implementations.
 TOLERANCE = 1e-4
 WINDOWS, WINDOW_TOKENS = 2, 256
 #: The package's own sample text: a few paragraphs of several kinds.
@@ -40,7 +40,7 @@ _SAMPLE = Path(__file__).with_name("sample.txt")
 
 @dataclass(frozen=True)
 class TornTokens:
-    """Tokens for which top-k chooses parts of several networks in some layer, in a model of one type.
+    """Tokens for which some layer's top-k chooses parts of networks instead of whole networks, in one type.
 
     Args:
         dtype: type of the model.
@@ -89,9 +89,9 @@ def verify(
         dense: folder of the parent, with its tokenizer.
         moe: folder of the MoE model, whose class is in `models/families`.
         layers: whether to compare the outputs of every layer, to find where the models diverge.
-        logits: whether to load and run the models, one after the other, in float32, and also in its own type a model
-            whose experts share router rows; otherwise only weights are compared.
-        expert_utility: for a parent with experts, the file that gives some experts more copies, if it was used.
+        logits: whether to run the models, too; if False, only weights are compared. The models run one after the other
+            in float32. If experts share router rows, the MoE model also runs in its own type.
+        expert_utility: for a parent with experts, the file that gives some experts more copies, if one was used.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is from another parent.
@@ -197,14 +197,15 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 def _count_torn(
     folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, network_E: list[int]
 ) -> TornTokens:
-    """Count the tokens for which top-k, as transformers does it, does not choose whole networks in some layer.
+    """Count the tokens for which the top-k of transformers does not choose whole networks in some layer.
 
     Args:
         folder: folder of the MoE model.
         moe_arch: architecture of the MoE model.
         tokens_BS: token ids to run the model on.
         dtype: type to run the model in.
-        network_E: for each expert, the network that it is a part of, or the parent's expert that it copies.
+        network_E: for each expert, number of the network that it is a part of, or of the parent's expert that it
+            copies.
     """
     top_k = moe_arch.top_k or 1
     whole = min(top_k, network_E.count(0))
@@ -235,7 +236,7 @@ def _router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Te
     """Collect the router logits of a Hugging Face model for each token, [T, E] for every MoE layer.
 
     Args:
-        model: the model; its computations inside the context are collected.
+        model: the model; the router logits that it computes inside the context are collected.
         moe_arch: architecture of the model. The router's kind decides whether it computes in float32 or in the model's
             type.
     """

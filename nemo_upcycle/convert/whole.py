@@ -1,4 +1,4 @@
-"""The parts of a model outside its text model, copied from the parent byte for byte, and the names of its tensors."""
+"""Copy the parts outside a parent's text model byte for byte, and name the tensors of the whole model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
 _EMBEDDING = "embed_tokens.weight"
-#: Caveat about servers for such a model, in the form of `server_caveats`.
+#: Caveat about servers for a model with parts outside its text model, in the form of `server_caveats`.
 CAVEAT = "vLLM, SGLang, llama.cpp: not tried with experts in a vision-language model"
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The parts outside a text model with experts, and the names of the text model's tensors beside these parts.
+    """The parts outside a text model with experts, and the names that the text model's tensors then have.
 
     Args:
         wrapper: class that holds all parts.
         others: tensors of the other parts.
         body: prefix of the text model's tensor names, except the output layer's.
-        moe_arch: architecture of the text model as the class has it.
+        moe_arch: architecture of the text model inside `wrapper`.
     """
 
     wrapper: Wrapper
@@ -40,7 +40,7 @@ class Whole:
     def of(cls, dense: DenseSource, moe_arch: Architecture) -> Whole | None:
         """Find the parts outside a parent's text model.
 
-        Return None if there are none, or if `unseen_because` gives a reason.
+        Return None if there are no such parts, or if `unseen_because` gives a reason.
 
         Args:
             dense: open parent.
@@ -54,7 +54,7 @@ class Whole:
         body = next(found, f"model.{_EMBEDDING}").removesuffix(_EMBEDDING)
         wrapper = parent.around_experts
         assert wrapper
-        own = find_family(wrapper.hf_class)  # if its text model has no class of its own
+        own = find_family(wrapper.hf_class)  # if the wrapper's text model has no separate class
         moe_arch = replace(moe_arch, hf_class=own.hf_class) if own else moe_arch
         others = tuple(other for other in dense.others() if other.part != MTP)
         return cls(wrapper, others, body, moe_arch)
@@ -83,7 +83,7 @@ class Whole:
 def unseen_because(dense: Path, moe_arch: Architecture) -> str:
     """Return why no class holds the parts outside a parent's text model together with experts.
 
-    The result is "" if a class holds them, or if there are no such parts.
+    The result is "" if a class holds these parts, or if there are no such parts.
 
     Args:
         dense: Hugging Face folder of the parent.

@@ -22,17 +22,17 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 #: Sequences in one forward pass on a CPU, where memory is not the limit.
 CPU_BATCH = 8
-#: Tokens of a continuation: enough to read, and one or two seconds for a small model on two CPU cores.
+#: Tokens of a continuation. They are enough to read, and a small model needs one or two seconds on two CPU cores.
 NEW_TOKENS = 24
 
 
 class Backend:
-    """A loaded model, and the object through which lm-eval asks it.
+    """A loaded model, and the object through which lm-eval asks the model.
 
     Args:
         lm: lm-eval's object for the model.
         facts: the model's facts in the result: `class` and `parameters`.
-        device: name of the device, for people.
+        device: readable name of the device.
         batch_size: sequences in one forward pass, or `auto`.
     """
 
@@ -44,7 +44,7 @@ class Backend:
     def continue_prompts(self, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the prompts, each with its `continuation`: the likeliest tokens, `NEW_TOKENS` at most.
 
-        It does not use `model.generate`, which would apply the temperature and penalties of the folder's
+        This method does not use `model.generate`, which would apply the temperature and penalties of the folder's
         generation_config.json.
         """
         return [{**prompt, "continuation": _continued(self.lm, prompt["prompt"])} for prompt in prompts]
@@ -70,11 +70,11 @@ class AskedBackend(Backend):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How an evaluation opens a model, if different from its suite.
+    """How an evaluation opens a model. None and omitted values come from the suite.
 
     Args:
-        backend: `hf`, `vllm`, `megatron` or `auto`; None: the suite's.
-        batch_size: sequences in one forward pass, or `auto`; None: the suite's.
+        backend: `hf`, `vllm`, `megatron` or `auto`; None for the suite's value.
+        batch_size: sequences in one forward pass, or `auto`; None for the suite's value.
         megatron: arguments of `MegatronLM`, to open a checkpoint.
     """
 
@@ -98,13 +98,13 @@ def open_model(
         folder: a Hugging Face folder; for Megatron a checkpoint, a folder of checkpoints, or a run.
         backend: `hf`, `vllm`, `megatron`, or `auto`, see `choose_backend`.
         dtype: type to compute in.
-        batch_size: sequences in one forward pass; `auto`: as many as the GPUs take, and `CPU_BATCH` on a CPU.
+        batch_size: sequences in one forward pass; `auto` fills the GPUs' memory, and is `CPU_BATCH` on a CPU.
         label: name of the model in the progress report.
-        megatron: arguments of `MegatronLM`, to open a checkpoint. All ranks of a job except the first serve, and then
-            end.
+        megatron: arguments of `MegatronLM`, to open a checkpoint. In a job, all ranks except the first only serve
+            the first rank, and end afterwards.
 
     Raises:
-        CheckpointError: the folder is not a model, or its weights do not fit it exactly.
+        CheckpointError: the folder is not a model, or its weights do not fit the model exactly.
         UpcycleError: vLLM is asked for but cannot be used.
     """
     import torch
@@ -125,9 +125,9 @@ def open_model(
 def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
     """Return the back end for a folder: `hf`, `vllm` or `megatron`.
 
-    A checkpoint always computes in Megatron, and a Hugging Face folder never does. `auto` takes vLLM if it is
-    installed, sees CUDA and has the model's class, but only for 16-bit types. float32 is requested to compare models
-    item by item. Then transformers is used, because it loads models strictly.
+    A checkpoint always computes in Megatron, and a Hugging Face folder never does. For 16-bit types, `auto`
+    takes vLLM if vLLM is installed, sees CUDA and supports the model's class. For float32, `auto` takes transformers:
+    float32 is used to compare models item by item, and transformers loads models strictly.
 
     Raises:
         UpcycleError: vLLM is asked for, but something that it needs is missing.
@@ -153,7 +153,7 @@ def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
 
 
 def close_model(backend: Backend) -> None:
-    """End other ranks and free GPU memory before the next model is loaded, because vLLM takes most of it at once."""
+    """End other ranks and free GPU memory before the next model is loaded, because vLLM takes most memory at once."""
     import torch
 
     if backend.name == "megatron":
@@ -307,7 +307,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             return written
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> Any:
-            with temporarily_set(self, "_line", None):  # passes that detect the batch size are no progress
+            with temporarily_set(self, "_line", None):  # do not report passes that detect the batch size
                 return super()._detect_batch_size(requests, pos)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Measure how equal two evaluations of the same items are. `paired.py` says whether one of them is better.
 
 Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items, or over groups of items.
-For a mean this is the usual standard error, and it is also valid for perplexities (ratios of sums).
+For a mean, the jackknife is the usual standard error. It is also valid for perplexities (ratios of sums).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
 
 
 def left_out(metric: str, parts: Sequence[tuple[float, float]]) -> list[float]:
-    """Return the metric's value without each part in turn; an empty list for fewer than two parts.
+    """Return the metric's values with one part left out at a time; an empty list for fewer than two parts.
 
     Args:
         metric: name of the metric, without the task.
@@ -50,7 +50,7 @@ def left_out(metric: str, parts: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def jackknife_stderr(left_out: Sequence[float]) -> float | None:
-    """Return the jackknife standard error of a value, given the values without each item in turn.
+    """Return the jackknife standard error from the values with one item left out at a time.
 
     Returns:
         The standard error, or None with fewer than two items.
@@ -115,12 +115,13 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         b: the other result, for the same items.
 
     Returns:
-        `items`, `loglikelihoods` (how many were compared), `max_absolute_loglikelihood_difference` (nats),
-        `max_relative_loglikelihood_difference` (of the value in `a`), `largest_at` (task and item id of the latter),
-        `questions`, and `changed_answers` (questions whose preferred answer, or any score, differs).
+        `items`, `loglikelihoods` (number that was compared), `max_absolute_loglikelihood_difference` (nats),
+        `max_relative_loglikelihood_difference` (relative to `a`), `largest_at` (task and item id of the largest
+        relative difference), `questions`, and `changed_answers` (questions whose preferred answer, or any score,
+        differs).
 
     Raises:
-        UpcycleError: the two were not evaluated on the same items.
+        UpcycleError: the two models were not evaluated on the same items.
     """
     if set(a["items"]) != set(b["items"]):
         raise _different_items(a, b, f"they have the tasks {sorted(a['items'])} and {sorted(b['items'])}")

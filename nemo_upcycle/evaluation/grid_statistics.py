@@ -32,7 +32,7 @@ from nemo_upcycle.evaluation.statistics import (
 )
 
 
-#: Verdicts of a difference if nobody knows how far other seeds, or other documents, would move it.
+#: Verdicts if only one seed or one document was measured, so the effect of other seeds or documents is unknown.
 ONE_SEED, ONE_DOCUMENT = "one seed", "one document"
 
 
@@ -57,7 +57,7 @@ def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Sprea
 
     Args:
         families: groups of arms on which a seed has the same effect, such as the arms of one parent after equally many
-            tokens: name -> sums by seed. Arms with identical bits count once.
+            tokens. A group maps each arm's name to its sums by seed. Arms with identical bits count once.
     """
     spreads = []
     for arms in families:
@@ -79,7 +79,7 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`, `seeds`
-        (`seed` and `difference` of each), and `documents` (their number). `judge` adds the conclusions.
+        (`seed` and `difference` of each seed), and `documents` (their number). `judge` adds the conclusions.
     """
     common = sorted(set(arm) & set(reference))
     seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
@@ -101,15 +101,15 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
     Args:
         found: result of `difference_of_arms`.
         others: result of `pooled_spread` for the arms of the grid.
-        margin: bits per byte that do not matter.
+        margin: largest difference in bits per byte that is too small to matter.
         tests: number of differences that are judged together; all their intervals hold at once.
 
     Returns:
         `found` with further keys: `stderr_seeds`, its degrees of freedom `seed_degrees`, whether it `is_pooled`, the
         interval `low` to `high`, `resolvable` (the smallest difference that would have been seen with a probability of
-        80 %), `seeds_needed` to see the margin (None if these documents cannot show it), and the `verdict`
-        (`statistics.verdict`). With only one seed or one document, the verdict is `ONE_SEED` or `ONE_DOCUMENT`. If no
-        arm has two seeds, the other new values are None.
+        80 %), `seeds_needed` (seeds that would show a difference of the margin; None if these documents cannot show
+        it), and the `verdict` (`statistics.verdict`). With only one seed or one document, the verdict is `ONE_SEED` or
+        `ONE_DOCUMENT`. If no arm has two seeds, the other new values are None.
     """
     values = [one["difference"] for one in found["seeds"]]
     of_both = others and Spread(math.sqrt(2) * others.value, others.degrees)
@@ -136,7 +136,7 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
 
 
 def is_identical(found: Mapping[str, Any]) -> bool:
-    """Return whether the two arms had the same bits, which needs no statistics."""
+    """Return whether all scores of the two arms are equal, so that no statistics are needed."""
     return not found["stderr_documents"] and not any(one["difference"] for one in found["seeds"])
 
 
@@ -150,18 +150,18 @@ def _documents(found: Mapping[str, Any]) -> Spread | None:
 
 
 def _without(sums: Sums) -> list[float]:
-    """Return the bits per byte without each document in turn."""
+    """Return the bits per byte with one document left out at a time."""
     return left_out(METRIC, list(sums.values()))
 
 
 def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the number of tokens from which on an arm is always better; None if it is not better at the end.
 
-    The walk begins at the end and stops at the first point that is not better. Tests in an order that is fixed
-    beforehand need no correction for their number, so the statement is as certain as one verdict of the table.
+    The points are tested from the end until a point is not better. Tests in an order that is fixed beforehand need no
+    correction for their number. So the result is as certain as one verdict of the table.
 
     Args:
-        along: judged results of `difference_of_arms`, after more and more `tokens`.
+        along: judged results of `difference_of_arms`, in ascending order of `tokens`.
 
     Example:
         >>> better_from([{"tokens": 0, "verdict": "tie"}, {"tokens": 100, "verdict": "better"}])
@@ -176,7 +176,7 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
-    """Return the scores of an arm's seeds after some tokens, interpolated between points of its curve if necessary.
+    """Return the scores of an arm's seeds after some tokens, interpolated on the arm's curve if necessary.
 
     Each document's score is assumed to be linear in the logarithm of the tokens.
 

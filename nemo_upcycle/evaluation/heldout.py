@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: of documents, and of the sources that they come from."""
+"""Bits per byte of held-out text, for documents and for the sources of the documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 def document_sums(evaluation: Mapping[str, Any]) -> Sums:
-    """Return the sums of every held-out document, over its windows.
+    """Return the sums of every held-out document over the document's windows.
 
     Args:
         evaluation: result of `ask` for a suite with `TASK`.

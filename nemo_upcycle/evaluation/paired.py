@@ -1,7 +1,7 @@
 """Is one model better than another on the same items, and how certain is the answer?
 
 Items are not independent: windows of a document share its style, and questions of a subject share its difficulty. The
-jackknife therefore leaves out a whole cluster at a time: all items of a document, or of a subject.
+jackknife therefore leaves out a whole cluster at a time. A cluster is all items of a document, or of a subject.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: 
     Args:
         a: an evaluation.
         b: another evaluation, of the same items.
-        metric: a key of the `metrics` of both, for example `heldout_perplexity/bits_per_byte`.
+        metric: a key of the `metrics` of both evaluations, for example `heldout_perplexity/bits_per_byte`.
         tests: number of differences that are judged together; all their intervals hold at once.
 
     Returns:

@@ -33,7 +33,7 @@ from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
 
-#: Bootstrap draws for the few hub metrics without a closed form of the standard error.
+#: Bootstrap draws for the few hub metrics without a formula for the standard error.
 _BOOTSTRAP_DRAWS = 1000
 _AS_THE_SUITE = ModelOptions()
 
@@ -53,14 +53,15 @@ def evaluate(
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer, or a NeMo or Megatron checkpoint.
-        suite: folder that `build_suite` wrote. A local suite fetches nothing. lm-eval's own tasks come from the hub,
-            before the model is loaded. A task whose data are unavailable is left out, unless the suite is `strict`.
+        suite: folder that `build_suite` wrote. A local suite downloads nothing. lm-eval's own tasks are
+            downloaded from the hub before the model is loaded. A task whose data are unavailable is left out, unless
+            the suite is `strict`.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
         limit: take only the first items of each task, for a quick look.
         samples: whether the model also continues the suite's prompts.
-        tasks: result of `load_suite_tasks`, to ask several models the same questions; None: load the tasks.
-        options: how to open the model, if different from the suite.
+        tasks: result of `load_suite_tasks`, to ask several models the same questions; None loads the tasks.
+        options: how to open the model; values that are None come from the suite.
 
     Returns:
         The result that was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task
@@ -69,9 +70,9 @@ def evaluate(
         prompts, each with its `continuation`), and the software and settings of the measurement.
 
     Raises:
-        CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data are available, or the suite
-            asks for vLLM where it is missing, or for a chat template that the model lacks.
+        CheckpointError: the folder is not a model, or its weights do not fit the model exactly.
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data are available, vLLM is
+            requested but missing, or the suite needs a chat template that the model lacks.
 
     Example:
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
@@ -111,7 +112,7 @@ def ask(
         suite: folder of the suite.
         samples: whether the model also continues the suite's prompts.
         limit: take only the first items of each task.
-        tasks: result of `load_suite_tasks`; None: load the tasks.
+        tasks: result of `load_suite_tasks`; None loads the tasks.
 
     Returns:
         The result of `evaluate`, without the model's name and folder.
@@ -172,7 +173,7 @@ def _run(
             return evaluator.simple_evaluate(
                 model=lm,
                 tasks=[one for task in tasks for one in ([task.group] if task.group else task.tasks)],
-                num_fewshot=shots,  # 0 is none, also where a task's own number is 5
+                num_fewshot=shots,  # 0 means none, even if a task's own number is 5
                 limit=limit,
                 apply_chat_template=chat_template,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
@@ -183,12 +184,12 @@ def _run(
                 log_samples=True,
             )
     finally:
-        for one, number in own:  # lm-eval leaves its number in the task, and a 0 would stay
+        for one, number in own:  # lm-eval changes the number in the task, and a 0 would stay
             one.set_config("num_fewshot", number)
 
 
 def _local_task(folder: Path, name: str) -> LoadedTask:
-    """Return a task of a suite, with the paths of its data in the suite's present folder."""
+    """Return a task of a suite, with paths of its data that point into the suite's present folder."""
     import datasets
     from lm_eval.tasks import TaskManager
 

@@ -1,10 +1,10 @@
 """How certain is a difference between two trainings? And how small a difference would have been seen?
 
 Every "better", "worse" and "tie" of this package comes from here. Two errors make an interval: the error over
-documents and the error over seeds. Each has its own degrees of freedom, so each gets its own quantile before their
-squares are added. With few seeds, the interval is then too wide rather than too narrow. If few seeds take their spread
-from other seeds, the spreads are assumed to be alike; benchmarks/results/coverage.md shows how well this assumption
-holds.
+documents and the error over seeds. Each error has its own degrees of freedom, so each is multiplied by its own
+quantile before the squares are added. With few seeds, the interval is then too wide rather than too narrow. If an arm
+has few seeds, it is assumed that its spread is like the spread of other arms. benchmarks/results/coverage.md shows how
+well this assumption holds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from functools import cache
 
 #: Confidence of every interval. The number after a ± is half of an interval.
 CONFIDENCE = 0.95
-#: Probability of seeing a difference, wherever a page says which difference could have been seen.
+#: If a page says that a difference could have been seen, it would have been seen with this probability.
 POWER = 0.8
-#: Bits per byte that do not matter: a thousandth of the 2 bits that a small model needs for a byte of English.
+#: Difference in bits per byte that is too small to matter. A small model needs 2 bits for a byte of English.
 MARGIN = 2e-3
-#: Bits per byte that rounding alone may cause: 8e-5 were seen between a dense model and its copies in bfloat16.
+#: Difference in bits per byte that rounding may cause. 8e-5 was seen between a dense model and its bfloat16 copies.
 ROUNDING = 2e-4
-#: Fewer seeds say too little about their own spread, so it is pooled with the spread of other arms.
+#: With fewer seeds, an arm's own spread is too uncertain, so the pooled spread of other arms is used.
 LEAST_SEEDS = 5
-#: Chance of taking a spread for wider, or for narrower, although it is like the others'. The second is lower, because
-#: a narrower spread makes intervals small.
+#: Probabilities of wrongly judging a spread to be wider, or narrower, than the spread of other arms. The second is
+#: lower, because a narrower spread makes intervals small.
 _WIDER, _NARROWER = 0.025, 0.0005
 #: Sum of squares that rounding leaves for equal values.
 _NOTHING = 1e-24
@@ -80,8 +80,8 @@ def seed_spread(values: Sequence[float], of_others: Spread | None) -> Spread | N
     """Choose the spread from seed to seed for an interval.
 
     Use the values' own spread if there are at least `LEAST_SEEDS` values, if all values are equal, or if their spread
-    is significantly wider or far narrower than the others' (F tests). Otherwise use the others' spread, or the values'
-    own if there is no other.
+    is significantly wider or far narrower than the spread of other arms (F tests). Also use it if there are no other
+    arms. Otherwise use the spread of other arms.
 
     Args:
         values: one number per seed.
@@ -130,7 +130,7 @@ def spread_without_seeds(values: Mapping[str, Mapping[int, float]]) -> Spread | 
 
 
 def half_width(*errors: Spread | None, tests: int = 1) -> float:
-    """Return half the width of an interval from independent errors together.
+    """Return half the width of the interval that several independent errors make together.
 
     Args:
         errors: standard errors; None and 0 add nothing.
@@ -230,7 +230,7 @@ def verdict(difference: float, half: float, could_resolve: float, margin: float)
         difference: arm minus reference.
         half: half the width of the interval.
         could_resolve: smallest difference that would have been seen.
-        margin: difference that does not matter.
+        margin: largest difference that is too small to matter.
 
     Returns:
         `tie` if the whole interval lies within the margin and a difference as large as the margin would have been

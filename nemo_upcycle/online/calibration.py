@@ -1,8 +1,8 @@
 """Compute router rows from prompts, with one pass of the dense model over the prompts of each copy.
 
-Only one layer is in memory at a time, in float32. It computes all prompts and is freed, and its outputs are the inputs
-of the next layer. The layers are classes of transformers, called as their model calls them. No GPU is needed, and the
-file has the same bits for any number of threads.
+Only one layer is in memory at a time, in float32. The layer processes all prompts and is then freed, and its outputs
+are the inputs of the next layer. The layers are classes of transformers, and get the same arguments as in a model of
+transformers. No GPU is needed, and the file has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class CalibrationReport:
 def calibrate(
     dense: DenseSource, output: Path, spec: UpcycleSpec, sample: Sample, *, replace: bool = False
 ) -> CalibrationReport:
-    """Write the calibration file of a spec: the router rows of its MoE layers.
+    """Compute the router rows of a spec's MoE layers, and write them into a calibration file.
 
     Args:
-        dense: open dense model, whose folder has a `config.json`; if several are mixed, the first one runs.
+        dense: open dense model, whose folder has a `config.json`; if several are mixed, only the first model runs.
         output: file to write.
         spec: how the dense model will be upcycled.
         sample: tokens to run the model on.
@@ -124,7 +124,7 @@ def require_use(spec: UpcycleSpec) -> None:
     """Check that a spec needs a calibration file.
 
     Raises:
-        SpecError: the spec needs none.
+        SpecError: the spec needs no calibration file.
     """
     if not spec.needs_calibration:
         raise SpecError(
@@ -205,12 +205,12 @@ def _routers(
 def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: int, run: Run) -> torch.Tensor:
     """Compute router rows from the directions of the copies' mean activations, scaled to a logit spread of 1.
 
-    The spread is the standard deviation of a token's logits over the copies, as a root mean square over the tokens.
-    The mean of all rows is subtracted, because it adds the same number to all logits of a token and changes neither
-    softmax nor top-k.
+    The spread is computed in two steps: the standard deviation of each token's logits over the copies, and then the
+    root mean square of these deviations over the tokens. The mean of all rows is subtracted, because it adds the same
+    number to all logits of a token and changes neither softmax nor top-k.
 
     Args:
-        batches: MoE inputs of a layer, [N, D] in float32 each.
+        batches: inputs of a layer's router, [N, D] in float32 for each batch.
         labels: for each batch, the copy that its prompts belong to.
         copies: number of copies C.
         run: function that applies another function to items and yields the results in order.

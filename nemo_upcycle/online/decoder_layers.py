@@ -1,12 +1,12 @@
 """GPTModel layers with norms, factors and rotary embeddings that Megatron-Core 0.15 to 0.19 does not offer.
 
-OLMo 2 has norms after attention and network, and norms over all heads at once. Granite has factors in the same places,
-and on its embedding and logits. OLMo 3 and Gemma 3 have different rotary embeddings in different layers. Most layers
-of Qwen3.5 have a gated delta net (`delta_layers`).
+OLMo 2 has norms after attention and network, and norms over all heads at once. Granite has factors after attention and
+network, and on its embedding and logits. OLMo 3 and Gemma 3 have different rotary embeddings in different layers. Most
+layers of Qwen3.5 have a gated delta net (`delta_layers`).
 
-The layers are Megatron's own modules, with or without Transformer Engine. Four things are new: a norm or factor on
-each part's output before it is added, a norm over the whole query or key, factors at both ends of the model, and
-angles that a layer computes from the model's angles.
+The layers are Megatron's own modules, with or without Transformer Engine. Four things are new: a norm or factor on the
+output of attention or network before the residual is added, a norm over the whole query or key, factors on embedding
+and logits, and rotary angles that a layer computes from the model's angles.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
 ) -> Any:
     """Return the layers of a `GPTModel` on one rank, with norms, factors and rotary embeddings in the given places.
 
-    The result is like that of `get_gpt_decoder_block_spec`. A partial with every argument except `config` is the
-    `transformer_layer_spec` of a NeMo or Megatron-Bridge configuration.
+    The result is like the result of `get_gpt_decoder_block_spec`. In a NeMo or Megatron-Bridge configuration, set
+    `transformer_layer_spec` to a `functools.partial` of this function with every argument except `config`.
 
     Args:
         config: Megatron's `TransformerConfig`, or a Bridge builder that contains one.
@@ -61,11 +61,11 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
         vp_stage: number of the virtual pipeline stage.
         pre_norm: whether there are norms before attention and network.
         post_norm: whether there are norms after attention and network, before the residual is added.
-        wide_qk_norm: whether the norms of query and key, which `qk_layernorm` switches on, are over all heads at once.
+        wide_qk_norm: whether the norms of query and key are over all heads at once; `qk_layernorm` switches them on.
         embedding_multiplier: factor on the embedding, applied by the first layer.
         residual_multiplier: factor on the outputs of attention and network before the residual is added.
         logits_scaling: divisor of the logits, applied to the last norm's output.
-        rope_theta: base of the model's rotary embedding if the layers change the embedding; None if they do not.
+        rope_theta: base of the model's rotary embedding; None if the layers do not change the rotary embedding.
         rope_scaling: scaling of the rotary frequencies in layers without a window, and in layers with a window if
             `local_rope_theta` is None.
         local_rope_theta: base of the rotary embedding in layers with a window; their frequencies are not scaled.
@@ -145,7 +145,7 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
 def layers_of(arch: Architecture) -> functools.partial[Any]:
     """Return the `transformer_layer_spec` of an architecture, with Transformer Engine.
 
-    If Megatron's own function can build the layers, it is used.
+    Megatron's own function is used if it can build the layers.
 
     Args:
         arch: architecture of the model, dense or with experts.
@@ -170,7 +170,7 @@ def _is_windowed(config: Any, layer_number: int) -> bool:
 
 
 def _scaled(core_attention: Any, rope: Rope) -> type:
-    """Return an attention class that multiplies the scores by the square of the factor on sine and cosine."""
+    """Return an attention class that multiplies the scores by the square of `attention_factor`."""
 
     class Scaled:
         def __new__(cls, config: Any, layer_number: int, *args: Any, softmax_scale: Any = None, **options: Any) -> Any:
@@ -204,7 +204,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        # These are not buffers, because a cast of the model to 16 bits would round buffers, too.
+        # The frequencies are not a buffer, because a cast of the model to 16 bits would round buffers, too.
         self.rotary_frequencies: torch.Tensor | None = None
         self._ratio: torch.Tensor | None = None
         if rope:
@@ -238,7 +238,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
 
 
 def _changed_first(bias_dropout_add: Callable[..., Any], norm: Any, factor: float) -> Callable[..., Any]:
-    """Wrap Megatron's bias-dropout-add: first apply norm and factor to the part's output, then add it to its input."""
+    """Wrap Megatron's bias-dropout-add so that it applies norm and factor to an output before it adds the residual."""
 
     def adds(training: bool, fused: bool) -> Callable[..., Any]:
         add = bias_dropout_add(training, fused)
@@ -295,7 +295,7 @@ class _WideNorm(torch.nn.Module):
 class _KeepInput(torch.autograd.Function):
     """The norm of rows that may be split over ranks.
 
-    For the backward pass it keeps the rows and one number per row, as fused norms do.
+    For the backward pass, this function keeps the rows and one number per row, as fused norms do.
     """
 
     @staticmethod

@@ -48,7 +48,7 @@ class RankCoords:
 
 @dataclass(frozen=True)
 class ParamPlan:
-    """The plan of one local parameter, or of the same matrix in all local experts that share one dense slice.
+    """The plan of one local parameter. Local experts that share a dense slice have one plan for each matrix.
 
     Args:
         names: names of the parameters.
@@ -65,7 +65,7 @@ class ParamPlan:
     quantized: tuple[torch.Tensor, ...] = ()
 
     def records(self, spec: UpcycleSpec | None) -> list[ParameterRecord]:
-        """Return one record for each parameter on how it is made."""
+        """Return one record for each parameter, which says how the parameter is made."""
         branch = f"{self.made_of.branch}:" if self.made_of.branch else ""
         sources = tuple(f"{branch}{slice_}" for slice_ in self.made_of.slices)
         shape = tuple(self.tensors[0].shape)
@@ -194,7 +194,7 @@ def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tenso
 
 
 def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a parameter to fill through views, or the values that will be quantized into it.
+    """Return the tensor to fill: the parameter's own memory, or the values to quantize into the parameter.
 
     Raises:
         SpecError: the parameter has another class, such as FSDP's `DTensor`.
@@ -228,7 +228,7 @@ def _check_roles(
     moe_arch: Architecture,
     parts: Iterable[LayerPart],
 ) -> None:
-    """Check that the layers have exactly the parameters of the upcycled model: all have a source, none is missing."""
+    """Check that every parameter of the layers has a source, and that the layers lack no parameter."""
     surplus, missing = list(unknown_names), []
     wanted_roles: dict[int, set[str]] = {}  # a stage may end between a layer's attention and its network
     for part in parts:

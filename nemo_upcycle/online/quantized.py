@@ -1,9 +1,8 @@
 """Fill parameters that Transformer Engine keeps in FP8 or FP4 (`fp8_param_gather`, `fp4_param_gather`).
 
-A dense slice cannot be copied into such a parameter through views. But Megatron asks Transformer Engine to keep, in
-CPU memory, the 16-bit values that the parameter was quantized from, and the distributed optimizer makes master weights
-from these values. Therefore these values are filled, and Transformer Engine's own quantizer makes the parameter from
-them.
+A dense slice cannot be copied into such a parameter through views. But Megatron asks Transformer Engine to keep the
+16-bit values from before quantization in CPU memory. The distributed optimizer makes master weights from these values.
+Therefore this module fills these values, and Transformer Engine's own quantizer makes the parameter from them.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 def kept_values(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return the values from which master weights will be made, or None if no values are kept.
 
-    A model that is built without gradients keeps none, and an optimizer drops the values once it has made its masters.
+    A model that is built without gradients keeps no values. An optimizer drops the values after it has made its master
+    weights.
     """
     get = getattr(parameter, "get_high_precision_init_val", None)
     return get() if get else None
 
 
 def values_to_fill(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the tensor to fill for a quantized parameter: the kept values, or a new tensor like them."""
+    """Return the tensor to fill for a quantized parameter: the kept values, or a new tensor in CPU memory."""
     kept = kept_values(parameter)
     if kept is not None:
         return kept
@@ -41,9 +41,9 @@ def values_to_fill(parameter: torch.Tensor) -> torch.Tensor:
 def quantize(parameter: Any, values: torch.Tensor) -> None:
     """Write values into a quantized parameter, in place.
 
-    Delayed scaling takes its scale from earlier steps. Before the first step the scale is 1, at which weights around
-    0.02 lose most of their bits, and the recorded largest value still comes from the memory that the parameter was
-    created from. Both are set here.
+    Delayed scaling takes its scale from earlier steps. Before the first step the scale is 1. With this scale, weights
+    around 0.02 lose most of their bits. The recorded largest value is also wrong, because it comes from the memory
+    from which the parameter was created. This function sets the scale and the largest value.
 
     Args:
         parameter: quantized parameter, see `is_quantized`.

@@ -45,15 +45,16 @@ class ActingCoefficient:
 class UpcycleReceipt:
     """The result of `upcycle_into` on one rank. `merge` combines the receipts of all ranks.
 
-    `*_params` count the whole model. `dense_params` counts its parent, whose layers have `parent_experts` experts.
+    `*_params` count parameters of the whole model. `dense_params` counts the parameters of its parent, whose layers
+    have `parent_experts` experts.
     Bytes, seconds and `peak_rss_gib` (over the whole life of the process) are this rank's. After a merge, bytes are
     the sum over the ranks, and seconds and `peak_rss_gib` are the largest of any rank.
 
     `exact_masters` says whether master weights that are made from now on equal the values that were filled in. It is
-    False if a parameter is in FP8 or FP4 and its values before quantization were not kept, or an optimizer has already
-    taken them. `auxiliary_losses` are the auxiliary losses of the training. `balancing_bias` has the settings that
-    move the biases of the routers, by Megatron's names. `left_out` counts what the source's files hold besides the
-    text model: `tensors` and `bytes` of each part.
+    False if a parameter is in FP8 or FP4 and its values before quantization do not exist any more. They were then not
+    kept, or an optimizer has already taken them. `auxiliary_losses` are the auxiliary losses of the training.
+    `balancing_bias` has the settings by which the training changes the routers' biases, with Megatron's names as keys.
+    `left_out` counts the `tensors` and `bytes` of each part of the source that does not belong to the text model.
     """
 
     source: str
@@ -95,7 +96,7 @@ class UpcycleReceipt:
         return merged
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the receipt as plain values, with the equivalence numbers at the top level."""
+        """Return the receipt as plain values, with the entries of `equivalence` at the top level."""
         value = asdict(self)
         equivalence, parameters = value.pop("equivalence"), value.pop("parameters")
         return numbered({**equivalence, **value, "parameters": parameters})

@@ -1,6 +1,6 @@
 """A dense model that runs layer by layer.
 
-Only one layer is in memory at a time, in float32. Its outputs are kept outside the model.
+Only one layer is in memory at a time, in float32. The outputs of the layer are kept outside the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
     """Check that a dense model can run layer by layer and has these tokens in its vocabulary.
 
     Args:
-        dense: open dense model; if several are mixed, the first one is checked.
+        dense: open dense model; if several are mixed, only the first model is checked.
         batches: token ids.
 
     Raises:
@@ -135,9 +135,9 @@ def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
 def several_at_a_time() -> Iterator[Run]:
     """Yield a function that applies another function to items, several at a time, and yields the results in order.
 
-    The way in which a library splits a matrix product among threads decides the order of its sums. Here one thread
-    computes each item, and as many items run at a time as torch has threads, so the results do not depend on the
-    number of threads.
+    If several threads compute one matrix product, the number of threads changes the order of the sums. Here one thread
+    computes each item, and torch's number of threads is the number of items that run at a time. So the results do not
+    depend on the number of threads.
     """
     count = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""The plan of a tensor of an upcycled model: one record for upcycling, conversion, verification and receipt.
+"""Plans of the tensors in an upcycled model, which upcycling, conversion, verification and receipts share.
 
 Only `ModelPlan` decides how a tensor is made: from which slices of dense tensors, from which of several dense models,
-with which factors, and with which changes by the init method. `expand_slice` and `change_copies` carry this out. If
-the parent has experts, an expert is made from one of the parent's experts, and the router from the rows of the
-parent's router.
+with which factors, and with which changes by the init method. `expand_slice` and `change_copies` carry out the plan.
+If the parent has experts, an expert is made from one of the parent's experts, and the router is made from the rows of
+the parent's router.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 Bounds = tuple[tuple[int, int], ...]
-#: Roles of a router's tensors. They have a row for every expert, and a dense model has no such tensors.
+#: Roles of a router's tensors. These tensors have a row for every expert, and a dense model does not have them.
 _ROUTER_ROLES = ("router", "router_bias", *BALANCING_BIASES)
 _WHOLE = Shard()
 
@@ -62,7 +62,8 @@ class TensorPlan:
     Args:
         mapping: row of the mapping table for the tensor in the upcycled model.
         layer: layer number in the whole model, from 0; None outside the layers.
-        slices: dense slices that form the tensor, in the order of its rows; empty for a router that is drawn.
+        slices: dense slices that form the tensor, in the order of its rows; empty for a router that is drawn at
+            random.
         shard: the rank's part of the tensor.
         branch: which of several dense models a routed expert comes from; None for all other tensors.
         factors: factors on the tensor, applied in turn; each product is rounded to the tensor's type.
@@ -86,7 +87,7 @@ class TensorPlan:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the tensor is drawn instead of made of dense slices: a router, unless the parent has one."""
+        """Whether the tensor is drawn at random. Only routers are drawn, and only if the parent has no router."""
         return self.is_router and not self.slices
 
     @property
@@ -96,7 +97,7 @@ class TensorPlan:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The matrix (`gate`, `up` or `down`) of a feed-forward network that each slice belongs to."""
+        """For each slice, the name of its matrix in the feed-forward network: `gate`, `up` or `down`."""
         return tuple(self.mapping.parts[slice_.piece.part] for slice_ in self.slices)
 
     @property
@@ -105,11 +106,11 @@ class TensorPlan:
         return math.prod(self.factors, start=1.0)
 
     def source(self, dense: DenseSource) -> DenseSource:
-        """Return the dense model that the slices are read from: one of several, if several are mixed."""
+        """Return the dense model that the slices are read from. If several models are mixed, it is one of them."""
         return dense if self.branch is None else dense.branches()[self.branch]
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
-        """Return how the receipt describes the making of the tensor."""
+        """Return the receipt's text on how the tensor is made."""
         if self.mapping.role != "router" and self.is_drawn:
             return "zero"
         if self.is_drawn and spec:
@@ -136,7 +137,7 @@ class ModelPlan:
         dense: architecture of the dense model.
         moe_arch: architecture of the upcycled model; the dense one if nothing is upcycled.
         spec: how the dense model is upcycled; None to keep it dense.
-        parents: number of dense models, which become experts in turn.
+        parents: number of dense models; the copies come from these models in turn.
     """
 
     dense: Architecture
@@ -149,7 +150,7 @@ class ModelPlan:
         """Plan the upcycling of an open dense checkpoint. Without a spec, plan its own model unchanged.
 
         Raises:
-            SpecError: the spec does not fit, needs a calibration file and names none, or leaves out a parent.
+            SpecError: the spec does not fit, does not name the calibration file that it needs, or leaves out a parent.
             CheckpointError: the calibration file is from another model or from other settings.
             UpcycleError: the calibration file is missing, damaged, or not a calibration file.
         """
@@ -175,8 +176,8 @@ class ModelPlan:
 
         Copy c of the dense network, cut into G shards, becomes the experts c G to c G + G - 1, and comes from parent c
         modulo `parents`. The outputs of routed and shared experts are scaled so that their sum stays exact. If the
-        parent has experts, `source_experts` decides which of them is copied. Its shared experts stay as they are, like
-        all other tensors.
+        parent has experts, `source_experts` decides which of the parent's experts is copied. The parent's shared
+        experts and all other tensors then stay as they are.
 
         Args:
             mapping: row of the mapping table for the tensor in the upcycled model.
@@ -184,9 +185,9 @@ class ModelPlan:
             expert: number of the routed expert over all ranks; 0 for all other tensors.
             shard: the rank's part of the tensor.
             shape: shape of the shard, needed if a vocabulary may be padded.
-            hf_part: which Hugging Face part of a fused Megatron parameter to plan; None plans the parameter itself.
-            interleaved: rows of a block if blocks of gate and up rows alternate, see `source_slices`; None if gate is
-                above up.
+            hf_part: which Hugging Face part of a fused Megatron parameter to plan; None plans the whole parameter.
+            interleaved: rows of a block if blocks of gate and up rows alternate, see `source_slices`; None if all gate
+                rows come before all up rows.
         """
         dense, moe, spec = self.dense, self.moe_arch, self.spec
         if layer is not None:
@@ -298,7 +299,7 @@ def change_copies(
 
     Args:
         plan: plan of the tensors; without a method nothing happens.
-        spec: gives the strength of the change and the seed.
+        spec: spec of the upcycling, with the strength and the seed of the change.
         source: checkpoint to read again if tensor parallelism left only a part of the matrix on this rank.
         experts: numbers of the experts over all ranks; 0 for a router.
         tensors: copies of these experts.

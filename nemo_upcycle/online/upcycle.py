@@ -2,7 +2,7 @@
 
 Every rank reads only the dense slices that its own parameters need, and expands them into its own expert shard (the
 idea of arXiv 2412.09952, section 2.3). No dense model is built, and nothing is gathered or sent between ranks. The
-work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then `fill` moves
+work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is valid. Then `fill` moves
 the bytes. A slice is usually a view of a mapped file, and is processed in small blocks: after a block is read from
 memory, it is still in the processor's cache when it is checked and copied to the other experts.
 """
@@ -57,10 +57,10 @@ def upcycle_into(
 ) -> UpcycleReceipt:
     """Fill the local chunks of an MoE model from a dense checkpoint, in place.
 
-    Works under any `parallel_state`. For one seed, the gathered model is bit-identical under every layout; for
-    parameters in FP8 or FP4, this holds for the values that they are quantized from. Create optimizers that keep
-    master weights afterwards, or let them reload the weights. With FP8 or FP4 parameters, only optimizers that are
-    created afterwards get exact master weights (`exact_masters` in the receipt).
+    Works under any `parallel_state`. For one seed, the gathered model is bit-identical under every layout. If
+    parameters are in FP8 or FP4, their values before quantization are bit-identical. If an optimizer keeps master
+    weights, create it after this call, or let it reload the weights. With FP8 or FP4 parameters, an optimizer gets
+    exact master weights only if it is created after this call (`exact_masters` in the receipt).
 
     Args:
         chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
@@ -75,7 +75,7 @@ def upcycle_into(
     Raises:
         SpecError: spec and model disagree. Nothing was written.
         CheckpointError: a parameter has no source, a source tensor is unused, or shapes disagree; nothing was written.
-            Or a dense tensor holds NaN or infinity; the model is then unfinished.
+            The error is also raised if a dense tensor holds NaN or infinity; the model is then unfinished.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -94,16 +94,16 @@ def upcycle_into(
 def load_dense_into(
     chunks: Sequence[torch.nn.Module], dense: DenseSource, progress: Progress | None = None
 ) -> UpcycleReceipt:
-    """Load a dense checkpoint into the local chunks of a dense Megatron model, in place, with the same mapping.
+    """Load a dense checkpoint into the local chunks of a dense Megatron model, in place.
 
-    Args, Returns and Raises as in `upcycle_into`.
+    The mapping, arguments, result and errors are the same as in `upcycle_into`.
     """
     return upcycle_into(chunks, dense, None, progress)
 
 
 def _unwrap(chunk: Any) -> Any:
-    # Look in `_modules`, because NeMo's wrappers also return attributes of the model inside them, but the parameters
-    # of a wrapper have other names than those of the model.
+    # Look in `_modules`, because NeMo's wrappers also return attributes of the model inside, so `hasattr` would stop
+    # at a wrapper. The parameters of a wrapper have other names than the parameters of the model.
     while "decoder" not in chunk._modules:
         if "module" not in chunk._modules:
             raise SpecError(
@@ -149,7 +149,7 @@ def fill(
         plans: plans to carry out.
         dense: checkpoint that the slices are read from.
         spec: how the checkpoint is upcycled; None for a dense model.
-        progress: called after every plan, in their order.
+        progress: called after every plan, in the order of the plans.
 
     Returns:
         How each parameter was made, in the order of the plans and of their tensors.
@@ -290,7 +290,7 @@ def fill_chunks(
         The receipt of this rank.
 
     Raises:
-        SpecError: an MoE model has no spec, or the model of a spec has no experts.
+        SpecError: there is no spec for an MoE model, or there is a spec for a model without experts.
         CheckpointError: model and checkpoint do not fit each other.
     """
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())

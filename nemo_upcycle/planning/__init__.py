@@ -1,1 +1,1 @@
-"""The planner: which layout fits, its speed, the training time and the cost, computed without a GPU and torch."""
+"""The planner: find layouts that fit, and predict speed, training time and cost, without a GPU and without torch."""

@@ -31,7 +31,7 @@ class Gpu:
     reached: dict[str, float] = field(default_factory=dict, hash=False)
 
     def peak_tflops(self, numbers: Precision) -> float:
-        """Return the GPU's peak for products in a precision, or its BF16 peak if it has none for the precision."""
+        """Return the GPU's peak for products in a precision, or its BF16 peak if no separate peak is known."""
         return {8: self.fp8_tflops, 4: self.fp4_tflops}.get(numbers.bits) or self.bf16_tflops
 
     @property
@@ -46,16 +46,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The fractions of an H100's peaks that are reached, and its launch times; `Gpu.reached` overrides them by GPU.
+    """The fractions of its peaks that an H100 reaches, and its launch times. `Gpu.reached` has values of other GPUs.
 
-    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements. The other values are set.
+    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements. The other values are chosen by hand.
 
     Args:
         gemm: fraction of the peak that large matrix products reach, at the clock that they run at.
-        gemm_fp8: `gemm` for FP8, including scaling and transposing; for MXFP8 without casts, which are counted
-            separately.
+        gemm_fp8: `gemm` for FP8, including scaling and transposing. For MXFP8 it does not include casts, which are
+            counted separately.
         gemm_fp4: `gemm` for NVFP4, without casts.
-        ragged: factor on these three for a matrix whose sides are not multiples of 128.
+        ragged: factor on the three values above for a matrix whose sides are not multiples of 128.
         attention: fraction of the BF16 peak that flash attention reaches over forward and backward.
         memory: fraction of the HBM bandwidth.
         link: fraction of the bandwidth of NVLink and of the network.
@@ -65,14 +65,14 @@ class Machine:
         layer_us: kernel launches and host work of one layer and micro-batch (microseconds).
         moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert
             (microseconds).
-        expert_us: time of every further expert of the rank, because grouped products are launched expert by expert
+        expert_us: time of every expert after the rank's first, because grouped products are launched expert by expert
             (microseconds).
-        uneven_expert_us: `expert_us` without padding. The host has waited for the numbers of tokens, so no kernel that
-            it launched earlier hides its work.
+        uneven_expert_us: `expert_us` if experts are not padded. The host has then waited for the numbers of tokens, so
+            no earlier kernel hides the host's work.
         uneven_fp8_expert_us: `uneven_expert_us` in FP8, which measures, casts and transposes each expert's tensors.
         uneven_mx_expert_us: `uneven_expert_us` in MXFP8 and NVFP4, whose scales need no second pass.
-        imbalance: token slots of the busiest expert rank over the mean, if experts are not padded to a capacity and
-            routing is balanced, as in benchmarks; the other ranks wait for the busiest.
+        imbalance: token slots of the busiest expert rank divided by the mean over the ranks, if experts are not padded
+            to a capacity and routing is balanced, as in benchmarks. The other ranks wait for the busiest rank.
         uneven: growth of `imbalance` under natural routing, for each doubling of the experts beyond four.
     """
 
@@ -101,7 +101,7 @@ class Machine:
         return self.uneven_fp8_expert_us if numbers.fp8 else self.uneven_expert_us
 
     def waits_for(self, experts: int, *, natural: bool) -> float:
-        """Return the token slots of the busiest expert rank over the mean.
+        """Return the token slots of the busiest expert rank divided by the mean over the ranks.
 
         Args:
             experts: experts of a layer.
@@ -124,7 +124,7 @@ SOFTWARE: dict[str, dict[str, float]] = {
     },
 }
 SOFTWARE["mcore-0.18"] = SOFTWARE["mcore-0.17"]
-#: Versions that NeMo 2.7 has, and that Megatron-Bridge is assumed to have (the newest).
+#: The version in NeMo 2.7, and the version that is assumed for Megatron-Bridge (the newest).
 DEFAULT_SOFTWARE, BRIDGE_SOFTWARE = "mcore-0.15", "mcore-0.18"
 
 

@@ -1,7 +1,7 @@
-"""The division of a model over a cluster: parallel sizes, and the layers of each pipeline stage; `rules.py` checks it.
+"""The division of a model over a cluster: parallel sizes, and the layers of each pipeline stage.
 
-Ranks are ordered as in Megatron-Core (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), but
-Megatron-Core's code is not needed.
+Ranks are ordered as in Megatron-Core, without its code: tp changes fastest, then cp, dp and pp. For experts, etp
+changes fastest, then ep, expert dp and pp. `rules.py` checks a layout.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Layout:
     """The parallel sizes of a training.
 
     Args:
-        gpus: ranks.
-        tp: tensor parallelism of everything except the routed experts; above 1 with sequence parallelism, as MoE
-            needs it.
+        gpus: number of ranks.
+        tp: tensor parallelism of everything except the routed experts; if it is above 1, sequence parallelism is on,
+            because MoE needs it.
         pp: pipeline stages.
         vp: virtual stages (chunks) of each pipeline stage; 1 without interleaving.
         cp: context parallelism.
         ep: expert parallelism.
-        etp: tensor parallelism of the routed experts; folded, so it may differ from tp.
+        etp: tensor parallelism of the routed experts, which may differ from tp.
         micro_batch: sequences of one micro-batch.
-        first: layers of the first pipeline stage, if different (`num_layers_in_first_pipeline_stage`).
-        last: layers of the last pipeline stage, if different.
-        embedding: 1: the embedding counts as a layer when layers are divided (`account_for_embedding_in_...`).
-        loss: 1: the output layer counts as a layer (`account_for_loss_in_pipeline_split`).
+        first: layers of the first pipeline stage, if it has another number (`num_layers_in_first_pipeline_stage`).
+        last: layers of the last pipeline stage, if it has another number.
+        embedding: 1 if the embedding counts as a layer when layers are divided (`account_for_embedding_in_...`).
+        loss: 1 if the output layer counts as a layer (`account_for_loss_in_pipeline_split`).
 
     Example:
         >>> Layout(gpus=128, tp=2, pp=4, vp=8, cp=2, ep=8).dp
@@ -68,12 +68,12 @@ class Layout:
 
     @property
     def takes_packs(self) -> bool:
-        """Whether a training on packed conversations can use the layout: ranks cannot share a pack (a micro-batch)."""
+        """Whether training on packed conversations can use the layout. A micro-batch must be one whole pack."""
         return self.micro_batch == self.cp == 1
 
     @property
     def sizes(self) -> str:
-        """The sizes that are not 1, as text for `--layout`; omits dp, which follows from the other sizes."""
+        """The sizes that are not 1, as text for `--layout`, without dp, which follows from the other sizes."""
         names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]
         names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # with ep=1, etp equals tp
         names += [name for name in ("first", "last", "embedding", "loss") if getattr(self, name)]
@@ -98,7 +98,7 @@ class Layout:
         return self.dp * self.cp
 
     def node_gpus(self, per_node: int) -> int:
-        """Return the number of GPUs to use per node: the most that divide the job and hold whole tensor groups.
+        """Return the largest number of GPUs per node that divides the job and holds whole tensor-parallel groups.
 
         Example:
             >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
@@ -152,11 +152,11 @@ SIZES = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"}
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
     """Parse a layout such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1`, separated by commas or blanks.
 
-    An omitted size is 1. An omitted etp is tp if experts are not spread, because Megatron-Core works in no other way.
+    An omitted size is 1. But an omitted etp equals tp if ep is 1, because Megatron-Core supports no other value then.
 
     Args:
         text: the layout.
-        gpus: ranks.
+        gpus: number of ranks.
         micro_batch: sequences of one micro-batch, if given separately from the text.
 
     Raises:

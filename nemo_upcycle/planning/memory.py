@@ -1,8 +1,8 @@
-"""The estimated memory of a rank: states exactly, activations by formula, everything else by stated assumptions.
+"""Estimate the memory of a rank: states exactly, activations by a formula, everything else by stated assumptions.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, section 4): each layer's saved tensors, cut by tensor and
 sequence parallelism, times the micro-batches in flight. Flash attention (no s x s matrix), RMSNorm, gated units and no
-dropout are assumed. For a dense network the formula counts tokens, for experts the token slots that they receive.
+dropout are assumed. The formula counts tokens for a dense network, and received token slots for experts.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def layer_bytes(
     if "*" in parts:
         attention = {term: tokens * size for term, size in _attention_bytes(arch, work, saved, fp8, layout.tp).items()}
     if "M" in parts and arch.mamba:
-        # Kept by the input projection, the convolution with the scan, the inner norm and the output projection.
+        # The input projection, the convolution with the scan, the inner norm and the output projection keep tensors.
         inner = arch.mamba.rows("x")
         rows = 2 * inner + sum(arch.mamba.rows(part) for part in ("B", "C", "dt"))
         attention = {
@@ -137,8 +137,8 @@ def layer_bytes(
             "mamba": tokens * (saved * width + 2 * rows + 4 * inner + saved * inner),
         }
     if "G" in parts and arch.delta:
-        # Kept by the input projection, the convolution, the norms of query and key, the delta rule (with one inverse
-        # per chunk), the gated norm and the output projection.
+        # The input projection, the convolution, the norms of query and key, the delta rule (with one inverse per
+        # chunk), the gated norm and the output projection keep tensors.
         net, value = arch.delta, arch.delta.rows("value")
         mixed = 2 * net.rows("key") + value
         spread = 2 * net.num_value_heads * net.key_dim  # query and key, repeated for each value head
@@ -153,7 +153,7 @@ def layer_bytes(
             ),
         }
     # Experts have fused kernels for two gated activations, and for the squared ReLU in NVIDIA's recipes of models with
-    # Mamba layers. Without a fused kernel, both factors are kept a second time, and the unweighted product, too.
+    # Mamba layers. Without a fused kernel, both factors are kept a second time, and so is the unweighted product.
     is_fused = arch.mamba or (arch.gated and arch.activation in ("silu", "quick_gelu"))
     unfused = 2 if arch.num_experts and not is_fused else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
@@ -164,7 +164,7 @@ def layer_bytes(
         network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
         network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
-        # A rank receives as many slots from its whole group as its own tokens have; etp ranks gather their slots.
+        # A rank's own tokens have as many slots as the rank receives from its group. The etp ranks gather their slots.
         slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         cut = (arch.expert_ffn_size or 0) / layout.etp
         sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
@@ -274,7 +274,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
-    if work.lora:  # an upper bound with tensor or pipeline parallelism: every rank is taken to hold all adapters
+    if work.lora:  # an upper bound with tensor or pipeline parallelism: assume all adapters on every rank
         adapters, routers = lora_params(arch, work.lora)
         trained = adapters + routers
         weights += adapters * WEIGHT_BYTES
@@ -322,7 +322,7 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
 
     Args:
         arch: the model's architecture.
-        lora: rank of the adapters that are trained together with the routers; 0: all weights are trained.
+        lora: rank of the adapters that are trained together with the routers; 0 if all weights are trained.
         weight_bytes: bytes of a parameter.
     """
     params = trained = arch.total_params

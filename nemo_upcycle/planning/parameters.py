@@ -26,7 +26,7 @@ from nemo_upcycle.planning.workload import Workload
 OPTIMIZER_BYTES, MUON_BYTES = 12, 8
 #: Bytes of a parameter in BF16.
 WEIGHT_BYTES = 2
-#: Megatron's default bucket size (elements); larger with very many data-parallel ranks.
+#: Megatron's default bucket size (elements). Buckets are larger with very many data-parallel ranks.
 _BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
 #: Parameters start, and buckets end, at multiples of these numbers (elements).
@@ -53,7 +53,7 @@ class Param(NamedTuple):
 
     @property
     def muon_bytes(self) -> int:
-        """Bytes of the states under Muon; embeddings, output layer and everything but matrices use Adam."""
+        """Bytes of the states under Muon. Embeddings, output layer and everything except matrices use Adam."""
         is_matrix = self.layer is not None and len(self.shape) == 2
         return self.numel * (MUON_BYTES if is_matrix else OPTIMIZER_BYTES)
 
@@ -112,7 +112,7 @@ def _layer_shapes(
 
 
 def average_params(arch: Architecture, layout: Layout) -> tuple[float, float]:
-    """Compute the number of parameters of an average rank: dense part, routed experts."""
+    """Return an average rank's number of parameters in the dense part and in the routed experts."""
     dense, routed = _all_params(arch)
     return dense / layout.tp / layout.pp, routed / layout.ep / layout.etp / layout.pp
 
@@ -130,7 +130,7 @@ class Buffer:
     Args:
         buckets: (first, end) element of every bucket, padding included.
         gaps: (first, end) element of every piece of padding.
-        shards: ranks that divide every bucket among themselves.
+        shards: number of ranks that divide every bucket among themselves.
     """
 
     buckets: tuple[tuple[int, int], ...]
@@ -143,7 +143,7 @@ class Buffer:
         return self.buckets[-1][1] if self.buckets else 0
 
     def owned(self, shard: int) -> int:
-        """Return the number of elements whose optimizer states a sharing rank keeps, without padding."""
+        """Return the number of elements whose optimizer states one of the `shards` ranks keeps, without padding."""
         count = 0
         for first, end in self.buckets:
             part = (end - first) // self.shards
@@ -158,8 +158,8 @@ def lay_out(params: Iterable[tuple[int, bool]], shards: int, bucket: int | None)
     Args:
         params: number of elements of each parameter, and whether the parameter needs a bucket of its own (tied
             embeddings over pipeline stages).
-        shards: ranks that divide a bucket among themselves.
-        bucket: number of elements at which a bucket is closed; None: a single bucket.
+        shards: number of ranks that divide a bucket among themselves.
+        bucket: number of elements at which a bucket is closed; None for a single bucket.
     """
     multiple = math.lcm(shards, _BUCKET_ALIGN)
     buckets, gaps = [], []
@@ -234,8 +234,8 @@ class StageBuffers:
         """Return the bytes of a rank's optimizer states, by default of the fullest rank.
 
         Args:
-            dense_shard: number of the rank among the dp x cp ranks that share the dense part; None: the fullest.
-            expert_shard: number of the rank among the ranks that share its experts; None: the fullest.
+            dense_shard: number of the rank among the dp x cp ranks that share the dense part; None for the fullest.
+            expert_shard: number of the rank among the ranks that share its experts; None for the fullest.
         """
         if self._muon:
             shards = zip(self._muon, (dense_shard, expert_shard), strict=True)
@@ -245,10 +245,10 @@ class StageBuffers:
 
 
 def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[list[int], list[int]]:
-    """Sum up the bytes of Muon's states by rank: for ranks that share the dense part, and that share experts.
+    """Sum up the bytes of Muon's states: per rank that shares the dense part, and per rank that shares experts.
 
-    `muon` keeps all states on every rank. `dist_muon` deals out whole parameters to the ranks, the smallest first,
-    back and forth.
+    `muon` keeps all states on every rank. `dist_muon` sorts the parameters by size, smallest first, and deals them out
+    to the ranks as a whole, back and forth.
     """
     spreads = work.optimizer == "dist_muon" and layout.dense_shards > 1
     found = []

@@ -13,7 +13,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Default conversations and evaluation suite of a fine-tuning chain: the demo's, for trying.
+#: Default conversations and evaluation suite of a fine-tuning chain. They are the demo's, and meant for a first try.
 CONVERSATIONS, ANSWERS = "chatterbot", "answers"
 _Recipe = TypeVar("_Recipe", bound=Callable[..., Any])
 #: Default rank of LoRA adapters.
@@ -25,12 +25,12 @@ class Run:
     """GPUs and layout of a training.
 
     Args:
-        gpus: ranks.
-        tp: tensor parallelism of the attention; above 1 with sequence parallelism.
+        gpus: number of ranks.
+        tp: tensor parallelism of the attention; if it is above 1, sequence parallelism is on.
         pp: pipeline stages.
-        vp: chunks of each stage; None: one.
-        cp: ranks that share a sequence.
-        precision: name of the precision in Bridge's recipes; empty: bf16.
+        vp: chunks of each stage; None for one chunk.
+        cp: number of ranks that share a sequence.
+        precision: name of the precision in Bridge's recipes; empty for bf16.
     """
 
     gpus: int
@@ -83,7 +83,7 @@ class Tuning:
     Args:
         parent: address of the dense checkpoint, which must have a chat template.
         schedule: batches, steps and learning rates.
-        gpus: ranks: one, or whole nodes of eight.
+        gpus: number of ranks, which is one or a multiple of eight.
         lora: whether the recipe trains LoRA adapters by default; only NeMo supports it.
     """
 
@@ -98,9 +98,9 @@ class Job:
     """The GPUs that a Megatron-Bridge recipe is made for.
 
     Args:
-        gpus: ranks; None: the command sets the number.
-        gpu: name in `conf/planning/gpus.yaml`; empty: any GPU with eight to a node.
-        tunes: whether the recipe fine-tunes on conversations; None: its configuration tells.
+        gpus: number of ranks; None if the command sets the number.
+        gpu: name in `conf/planning/gpus.yaml`; empty for any GPU in nodes of eight.
+        tunes: whether the recipe fine-tunes on conversations; None if only the recipe's configuration shows this.
     """
 
     gpus: int | None = None
@@ -140,11 +140,11 @@ class KnownRecipe:
         schedule: batches and steps.
         inputs: `dense`, `data` and `evaluation` of the recipe's chain; a dense recipe has no chain and only `dense`.
         trainers: `nemo`, `bridge` or both.
-        capacity_factor: token slots of an expert, as a multiple of a balanced share; None: no limit.
+        capacity_factor: token slots of an expert, as a multiple of a balanced share; None for no limit.
         h100: whether NeMo's recipe takes the arguments of the paper's recipes, such as `capacity_factor`.
         tunes: whether the recipe fine-tunes on packed conversations; a micro-batch has one pack.
         lora: whether the recipe trains LoRA adapters.
-        bridge: function of Megatron-Bridge's recipe; empty: Bridge has none.
+        bridge: function of Megatron-Bridge's recipe; empty if Bridge has no recipe.
         bridge_baseline: function of Megatron-Bridge's dense baseline.
     """
 

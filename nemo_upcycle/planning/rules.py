@@ -50,7 +50,7 @@ def check_layout(
 
 
 def neutral_work(layout: Layout) -> Workload:
-    """Return a step that a layout can divide among its ranks, for checks without data: no rule of the data fails."""
+    """Return a workload that obeys all rules about data, so that a layout can be checked without data."""
     sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
     return Workload(seq_length=16 * max(1, layout.tp) * max(1, layout.cp), global_batch=sizes)
 
@@ -203,7 +203,7 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
 
 
 def _row_multiple(layout: Layout, work: Workload) -> int:
-    """Compute the number that the tokens of a rank's micro-batch must be a multiple of.
+    """Return the number that must divide the number of tokens in a rank's micro-batch.
 
     Source: Transformer Engine at d0067d0d. A weight's gradient sums over the tokens, which needs a multiple of 16
     (MXFP8: 32; `cublaslt_gemm.cu`). Each rank's part under sequence parallelism needs a multiple of 8
@@ -225,7 +225,7 @@ def _listed(numbers: Iterable[int]) -> str:
 def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software: str) -> str:
     """Return the nearest change of one setting that makes the layout valid.
 
-    The settings that the rule names are tried first, then sizes that were chosen, then the rest.
+    The settings that the rule names are tried first, then the layout's sizes that are not the default, then the rest.
     """
     chosen = [field.name for field in fields(layout) if getattr(layout, field.name) != field.default]
     chosen = [key for key in chosen if key != "gpus"]
@@ -244,7 +244,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software
 def _changes(
     key: str, layout: Layout, arch: Architecture, work: Workload, software: str
 ) -> Iterator[tuple[str, RuleViolation | None]]:
-    """Yield changes of a setting, the nearest first, each with the rule that it still breaks (None: no rule)."""
+    """Yield changes of a setting, the nearest first, each with the rule that it still breaks (or None)."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         text = f"train in {value}" if key == "precision" else text

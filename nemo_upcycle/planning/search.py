@@ -28,8 +28,8 @@ from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
-#: Shares of a GPU's memory. A layout fits up to the first share, and is tight up to the second: fragmentation may then
-#: end the run.
+#: Shares of a GPU's memory. A layout fits up to the first share, and is tight up to the second share. Fragmentation
+#: may end the run of a tight layout.
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
@@ -53,9 +53,9 @@ class PlanRequest:
         usual: settings (`dispatcher`, `overlap`) that are taken from NVIDIA's recipes instead of from `work`.
         grouped: whether the experts' products are grouped; if not, Megatron-Core cannot recompute only the experts'
             activation function.
-        micro_batch: the only micro-batch to search (sequences); None: several are searched.
-        recompute: the only kind of recomputation to use; None: the fastest kind that fits.
-        price_per_gpu_hour: price in any currency; None: not known.
+        micro_batch: the only micro-batch to search (sequences); None to search several.
+        recompute: the only kind of recomputation to use; None for the fastest kind that fits.
+        price_per_gpu_hour: price in any currency; None if it is not known.
 
     Raises:
         SpecError: the GPU does not support the precision.
@@ -157,7 +157,7 @@ class LayoutEstimate:
         return self.work.global_batch * self.work.seq_length / self.time.total / self.request.gpus
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
-        """Return model TFLOP/s of a GPU, without recomputation, in one of the two conventions."""
+        """Return model TFLOP/s of a GPU, without recomputation, with causal or with full attention."""
         flops = flops_per_token(self.request.arch, self.work.seq_length, causal=causal)
         return self.tokens_per_s_per_gpu * flops / 1e12
 
@@ -173,7 +173,7 @@ class LayoutEstimate:
 
     @property
     def mfu(self) -> float:
-        """Model FLOP/s over the peak, with full attention, as the paper counts."""
+        """Model FLOP/s divided by the peak. Attention is counted in full, as in the paper."""
         return self.tflops_per_gpu(causal=False) / self.peak_tflops
 
     @property
@@ -218,11 +218,12 @@ def usual_overlap(
     """List the overlaps of NVIDIA's recipes (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
     - Dense models overlap tensor parallelism's traffic, except in FP4.
-    - MoE models overlap the experts' traffic if it leaves the NVLink domain and Megatron-Core can hide it. For that
+    - MoE models overlap the experts' traffic if it leaves the NVLink domain and Megatron-Core can hide it. To hide it,
       Megatron-Core needs interleaved stages or a single stage, and no Mamba layers, delta nets, padding, or
       recomputation of whole layers or MoE layers.
     - In MXFP8 and NVFP4 with the newest software, in NVLink racks and on single machines, MoE models overlap the
-      experts' traffic if Megatron-Core can hide it, and also launches, through one CUDA graph of the whole step.
+      experts' traffic if Megatron-Core can hide it. They also overlap launches, through one CUDA graph of a whole
+      step.
     """
     if not arch.num_experts:
         return ("tp",) if layout.tp > 1 and work.numbers.bits > 4 else ()
@@ -238,7 +239,7 @@ def usual_overlap(
 def evaluate_layout(request: PlanRequest, layout: Layout) -> LayoutEstimate:
     """Evaluate a layout with the fastest recomputation that fits.
 
-    If none fits, use the fastest that is tight; if none is tight, the one that needs the least memory.
+    If no kind fits, use the fastest kind that is tight. If no kind is tight, use the kind that needs the least memory.
 
     Args:
         request: request to answer.
@@ -257,7 +258,7 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> LayoutEstimate:
 
 
 def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
-    """Find the fastest layouts that fit, fastest first; if none fits, the layouts that need the least memory.
+    """Find the layouts that fit, fastest first. If none fits, find the layouts that need the least memory.
 
     Each layout has the recomputation that `evaluate_layout` chooses.
 
@@ -266,7 +267,8 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
         limit: largest number of layouts to return.
 
     Raises:
-        SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names one that works.
+        SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names a change that
+            helps.
     """
     if plans := find(request, limit):
         return plans
@@ -293,8 +295,8 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
 
 
 def nearest_gpus(request: PlanRequest) -> int | None:
-    """Return the number of GPUs, nearest to the request's, with which some layout fits; None if none is found."""
-    # Try whole nodes; for many GPUs, in steps of about an eighth of their number.
+    """Return the nearest other number of GPUs with which some layout fits; None if no number is found."""
+    # Try multiples of a node. For many GPUs, the multiple is about an eighth of their number.
     step: int = max(request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4))
     numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * request.gpus // step + 2)}
     for gpus in sorted(numbers - {request.gpus}, key=lambda number: (abs(number - request.gpus), -number)):
@@ -304,7 +306,7 @@ def nearest_gpus(request: PlanRequest) -> int | None:
 
 
 def _batches(batch: int, step: int) -> list[int]:
-    """Return multiples of a step, or of its parts, near a batch size; the nearest first. Some layout may use them."""
+    """Return other batch sizes to try, nearest first: multiples of a step, or of its half, quarter or eighth."""
     parts = [step // 2**n for n in range(4) if step % 2**n == 0]
     around = {part * count for part in parts for count in (batch // part, batch // part + 1)}
     return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
@@ -335,7 +337,7 @@ def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
         plan = plans[kind]
         could_fit = least_with_activations(request.arch, plan.layout, plan.work) <= request.room
         able_to_run = number not in chosen and could_fit and plan.verdict != "no"
-        # If a kind is only tight and a slower kind of the same layout fits, skip it for the slower kind.
+        # If a kind is only tight and a slower kind of the same layout fits, skip the tight kind.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
             chosen[number] = plan
         elif kind == 0:

@@ -43,7 +43,7 @@ def row_values(plan: LayoutEstimate, command: str | None, why_none: str) -> dict
 
     Args:
         plan: the plan.
-        command: command that trains the plan; None: there is none.
+        command: command that trains the plan; None if there is no such command.
         why_none: reason why no recipe has the plan's settings; "" if a recipe has them.
     """
     layout = plan.layout
@@ -87,7 +87,7 @@ def routing_line(plan: LayoutEstimate) -> str:
 
 
 def model_line(arch: Architecture, seq_length: int) -> str:
-    """Return a line with a model's size and its FLOPs per token, in both conventions."""
+    """Return a line with a model's size and its FLOPs per token, with full and with causal attention."""
     full, causal = (flops_per_token(arch, seq_length, causal=causal) for causal in (False, True))
     text = (
         f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "

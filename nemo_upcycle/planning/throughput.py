@@ -1,8 +1,8 @@
 """The estimated time of a step: work and traffic of every part of a layer, divided by the machine's speed.
 
-The result is a sum of times, each with a physical meaning. Work and traffic are counted. `Machine` holds the fraction
-of a peak that a kernel reaches, fitted to published measurements (`benchmarks/throughput.py`; table and errors in
-benchmarks/results/planner.md). All times are for one GPU, forward and backward together.
+The result is a sum of times, each with a physical meaning. Work and traffic are counted. `Machine` has the fractions
+of the peaks that kernels reach. They are fitted to published measurements (`benchmarks/throughput.py`; table and
+errors in benchmarks/results/planner.md). All times are for one GPU, forward and backward together.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class ThroughputModel:
     def step(self, layout: Layout, work: Workload) -> StepTime:
         """Return the time of a step.
 
-        With m micro-batches, it is the sum of m times the slowest stage, the bubble ((pp - 1) / (m vp) of that time;
-        arXiv 2104.04473), the data-parallel traffic that nothing hides, and the optimizer.
+        With m micro-batches, the time is a sum: m times the slowest stage, the bubble, the data-parallel traffic that
+        nothing hides, and the optimizer. The bubble is (pp - 1) / (m vp) of the first time (arXiv 2104.04473).
         """
         count = layout.micro_batches(work.global_batch)
         layer, output = self._parts(layout, work)
@@ -194,8 +194,8 @@ class ThroughputModel:
         """Add a gated delta net: two projections, and the rule over chunks (arXiv 2412.06464, section 3.3)."""
         inner, heads, width = delta.rows("value"), delta.num_value_heads, delta.key_dim
         rows = 2 * delta.rows("key") + 2 * inner + 2 * heads
-        # Within a chunk (causal half): key by key, the two products with its inverse, query by key, and the result by
-        # the value. The states are written once and read twice.
+        # Products within a chunk (causal half): key times key, two products with its inverse, query times key, and the
+        # result times the value. The states are written once and read twice.
         state = heads * width * delta.value_dim
         chunk = delta.chunk_size / 2 * heads * (3 * width + 2 * delta.value_dim) + 3 * state
         self._scan(layer, (rows, inner), chunk, 2 * 2 * state / delta.chunk_size, tokens, layout, work)
@@ -214,7 +214,7 @@ class ThroughputModel:
 
         Args:
             layer: sum to add to.
-            sizes: output rows of the input projection, input columns of the output projection.
+            sizes: output rows of the input projection, and input columns of the output projection.
             products: multiply-adds of a token within the mixer.
             kept: traffic of the kept states, for each token.
             tokens: tokens of the micro-batch on a rank, before tensor parallelism cuts them.

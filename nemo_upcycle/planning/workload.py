@@ -25,7 +25,7 @@ class Precision:
             current and blockwise scaling, because `Machine.gemm_fp8` includes their casts.
         gather_bytes: size of a low-precision parameter that data parallelism gathers (bytes).
         bf16_ends: number of layers at each end of the model that stay in BF16.
-        rows: number that a product's rows and columns must be a multiple of.
+        rows: number that must divide a product's rows and columns.
         blackwell: whether only Blackwell supports the precision.
     """
 
@@ -56,7 +56,7 @@ PRECISIONS = {
 }
 #: Type in which data parallelism sums gradients (`grad_reduce_in_fp32`) -> bytes of a gradient.
 GRADIENTS = {"fp32": 4, "bf16": 2}
-#: Adam with Megatron's distributed optimizer; Muon with all states on every rank, or with whole parameters dealt out.
+#: `adam` has Megatron's distributed optimizer. `muon` keeps all states on every rank; `dist_muon` deals them out.
 OPTIMIZERS = ("adam", "muon", "dist_muon")
 #: Modules that can be recomputed in the backward pass, by Megatron-Core's names: the norm before the experts, core
 #: attention, the experts' activation function, the network of a dense layer, the network of an MoE layer. `full` in
@@ -65,13 +65,13 @@ MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Largest value of a setting; larger values are taken for mistakes.
 _MOST = 10**9
-#: Dispatchers of tokens. `alltoall` sends a message for each expert of a token, the others for each rank or node that
-#: has some of the token's experts. HybridEP needs Megatron-Core 0.16, NCCL EP 0.19, so NeMo 2.7 has neither.
+#: Dispatchers of tokens. `alltoall` sends a message for each expert of a token. The others send one for each rank or
+#: node with experts of the token. HybridEP needs Megatron-Core 0.16, and NCCL EP needs 0.19, so NeMo 2.7 has neither.
 DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
 #: Routing of tokens: benchmarks force the router to balance the experts (`moe_router_force_load_balancing`), training
 #: does not.
 ROUTINGS = ("balanced", "natural")
-#: Token slots of the busiest rank over the mean, for memory: with forced balance, and without.
+#: Token slots of the busiest rank divided by the mean, for estimates of memory: with forced balance, and without.
 FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
 #: Work that can overlap with computation: tensor parallelism's traffic with its products (`tp_comm_overlap`), the
 #: experts' traffic with another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's
@@ -89,18 +89,18 @@ class Workload:
         capacity_factor: largest number of token slots of an expert, as a multiple of a balanced share; further tokens
             are dropped (`moe_expert_capacity_factor`). None: no token is dropped.
         pad: whether every expert is padded up to its capacity (`moe_pad_expert_input_to_capacity`).
-        imbalance: token slots of the busiest rank over the mean, for the memory of experts that drop nothing.
+        imbalance: token slots of the busiest rank divided by the mean, for the memory if no token is dropped.
         precision: one of `PRECISIONS`.
         low_params: whether layers that multiply in FP8 or FP4 keep their parameters in that precision
             (`fp8_param_gather`), without a BF16 copy.
         gradients: one of `GRADIENTS`.
-        optimizer: one of `OPTIMIZERS`, for the memory.
+        optimizer: one of `OPTIMIZERS`; it changes only the memory.
         recompute: one of `RECOMPUTES`, or several of `MODULES` separated by commas.
         dispatcher: one of `DISPATCHERS`.
-        routing: one of `ROUTINGS`, for the time.
+        routing: one of `ROUTINGS`; it changes only the time.
         overlap: work that overlaps with computation, some of `OVERLAPS`.
-        lora: rank of the LoRA adapters (each expert has its own), which are trained together with the routers; 0: all
-            weights are trained.
+        lora: rank of the LoRA adapters (each expert has its own), which are trained together with the routers; 0 if
+            all weights are trained.
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -188,8 +188,8 @@ class Workload:
     def buffer_slots_per_token(self, arch: Architecture, ep: int) -> float:
         """Return the token slots per token that the busiest of `ep` ranks must hold.
 
-        If every rank has all experts, the load is even. Otherwise a rank holds at most every token of the group once
-        for each of its experts.
+        If every rank has all experts, the load is even. Otherwise a rank holds at most all tokens of the group, once
+        for each of the rank's experts.
         """
         capacity = self.capacity_factor if self.capacity_factor is not None else float("inf")
         share = capacity if self.pad else min(capacity, self.imbalance if ep > 1 else 1.0)

@@ -162,14 +162,14 @@ def _judged(paired: dict[str, Any], a: str, b: str) -> str:
 
 
 def _too_few(results: dict[str, Any]) -> str:
-    """Say which trainings are too short for a verdict; return nothing if none is."""
+    """Say which trainings are too short for a verdict; return nothing if none is too short."""
     steps = {MODELS[TRAINED[stage]]: done["steps"] for stage, done in results["training"].items()}
     short = [f"{title} {count:,}" for title, count in steps.items() if is_trial(count)]
     return f"Below {FEW_STEPS} steps there is no verdict: {', '.join(short)}." if short else ""
 
 
 def samples(results: dict[str, Any]) -> str:
-    """Return each model's continuations of some held-out texts; nothing if no model was asked for any."""
+    """Return each model's continuations of some held-out texts; nothing if there are no continuations."""
     tables = []
     for sample in results["samples"]:
         texts = {"prompt": sample["prompt"], "the original text": sample["goes_on"]}

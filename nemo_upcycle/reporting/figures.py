@@ -26,8 +26,8 @@ DPI = 200
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
     """Draw validation and training losses of the MoE and the baseline over tokens or FLOPs.
 
-    A horizontal line marks the validation loss before the first step. With a baseline this is the loss of the dense
-    parent.
+    A horizontal line marks the validation loss before the first step. If there is a baseline, this is the loss of the
+    dense parent.
 
     Args:
         curves: stage -> curve, for `pretrain` and optionally `dense_ct`.

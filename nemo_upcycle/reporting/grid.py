@@ -78,8 +78,8 @@ class ArmRecord:
         """Return whether a point of this arm's curve may be compared with a point of another arm's curve.
 
         No other rule decides this. A falling learning rate makes the end of a training better than its middle. So two
-        points are comparable only if each equals the end of a whole training of that length, or if both come after the
-        same number of tokens in trainings with the same length and schedule.
+        points are comparable only in two cases. Either each point equals the end of a whole training of its length. Or
+        both come after the same number of tokens in trainings with the same length and schedule.
         """
         schedules = [(arm.steps, arm.tokens_per_step, arm.schedule) for arm in (self, other)]
         are_ends = self._is_end(tokens) and other._is_end(its_tokens)
@@ -173,12 +173,13 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         described: entry `described` of the grid's plan.
 
     Returns:
-        A dict with four keys. `margin`: bits per byte that do not matter. `arms`: name -> `tokens`, `flops`,
-        `rank_hours`, the means `bits_per_byte` (at the end) and `start`, `curve` (means with their `tokens`),
-        `sources` (at the end), `routers` (metric -> pairs of tokens and value) and the seeds. `differences`: name ->
-        `reference`, `better_from` (tokens), and the differences at the `start`, `along` all tokens after which both
-        arms were scored, at the last of these tokens (`end`), and with `equal_flops`; a difference is None if nothing
-        can be compared. `tests`: `start`, `end` and `equal_flops` -> number of differences judged together.
+        A dict with four keys. `margin`: largest difference in bits per byte that is too small to matter. `arms`: name
+        -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` (at the end) and `start`, `curve` (means with
+        their `tokens`), `sources` (at the end), `routers` (metric -> pairs of tokens and value) and the seeds.
+        `differences`: name -> `reference`, `better_from` (tokens), and the differences at the `start`, `along` all
+        tokens after which both arms were scored, at the last of these tokens (`end`), and with `equal_flops`; a
+        difference is None if nothing can be compared. `tests`: `start`, `end` and `equal_flops` -> number of
+        differences judged together.
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -237,7 +238,7 @@ def _differences(
     Args:
         arms: all arms.
         references: arm -> its reference arm.
-        margin: bits per byte that do not matter.
+        margin: largest difference in bits per byte that is too small to matter.
         spreads: results of `_spreads` for the arms from random weights (True) and for all other arms (False).
     """
     found = {name: _difference(arms[name], arms[other]) for name, other in references.items()}
@@ -248,7 +249,7 @@ def _differences(
 
     def judged(name: str, point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
         # With equal FLOPs the two arms have read different data, so a seed's data order is not common to both. The
-        # pooled spread does not apply, and `judge` uses the spread of this difference alone.
+        # pooled spread does not apply, and `judge` uses only the spread of this difference.
         spread = spreads[arms[name].parent == UNTRAINED].get(place)
         return None if point is None else judge(point, spread, margin, max(tests[place], 1))
 
@@ -287,8 +288,9 @@ def _with_equal_flops(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any] | 
         reference: arm to compare with.
 
     Returns:
-        Result of `difference_of_arms`, with `tokens`, `reference_tokens` and `flops_ratio`. The ratio is 1 unless the
-        point was moved to the near end of the reference (`FLOPS_APART`). None if nothing can be compared.
+        Result of `difference_of_arms`, with `tokens`, `reference_tokens` and `flops_ratio`. The ratio is 1
+        unless the end of the reference was used instead of a point close to it (`FLOPS_APART`). The result is None if
+        nothing can be compared.
     """
     ratio = arm.flops_per_token / reference.flops_per_token
     first = min((tokens for tokens in reference.scores if tokens), default=0)

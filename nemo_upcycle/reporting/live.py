@@ -127,7 +127,7 @@ def _becomes(progress: Progress) -> str:
 
 
 def _doing(progress: Progress, word: str) -> str:
-    """Say which stages run, how far they are and how long they will take; or how the last stage ended."""
+    """Say which stages run, how far they are and when they end. If none runs, say how the last stage ended."""
     running = [_how_far(progress, state) for state in progress.stages if state.how == "running"]
     if running:
         return f"{word}: {'; '.join(running)}."

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 #: Numbers from this size on are written with an exponent.
 _LARGE = 1e7
-#: Significant digits of an interval; and the maximum, used if fewer digits hide whether the interval contains 0.
+#: Significant digits of an interval, and their maximum. More are used to show whether the interval contains 0.
 _DIGITS, _MOST_DIGITS = 2, 8
 
 

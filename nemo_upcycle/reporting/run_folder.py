@@ -23,7 +23,7 @@ MODELS = {
     "trained": "trained MoE",
     "dense_ct": "trained baseline",
 }
-# The keys that the report prints, and so must find in each file, with the types of their values.
+# The keys that each file must have because the report prints them, with the types of their values.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
 _RECEIPT = {"spec": dict, "source": str, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
@@ -47,8 +47,8 @@ class Curve:
     Attributes:
         steps: entries that the stage wrote, one per training step, in order.
         validation: pairs of tokens seen and validation loss, in order.
-        scores: tokens seen, bits per byte of held-out text on the live model, and half of their 95 % interval over
-            documents (None if there is only one document), in order.
+        scores: tuples of three numbers, in order: tokens seen, bits per byte of held-out text on the live model, and
+            half of the 95 % interval over documents (None if there is only one document).
     """
 
     steps: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""The sections of report.md. Each is a function of the results, and names the files of its numbers.
+"""The sections of report.md. Each section is made from the results, and names the files of its numbers.
 
 The first screen is in `opening`, and the sections about evaluation are in `evaluation_sections`.
 """
@@ -221,7 +221,7 @@ def expert_load(results: dict[str, Any]) -> str:
 
 
 def receipt(results: dict[str, Any]) -> str:
-    """Return the section with the receipts: of the check of step 0, and of the training job."""
+    """Return the section with two receipts: one from the check of step 0, and one from the training job."""
     columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
