@@ -55,7 +55,7 @@ def test_a_mistake_inside_a_stage_ends_in_status_2(files: Path, tmp_path: Path) 
     assert answer.status == 2, answer.text
     last = answer.text.splitlines()[-1]
     assert last.startswith("[data] Source mine leaves ")
-    assert "expected more than a sequence" in last
+    assert "needs more than a sequence" in last
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
     other = [word.replace("/tiny", "/other") for word in command]
