@@ -1,9 +1,8 @@
 """Write the tables in the documentation that are generated from code, and count the words of its pages.
 
-    python -m benchmarks.doc_tables          writes into docs/*.md, between `<!-- NAME table -->` and `<!-- end of
-    table -->` python -m benchmarks.doc_tables --check  only names the pages that differ; exit status 1 if any page
-    differs python -m benchmarks.doc_tables --words  counts the words of each page and of all pages, without these
-    tables
+    python -m benchmarks.doc_tables          fills docs/*.md between `<!-- NAME table -->` and `<!-- end of table -->`
+    python -m benchmarks.doc_tables --check  only names the pages that differ; exit status 1 if any page differs
+    python -m benchmarks.doc_tables --words  counts the words of each page and of all pages, without these tables
 
 The memory in the tables comes from `nemo-upcycle plan`.
 """

@@ -8,9 +8,8 @@ The package can also upcycle inside a training job, and knows many more models a
 
 THE METHOD ("Llama 3 Meets MoE: Efficient Upcycling", arXiv 2412.09952)
 1. The feed-forward network of every layer becomes E experts. Each expert starts as a copy of that network.
-2. Every layer gets a router: a new matrix [E, D], filled with random numbers. A router gives a token one logit per
-expert.
-   The token passes through the k experts with the largest logits. Their outputs are added up with combine weights.
+2. Every layer gets a router: a new matrix [E, D], filled with random numbers. A router gives one logit per expert.
+   A token passes through the k experts with the largest logits. Their outputs are added up with combine weights.
 3. Every other tensor is copied. Then training continues. The experts see different tokens and drift apart.
 
 WHY THE NEW MODEL COMPUTES WHAT ITS PARENT COMPUTES
@@ -70,7 +69,7 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FILE_BYTES = 5 * 10**9  # largest size of a file; a larger tensor gets a separate file
-#: Files that are copied as they are. Its code, old weights and model card are not copied.
+#: Files that are copied as they are. The parent's code, old weights and model card are not copied.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
