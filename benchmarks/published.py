@@ -55,7 +55,7 @@ class Published:
 
     @property
     def is_unseen(self) -> bool:
-        """Whether no constant was fitted or chosen with this row."""
+        """True if this row was used neither to fit nor to choose a constant."""
         return not self.fitted and not self.sets
 
     def predicted(self, reached: dict[str, float] | None = None) -> float:
@@ -80,7 +80,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Peak:
-    """One row of `conf/planning/memory.yaml`: a run and its memory (GiB); None if a value is not published."""
+    """One row of `conf/planning/memory.yaml`: a run and its published memory (GiB). Unpublished values are None."""
 
     row: Published
     allocated_gib: float | None
