@@ -56,11 +56,10 @@ class Fp8Recipe:
         name = getattr(low, "value", low)
         elsewhere = [field for field in _ELSEWHERE if getattr(config, field, False)]
         if name not in RECIPES or elsewhere or not config.fp8_wgrad:
-            got = name if name not in RECIPES else elsewhere[0] if elsewhere else "fp8_wgrad=False"
-            expected = f"{', '.join(RECIPES)} on a CPU, in linear layers only"
-            raise UpcycleError(
-                "fp8_recipe", got=got, expected=expected, fix="train on a GPU, or choose another recipe"
-            )
+            setting = "fp4_recipe" if config.fp4 else "fp8_recipe"
+            got = f"{setting} {name}" if name not in RECIPES else elsewhere[0] if elsewhere else "fp8_wgrad=False"
+            fix = f"train on a GPU, or use one of {', '.join(RECIPES)} in linear layers only"
+            raise UpcycleError("This CPU", kind="refused", got=f"does not emulate {got}", fix=fix)
         group = None
         if name == "delayed" and parallel_state.model_parallel_is_initialized():
             group = parallel_state.get_amax_reduction_group(

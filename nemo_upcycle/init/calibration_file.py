@@ -52,7 +52,7 @@ class Calibration:
                 f"Calibration file {path}", kind="state", got=f"is damaged ({error})", fix=fix
             ) from None
         self.lineage: dict[str, Any] = json.loads(metadata.get(LINEAGE, "{}"))
-        if (got := self.lineage.get("format", "another file")) != FORMAT:
+        if (got := self.lineage.get("format", "missing")) != FORMAT:
             raise UpcycleError(f"format of {path}", got=got, expected=FORMAT, fix=fix)
         self.path = path
         self.sha256 = sha256_file(path)

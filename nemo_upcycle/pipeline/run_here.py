@@ -50,7 +50,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
             "at_once",
             kind="refused",
             got=f"{at_once} is not possible on GPUs, which the trainings would share",
-            fix="omit it, or use an executor",
+            fix=fix,
         )
 
 

@@ -13,6 +13,7 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
+_FIX = "make the file again from this parent and spec (nemo-upcycle calibrate)"
 _SIZES = ("hidden_size", "ffn_size", "num_layers")
 
 
@@ -62,9 +63,11 @@ def require_calibration(dense: DenseSource, spec: UpcycleSpec) -> Calibration | 
             raise _other(calibration, name, got, expected)
     for layer in range(arch.num_layers):
         if arch.is_moe_layer(layer) and not calibration.has(layer):
-            raise _other(calibration, "MoE layers", f"none for layer {layer}", f"those of {spec.moe_layers}")
+            got = f"has no rows for layer {layer}, which has experts (moe_layers={spec.moe_layers})"
+            raise CheckpointError(str(calibration.path), kind="state", got=got, fix=_FIX)
     if (digest := parent_digest(dense)) != parent["sha256"]:
-        raise _other(calibration, "parent", f"other weights, of {parent['path']}", f"those of {dense.path} ({digest})")
+        got = f"was made from the weights of {parent['path']}, not from those of {dense.path} ({digest})"
+        raise CheckpointError(str(calibration.path), kind="state", got=got, fix=_FIX)
     return calibration
 
 
@@ -73,5 +76,5 @@ def _other(calibration: Calibration, name: str, got: object, expected: object) -
         f"{name} of {calibration.path}",
         got=got,
         expected=f"{expected}, as in this parent and spec",
-        fix="make the file again from this parent and spec (nemo-upcycle calibrate)",
+        fix=_FIX,
     )

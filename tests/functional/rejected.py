@@ -27,10 +27,10 @@ GPUS = "pretrain.trainer.accelerator=gpu dense_ct.trainer.accelerator=gpu"
 _STAGE = "run.executor.stages"
 OF_SLURM = {
     # settings that no stage has
-    "run.executor.array=0-3": "run.executor.array cannot be set here",
-    "run.executor.heterogeneous=true": "run.executor.heterogeneous cannot be set here",
-    "run.executor.launcher=torchrun": "run.executor.launcher cannot be set here",
-    f"{_STAGE}.pretrain.write_gib_s=1": f"{_STAGE}.pretrain.write_gib_s cannot differ between stages",
+    "run.executor.array=0-3": "run.executor.array is 0-3, but cannot be set here",
+    "run.executor.heterogeneous=true": "run.executor.heterogeneous is True, but cannot be set here",
+    "run.executor.launcher=torchrun": "run.executor.launcher is torchrun, but cannot be set here",
+    f"{_STAGE}.pretrain.write_gib_s=1": f"{_STAGE}.pretrain.write_gib_s is 1.0, but cannot differ between stages",
     # invalid values
     "run.executor.env_vars.A-B=1": "run.executor.env_vars is 'A-B'",
     "run.executor.time=08:00:00": "run.executor.time has no effect: conf/exec",
@@ -68,7 +68,7 @@ OF_KUBERNETES = {
     "run.executor.image=???": "run.executor.image is missing",
     "run.executor.namespace=My_Space": "run.executor.namespace is 'My_Space'",
     "run.executor.kind=trainjob-2.1": "run.executor.kind 'trainjob-2.1' does not exist",
-    "run.executor.restarts=3": "run.executor.restarts has no field in a job of kind ",
+    "run.executor.restarts=3": "run.executor.restarts is 3, but a job of kind ",
     "run.executor.report_within_s=10": "run.executor.report_within_s is 10",
     f"{_STAGE}.pretrain.memory_gib=32": f"{_STAGE}.pretrain.shared_memory_gib is 64",
     "run.executor.secret_env_vars.HF_TOKEN=hub/": "run.executor.secret_env_vars.HF_TOKEN is 'hub/'",
@@ -78,7 +78,7 @@ OF_KUBERNETES = {
     f"{_STAGE}.pretrain.cpus=-1": f"{_STAGE}.pretrain.cpus is -1",
     "run.executor.mount_path=runs": "is 'runs'; expected an absolute path",
     "dir=/elsewhere": "Folder /elsewhere is not visible in the pods",
-    f"{_STAGE}.pretrain.namespace=other": f"{_STAGE}.pretrain.namespace cannot differ between stages",
+    f"{_STAGE}.pretrain.namespace=other": f"{_STAGE}.pretrain.namespace is other, but cannot differ between stages",
     f"LARGE {_STAGE}.pretrain.active_deadline_s=600": f"{_STAGE}.pretrain.active_deadline_s 600s is too short",
     "--detach": "--detach needs a cluster's executor",
 }

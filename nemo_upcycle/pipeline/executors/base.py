@@ -256,15 +256,14 @@ def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[Upcycl
             )
     fields = {field.name for field in dataclasses.fields(executor) if field.init} - {"stages"}
     for stage, settings in executor.stages.items():
-        for name in settings:
+        for name, value in settings.items():
             setting = f"run.executor.stages.{stage}"
             if name not in fields:
                 found.append(UpcycleError.unknown(setting + _UNKNOWN_KEY, name, fields))
             elif name in _OF_ALL_STAGES:
                 fix = f"set run.executor.{name}"
-                found.append(
-                    UpcycleError(f"{setting}.{name}", kind="refused", got="cannot differ between stages", fix=fix)
-                )
+                got = f"is {value}, but cannot differ between stages"
+                found.append(UpcycleError(f"{setting}.{name}", kind="refused", got=got, fix=fix))
     price = executor.price_per_gpu_hour
     return found + failures(
         [

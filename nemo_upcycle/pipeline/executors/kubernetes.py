@@ -67,13 +67,13 @@ class KubernetesScheduler(Cluster):
             },
         )
         for stage, settings in self.executor.stages.items():
-            for name in settings:
+            for name, value in settings.items():
                 if name in _COMMON:
                     found.append(
                         UpcycleError(
                             f"run.executor.stages.{stage}.{name}",
                             kind="refused",
-                            got="cannot differ between stages",
+                            got=f"is {value}, but cannot differ between stages",
                             fix=f"set run.executor.{name}",
                         )
                     )

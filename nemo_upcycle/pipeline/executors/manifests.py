@@ -102,7 +102,7 @@ def manifest(
             raise UpcycleError(
                 f"run.executor.{lacking}",
                 kind="refused",
-                got=f"has no field in a job of kind {settings.kind}",
+                got=f"is {value}, but a job of kind {settings.kind} has no field for it",
                 fix=fix,
             )
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}

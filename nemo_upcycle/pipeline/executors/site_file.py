@@ -166,7 +166,8 @@ def _checked(prefix: str, given: dict[str, Any], schema: type, explained: Path) 
     """Convert settings to the types of the executor's fields; see `field_values`."""
     for name, value in given.items():
         if name in _OWN:
-            raise UpcycleError(prefix + name, kind="refused", got="is set by the pipeline itself", fix=_OWN[name])
+            got = f"is {value}, but the pipeline sets it itself"
+            raise UpcycleError(prefix + name, kind="refused", got=got, fix=_OWN[name])
         if name == "time" and type(value) is int:
             fix = 'put it in quotes, as in "24:00:00"'
             raise UpcycleError(

@@ -68,8 +68,10 @@ def _of_stage(job: Job, name: str) -> str:
 
 def _unsupported(mine: run.SlurmExecutor) -> Iterator[UpcycleError]:
     for name, fix in _UNSUPPORTED.items():
-        if getattr(mine, name, None):
-            yield UpcycleError(f"run.executor.{name}", kind="refused", got="cannot be set here", fix=fix)
+        if value := getattr(mine, name, None):
+            yield UpcycleError(
+                f"run.executor.{name}", kind="refused", got=f"is {value}, but cannot be set here", fix=fix
+            )
 
 
 def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:

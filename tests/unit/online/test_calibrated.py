@@ -93,8 +93,11 @@ def _made_of_more_neurons(dense: Path, file: Path) -> None:
     [
         (lambda dense, file: None, None),
         (lambda dense, file: file.write_bytes(b"cut"), None),
-        (lambda dense, file: save_file({"rows": torch.zeros(4, 64)}, file), "another file"),
-        (lambda dense, file: calibrated(dense, file, **COPIES, moe_layers="0"), "none for layer 1"),
+        (lambda dense, file: save_file({"rows": torch.zeros(4, 64)}, file), "missing"),
+        (
+            lambda dense, file: calibrated(dense, file, **COPIES, moe_layers="0"),
+            "has no rows for layer 1, which has experts (moe_layers=all)",
+        ),
         (lambda dense, file: calibrated(dense, file, **COPIES | {"num_experts": 8}), 8),
         (_made_of_more_neurons, 128),
     ],
@@ -120,7 +123,10 @@ def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path:
     with open_dense(other) as source:
         assert require_calibration(source, spec)
     change_weights(other, {name: weights_of(other)[name] * 1.5})
-    with open_dense(other) as source, pytest.raises(CheckpointError, match="is other weights"):
+    with (
+        open_dense(other) as source,
+        pytest.raises(CheckpointError, match=r"was made from the weights of .*, not from those of "),
+    ):
         require_calibration(source, spec)
 
 

@@ -42,7 +42,7 @@ def test_a_shown_run_and_a_start_find_the_same(demo: Any, tmp_path: Path) -> Non
     ]
     shown, started = ([str(error) for error in one.all] for one in found)
     assert shown == started
-    assert shown[0].startswith("run.executor.array cannot be set here")
+    assert shown[0].startswith("run.executor.array is 0-3, but cannot be set here")
 
 
 def test_stages_that_need_gpus_and_ask_for_none_are_named(llama: Any, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
     assert (refused.subject, refused.got) == (f"run.executor.{missing}", "is missing")
 
 
-SET = "is set by the pipeline itself"
+SET = "but the pipeline sets it itself"
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ SET = "is set by the pipeline itself"
         ("time: 24:00:00", "time is 86400; expected text, because YAML reads 24:00:00 as a number"),
         ("stages: {pretrian: {time: '1'}}", "stages: stage 'pretrian' does not exist"),
         ("stages: [pretrain]", "stages is ['pretrain']; expected keys"),
-        ("nodes: 2", f"nodes {SET}"),
-        ("stages: {pretrain: {ntasks_per_node: 4}}", f"stages.pretrain.ntasks_per_node {SET}"),
-        ("executor: kubernetes\nretries: 3", f"retries {SET}"),
+        ("nodes: 2", f"nodes is 2, {SET}"),
+        ("stages: {pretrain: {ntasks_per_node: 4}}", f"stages.pretrain.ntasks_per_node is 4, {SET}"),
+        ("executor: kubernetes\nretries: 3", f"retries is 3, {SET}"),
         ("executor: kubernetes\nstages: {pretrain: {cpus: 1.5}}", "stages.pretrain.cpus is 1.5; expected a whole"),
         ("env_vars: {A: }", "env_vars.A is null; expected text"),
     ],
@@ -81,7 +81,7 @@ def test_entries_of_a_mapping_are_added_one_by_one(tmp_path: Path) -> None:
         ("partion=a", "run.executor: key", "partion"),
         ("stages.pretrain.tme=1", "run.executor.stages.pretrain: key", "tme"),
         ("stages.pretrain.cpus_per_task=many", "run.executor.stages.pretrain.cpus_per_task", "'many'"),
-        ("stages={data: {time: '1'}}", "run.executor.stages", SET),
+        ("stages={data: {time: '1'}}", "run.executor.stages", "is {'data': {'time': '1'}}, " + SET),
         ("env_vars={a", "run.executor.env_vars", "'{a'"),
     ],
 )
