@@ -224,7 +224,7 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if not isinstance(error, OSError) or error.errno not in _FULL:
                 raise
             raise UpcycleError(
-                f"Disk of {output}",
+                f"The disk of {output}",
                 kind="state",
                 got=_FULL[error.errno],
                 fix="correct that, and run the same command again: finished files are kept",

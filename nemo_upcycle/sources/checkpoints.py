@@ -134,7 +134,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
     free_text = f"free at least {size_text(lacks)} there" if kept and lacks > 0 else "free some space there"
     goes_on = f"resumes from {kept}" if kept else "starts again, because no checkpoint is finished yet"
     return UnfinishedError(
-        f"Disk of {folder}",
+        f"The disk of {folder}",
         kind="state",
         got=f"has {room}{half}; a checkpoint needs {needed}",
         fix=f"{free_text}, and give the same command, which {goes_on}",

@@ -379,7 +379,7 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise UpcycleError(
-            f"Disk of {existing}",
+            f"The disk of {existing}",
             kind="state",
             got=f"has {size_text(free_bytes)} free, and {what} needs at least {size_text(needed_bytes)}",
             fix="free some space, or choose another folder",

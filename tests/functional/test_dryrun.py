@@ -42,7 +42,7 @@ def test_a_dry_run_names_missing_things_and_writes_nothing(tmp_path: Path) -> No
     changed = ("pretrain.trainer.max_steps=5000", *SLURM, SECRET, "--dryrun")
     submitted, here = _type(tmp_path, changed, ("--dryrun",), status=1)
     assert re.search(r"pretrain\.trainer\.max_steps +5000\n", submitted.text)
-    assert re.search(r"\nIt would not start:\n  - run\.executor\.partition is nothing", submitted.text)
+    assert re.search(r"\nIt would not start:\n  - run\.executor\.partition is missing", submitted.text)
     assert "12.9 h, 6,630 GPU-hours" in here.text
     assert re.search(r"\nIt would not start:\n  - pretrain\.trainer\.num_nodes is 64", here.text)
     assert max(len(answer.text.splitlines()) for answer in (submitted, here)) <= 68

@@ -144,7 +144,7 @@ def _printed(kind: str, folder: str) -> dict[str, str]:
     for ending, steps in (("a trial", 4), ("the end", 300)):
         report = _report(Path(folder, "run"), run_dir / "command.txt", steps)
         assert ("Below 100 steps there is no verdict" in report) == (ending == "a trial")
-        found[ending] = _found(r"^# train for longer, .*\n(.*)", report)
+        found[ending] = _found(r"^# train longer, .*\n(.*)", report)
     return found
 
 

@@ -348,7 +348,7 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
     free, needed = shutil.disk_usage(existing).free, choices.needed_disk_bytes
     if free < needed:
         yield UpcycleError(
-            f"Disk of {existing}",
+            f"The disk of {existing}",
             kind="state",
             got=f"has {size_text(free)} free, and the run needs {size_text(needed)}",
             fix="give --dir on a larger disk, or fewer --experts",

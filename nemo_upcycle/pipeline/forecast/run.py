@@ -224,7 +224,7 @@ def _disk_misfit(forecast: Forecast, alive: Collection[str] = ()) -> UpcycleErro
     largest = sorted(disk.uses, key=lambda use: use.new_peak_bytes, reverse=True)[:3]
     parts = ", ".join(f"{use.what} {size_text(use.new_peak_bytes)}" for use in largest)
     return UpcycleError(
-        f"Disk of {disk.folder}",
+        f"The disk of {disk.folder}",
         kind="state",
         got=(
             f"has {size_text(disk.free_bytes)} free, and the run in {forecast.run_dir} needs "

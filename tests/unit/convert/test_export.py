@@ -125,7 +125,7 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for output in ("hf", "new"):
         with _leaves_nothing(
-            tmp_path, UpcycleError, r"Disk of .* has 1000 bytes free, and .* needs at least .*Free some space"
+            tmp_path, UpcycleError, r"The disk of .* has 1000 bytes free, and .* needs at least .*Free some space"
         ):
             export_checkpoint(checkpoint, dense, tmp_path / output, spec=SPEC)
     assert is_complete(tmp_path / "hf")

@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_while_writing_is_told(dense: Path, tmp_path: Path, 
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UpcycleError, match=r"Disk of .*moe is full\..*finished files are kept"):
+    with pytest.raises(UpcycleError, match=r"The disk of .*moe is full\..*finished files are kept"):
         converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
     assert converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3

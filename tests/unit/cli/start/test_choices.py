@@ -73,7 +73,7 @@ def test_a_machine_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "_available_bytes", lambda: 10**9)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     disk, memory = map(str, shortages(_chosen("smollm2_135m"), tmp_path / "runs/new"))
-    assert disk.startswith(f"Disk of {tmp_path} has 953.7 MiB free")
+    assert disk.startswith(f"The disk of {tmp_path} has 953.7 MiB free")
     assert memory.startswith("This machine has 0.9 GiB of memory free")
 
 
