@@ -126,6 +126,12 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument("--dtype", type=dtype_of, default=default, metavar="|".join(DTYPES), help=text)
 
 
+def add_no_proof(parser: argparse.ArgumentParser) -> None:
+    """Add the option --no-proof."""
+    text = "do not run the written model in transformers"
+    parser.add_argument("--no-proof", action="store_true", help=text)
+
+
 def require_overrides(args: argparse.Namespace) -> None:
     """Report a usage error if an override is not KEY=VALUE."""
     for word in args.overrides:

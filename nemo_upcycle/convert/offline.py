@@ -67,7 +67,8 @@ class Conversion:
     """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` count only this call.
 
     `files_kept` is the number of finished files that the call found. It recognised them by size and header, and did
-    not read them again. If the model needs routing in float32, `exact` assumes routing in float32.
+    not read them again. `exact` says whether the model is made to compute its parent's function; `prove` runs it. If
+    the model needs routing in float32, `exact` assumes routing in float32.
     """
 
     output: Path
@@ -242,7 +243,7 @@ def _finish(
 ) -> None:
     """Add all files except the weights. The marker comes last."""
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
-    facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
+    facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Made to compute": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
     if parts := left_out(dense.others()):
         facts["Copied as they are" if expansion.whole else "Left out"] = left_out_text(parts)

@@ -29,6 +29,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.memory import free_memory_bytes
 
 
 #: trainer -> module whose presence shows that the trainer is installed, and the trainer's name in texts
@@ -353,7 +354,7 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
             got=f"has {size_text(free)} free, and the run needs {size_text(needed)}",
             fix="give --dir on a larger disk, or fewer --experts",
         )
-    if choices.plan is None and (memory := _available_bytes()) and memory < choices.needed_memory_bytes:
+    if choices.plan is None and (memory := free_memory_bytes()) and memory < choices.needed_memory_bytes:
         yield UpcycleError(
             "This machine",
             kind="state",
@@ -378,12 +379,3 @@ def writable_part(folder: Path) -> Path:
     except OSError as error:
         why = str(error.strerror).lower() if existing.is_dir() else "it is a file"
     raise UpcycleError(f"Cannot write in {existing}: {why}. Give another --dir.")
-
-
-def _available_bytes() -> int | None:
-    """Return the memory available to programs (bytes); None if the system does not report it."""
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else None
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
