@@ -13,7 +13,8 @@ from typing import Any
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import find_family, option_text
+from nemo_upcycle.models.compatibility import option_text
+from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import extra_params, hf_constants
 from nemo_upcycle.package_info import __version__

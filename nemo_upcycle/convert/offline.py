@@ -24,10 +24,10 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
 from nemo_upcycle.convert.model_card import CardText, spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
-from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
+from nemo_upcycle.convert.whole import Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
-from nemo_upcycle.models.families import load_options, server_caveats
+from nemo_upcycle.models.compatibility import Written, caveats, load_options
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, folded_scale, mapping_of
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
@@ -269,7 +269,8 @@ def _finish(
 
 
 def _caveats(expansion: Expansion) -> tuple[str, ...]:
-    return (*server_caveats(expansion.moe_arch, expansion.dtype.itemsize), *((CAVEAT,) if expansion.whole else ()))
+    wrapper = expansion.whole.wrapper.hf_class if expansion.whole else ""
+    return caveats(Written(expansion.moe_arch, expansion.dtype.itemsize, wrapper))
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nemo_upcycle.convert.model_card import add_section
 from nemo_upcycle.convert.pictures import with_picture
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import load_options
+from nemo_upcycle.models.compatibility import load_options
 from nemo_upcycle.models.hf_model import errors_only, load_as_written, load_model, unknown_because
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
@@ -143,7 +143,9 @@ def prove(folder: Path, parent: Path | None, *, sample_params: int = SAMPLE_PARA
     )
     if not version:
         return result(outcome="not run", reason="it is not installed")
-    if reason := unknown_because(folder) or _too_large_because(sum(params[n] for n in range(-1, layers)), dtype):
+    if reason := unknown_because(folder, arch.hf_class) or _too_large_because(
+        sum(params[n] for n in range(-1, layers)), dtype
+    ):
         return result(outcome="not run", reason=reason)
     options = load_options(arch, dtype.itemsize) if int(version.split(".")[0]) >= 5 else {}
     try:

@@ -16,8 +16,6 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
 _EMBEDDING = "embed_tokens.weight"
-#: Caveat about servers for a model with parts outside its text model, in the form of `server_caveats`.
-CAVEAT = "vLLM, SGLang, llama.cpp: not tried with experts in a vision-language model"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.compatibility import releases_with
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
@@ -74,11 +75,12 @@ def load_model(folder: Path, layers: int | None = None, **options: Any) -> Any:
     return loaded
 
 
-def unknown_because(folder: Path) -> str:
+def unknown_because(folder: Path, text_class: str) -> str:
     """Return why the installed transformers has no class for a folder's model; "" if it has one.
 
     Args:
         folder: Hugging Face folder, with the names of its class and model type in `config.json`.
+        text_class: class of the text model.
     """
     import transformers
 
@@ -87,7 +89,7 @@ def unknown_because(folder: Path) -> str:
     kinds = [kind for part in (said, text) if (kind := part.get("model_type"))]
     unknown = [kind for kind in kinds if kind not in transformers.CONFIG_MAPPING]
     if unknown or not hasattr(transformers, hf_class):
-        return f"this release does not know {unknown[0] if unknown else hf_class}"
+        return f"it does not know {unknown[0] if unknown else hf_class}{_known_in(text_class)}"
     return ""
 
 
@@ -217,10 +219,11 @@ def _config(folder: Path) -> Any:
         named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
     if (wrapper or find_family(*_class_of(said))) and said.get("model_type") not in CONFIG_MAPPING:
+        hf_class = read_architecture(folder).hf_class
         raise CheckpointError(
             f"Model {folder}",
             kind="missing",
-            got=f"needs a newer transformers: {__version__} does not know {read_architecture(folder).hf_class}",
+            got=(f"needs a newer transformers: {__version__} does not know {hf_class}{_known_in(hf_class)}"),
             fix=(
                 "run `pip install --upgrade transformers` in an environment of its own, because trainers need older "
                 "releases"
@@ -233,6 +236,12 @@ def _config(folder: Path) -> Any:
         return AutoConfig.for_model(**said | rope)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
     return type(config).from_dict(said | rope) if rope else config
+
+
+def _known_in(hf_class: str) -> str:
+    """Return which releases run a class, as the end of a sentence; "" if none is known."""
+    found = [release.removeprefix("transformers ") for release in releases_with(hf_class)]
+    return f", but {' and '.join(found)} does" if found else ""
 
 
 def _class_of(said: dict[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,14 @@ from nemo_upcycle.convert import proof as module
 from nemo_upcycle.convert.proof import Proof, prove, record, said
 from nemo_upcycle.models.hf_model import load_as_written
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
+from tests.compatibility import check, written
 from tests.folders import SPEC, change_config, change_weights, converted
-from tests.loading.rows import FINE
+from tests.loading.rows import COPIES, FINE
+from tests.loading.test_classes import EXACT
 from tests.loading.test_wrapped import AROUND, SEEN
 from tests.models import write_llama
-from tests.parents import write_wrapped
+from tests.parents import write_olmoe, write_wrapped
+from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
@@ -82,7 +86,7 @@ def test_an_unknown_class_is_not_run(
     converted(parent, tmp_path / "moe")
     monkeypatch.setattr(module, "SafetensorsFolder", partial(_as_it_was, change_config, changes))
     found = prove(tmp_path / "moe", parent)
-    assert (found.outcome, found.reason.startswith("this release does not know ")) == ("not run", True)
+    assert (found.outcome, found.reason.startswith("it does not know ")) == ("not run", True)
 
 
 def _as_it_was(change: Any, changes: dict[str, Any], folder: Path) -> Any:
@@ -151,3 +155,26 @@ def test_a_class_that_this_release_cannot_run_fails(tmp_path: Path) -> None:
     found = _proved(parent, tmp_path / "moe")
     assert found.outcome == "failed"
     assert "Qwen2MoeModel.forward() got an unexpected keyword argument 'image_sizes'" in said(found)
+
+
+#: Models of every class that transformers can hold: rows of an exact model, and models that see.
+TABLE: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    **{name: (row.write, row.spec) for name, row in EXACT.items()},
+    **{f"{kind} that sees": (partial(write_wrapped, kind=kind), COPIES) for kind in (*SEEN, "InternVL")},
+    "OLMoE": (partial(write_olmoe, norm_topk_prob=True), {"num_experts": 8, "top_k": 4, "router_std": 0.0}),
+    "an uneven width": (partial(write_llama, layers=1, intermediate_size=344), FINE),
+}
+RESULTS = {"equal": "same", "different": "other", "failed": "refused", "not run": "refused"}
+
+
+@pytest.mark.parametrize("name", quick(TABLE, "Seed-OSS", "InternVL that sees"))
+def test_this_release_does_what_the_table_says(tmp_path: Path, name: str) -> None:
+    write, spec = TABLE[name]
+    parent = write(tmp_path / "dense")
+    dtype = torch.bfloat16 if name == "an uneven width" else torch.float32
+    if dtype is torch.bfloat16:
+        tensors = load_file(parent / "model.safetensors")
+        change_weights(parent, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    found = _proved(parent, tmp_path / "moe", UpcycleSpec(**spec))
+    runtime = f"transformers {4 if FOUR else 5}"
+    check(runtime, written(tmp_path / "moe", dtype.itemsize), RESULTS[found.outcome])

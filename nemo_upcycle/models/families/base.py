@@ -349,15 +349,6 @@ class MoeFamily(Family, ABC):
         layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
         return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
 
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """Yield the known problems of inference servers with such a model.
-
-        Args:
-            arch: architecture of the MoE model.
-        """
-        if arch.activation != "silu":
-            yield "llama.cpp: its experts compute SiLU whatever config.json says, so its tokens differ"
-
     @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """Return the settings of `config.json` that only this class has, or that have another meaning in this class.

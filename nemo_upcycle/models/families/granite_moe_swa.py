@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -56,11 +55,6 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
             "expert weights that do not sum to one": not arch.norm_topk,
             "a rotary base of its own in layers with windows": arch.local_rope_theta is not None,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield from MoeFamily.caveats(self, arch)
-        yield "transformers: 5.24 knows this class, 5.12 and 4.57 do not: evaluate it where a newer one is"
-        yield "vLLM, SGLang, llama.cpp: by their sources they know this class since August 2026; none of them was run"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         layers = range(arch.num_layers)
