@@ -58,12 +58,12 @@ def updated(rows: Iterable[Row], records: list[dict[str, Any]], today: str) -> l
 
 def _updated(row: Row, rows: list[Row], records: list[dict[str, Any]], today: str) -> Row:
     special = {one.where for one in rows if one.where and one.hf_class in (ANY, row.hf_class)}
-    found = {
-        record["result"]
-        for record in records
-        if row.hf_class in (ANY, record["hf_class"])
-        and (row.where in record["where"] if row.where else not special.intersection(record["where"]))
-    }
+    about = [record for record in records if row.hf_class in (ANY, record["hf_class"])]
+    if row.where:
+        about = [record for record in about if row.where in record["where"]]
+    # Models with only this property come first, because another property may explain the result of the others.
+    alone = [record for record in about if special.intersection(record["where"]) <= {row.where}]
+    found = {record["result"] for record in (alone or (about if row.where else []))}
     if not found:
         return row
     if len(found) > 1:
