@@ -187,6 +187,13 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         *("Qwen3_5Text", _OF_QWEN | {"num_position_embeddings": 16}),
         *(QWEN35 | {"full_attention_interval": 2}, {"image_token_id": 249}),
     ),
+    **{
+        kind: (
+            *("Qwen3_5Text", _SEES | {"insert_layer_id": 0}),
+            *(QWEN35 | {"full_attention_interval": 2}, {"image_token_id": 249, "insert_layer_id": 0}),
+        )
+        for kind in ("MiniCPMV4_7", "MiniCPMOcr")
+    },
     "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
     "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
     "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),

@@ -99,6 +99,13 @@ def _gemma4(config: Any, generator: torch.Generator) -> tuple[dict[str, torch.Te
     return {"pixel_values": picture, "image_position_ids": places}, 4
 
 
+def _minicpm_ocr(config: Any, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], int]:
+    patch = _patch(config.vision_config)
+    side = config.merge_kernel_size[0] * (1 if config.downsample_mode == "4x" else 2)  # in patches
+    picture = _random((1, 3, patch, patch * side * 2 * side), generator)
+    return {"pixel_values": picture, "target_sizes": torch.tensor([[side, 2 * side]])}, 2
+
+
 _Maker = Callable[[Any, torch.Generator], tuple[dict[str, torch.Tensor], int]]
 #: `model_type` -> function that makes a picture.
 _PICTURES: Mapping[str, _Maker] = {
@@ -112,4 +119,5 @@ _PICTURES: Mapping[str, _Maker] = {
     "qwen3_5": _qwen3,
     "qwen3_5_moe": _qwen3,
     "gemma4": _gemma4,
+    "minicpm_ocr": _minicpm_ocr,
 }

@@ -122,6 +122,7 @@ class Wrapper:
 #: Layers for multi-token prediction. They have dense networks, so they do not fit a model with experts.
 MTP = "mtp"
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
+_MINICPM = ("vision_tower", "merger", MTP)
 _QWEN35, _QWEN35_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
 _QWEN3, _QWEN3_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
 _GEMMA4 = ("vision_tower", "embed_vision", "audio_tower", "embed_audio", "vision_embedder")
@@ -137,6 +138,8 @@ WRAPPERS = (
     Wrapper(_QWEN3_MOE, "qwen3_vl_moe", "qwen3_vl_moe_text", _QWEN, moe_class=_QWEN3_MOE),
     Wrapper(_QWEN35, "qwen3_5", "qwen3_5_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
     Wrapper(_QWEN35_MOE, "qwen3_5_moe", "qwen3_5_moe_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
+    Wrapper("MiniCPMV4_7ForConditionalGeneration", "minicpmv4_7", "qwen3_5_text", _MINICPM, takes_experts=True),
+    Wrapper("MiniCPMOcrForConditionalGeneration", "minicpm_ocr", "qwen3_5_text", _MINICPM, takes_experts=True),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, MTP)),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),

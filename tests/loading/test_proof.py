@@ -157,10 +157,11 @@ def test_a_class_that_this_release_cannot_run_fails(tmp_path: Path) -> None:
     assert "Qwen2MoeModel.forward() got an unexpected keyword argument 'image_sizes'" in said(found)
 
 
+MINICPM = ("MiniCPMV4_7",) if hasattr(transformers, "MiniCPMV4_7Config") else ()
 #: Models of every class that transformers can hold: rows of an exact model, and models that see.
 TABLE: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     **{name: (row.write, row.spec) for name, row in EXACT.items()},
-    **{f"{kind} that sees": (partial(write_wrapped, kind=kind), COPIES) for kind in (*SEEN, "InternVL")},
+    **{f"{kind} that sees": (partial(write_wrapped, kind=kind), COPIES) for kind in (*SEEN, "InternVL", *MINICPM)},
     "OLMoE": (partial(write_olmoe, norm_topk_prob=True), {"num_experts": 8, "top_k": 4, "router_std": 0.0}),
     "an uneven width": (partial(write_llama, layers=1, intermediate_size=344), FINE),
 }
