@@ -194,6 +194,10 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         )
         for kind in ("MiniCPMV4_7", "MiniCPMOcr")
     },
+    "HyperCLOVAXVisionV2": (
+        *("HyperCLOVAX", _OF_QWEN),
+        *({"head_dim": None, "pad_token_id": 0, **CLOVA, "use_post_norm": False}, {"image_token_id": 249}),
+    ),
     "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
     "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
     "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),

@@ -119,5 +119,6 @@ _PICTURES: Mapping[str, _Maker] = {
     "qwen3_5": _qwen3,
     "qwen3_5_moe": _qwen3,
     "gemma4": _gemma4,
+    "hyperclovax_vision_v2": _qwen3,
     "minicpm_ocr": _minicpm_ocr,
 }

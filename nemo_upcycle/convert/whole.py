@@ -75,7 +75,8 @@ class Whole:
         """Return the name of a text model's tensor in the whole model, spelled as the parent spells it."""
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
-        return f"language_model.{name}" if self.body == "language_model.model." else name
+        usual = "language_model." if self.body == "language_model.model." else ""
+        return (self.wrapper.head or usual) + name
 
 
 def unseen_because(dense: Path, moe_arch: Architecture) -> str:

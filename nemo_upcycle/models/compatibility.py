@@ -57,6 +57,7 @@ PROPERTIES: Mapping[str, Callable[[Written], bool]] = {
     "several shared experts": lambda model: model.arch.shared_ffn_size > (model.arch.expert_ffn_size or 0),
     "expert rows of an uneven size": lambda model: has_uneven_rows(model.arch, model.itemsize),
     "a vision tower": lambda model: bool(model.wrapper),
+    "a class of transformers 5 around it": lambda model: model.wrapper.startswith(("HyperCLOVAXVision", "MiniCPM")),
     "InternVL around it": lambda model: model.wrapper.startswith("InternVL"),
 }
 

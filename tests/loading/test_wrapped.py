@@ -48,6 +48,7 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("Qwen3_5", "Qwen3_5MoeForCausalLM", "", {}),
     ("MiniCPMV4_7", "Qwen3_5MoeForCausalLM", "", {}),
     ("MiniCPMOcr", "Qwen3_5MoeForCausalLM", "", {"tied": True}),
+    ("HyperCLOVAXVisionV2", "GraniteMoeForCausalLM", "", {}),
     ("Exaone4_5_", "", "", {"layers": 4}),
     ("Idefics3", "MixtralForCausalLM", "", {}),
     ("SmolVLM", "MixtralForCausalLM", "", {"tied": True}),
@@ -123,6 +124,8 @@ if hasattr(transformers, "Qwen3_5Config"):
 if hasattr(transformers, "Gemma4Config"):
     _PLACES = torch.tensor([[[column, row] for row in range(4) for column in range(4)]])
     SEEN["Gemma4"] = {"pixel_values": torch.rand(1, 16, 48), "image_position_ids": _PLACES}, 4
+if hasattr(transformers, "HyperCLOVAXVisionV2Config"):
+    SEEN["HyperCLOVAXVisionV2"] = SEEN["Qwen3VL"]
 if hasattr(transformers, "MiniCPMOcrConfig"):
     SEEN["MiniCPMOcr"] = {"pixel_values": torch.rand(1, 3, 14, 14 * 8), "target_sizes": torch.tensor([[2, 4]])}, 2
 if transformers.__version__ < "5":  # it gives its text model an argument that Qwen2-MoE does not take
