@@ -101,18 +101,18 @@ def _text(done: Conversion, source: str, proof: Proof | None) -> str:
     ]
     if done.needs_float32_routing:
         lines.append(
-            "with router logits in float32: in 16 bits those of two networks can be equal, and top-k then mixes them"
+            "needs router logits in float32: in 16 bits, two networks can have equal logits, and top-k then mixes them"
             " (nemo-upcycle verify counts such tokens)"
         )
     if done.left_out:
         from nemo_upcycle.sources.base import left_out_text
 
         why = f": {done.unseen_because}" if done.unseen_because else ""
-        lines.append(f"the text model alone, without {left_out_text(done.left_out)}{why}")
+        lines.append(f"only the text model, without {left_out_text(done.left_out)}{why}")
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:
         lines.append(
-            f"{done.files_kept} of {done.files} files kept from before, by size and header; to check their content:"
-            f" `nemo-upcycle verify {shlex.quote(source)} {shlex.quote(str(done.output))} --weights-only`"
+            f"{done.files_kept} of {done.files} files kept from before, with the right size and header; to check their"
+            f" content: `nemo-upcycle verify {shlex.quote(source)} {shlex.quote(str(done.output))} --weights-only`"
         )
     return "\n".join(lines)

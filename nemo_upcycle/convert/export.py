@@ -169,7 +169,7 @@ def export_weights(
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
         notes = [*about.notes, *caveats(Written(arch, dtype.itemsize, wrapper.hf_class if wrapper else ""))]
         if arch.num_experts and not about.text_only and (why := unseen_because(dense_folder, arch)):
-            notes.append(f"the text model alone: {why}")
+            notes.append(f"only the text model: {why}")
         card = CardText(
             title=about.title or output.name,
             tool=MADE_BY,

@@ -58,7 +58,7 @@ _PLAN = ".conversion.json"
 _FULL = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has no quota left",
-    errno.EFBIG: "takes no file of this size (see `ulimit -f`, or lower --max-shard-size)",
+    errno.EFBIG: "does not allow a file of this size (see `ulimit -f`, or lower --max-shard-size)",
 }
 
 
@@ -335,7 +335,7 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
         raise UpcycleError(
             str(output),
             kind="state",
-            got=f"lacks the whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
+            got=f"has missing or damaged files: {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
             fix="remove the folder and run the same command again",
         )
 

@@ -166,7 +166,7 @@ def _tokens(dense: Path, moe_arch: Architecture) -> torch.Tensor:
         raise UpcycleError(
             f"Tokenizer of {dense}",
             kind="state",
-            got=f"makes token {largest}, and the model has {moe_arch.vocab_size}",
+            got=f"makes token {largest}, but the model has only {moe_arch.vocab_size} tokens",
             fix="copy the model's own tokenizer files there, or compare only the weights (--weights-only)",
         )
     return ids[: len(ids) // length * length].view(-1, length)

@@ -183,8 +183,8 @@ def empty_model(folder: Path) -> Any:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",
             kind="refused",
-            got=f"cannot be filled part by part: it keeps values beside its weights ({', '.join(left)})",
-            fix="use a parent of a class in models/families",
+            got=f"cannot be loaded part by part, because it keeps values beside its weights ({', '.join(left)})",
+            fix="use a parent of a class in nemo_upcycle.models.families",
         )
     return model
 

@@ -230,7 +230,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
             )
         )
         rows.append(("sequences", f"{seq_length} tokens, {batch} a step", "short, for a CPU"))
-        trial = "a trial: shows that all works; a training: --gpus N --gpu NAME"
+        trial = "a trial, to show that everything works; for a real training: --gpus N --gpu NAME"
         rows.append(("steps", f"{steps:,}", why_steps or trial))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the demo's, for few steps"))
     else:
@@ -244,12 +244,13 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
         layout = plan.layout
         why = "asked for" if wanted.gpus is not None else "found here"
         rows.append(("where", f"{number} x {plan.request.gpu.name}", why))
-        rows.append(("layout", layout.sizes, "the planner's fastest plain one that fits"))
+        rows.append(("layout", layout.sizes, "the planner's fastest plain layout that fits"))
         rows.append(
-            ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions")
+            ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "from the texts and the parent's positions")
         )
         is_once = steps * batch * seq_length <= texts.tokens
-        default = "the texts once" if is_once else f"the fewest: a step has a sequence for each of {number:,} GPUs"
+        fewest = f"the fewest possible: each step has a sequence for each of {number:,} GPUs"
+        default = "reads the texts once" if is_once else fewest
         rows.append(("steps", f"{steps:,}", why_steps or default))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the paper's"))
     rows.append(("baseline", "the dense parent, on the same texts", "to compare with"))

@@ -198,9 +198,9 @@ class Family:
         kinds = config.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
-            raise config.wrong("layer_types", f"{' or '.join(known)} alone", fix)
+            raise config.wrong("layer_types", f"only {' or '.join(known)}", fix)
         if kinds and len(kinds) != num_layers:
-            raise config.wrong("layer_types", f"{num_layers}, one a layer")
+            raise config.wrong("layer_types", f"{num_layers} entries, one for each layer")
         return kinds or None
 
     def _windowed(self, config: ConfigValues, num_layers: int, every: int, first: int = 1) -> list[bool]:

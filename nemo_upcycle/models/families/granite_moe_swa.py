@@ -33,7 +33,8 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
         theta, sees_all = config.number("rope_theta"), "sliding_window" not in config.values or not any(windowed)
         thetas = config.values.get(_THETAS) or [theta] * num_layers
         if not isinstance(thetas, list) or len(thetas) != num_layers or any(one not in (0, theta) for one in thetas):
-            raise config.wrong(_THETAS, f"{num_layers} times {theta:g} or 0, one a layer", "use another checkpoint")
+            expected = f"{num_layers} numbers, {theta:g} or 0, one for each layer"
+            raise config.wrong(_THETAS, expected, "use another checkpoint")
         heads, factors = config.whole("num_attention_heads"), multipliers(config)
         scale = 1 / math.sqrt(config.whole("head_dim", config.whole("hidden_size") // heads))
         is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}

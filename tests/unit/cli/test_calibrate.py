@@ -1,4 +1,4 @@
-"""`calibrate`, then `convert` with its file."""
+"""`calibrate` writes a calibration file, and `convert` uses the file."""
 
 from __future__ import annotations
 

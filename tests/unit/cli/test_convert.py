@@ -1,4 +1,4 @@
-"""`convert`: the stated exactness of the result, and the errors if the system cannot write it."""
+"""`convert` states whether the result is exact, and reports an error if the system cannot write the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINE = ("--experts", "8", "--top-k", "4", "--granularity", "2")
     ("more", "said", "facts"),
     [
         (SPEC, "Computes the parent's function", {"exact": True, "needs_float32_routing": False, "files_kept": 0}),
-        (FINE, "with router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
+        (FINE, "needs router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
         (("--branch", "DENSE", "--non-expert-weights", "mean"), "experts come from 2 dense models", {"exact": False}),
     ],
 )
@@ -53,7 +53,7 @@ def test_writes_a_vision_parent_whole_or_says_why_not(
     typed = ["convert", str(folder), str(tmp_path / "moe"), "--experts", "6", "--top-k", "3", *more]
     text, found = command.text(*typed), command.values(*typed)
     assert said in text
-    assert ("the text model alone, without visual" in text, bool(found["left_out"])) == (alone, alone)
+    assert ("only the text model, without visual" in text, bool(found["left_out"])) == (alone, alone)
     assert (found["hf_class"] == "Qwen3MoeForCausalLM", bool(found["unseen_because"])) == (alone, more[1:] != ())
 
 
@@ -121,7 +121,7 @@ def test_kept_files_are_told_with_a_check(dense: Path, tmp_path: Path, capsys: p
     assert main([*command, "--no-proof"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept from before" in line]
     told, verify, _ = line.split("`")
-    assert told == "1 of 1 files kept from before, by size and header; to check their content: "
+    assert told == "1 of 1 files kept from before, with the right size and header; to check their content: "
     assert main(shlex.split(verify)[1:]) == 1
 
 

@@ -39,7 +39,7 @@ def _convert(parents: list[Path], output: Path, spec: UpcycleSpec = SPEC) -> tup
 
 
 def _parent(dense: Path, folder: Path, card: str | None = CARD) -> Path:
-    """Copy a parent without a tokenizer, with this card or without any."""
+    """Copy a parent without a tokenizer, with this model card or without a card."""
     shutil.copytree(dense, folder)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="latin-1")

@@ -25,7 +25,7 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
     assert (moe.total_params, moe.active_params) == (47_491_321_856, 13_668_454_400)
 
 
-#: Changes to a config; the last setting of each is refused.
+#: Changes to a config. The last setting of each entry is refused.
 REFUSED: list[dict[str, Any]] = [
     {"num_key_value_heads": 5},
     {"num_hidden_layers": 10**6},
@@ -184,7 +184,7 @@ GEMMA4 = {"hidden_size_per_layer_input": 0, "head_dim": 128}
 
 
 def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: str) -> None:
-    """Apply each change that a refusal advises: none is advised twice, and the changed spec is accepted."""
+    """Apply each change that a refusal advises; no change is advised twice, and each changed spec is accepted."""
     seen: list[dict[str, Any]] = []
     for text in fix.split(", or "):
         opens = {"sliding_window": None} if "config.json" in text else {}

@@ -205,7 +205,7 @@ def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
             {"hybrid_layer_pattern": "M*E", "num_layers": 3},
             None,
             "hybrid_layer_pattern",
-            "M*E has Mamba layers (M), and Megatron checkpoints with them are not read",
+            "M*E has Mamba layers (M), and Megatron checkpoints with Mamba layers cannot be read",
         ),
     ],
 )
