@@ -133,7 +133,7 @@ def test_a_file_cut_short_or_missing_is_refused_at_once(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged at .*the file ends before it"):
             DistributedCheckpoint(folder)
     (folder / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"weights has no __0_0\.distcp\. Copy the checkpoint again, with all its files"):
+    with pytest.raises(CheckpointError, match=r"weights has no __0_0\.distcp\. Copy the checkpoint again"):
         DistributedCheckpoint(folder)
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"has no \.metadata, so it is not a finished"):
