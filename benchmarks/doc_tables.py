@@ -26,6 +26,7 @@ from nemo_upcycle.cli.main import COMMANDS, examples_of
 from nemo_upcycle.cli.main import main as tool
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.compatibility import ANY, Row, runtimes
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.recipe_table import KnownRecipe, Run
 from nemo_upcycle.recipes import known_recipe, known_recipes, modules
@@ -137,6 +138,34 @@ def tool_rows() -> Iterator[tuple[Any, ...]]:
         yield f"`{name}`", what, f"`{examples_of(name)[0]}`"
 
 
+#: Result in the table of runtimes -> its word on the page.
+RESULTS = {"same": "same", "option": "option", "other": "**other tokens**", "refused": "refused", "not run": "not run"}
+
+
+def runtime_rows() -> Iterator[tuple[Any, ...]]:
+    """Yield a row for each class of MoE models, and one for properties of any class, with a cell for each runtime."""
+    shown = [(family.title, family.hf_class) for family in families.targets()]
+    for title, hf_class in (*shown, ("any class", ANY)):
+        yield title, *(_cell([row for row in one.rows if row.hf_class == hf_class], hf_class) for one in runtimes())
+
+
+def _cell(rows: list[Row], hf_class: str) -> str:
+    """Return what a runtime does with a class: the result of all models, then the results of some."""
+    rows = rows or ([Row(hf_class, "not run")] if hf_class != ANY else [])
+    return "; ".join(f"{row.where + ': ' if row.where else ''}{_result(row)}" for row in rows)
+
+
+def _result(row: Row) -> str:
+    because = f" ({row.because})" if row.because and row.result in ("option", "not run", "refused") else ""
+    measured = "" if row.date or row.result == "not run" else ", by its source"
+    return f"{RESULTS[row.result]}{measured}{because}"
+
+
+def runtime_headings() -> str:
+    """Return the headings of the table of runtimes, with the last day on which a row was measured."""
+    return ", ".join(["class", *(f"{one.release} ({max(row.date for row in one.rows)})" for one in runtimes())])
+
+
 def file_rows(folder: str) -> Iterator[tuple[Any, ...]]:
     """Yield a row for each YAML file in a folder of `conf`, with the first sentence of its comment."""
     for path in sorted((DOCS.parent / "conf" / folder).glob("*.yaml")):
@@ -149,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": lambda: table("model, recipes, upcycled, trainers, parent", model_rows()),
     "runs": lambda: table("model, GPU, run, precision, GPUs, layout, GiB", run_rows()),
     "classes": lambda: table("class, scores, does not hold", class_rows()),
+    "runtimes": lambda: table(runtime_headings(), runtime_rows()),
     "suites": lambda: table("suite, what", file_rows("evaluation")),
     "blends": lambda: table("blend, what", file_rows("data")),
     "grids": lambda: table("grid, what", file_rows("ablations")),

@@ -43,8 +43,8 @@ def main() -> None:
             raise UpcycleError(
                 _OLD,
                 kind="refused",
-                got="no longer names the parent",
-                fix="unset it, and give upcycling.hf_model_path=... (of a baseline: hf_model_path=...)",
+                got="is no longer used",
+                fix="unset it, and add upcycling.hf_model_path=MODEL (for a baseline: hf_model_path=MODEL)",
             )
     except UpcycleError as error:
         sys.stderr.write(f"Error: {error}\n")

@@ -141,7 +141,7 @@ class UpcycleSpec:
         self.router_kind.check(self)
         ROUTER_INITS[self.router_init].check(self)
         if self.calibration and not self.needs_calibration:
-            got, fix = "is read only with <router_init>=prompts", "set that, or omit <calibration>"
+            got, fix = "is read only with <router_init>=prompts", "set <router_init>=prompts, or omit <calibration>"
             raise SpecError(field="calibration", kind="refused", got=got, fix=fix)
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
@@ -262,7 +262,7 @@ class UpcycleSpec:
             }
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
-            got = f"{self.moe_layers} gives none of the {num_layers} layers experts"
+            got = f"{self.moe_layers} selects none of the {num_layers} layers, so the model would have no experts"
             raise SpecError(field="moe_layers", kind="state", got=got, fix="set <moe_layers>=all")
         return pattern
 
@@ -379,7 +379,7 @@ class RouterInit:
                 fix="name that file, or the <calibration> that was made from it",
             )
         if spec.router_prompts and not self.from_data:
-            got, fix = "is read only with <router_init>=prompts", "set that, or omit <router_prompts>"
+            got, fix = "is read only with <router_init>=prompts", "set <router_init>=prompts, or omit <router_prompts>"
             raise SpecError(field="router_prompts", kind="refused", got=got, fix=fix)
 
 

@@ -13,26 +13,26 @@ from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.utils.files import MARKER, write_json
 
 
-#: Source -> its weight, and the number of documents in each file of each split. A document has 20 to 60 tokens.
+#: Source -> weight, and split -> number of documents in each file of the split. A document has 20 to 60 tokens.
 SOURCES: dict[str, tuple[float, dict[str, list[int]]]] = {
     "talks": (0.7, {"train": [90], "validation": [12]}),
     "books": (0.3, {"train": [40, 20], "validation": [8]}),
 }
 
-#: Hash over the token hashes of the first 1,200 samples of `SOURCES` (sequences of 16 tokens).
+#: Hash of the first 1,200 samples of `SOURCES`, made from the token hash of each sample. A sample has 16 tokens.
 ORDER = "cf136c4e5ed22e40b01b0e5cd91f0c18258d633177c2806a4c22de26832b0c93"
 
 
 def write_blend(
     folder: Path, dense: Path, sources: Any = None, texts: dict[str, list[str]] | None = None, **manifest: Any
 ) -> Path:
-    """Write a finished data folder for the tokenizer of a dense model, from random tokens or texts, and return it.
+    """Write a finished data folder from random tokens or from given texts, and return the folder.
 
     Args:
         folder: folder to create.
-        dense: folder of the dense model.
+        dense: folder of the dense model, whose tokenizer is used.
         sources: sources in the form of `SOURCES`.
-        texts: texts of the only source by split, in place of random tokens. Texts of `heldout` stay texts.
+        texts: split -> texts of the only source, in place of random tokens. The texts of `heldout` are not tokenized.
         manifest: manifest entries to change.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -22,7 +22,7 @@ FORGETS = (
     "{% else %}{{ message['content'] }}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-#: A template much like Qwen's: it writes tools, the thoughts of the last answer, tool calls and their results.
+#: A template much like Qwen's: it writes tools, the thoughts of the last answer, tool calls and tool results.
 TOOLS = (
     "{% if tools %}system: {{ tools | tojson }}</s>{% endif %}"
     "{% for message in messages %}{{ message.role }}: "

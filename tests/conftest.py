@@ -13,7 +13,7 @@ from tests.environment import clean
 from tests.without_nemo import WithoutNeMo, hide_nemo
 
 
-need_no_cuda_to_import()  # because some tests import Megatron first
+need_no_cuda_to_import()  # because some tests import Megatron before the package
 clean(os.environ)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs (`&`) ignore Ctrl-C
 

@@ -1,8 +1,9 @@
-"""The variables that tests run with. The user's own must not change a result, and tests must not use user accounts.
+"""The environment variables that tests run with.
 
-`clean` runs before anything that reads these variables is imported, in pytest's own process and in each xdist worker.
-Subprocesses inherit the result. `python -m tests.environment COMMAND ...` (`make weekly`) runs a command under
-variables that disturb as much as a proxy, a Slurm allocation and a rank's own shell can.
+The user's variables must not change a test's result, and tests must not use the user's accounts. For this, `clean`
+runs in pytest's main process and in each xdist worker, before any module that reads the variables is imported.
+Subprocesses inherit the cleaned variables. `python -m tests.environment COMMAND ...` (`make weekly`) runs a command
+with disturbing variables, such as a proxy, a Slurm allocation or a rank's shell can set.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import sys
 from collections.abc import MutableMapping
 
 
-#: Prefixes of the variables to clear: hubs and accounts, schedulers, rank launchers, CUDA, threads, console, and
-#: Python's own.
+#: Prefixes of the variables to clear. The variables belong to hubs and accounts, schedulers, rank launchers, CUDA,
+#: thread libraries, the console and Python.
 CLEARED = (
     *("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_", "WANDB_", "NEMO"),
     *("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "OMPI_", "PET_", "TORCHELASTIC_", "KUBE"),
@@ -27,8 +28,8 @@ KEPT = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "SLURM_CONF", "SLURM_PARTITION"),
     *("NEMO_UPCYCLE_CACHE", "NEMO_UPCYCLE_DATA_PYTHON", "NEMO_UPCYCLE_K8S", "NEMO_UPCYCLE_LLAMA_CPP"),
 )
-#: Variables set for every test. Proxies are kept, because some machines can download only through them, but the test
-#: servers on this host must be reached directly.
+#: Variables set for every test. Proxies are kept, because some machines can download only through a proxy. But tests
+#: must reach the test servers on this host directly.
 SET = {"LANG": "C.UTF-8", "TERM": "xterm", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 SET |= {"NEMO_UPCYCLE_REPORT_EVERY_S": "0"}  # a reporting process beside each chain would cost the tests minutes
 #: Variables that `make weekly` sets.

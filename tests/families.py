@@ -1,4 +1,4 @@
-"""Registers model families that the package does not have, as another package would."""
+"""Registers model families that the package does not have, as other packages can do."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 @contextlib.contextmanager
 def held_by_reader(path: Path) -> Iterator[None]:
-    """Wait until a process opens the pipe for reading, and keep it waiting for data until the block ends."""
+    """Wait until a process opens the pipe for reading, and keep the process waiting for data until the block ends."""
     (descriptor,) = wait_until(lambda: _opened(path))
     try:
         yield

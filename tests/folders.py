@@ -18,7 +18,7 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def converted(parent: Path | Sequence[Path], output: Path, spec: UpcycleSpec = SPEC, **options: Any) -> Conversion:
-    """Convert one parent, or several."""
+    """Convert one parent, or several parents into one MoE."""
     with open_dense(parent) as dense:
         return convert(dense, output, spec, progress=False, **options)
 

@@ -1,4 +1,4 @@
-"""Texts that a user may give as any name, and that try to break the file into which they are written."""
+"""Texts that a user may enter as a name. Each text tries to break the file into which the package writes it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub: serves small data sets over HTTP, or the faults of real ones.
+"""A stand-in for the Hugging Face hub: serves small data sets over HTTP, or answers with HTTP errors.
 
-It implements the part of the hub's protocol that `datasets` and fsspec's `hf://` use. `SETS` has the data set of every
-task of the paper's suite and of the blends, with the columns that lm-eval's task reads.
+The server implements the part of the hub's protocol that `datasets` and fsspec's `hf://` use. `SETS` has a data set
+for every task of the paper's suite and of the blends. Each data set has the columns that lm-eval's task reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 
-#: Data set -> its files by path. The Parquet conversion of a data set is named `NAME@refs/convert/parquet`.
+#: Data set -> path of a file -> content of the file. `NAME@refs/convert/parquet` is the Parquet form of a data set.
 Repositories = dict[str, dict[str, bytes]]
 _WORDS = ("amber", "brook", "cedar", "delta", "ember", "flint", "grove", "haven", "inlet", "jetty", "knoll", "larch")
 
@@ -31,7 +31,10 @@ def _sentence(*seed: object, words: int = 14) -> str:
 
 
 def _row(kind: str, split: str, number: int) -> dict[str, Any]:
-    """Return a row with the columns of every kind of data set; a shared column has the form that this kind needs."""
+    """Return a row with the columns of all kinds of data sets.
+
+    If several kinds have the same column, the value has the form that `kind` needs.
+    """
     text = _sentence(kind, split, number)
     four = [f"answer {letter} of {number}" for letter in "abcd"]
     listed = {"text": [*four, "none"], "label": list("ABCDE")}
@@ -83,7 +86,8 @@ def _subjects() -> tuple[str, ...]:
     return tuple(sorted(file.stem.removeprefix("mmlu_") for file in files))
 
 
-#: Data sets of the paper's suite and of the blends: kind of row, configurations (empty: unnamed), splits.
+#: Data set of the paper's suite or of a blend -> kind of row, names of configurations, names of splits. A data set
+#: without names of configurations has one unnamed configuration.
 SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cais/mmlu": ("mmlu", _subjects(), ("dev", "validation", "test")),
     "truthfulqa/truthful_qa": ("truthfulqa", ("multiple_choice",), ("validation",)),
@@ -99,7 +103,7 @@ SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "EleutherAI/drop": ("drop", (), _NO_TEST),
     "openlifescienceai/medmcqa": ("medmcqa", (), _NO_TEST),
 }
-#: Repositories of the blends' other sources -> folder of their JSON lines.
+#: Repository of another source of a blend -> folder of the source's JSON lines.
 TEXTS = {
     "allenai/dolmino-mix-1124": "data/flan/",
     **{
@@ -107,12 +111,12 @@ TEXTS = {
         for name in ("data_provenance_initiative", "libretexts", "pressbooks", "oercommons", "arxiv_abstracts")
     },
 }
-#: Rows of a training split, from which up to 25 examples are drawn, and of any other split.
+#: Number of rows in a training split and in any other split. Tasks draw up to 25 examples from a training split.
 TRAINED, ROWS = 26, 6
 
 
 def repositories() -> Repositories:
-    """Return all data sets of the hub: `SETS`, `TEXTS`, and LogiQA both as a script and as its Parquet conversion."""
+    """Return all data sets of the hub: `SETS`, `TEXTS`, FineWeb-Edu, and LogiQA as a script and as Parquet files."""
     made = {name: _repository(*described) for name, described in SETS.items()}
     for name, folder in TEXTS.items():
         made[name] = {f"{folder}part{n}.jsonl": _lines("text", f"{name}{n}") for n in range(2)}
@@ -131,7 +135,7 @@ def rows(kind: str, split: str) -> list[dict[str, Any]]:
 
 
 def _repository(kind: str, configs: tuple[str, ...], splits: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the files of a data set: JSON lines, and a card that lists them by configuration and split."""
+    """Return the files of a data set: JSON lines, and a card that lists the files by configuration and split."""
     files, card = {}, []
     for config in configs or ("default",):
         named = []
@@ -254,7 +258,7 @@ class StandIn(ThreadingHTTPServer):
 
     Attributes:
         repositories: data sets that are served.
-        broken: data set -> HTTP status of every answer about it.
+        broken: data set -> HTTP error with which the server answers every request for the data set.
         asked: requests received so far.
     """
 

@@ -1,4 +1,4 @@
-"""Writes lm-eval tasks that read their own files."""
+"""Writes lm-eval tasks, and the files from which the tasks read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 
 def write_task(folder: Path, name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], **definition: Any) -> None:
-    """Write a task's definition and its rows by split; a split without rows gets no file."""
+    """Write a task's definition, and a file with the rows of each split; a split without rows gets no file."""
     files = {split: folder / f"{name}.{split}.jsonl" for split in rows}
     for split, values in rows.items():
         if values:

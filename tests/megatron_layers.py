@@ -1,7 +1,7 @@
 """Counts the activation memory of Megatron's own layers on the meta device, for comparison with the planner.
 
-A layer of each kind runs forward under a rank's groups. Then the storages that its graph keeps for the backward pass
-are counted, each once and without parameters. Nothing is computed or allocated.
+A layer of each kind runs forward under a rank's groups. Then the storages that the layer's graph keeps for the
+backward pass are counted. Each storage counts once, and parameters do not count. Nothing is computed or allocated.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ _TERMS = {
     r"mlp.*": "fc1 output",
 }
 #: Terms that Megatron's local modules cannot show. The fused rotary kernel keeps neither cosines nor sines.
-#: Transformer Engine's permutation keeps a map of 8 bytes per token and expert, the local one 16 bytes per slot.
+#: Transformer Engine's permutation keeps a map of 8 bytes per token and expert. Megatron's local permutation keeps 16
+#: bytes per slot.
 NOT_LOCAL = {"rotary", "dispatch"}
 
 
 def kept_by_stage(arch: Architecture, layout: Layout, work: Workload, stage: int) -> dict[str, tuple[float, float]]:
-    """Count the bytes that a stage's layers keep at the peak, by term: as planned, and as kept by Megatron's layers.
+    """Count the bytes that a stage's layers keep at the peak: memory term -> planned bytes, measured bytes.
 
-    Both counts are in BF16. In FP8, linear layers keep smaller inputs, which only Transformer Engine does, on a GPU.
+    Both counts are for BF16. In FP8, linear layers keep smaller inputs, but FP8 needs Transformer Engine and a GPU.
     """
     work = replace(work, precision="bf16", low_params=False)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -63,10 +64,11 @@ def kept_by_stage(arch: Architecture, layout: Layout, work: Workload, stage: int
 
 
 def kept_by_layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> dict[str, float]:
-    """Run a Megatron layer forward for one micro-batch, and count the bytes that it keeps on a rank, by term.
+    """Run a Megatron layer forward for one micro-batch, and count the bytes that a rank keeps, by memory term.
 
     Two modules are replaced. Flash attention replaces Megatron's local attention, which keeps s x s scores. A norm
-    that keeps only its input, as fused norms do, replaces PyTorch's norm, which off the GPU keeps float32 copies.
+    that keeps only its input, as fused norms do, replaces PyTorch's norm. Without a GPU, PyTorch's norm keeps float32
+    copies.
     """
     from megatron.core import tensor_parallel
 
@@ -106,7 +108,7 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> Any
         "bias_activation_fusion": arch.gated and (arch.activation == "silu" or not arch.num_experts),
     }
     if arch.num_experts:
-        # Fix the number of slots, so that it does not depend on the router, and use the auxiliary loss of the recipes.
+        # Fix the number of slots, so that the router cannot change it. Use the auxiliary loss of the recipes.
         settings |= {
             "moe_token_dispatcher_type": "alltoall",
             "moe_expert_capacity_factor": work.buffer_slots_per_token(arch, layout.ep) / (arch.top_k or 1),
@@ -128,19 +130,19 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> Any
     attention.core_attention = _FlashAttention
     with torch.device("meta"):
         layer: Any = build_module(spec, config=config, layer_number=1).bfloat16()
-    # Transformer Engine fuses every other norm into a linear layer, so only the norm before the experts is recomputed.
+    # Only the norm before the experts is recomputed: Transformer Engine fuses every other norm into a linear layer.
     layer.recompute_input_layernorm = False
     layer.recompute_pre_mlp_layernorm = moe and work.recomputes("layernorm")
     if moe:
-        layer.mlp.router.layer_number = None  # so that its loss is not logged
+        layer.mlp.router.layer_number = None  # so that the router's loss is not logged
     return layer
 
 
 @contextmanager
 def _without_cuda() -> Iterator[None]:
-    """Let Megatron's modules run on the meta device: nothing asks for CUDA, and nothing is compiled.
+    """Let Megatron's modules run on the meta device, without CUDA and without compilation.
 
-    Without Transformer Engine, Megatron-Core 0.15 uses some of Transformer Engine's names that it never defined.
+    If Transformer Engine is missing, Megatron-Core 0.15 uses some undefined names. This function defines the names.
     """
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import random
@@ -164,7 +166,7 @@ def _without_cuda() -> Iterator[None]:
 
 
 class _Kept:
-    """A tensor that a graph keeps, and the module that ran when it was saved. Lives as long as the graph needs it."""
+    """A tensor that a graph keeps, and the module that saved it. The object lives as long as the graph needs it."""
 
     def __init__(self, tensor: torch.Tensor, module: str) -> None:
         self.tensor, self.module = tensor, module
@@ -178,7 +180,7 @@ def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, floa
         A function that counts the bytes kept by the layer's graph, by term. Call it while the output is alive.
     """
     running: list[str] = []
-    inputs: dict[int, str] = {}  # storages that have their own term
+    inputs: dict[int, str] = {}  # storage -> memory term, whichever module saves the storage
     packed: list[weakref.ref[_Kept]] = []
 
     def watch(name: str, module: torch.nn.Module) -> None:
@@ -194,7 +196,7 @@ def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, floa
         module.register_forward_hook(after)
 
     def pack(tensor: torch.Tensor) -> _Kept:
-        kept = _Kept(tensor, running[-1] if running else "input_layernorm")  # no module: checkpoint of a whole layer
+        kept = _Kept(tensor, running[-1] if running else "input_layernorm")  # none: the whole layer is recomputed
         packed.append(weakref.ref(kept))
         return kept
 
@@ -219,7 +221,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _term(kept: _Kept, moe: bool) -> str:
-    """Name the memory term of a kept tensor, from the module that saved it."""
+    """Return the memory term of a kept tensor, which depends on the module that saved the tensor."""
     if kept.module == "self_attention" and kept.tensor.shape[1:3] == (1, 1):
         return "rotary"
     if kept.module == "self_attention.core_attention" and kept.tensor.dtype == torch.float32:
@@ -257,7 +259,7 @@ class _FlashAttention(torch.nn.Module):
         super().__init__()
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Turn [S, B, H, K] into [S, B, H x K]; each tensor is made contiguous, as Transformer Engine does."""
+        """Turn [S, B, H, K] into [S, B, H x K]. Each input is made contiguous, as in Transformer Engine."""
         parts = (part.contiguous().flatten(1, 2)[None] for part in (query, key, value))
         length = query.shape[0]
         flash = torch.ops.aten._flash_attention_forward

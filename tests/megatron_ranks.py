@@ -1,6 +1,6 @@
 """Ranks of a simulated cluster: Megatron's own modules on the meta device, under a fake process group.
 
-Nothing is computed or allocated, so one core can stand for any of thousands of ranks.
+Nothing is computed or allocated, so one CPU core can simulate any of thousands of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
     """Count the bytes of weights, gradients and optimizer states that Megatron-Core's wrapper allocates on a rank.
 
     Args:
-        chunks: model chunks of the rank, from `build_rank`; they become BF16.
+        chunks: model chunks of the rank, from `build_rank`; this function converts them to BF16.
         gradients: precision in which gradients are summed, fp32 or bf16.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -51,7 +51,7 @@ def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
 
 
 class GroupRanks(NamedTuple):
-    """A rank's position in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
+    """A rank's position in the groups of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
 
     tp: int
     cp: int
@@ -73,7 +73,7 @@ def group_ranks(layout: Layout, rank: int) -> GroupRanks:
 
 
 def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:
-    """Build the chunks of the rank that this process stands for, each a Megatron `GPTModel` on the meta device.
+    """Build the model chunks of the rank that this process simulates. Each is a `GPTModel` on the meta device.
 
     Args:
         arch: shapes of the model.
@@ -92,13 +92,13 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
         meta = {"use_cpu_initialization": False, "init_model_with_meta_device": True}
         cut = {"sequence_parallel": layout.tp > 1, "context_parallel_size": layout.cp}
         config = replace(config, moe_grouped_gemm=grouped, **cut, **meta, **fp8)
-    # Megatron's routers create their biases on the current device. Only Transformer Engine's modules need a real one.
+    # Megatron's routers create biases on the current device. Only Transformer Engine's modules need a real device.
     current_device = (lambda: torch.device("meta")) if engine is None else torch.cuda.current_device
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
         block = decoder_layers(config, engine is not None, stage, **decoder_settings(arch))
-        # Keep tied embeddings on meta: Megatron would move them to the GPU, to make them equal on both stages.
+        # Keep tied embeddings on meta. Megatron would move them to the GPU, to make the first and last stage equal.
         with (
             torch.device("meta"),
             temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
@@ -121,7 +121,7 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
 
 
 def transformer_config(arch: Architecture, layout: Layout) -> Any:
-    """Return Megatron's configuration of a model under a layout, for building it without initialising it."""
+    """Return Megatron's configuration of a model under a layout. The model's weights will not be initialised."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     # The all-gather dispatcher needs no CUDA stream.

@@ -34,7 +34,7 @@ class ModelHub(BaseHTTPRequestHandler):
         self.root = root
         super().__init__(*given)
 
-    #: Paths requested so far, and suffixes of paths that are not answered while they are listed.
+    #: Paths requested so far, and suffixes of paths. The server answers a path only after its suffix was removed here.
     asked: ClassVar[list[str]] = []
     held: ClassVar[set[str]] = set()
 
@@ -67,7 +67,7 @@ class ModelHub(BaseHTTPRequestHandler):
         self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _is_refused(self) -> bool:
-        """Refuse a gated model if the token is missing (401) or has no access (403); return whether it was refused."""
+        """Refuse a gated model if the token is missing (401) or has no access (403); return whether it is refused."""
         token = self.headers.get("Authorization")
         if "acme/gated" not in self.path or token == f"Bearer {TOKEN}":
             return False

@@ -156,7 +156,7 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
 
 
 def as_transformers_5(folder: Path) -> Path:
-    """Rewrite a folder saved by transformers 4 as 5.24 would save it: an environment has only one version."""
+    """Change a folder saved by transformers 4 into the form of 5.24, because an environment has only one version."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
@@ -192,7 +192,7 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a Hugging Face folder, or only the text model's if the model is multimodal."""
+    """Return all tensors of a Hugging Face folder, or only those of the text model if the model is multimodal."""
     from safetensors.torch import load_file
 
     wrapper = wrapper_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -201,7 +201,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def require_same_weights(folder: Path, *others: Path) -> None:
-    """Check that Hugging Face folders hold bit-identical tensors, in whichever files."""
+    """Check that Hugging Face folders contain bit-identical tensors; the file of a tensor may differ."""
     wanted = weights_of(folder)
     for other in others:
         found = weights_of(other)
@@ -222,7 +222,7 @@ def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor, *, strict: bool =
 
 
 class MemorySource(DenseSource):
-    """A random dense checkpoint in memory, even for shapes of no Hugging Face class; activations are of order one."""
+    """A random dense checkpoint in memory; no Hugging Face class needs to fit. Activations are of order one."""
 
     bytes_read = 0
 
@@ -353,7 +353,7 @@ def build_chunks(
                 **({"position_embedding_type": "rope"} | rotary | (model or {})),
             )
         )
-    if arch.rope_scaling:  # after building, as NeMo does
+    if arch.rope_scaling:  # NeMo also scales RoPE after building
         for chunk in chunks:
             turn_as(chunk, arch)
     return chunks

@@ -1,4 +1,4 @@
-"""Changes that turn texts into near duplicates, for the tests of near duplicates and their benchmark."""
+"""Changes that turn texts into near duplicates, for the tests and the benchmark of `near_duplicates`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shuffle_paragraphs(text: str, chance: random.Random) -> str:
 
 
 Change = Callable[[str, random.Random], str]
-#: Changes that exact deduplication ignores anyway; `NEAR` has the changes for which `near_duplicates` exists.
+#: Changes that exact deduplication ignores anyway. `near_duplicates` exists for the changes in `NEAR`.
 EQUAL: dict[str, Change] = {
     "line ends of Windows": lambda text, _: text.replace("\n", "\r\n"),
     "letters and accents apart (NFD)": lambda text, _: unicodedata.normalize("NFD", text),

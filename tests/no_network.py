@@ -1,4 +1,4 @@
-"""Run a command without a network, except its own loopback: `python -m tests.no_network COMMAND ...`."""
+"""Run a command without a network, except for loopback: `python -m tests.no_network COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def can_leave() -> bool:
 
 
 def leave() -> None:
-    """Leave the network: put this process into its own namespace.
+    """Leave the network, by moving this process into a new network namespace.
 
     Raises:
-        OSError: The kernel does not allow it.
+        OSError: The kernel does not allow the new namespace.
     """
     user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 def copy_without_nemo(folder: Path) -> Path:
     """Copy the package without NeMo's folders and data modules, and return the folder to put on Python's path.
 
-    The data modules are in `data/` because runs and checkpoints of earlier releases refer to them there.
+    NeMo's data modules are in `data/`, because runs and checkpoints of earlier releases refer to these paths.
     """
     tree = folder / "tree"
     shutil.copytree(ROOT / "nemo_upcycle", tree / "nemo_upcycle", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""Random checkpoints of further families, in the style of `tests.models`, which writes a Llama."""
+"""Random checkpoints of further families, besides those in `tests.models`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 #: OLMo 3: attention sees a window, except in every fourth layer.
 write_olmo3 = partial(write_class, "Olmo3", window=5, head_dim=None, pad_token_id=0)
-#: Multipliers of a Granite; none is the default of its class.
+#: Multipliers of a Granite. Each differs from the default of the Granite class.
 GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.22}
 GRANITE |= {"logits_scaling": 6.0}
 
@@ -31,7 +31,7 @@ GRANITE |= {"logits_scaling": 6.0}
 write_granite = partial(write_class, "Granite", layers=2, head_dim=None, pad_token_id=0, **GRANITE)
 #: Gemma: multiplies its embedding, and its norms are centred on one.
 write_gemma = partial(write_class, "Gemma", tied=True, layers=2)
-#: Gemma 3: all layers except every sixth see a window and have another rotary base.
+#: Gemma 3: every sixth layer sees the whole text. The others see a window and have another rotary base.
 write_gemma3 = partial(write_class, "Gemma3", window=5, tied=True, layers=6, query_pre_attn_scalar=24)
 #: Gemma 4: layers without a window have their own head sizes. The per-layer embeddings of E2B are omitted.
 GEMMA4 = {"window": 5, "rope_theta": None, "global_head_dim": 32, "num_global_key_value_heads": 1, "pad_token_id": 0}
@@ -39,26 +39,27 @@ GEMMA4 |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_lo
 write_gemma4 = partial(write_class, "Gemma4", **{"tied": True, "layers": 6} | GEMMA4)
 _GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 _GROWING |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "max_position_embeddings": 256}
-#: Attention scores grow from position 64 on. Only transformers 5 has the class.
+#: Ministral 3: attention scores grow from position 64 on. Only transformers 5 has the class.
 MINISTRAL3: dict[str, Any] = {"rope_parameters": _GROWING, "rope_theta": None, "max_position_embeddings": 256}
 write_ministral3 = partial(write_class, "Ministral3", layers=2, pad_token_id=0, **MINISTRAL3)
 
 
 #: Seed-OSS: only query, key and value have biases.
 write_seed_oss = partial(write_class, "SeedOss", pad_token_id=0)
-#: Granite's multipliers, except that logits are multiplied; norms on both sides. Only transformers 5 has the class.
+#: HyperCLOVA X: Granite's multipliers, but logits are multiplied, not divided. Only transformers 5 has the class.
 CLOVA = GRANITE | {"logits_scaling": 0.15}
 write_hyperclovax = partial(write_class, "HyperCLOVAX", layers=2, head_dim=None, pad_token_id=0, **CLOVA)
 #: Arcee: networks without a gate.
 write_arcee = partial(write_class, "Arcee", layers=2, bos_token_id=1, eos_token_id=2)
-#: CWM: attention sees a window, except in every fourth layer from the first on. Only transformers 5 has the class.
+#: CWM: the first layer and every fourth layer after it see the whole text. The others see a window. Only transformers
+#: 5 has the class.
 write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
 
 
-#: Qwen 3.5: gated delta nets, and gated attention in every fourth layer. Only transformers 5 has the class.
+#: Qwen 3.5: every fourth layer has gated attention, the others gated delta nets. Only transformers 5 has the class.
 _NETS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 32, "rope_theta": None}
 _NETS |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-#: In a text, positions are the same on all axes of a picture.
+#: `mrope_section` divides the rotary dimensions among the axes of a picture. A text has the same position on all axes.
 _NETS_ROPE = {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 QWEN35: dict[str, Any] = _NETS | {"rope_parameters": _NETS_ROPE, "pad_token_id": 0}
 write_qwen35 = partial(write_class, "Qwen3_5", **QWEN35)
@@ -112,16 +113,16 @@ def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **change
     changes |= {"head_dim": None, "pad_token_id": 0, "num_local_experts": 0, "mamba_n_heads": 1}
     changes |= {
         "num_experts_per_tok": 0
-    }  # as in granite-4.0-micro: llama.cpp takes any other value for a model with experts
+    }  # as in granite-4.0-micro: with any other value, llama.cpp assumes that the model has experts
     changes |= {"position_embedding_type": "rope", "layer_types": ["attention"] * layers}
     write_class("GraniteMoeHybrid", folder, tied=tied, layers=layers, **changes)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("time_step_limit", None)  # for Mamba layers: transformers 5 writes a value that it cannot read back
+    config.pop("time_step_limit", None)  # transformers 5 writes a value that it cannot read back
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-#: Class of an MoE model -> settings that other classes do not have, or that differ from its defaults.
+#: Class of an MoE model -> settings besides those that `write_moe` gives every class.
 _OF_MOE: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"moe_intermediate_size": 48, "norm_topk_prob": True},
     "Qwen2Moe": {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "head_dim": None},
@@ -136,7 +137,7 @@ _OF_MOE: dict[str, dict[str, Any]] = {
 
 
 def write_moe(folder: Path, kind: str, *, layers: int = 2, **changes: Any) -> Path:
-    """Write a random MoE parent with 4 experts, 2 per token."""
+    """Write a random MoE parent that has 4 experts and sends each token to 2 of them."""
     count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
     sizes = {count: 4, "num_experts_per_tok": 2} | _OF_MOE.get(kind, {})
     return write_class(kind, folder, layers=layers, **sizes | changes)
@@ -187,6 +188,17 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         *("Qwen3_5Text", _OF_QWEN | {"num_position_embeddings": 16}),
         *(QWEN35 | {"full_attention_interval": 2}, {"image_token_id": 249}),
     ),
+    **{
+        kind: (
+            *("Qwen3_5Text", _SEES | {"insert_layer_id": 0}),
+            *(QWEN35 | {"full_attention_interval": 2}, {"image_token_id": 249, "insert_layer_id": 0}),
+        )
+        for kind in ("MiniCPMV4_7", "MiniCPMOcr")
+    },
+    "HyperCLOVAXVisionV2": (
+        *("HyperCLOVAX", _OF_QWEN),
+        *({"head_dim": None, "pad_token_id": 0, **CLOVA, "use_post_norm": False}, {"image_token_id": 249}),
+    ),
     "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
     "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
     "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
@@ -196,12 +208,12 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 def write_wrapped(
     folder: Path, kind: str, *, text: str = "", tied: bool = False, layers: int = 2, **changes: Any
 ) -> Path:
-    """Write a random text model with a vision tower and a projector, in transformers' form for such a class.
+    """Write a random multimodal model: a text model with a vision tower and a projector, as transformers saves it.
 
     Args:
         folder: folder to write.
         kind: a key of `WRAPPED`.
-        text: class of the text model, if it differs from `WRAPPED`.
+        text: class of the text model, "" for the class in `WRAPPED`.
         tied: see `write_class`.
         layers: number of text layers.
         changes: settings of the text model.

@@ -1,4 +1,4 @@
-"""Questions, and texts in which to plant them, for the tests and the benchmark of decontamination."""
+"""Questions, and texts that carry planted questions, for the tests and the benchmark of decontamination."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def carriers() -> list[str]:
 
 
 def change_words(text: str, every: int, rng: random.Random) -> str:
-    """Replace one word in every `every` words, starting at a random one."""
+    """Replace one word in each group of `every` words; the position in the groups is random."""
     words, first = text.split(), rng.randrange(every)
     return " ".join("otherwise" if place % every == first else word for place, word in enumerate(words))

@@ -1,4 +1,4 @@
-"""Find every command that the product prints: in pages, in strings of its sources, in comments of its settings."""
+"""Find every command that users can read: in pages, in strings of Python files, and in comments of YAML files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 ROOT = Path(__file__).parents[1]
-#: Mark for a value that a program inserts, and a value that most options accept.
+#: `FIELD` marks a value that a program inserts. `VALUE` replaces this mark, because most options accept `VALUE`.
 FIELD, VALUE = "\N{REPLACEMENT CHARACTER}", "8"
 _START = r"(?:[A-Z_]+=\S* )*(?:nemo|nemo-upcycle|torchrun|make|python -m (?:nemo_upcycle|benchmarks|tests)\S*)(?: |$)"
 _COMMAND = re.compile(_START)
@@ -28,7 +28,7 @@ class Printed(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The words of its first command, with placeholders filled in and without environment variables."""
+        """The words of the line's first command, with placeholders filled in and without environment variables."""
         words = [word for word in shlex.split(self.line, comments=True) if word != "..."]
         end = next((number for number, word in enumerate(words) if word in ("&&", "|", ">", "#")), None)
         words = [word.replace(FIELD, VALUE) for word in words[:end]]
@@ -57,7 +57,7 @@ def printed() -> list[Printed]:
 
 
 def loose() -> list[Printed]:
-    """List the messages that print a command with arguments outside backticks, so that readers cannot see its end."""
+    """List the messages that print a command with arguments outside backticks, which hides where the command ends."""
     found = []
     pattern = re.compile(rf"(?:nemo-upcycle|nemo upcycle|nemo llm) [a-z]+ (?:{FIELD}|--|[A-Z]{{2,}}\b|[a-z_.]+=)")
     for path in tracked("nemo_upcycle/*.py"):

@@ -1,4 +1,4 @@
-"""Chooses the rows of a table that `make test` runs. `make weekly` runs the others, marked `full` and `weekly`."""
+"""Chooses which rows of a table `make test` runs. Only `make weekly` runs the others, marked `full` and `weekly`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quick(rows: Iterable[Any], *kept: Any) -> list[Any]:
 
 
 def every_pair(*axes: Iterable[Any]) -> list[Any]:
-    """Return the product of axes as parameters; the rows that `make test` runs hold every pair of values.
+    """Return the product of axes as parameters; `make test` runs rows that contain every pair of values.
 
     Example:
         >>> [row.values for row in every_pair("ab", "cd", "ef") if not row.marks]
@@ -45,7 +45,7 @@ def every_pair(*axes: Iterable[Any]) -> list[Any]:
 
 
 def every_value(*axes: Iterable[Any]) -> list[Any]:
-    """Return the product of axes as parameters; the rows that `make test` runs hold every value.
+    """Return the product of axes as parameters; `make test` runs rows that contain every value.
 
     Example:
         >>> [row.values for row in every_value("ab", "cde") if not row.marks]
@@ -57,7 +57,7 @@ def every_value(*axes: Iterable[Any]) -> list[Any]:
 
 
 def _product(axes: list[list[Any]], kept: Collection[tuple[int, ...]]) -> list[Any]:
-    """Return the product of axes as parameters; `make test` runs the rows in `kept` (positions on each axis)."""
+    """Return the product of axes as parameters; `make test` runs the rows in `kept`, given as positions."""
     rows = itertools.product(*(range(len(axis)) for axis in axes))
     return [_parameters(tuple(axis[at] for axis, at in zip(axes, row, strict=True)), row in kept) for row in rows]
 

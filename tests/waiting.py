@@ -9,7 +9,7 @@ from typing import TypeVar
 
 
 T = TypeVar("T")
-#: Limit (s) that only stops hanging waits and processes: far above the time that a slow, busy machine needs.
+#: Time limit (s) of waits and processes. Even a slow, busy machine needs far less, unless something hangs.
 HANG_S = 900.0
 
 

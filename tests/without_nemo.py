@@ -1,7 +1,7 @@
 """`--without-nemo`: run tests as if NeMo, NeMo-Run and Lightning were not installed.
 
-A test file that imports one of them at module level is skipped. So is a test that imports one later, in a function, a
-fixture or on ranks.
+A test file that imports one of these packages at module level is skipped. A test that imports one of them later, in a
+function, in a fixture or in a rank's process, is skipped too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEMO = ("nemo", "nemo_run", "lightning")
 
 
 def hide_nemo() -> None:
-    """Make every import of NeMo in this process fail, and make `find_spec` find nothing."""
+    """Make every import of NeMo in this process fail, and hide NeMo from `find_spec`."""
     sys.modules.update(dict.fromkeys(NEMO))  # type: ignore[arg-type]
 
 

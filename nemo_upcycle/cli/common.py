@@ -122,8 +122,14 @@ def used_spec(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add the option --dtype for the weights; without a default, the weights keep the dtype of the source."""
-    text = f"type of the weights on disk (default: {default or 'that of the source'})"
+    text = f"type of the weights on disk (default: {default or 'the type of the source'})"
     parser.add_argument("--dtype", type=dtype_of, default=default, metavar="|".join(DTYPES), help=text)
+
+
+def add_no_proof(parser: argparse.ArgumentParser) -> None:
+    """Add the option --no-proof."""
+    text = "do not run the written model in transformers"
+    parser.add_argument("--no-proof", action="store_true", help=text)
 
 
 def require_overrides(args: argparse.Namespace) -> None:
@@ -176,8 +182,8 @@ def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit Python writes the rest of the buffer
         if error.errno == errno.EPIPE:
             return
-        done = f"; what the command made in {args.output} is whole" if "output" in args else ""
-        fix = f"write the answer elsewhere{done}"
+        done = f"; {args.output} itself is complete" if "output" in args else ""
+        fix = f"redirect standard output to another file{done}"
         problem = UpcycleError("Standard output", kind="state", got=f"cannot be written: {error.strerror}", fix=fix)
         if not done:
             raise problem from None

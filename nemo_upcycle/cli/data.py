@@ -97,7 +97,7 @@ def _require_one(args: argparse.Namespace) -> None:
     if len(others) > 1 and all(Path(word).exists() for word in (args.blend, *others[:-1])):
         fix = "write the pattern in quotes, or name a folder"
         raise UpcycleError(
-            "Texts", kind="state", got=f"are {len(others)} files or folders, and one name is read", fix=fix
+            "Texts", kind="state", got=f"are {len(others)} files or folders, but the command takes one name", fix=fix
         )
     path = Path(args.blend).expanduser()
     if path.is_file() and path.suffix not in (".yaml", ".yml") and not only_source(args.blend):
@@ -105,8 +105,8 @@ def _require_one(args: argparse.Namespace) -> None:
         raise UpcycleError(
             f"File {args.blend}",
             kind="refused",
-            got=f"is not a text format that is read ({readable()})",
-            fix="write its text into one of these",
+            got=f"has no supported text format ({readable()})",
+            fix="convert it to one of these formats",
         )
     is_path = os.sep in args.blend and "://" not in args.blend and not is_pattern(args.blend)
     if is_path and not Path(args.blend).expanduser().exists() and not is_complete(args.output):
@@ -144,7 +144,7 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
     for name in ("slurm", "time"):
         if "=" in (value := getattr(args, name) or ""):
             raise UpcycleError(
-                f"--{name}", kind="refused", got=f"{value} is a KEY=VALUE", fix=f"give --{name} its own value"
+                f"--{name}", kind="refused", got=f"has no value before {value}", fix=f"write --{name} VALUE {value}"
             )
     if args.slurm and args.ray:
         raise UpcycleError("--slurm", kind="refused", got="cannot be combined with --ray", fix="omit one of them")
@@ -221,9 +221,9 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
             if step != "read"
         }
         lines.append(f"  {name}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on")
-        lines += [f"    removed: {count:,} documents, {why}" for why, count in removed.items()]
+        lines += [f"    removed: {count:,} document{'s' * (count != 1)}, {why}" for why, count in removed.items()]
         if (lost := source["lost"])["reasons"]:
-            lines.append(f"    lost: {lost['share']:.1%} of what was to be read")
+            lines.append(f"    lost: {lost['share']:.1%} of the source")
             lines += [f"      {line}" for line in lost_text(lost)]
         if cut := source["cut"]["documents"]:
             lines.append(

@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [(name, f"{one['value']:.4f}", one["stderr"]) for name, one in sorted(result["metrics"].items())]
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {value}" + (f"  stderr {stderr:.4f}" if stderr else "") for name, value, stderr in rows]
-    lines += [f"{name}: not scored, its data cannot be had: {reason}" for name, reason in result["missing"].items()]
+    missing = result["missing"].items()
+    lines += [f"{name}: not scored, because its data are not available ({reason})" for name, reason in missing]
     path = args.output / f"{args.name}.json"
     answer = {"output": path, **{key: result[key] for key in ("metrics", "missing", "model", "seconds")}}
     show(args, answer, "\n".join([f"{path}: {result['model']['class']}, {result['settings']['dtype']}", *lines]))
@@ -137,7 +138,8 @@ def _check_values(args: argparse.Namespace) -> None:
     for size in _SIZES:
         check_whole(size, getattr(args, size), 1)
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".") or not args.name.isprintable()):
-        expected, fix = "the name of a file, without folders", "name the folder as DIR, the model as --name"
+        fix = "give the folder as DIR, and only the model's name as --name"
+        expected = "the name of a file, without folders"
         raise UpcycleError("--name", got=repr(args.name), expected=expected, fix=fix)
     named = [f"--{size} {value}" for size in _SIZES if (value := getattr(args, size)) != 1]
     named += ["--dense"] if args.dense else []

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     lines = [
         f"{folder}:",
         *(f"  {what}, from {place}" for what, place in fetched.items()),
-        *(f"  not fetched: {what}: {why}" for what, why in failed.items()),
-        f"Where there is no network:\n  export {exports}\n  of an executor:  env_vars: {{{settings}}}",
+        *(f"  not fetched: {what} ({why})" for what, why in failed.items()),
+        f"On a machine without network:\n  export {exports}\n  in an executor:  env_vars: {{{settings}}}",
     ]
     answer = {"folder": folder, "fetched": fetched, "failed": failed, "variables": variables}
     show(args, answer, "\n".join(lines))

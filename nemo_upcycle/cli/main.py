@@ -182,7 +182,7 @@ _FIXES = {
 
 def _format_os_error(error: OSError) -> UpcycleError:
     """Convert an error of the operating system to an `UpcycleError` with a fix."""
-    fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
+    fix = _FIXES.get(error.errno or 0, "check the path and its permissions")
     return UpcycleError(
         str(error.filename or "The file system"),
         kind="state",
@@ -238,7 +238,8 @@ def _refuse_empty(parser: argparse.ArgumentParser, argv: Sequence[str], namespac
         value = getattr(namespace, action.dest, None)
         if value == "" or (value == Path() and "." not in argv):
             name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-            raise UpcycleError(str(name), kind="missing", got="is empty", fix="give a name; . is the current folder")
+            fix = "give a name, or . for the current folder" if isinstance(value, Path) else "give it a value"
+            raise UpcycleError(str(name), kind="missing", got="is empty", fix=fix)
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:

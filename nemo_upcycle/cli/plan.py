@@ -154,7 +154,7 @@ def _text(args: argparse.Namespace, plans: list[LayoutEstimate], answer: dict[st
         folded(table.model_line(request.arch, request.work.seq_length)),
         folded(
             f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
-            f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+            f" GiB of the fullest rank, tok/s per GPU, MFU against {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
         ),
         folded(_settings_line(chosen, answer["rows"][row - 1]["command"])),
         *(folded(f"warning: {warning}") for warning in answer["warnings"]),
@@ -182,7 +182,7 @@ def _settings_line(plan: LayoutEstimate, command: str | None) -> str:
     names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
     names |= {"parameters": work.precision} if work.low_params else {}
     line = ", ".join(f"{name} {value}" for name, value in names.items()) + f", {plan.request.software}"
-    return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
+    return f"{line} (the command's recipe overlaps nothing)" if command and work.overlap else line
 
 
 def _continued(words: list[str]) -> str:
@@ -201,8 +201,8 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     if length <= positions:
         return []
     return [
-        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
-        " was not trained on longer ones, and what it computes of them is poor at first"
+        f"sequences have {length:,} tokens, but the parent has only {positions:,} positions (max_position_embeddings),"
+        " so its results for longer sequences are poor at first"
     ]
 
 
@@ -210,15 +210,15 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     """Suggest a layout or a number of GPUs that fits, because no row fits."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
-        text = f"Nothing fits {gpus}: these come nearest."
+        text = f"No layout fits {gpus}; the nearest ones are shown."
     else:
         best = next(iter(find(request, 1)), None)
         if best and best.verdict != "no":
-            return f"This layout does not fit. Of {gpus} this one does: --layout {best.layout.sizes}"
-        text = f"This layout does not fit, nor does any other of {gpus}."
+            return f"This layout does not fit. On {gpus}, this one fits: --layout {best.layout.sizes}"
+        text = f"This layout does not fit, and no other layout fits {gpus}."
     number = nearest_gpus(request)
     without = " and without --layout" if args.layout else ""
-    return text + (f" With --gpus {number}{without} something fits." if number else "")
+    return text + (f" A layout fits with --gpus {number}{without}." if number else "")
 
 
 def _command(args: argparse.Namespace, subject: Subject, plan: LayoutEstimate) -> tuple[str | None, str]:

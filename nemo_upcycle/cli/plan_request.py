@@ -67,9 +67,8 @@ def subject_of(args: argparse.Namespace) -> Subject:
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         check_parent(arch, "--experts")
-        _refuse(
-            {"--granularity": args.granularity}, "is not for a parent with experts, which are copied whole", "omit {}"
-        )
+        why = "cannot be used with a parent that has experts, because they are copied whole"
+        _refuse({"--granularity": args.granularity}, why, "omit {}")
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
@@ -181,13 +180,14 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     if args.low_params and args.precision == "bf16":
         _refuse({"--low-precision-params": True}, "needs --precision in FP8 or FP4", "add --precision fp8-current")
     if not subject.arch.num_experts:
-        refused, why = of_experts, "is not for a dense model"
+        refused, why = of_experts, "cannot be used with a dense model"
     elif args.recipe is not None and args.overlap:
-        refused, why = {"--overlap": args.overlap}, "cannot be combined with --recipe: no recipe has it"
+        refused = {"--overlap": args.overlap}
+        why = "cannot be combined with --recipe, because no recipe overlaps communication"
     elif not _is_grouped(subject):
         refused = {"--dispatcher": of_experts["--dispatcher"]}
         refused["--recompute"] = args.recompute if "moe_act" in recompute else None
-        why = "is not for this recipe, which does not group the experts' products"
+        why = "cannot be used with this recipe, because the recipe does not use grouped GEMM"
     else:
         return
     _refuse(refused, why, "omit {}, or use --model FOLDER")

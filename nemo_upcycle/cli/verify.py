@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise UpcycleError(
             "--weights-only",
             kind="refused",
-            got="cannot be combined with --layers: it does not run the models",
+            got="cannot be combined with --layers, because --weights-only does not run the models",
             fix="omit one of them",
         )
     from nemo_upcycle.convert.verification import verify
@@ -91,7 +91,7 @@ def _text(result: Verification) -> str:
 def _routing(result: Verification) -> str:
     torn = result.torn
     if torn is None:
-        return "top-k picks whole copies only where router logits are float32: omit --weights-only to count"
+        return "top-k picks whole copies only if router logits are float32; omit --weights-only to count the rest"
     if not torn.torn:
         return f"in {torn.dtype}, all {torn.tokens} tokens get whole networks"
     share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several networks"

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 
 
+#: Largest relative difference of logits that rounding causes between two float32 implementations.
+TOLERANCE = 1e-4
+
+
 @dataclass(frozen=True)
 class LogitComparison:
     """Differences between two models' logits [B, S, V].

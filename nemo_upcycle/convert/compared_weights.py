@@ -205,9 +205,9 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
             kind="state",
             got=(
                 f"has {moe_arch.num_experts} experts of {width} neurons and {moe_arch.shared_ffn_size} shared "
-                f"neurons, which are no whole copies of the parent's {arch.ffn_size}"
+                f"neurons, which cannot be whole copies of the parent's {arch.ffn_size} neurons"
             ),
-            fix="give the MoE's own parent",
+            fix="give the parent from which the MoE was made",
         )
     check_source(moe)
 

@@ -23,10 +23,11 @@ from nemo_upcycle.convert.safetensors_writer import (
     as_bytes,
     require_dtype,
 )
-from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
+from nemo_upcycle.convert.whole import Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import load_options, require_class, server_caveats
+from nemo_upcycle.models.compatibility import Written, caveats, load_options
+from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import (
     as_written,
     constant_tensors,
@@ -166,9 +167,9 @@ def export_weights(
         tokenizer_files = copy_tokenizer_files(dense_folder, folder, sees=whole is not None)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32, whole=whole)
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
-        notes = [*about.notes, *server_caveats(arch, dtype.itemsize), *((CAVEAT,) if whole else ())]
+        notes = [*about.notes, *caveats(Written(arch, dtype.itemsize, wrapper.hf_class if wrapper else ""))]
         if arch.num_experts and not about.text_only and (why := unseen_because(dense_folder, arch)):
-            notes.append(f"the text model alone: {why}")
+            notes.append(f"only the text model: {why}")
         card = CardText(
             title=about.title or output.name,
             tool=MADE_BY,

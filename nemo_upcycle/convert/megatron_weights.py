@@ -138,7 +138,7 @@ class CheckpointWeights:
                 got="has tensors that the export would omit: "
                 + ", ".join(unread[:3])
                 + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
-                fix="give the spec of the upcycling (such as --shared-experts, --moe-layers) and its own parent",
+                fix="give the spec of the upcycling (such as --shared-experts, --moe-layers) and the right parent",
             )
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
@@ -244,8 +244,8 @@ def _newest(run: Path) -> Path:
     raise CheckpointError(
         f"Run {run}",
         kind="missing",
-        got="has no checkpoint, and these adapters change its weights (checkpoint.pretrained_checkpoint)",
-        fix="put the run back where it was",
+        got="has no checkpoint, but the LoRA adapters need its weights (checkpoint.pretrained_checkpoint)",
+        fix="move the run back to this folder",
     )
 
 

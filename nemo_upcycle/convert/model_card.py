@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.compatibility import option_text
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import extra_params, hf_constants
@@ -24,7 +25,7 @@ from nemo_upcycle.utils.writers import code, literal, plain, table, yaml_text
 
 
 CARD = "README.md"
-_SCORES, _LICENCE = "## Scores", "## Licence"
+_LICENCE = "## Licence"
 #: Entries of a parent's card that also hold for models made from it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _FROM_DENSE = (
@@ -62,7 +63,7 @@ class CardText:
         facts: rows of the table: label -> value.
         notes: sentences on what is inexact, unknown or assumed.
         parent: address that the user gave for the first parent.
-        options: further arguments of `from_pretrained`.
+        options: further arguments of `from_pretrained` in transformers 5: name -> value.
     """
 
     title: str
@@ -70,7 +71,7 @@ class CardText:
     facts: Mapping[str, str]
     notes: Sequence[str] = ()
     parent: str | None = None
-    options: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_card(
@@ -111,7 +112,7 @@ def write_card(
         rows=table(["", ""], rows.items(), words=1),
         imported=f"AutoTokenizer, {loads_as}" if has_tokenizer else loads_as,
         hf_class=loads_as,
-        options=card.options and f", {card.options}",
+        options=f", {option_text(card.options)}" if card.options else "",
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
         notes="\n".join(["## Notes", "", *(f"- {plain(note)}" for note in card.notes), "", ""]) if card.notes else "",
         licence_title=_LICENCE,
@@ -120,22 +121,23 @@ def write_card(
     _write(folder / CARD, text)
 
 
-def add_scores(folder: Path, text: str) -> None:
-    """Put a section with scores into a card that this package wrote, in place of an earlier section.
+def add_section(folder: Path, title: str, text: str) -> None:
+    """Put a section above the licence into a card that this package wrote, in place of an earlier one.
 
     If this package wrote no card, nothing happens. A folder that is a link to another place is not changed.
 
     Args:
         folder: folder of the model.
-        text: Markdown below the section's title.
+        title: title of the section.
+        text: Markdown below the title.
     """
-    path = folder / CARD
+    path, heading = folder / CARD, f"## {title}\n"
     if folder.is_symlink() or not (folder / MODEL_MARKER).is_file() or not path.is_file():
         return
     parts = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    parts = [part for part in parts if not part.startswith(f"{_SCORES}\n")]
+    parts = [part for part in parts if not part.startswith(heading)]
     place = next((number for number, part in enumerate(parts) if part.startswith(f"{_LICENCE}\n")), len(parts))
-    parts.insert(place, f"{_SCORES}\n\n{text}\n\n")
+    parts.insert(place, f"{heading}\n{text}\n\n")
     _write(path, "".join(parts))
 
 

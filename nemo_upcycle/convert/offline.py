@@ -24,10 +24,10 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
 from nemo_upcycle.convert.model_card import CardText, spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
-from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
+from nemo_upcycle.convert.whole import Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
-from nemo_upcycle.models.families import load_options, server_caveats
+from nemo_upcycle.models.compatibility import Written, caveats, load_options
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, folded_scale, mapping_of
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
@@ -58,7 +58,7 @@ _PLAN = ".conversion.json"
 _FULL = {
     errno.ENOSPC: "is full",
     errno.EDQUOT: "has no quota left",
-    errno.EFBIG: "takes no file of this size (see `ulimit -f`, or lower --max-shard-size)",
+    errno.EFBIG: "does not allow a file of this size (see `ulimit -f`, or lower --max-shard-size)",
 }
 
 
@@ -67,7 +67,8 @@ class Conversion:
     """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` count only this call.
 
     `files_kept` is the number of finished files that the call found. It recognised them by size and header, and did
-    not read them again. If the model needs routing in float32, `exact` assumes routing in float32.
+    not read them again. `exact` says whether the model is made to compute its parent's function; `prove` runs it. If
+    the model needs routing in float32, `exact` assumes routing in float32.
     """
 
     output: Path
@@ -242,7 +243,7 @@ def _finish(
 ) -> None:
     """Add all files except the weights. The marker comes last."""
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
-    facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
+    facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Made to compute": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
     if parts := left_out(dense.others()):
         facts["Copied as they are" if expansion.whole else "Left out"] = left_out_text(parts)
@@ -268,7 +269,8 @@ def _finish(
 
 
 def _caveats(expansion: Expansion) -> tuple[str, ...]:
-    return (*server_caveats(expansion.moe_arch, expansion.dtype.itemsize), *((CAVEAT,) if expansion.whole else ()))
+    wrapper = expansion.whole.wrapper.hf_class if expansion.whole else ""
+    return caveats(Written(expansion.moe_arch, expansion.dtype.itemsize, wrapper))
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
@@ -333,7 +335,7 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
         raise UpcycleError(
             str(output),
             kind="state",
-            got=f"lacks the whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
+            got=f"has missing or damaged files: {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
             fix="remove the folder and run the same command again",
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, one_hot
 
-from nemo_upcycle.convert.compared_logits import LogitComparison, compare_logits
+from nemo_upcycle.convert.compared_logits import TOLERANCE, LogitComparison, compare_logits
 from nemo_upcycle.convert.compared_weights import WeightGroup, compare_weights
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -28,11 +28,10 @@ from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.dtypes import dtype_name
+from nemo_upcycle.utils.memory import free_memory_bytes
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Largest relative difference of logits that rounding causes between two float32 implementations.
-TOLERANCE = 1e-4
 WINDOWS, WINDOW_TOKENS = 2, 256
 #: The package's own sample text: a few paragraphs of several kinds.
 _SAMPLE = Path(__file__).with_name("sample.txt")
@@ -133,10 +132,8 @@ def verify(
 
 
 def _require_memory(needed_bytes: int) -> None:
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
-    free_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), needed_bytes)
-    if free_bytes < needed_bytes:
+    free_bytes = free_memory_bytes()
+    if free_bytes is not None and free_bytes < needed_bytes:
         raise UpcycleError(
             "This machine",
             kind="state",
@@ -169,7 +166,7 @@ def _tokens(dense: Path, moe_arch: Architecture) -> torch.Tensor:
         raise UpcycleError(
             f"Tokenizer of {dense}",
             kind="state",
-            got=f"makes token {largest}, and the model has {moe_arch.vocab_size}",
+            got=f"makes token {largest}, but the model has only {moe_arch.vocab_size} tokens",
             fix="copy the model's own tokenizer files there, or compare only the weights (--weights-only)",
         )
     return ids[: len(ids) // length * length].view(-1, length)

@@ -16,8 +16,6 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
 _EMBEDDING = "embed_tokens.weight"
-#: Caveat about servers for a model with parts outside its text model, in the form of `server_caveats`.
-CAVEAT = "vLLM, SGLang, llama.cpp: not tried with experts in a vision-language model"
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ class Whole:
         """Return the name of a text model's tensor in the whole model, spelled as the parent spells it."""
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
-        return f"language_model.{name}" if self.body == "language_model.model." else name
+        usual = "language_model." if self.body == "language_model.model." else ""
+        return (self.wrapper.head or usual) + name
 
 
 def unseen_because(dense: Path, moe_arch: Architecture) -> str:

@@ -232,7 +232,7 @@ def only_source(name: str | Path) -> list[str]:
         raise UpcycleError(
             f"Folder {path}",
             kind="missing",
-            got=f"has no file of texts that is read ({readable()})",
+            got=f"has no file in a supported text format ({readable()})",
             fix="name another folder",
         )
     return [f"{path}/**/*{end}" for end in sorted(ends)]
@@ -244,7 +244,7 @@ def no_data(why: str) -> UpcycleError:
     Args:
         why: reason, for the message.
     """
-    fix = "add data=FOLDER, a finished folder of `nemo-upcycle data`; a chain takes a blend as well"
+    fix = "add data=FOLDER, a finished folder of `nemo-upcycle data`; a chain also accepts a blend"
     return UpcycleError("The data", kind="missing", got=f"are missing, and {why}", fix=fix)
 
 

@@ -71,7 +71,7 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
             f"Index cache {cache}",
             kind="state",
             got=f"cannot be written: {error.strerror}",
-            fix="let the account of the training job write there, or give the recipe's data indices=FOLDER",
+            fix="let the training job's user write there, or set indices=FOLDER in the recipe's data",
         ) from None
     with lock:
         digest = sha256_file(manifest)
@@ -107,8 +107,8 @@ def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_t
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
     if parent_tokens:
-        messages.info("  its parent read %s tokens of it before", f"{parent_tokens:,}")
-    also = " with its parent's reading" if parent_tokens else ""
+        messages.info("  the parent was already trained on %s tokens of this blend", f"{parent_tokens:,}")
+    also = " (with the parent's training)" if parent_tokens else ""
     for text in blend.read_too_often(parent_tokens + steps * step_tokens, also):
         messages.warning("%s", text)
 
@@ -140,5 +140,5 @@ def clamp_interval(trainer: Any) -> None:
     if isinstance(interval, int) and interval > steps:
         trainer.val_check_interval = steps + 1
         if trainer.limit_val_batches and is_first_rank():
-            text = "validation: none in %d steps, trainer.val_check_interval is %d; for one set it to %d or less"
+            text = "no validation in %d steps, because trainer.val_check_interval is %d; set it to %d or less"
             show_messages().info(text, steps, interval, steps)

@@ -35,7 +35,8 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
         isinstance(entry, list) and entry and all(isinstance(text, str) for text in entry) for entry in texts
     )
     if len(texts) != copies or not is_list:
-        got = f"has {len(texts)} entries" if texts and is_list else "is not a list of texts"
+        entries = "1 entry" if len(texts) == 1 else f"{len(texts)} entries"
+        got = f"has {entries}" if texts and is_list else "is not a list of texts"
         expected = f"the spec makes {copies} copies, each with a text or a list of texts"
         raise UpcycleError(
             f"Prompt file {file}",

@@ -63,7 +63,7 @@ def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence
     try:
         items = {(item.name, item.id): item for config in suites.values() for item in suite_items(config, without)}
     except TaskDataError as error:
-        error.fix += "; or name the task in decontaminate_without, to train without looking for its questions"
+        error.fix += "; or name the task in decontaminate_without, to train without a search for its questions"
         raise
     index = NgramIndex.build(items.values(), short_words=SHORT_WORDS)
     index.save(path)

@@ -139,7 +139,7 @@ class FinishedBlend(Finished):
         )
         shared = f"{content['report']['words']} words in a row with"
         without = f"; not searched for: {', '.join(names)}" if (names := content.get("without")) else ""
-        return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}{without}"
+        return f"{removed}; the remaining text shares {shared} {', '.join(left) or 'none'}{without}"
 
     @property
     def overlap(self) -> list[str]:
@@ -147,7 +147,7 @@ class FinishedBlend(Finished):
         found = self.manifest.get("heldout_overlap") or {"rows": []}
         return [
             f"{row['source']}, {row['split']}: {before} of the {overlap_unit(found)}"
-            f" of {row['documents']:,} documents stood in training text ({row['above']:,} had above"
+            f" of {row['documents']:,} documents were also in training text ({row['above']:,} had above"
             f" {100 * found['most']:g} %); {row['removed']:,} removed, {after} left"
             for row in found["rows"]
             for before, after in [overlap_shares(row)]
@@ -219,7 +219,7 @@ class FinishedBlend(Finished):
             raise UpcycleError(
                 f"{what} of {self.folder}",
                 kind="state",
-                got=f"has {tokens} tokens, not more than one sequence ({seq_length})",
+                got=f"has {tokens} tokens, but more than one sequence ({seq_length} tokens) is needed",
                 fix="give the blend more text (for validation: a larger hold_out), or lower the sequence length",
             )
 

@@ -114,7 +114,7 @@ def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
                         f"File {file.path}",
                         kind="refused",
                         got=f"is in both {owner[file.path]} and {here}",
-                        fix="remove it from one of them: no text is trained on twice, or trained on and evaluated",
+                        fix="remove it from one of them: no text may be trained on twice, or trained on and evaluated",
                     )
 
 

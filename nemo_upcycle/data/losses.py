@@ -173,7 +173,8 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
     for task in tasks:
         for step, one in task["steps"].items():
             removed.update({why: n for why, n in one["removed"].items() if step != "read"})
-    gone = [*lost_text(count_lost(tasks)), *(f"{count:,} documents: {why}" for why, count in removed.items())]
+    gone = lost_text(count_lost(tasks))
+    gone += [f"{count:,} document{'s' * (count != 1)}: {why}" for why, count in removed.items()]
     field = text_field(blend, source, tasks)
     without = ", or remove the source from the blend" if len(blend.config.sources) > 1 else ""
     raise UpcycleError(
@@ -181,7 +182,7 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
         kind="state",
         got=f"leaves {bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
         + (f" ({'; '.join(gone)})" if gone else "")
-        + f", and {blend.share(source):.1%} of a run needs more than a sequence ({blend.config.seq_length:,})",
+        + f", and {blend.share(source):.1%} of a run needs more than a sequence ({blend.config.seq_length:,} tokens)",
         fix=f"{field or 'give it more text'}{without}, and build in another folder",
     )
 
@@ -207,7 +208,7 @@ def epochs_text(tokens: float, share: float, max_epochs: float) -> str:
 
     Example:
         >>> epochs_text(3_000_000, 0.75, 4)
-        '1 epoch in a run of 4,000,000 tokens, 4 in one of 16,000,000'
+        '1 epoch in a run of 4,000,000 tokens, 4 epochs in a run of 16,000,000'
     """
     once = tokens / share
-    return f"1 epoch in a run of {once:,.0f} tokens, {max_epochs:g} in one of {max_epochs * once:,.0f}"
+    return f"1 epoch in a run of {once:,.0f} tokens, {max_epochs:g} epochs in a run of {max_epochs * once:,.0f}"

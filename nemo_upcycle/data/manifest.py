@@ -183,10 +183,8 @@ def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
         asked, got = source.get("most_tokens", 0), source["splits"]["train"]["tokens"]
         if got < _NEAR_ENOUGH * asked:
             is_left = source["steps"]["tokenise"]["removed"]
-            why = (
-                "the documents left are too long for the rest" if is_left else "no document is left after the removals"
-            )
-            lines.append(f"source {name} gives {got:,} of the {asked:,.0f} tokens asked of it: {why}")
+            why = "the remaining documents are too long" if is_left else "no more documents remain after the removals"
+            lines.append(f"source {name} gives only {got:,} of the {asked:,.0f} requested tokens, because {why}")
     return lines
 
 

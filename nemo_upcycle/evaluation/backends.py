@@ -257,7 +257,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
         raise CheckpointError(
             f"Weights of {folder}",
             kind="state",
-            got=f"are not those of its class: {wrong}",
+            got=f"do not match the model's class: {wrong}",
             fix="export the model again with `nemo-upcycle export`",
         )
     return model.eval(), tokenizer

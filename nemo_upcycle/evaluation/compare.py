@@ -159,7 +159,7 @@ def item_pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tupl
     """
     hashes_a, hashes_b = ([item["hash"] for item in result["items"].get(task, [])] for result in (a, b))
     if hashes_a != hashes_b or not hashes_a:
-        reason = f"they have {len(hashes_a)} and {len(hashes_b)} items of {task}, or different ones"
+        reason = f"they have different items of {task} ({len(hashes_a)} and {len(hashes_b)})"
         raise _different_items(a, b, reason)
     yield from zip(a["items"][task], b["items"][task], strict=True)
 

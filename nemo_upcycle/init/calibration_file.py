@@ -92,8 +92,8 @@ def calibration_of(spec: UpcycleSpec | None) -> Calibration | None:
             field="calibration",
             kind="missing",
             got="is missing",
-            expected=f"<router_init>={spec.router_init} reads its file",
-            fix="make it with nemo-upcycle calibrate, and name it",
+            expected=f"<router_init>={spec.router_init} needs a calibration file",
+            fix="make the file with nemo-upcycle calibrate, and set <calibration> to its path",
         )
     path = Path(spec.calibration).expanduser()
     state = path.stat() if path.is_file() else None

@@ -95,7 +95,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
                     "cannot be trained: they have heads of two sizes and a dense network beside the experts (Gemma "
                     "4), which neither Megatron-Core nor this package builds"
                 ),
-                fix="convert the model (nemo-upcycle convert), and train the folder with a trainer that has its class",
+                fix="convert the model (nemo-upcycle convert), and train the folder with another trainer",
             )
 
     @cached_property

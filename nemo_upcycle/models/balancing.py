@@ -74,7 +74,7 @@ def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, 
         fix = "set the spec's router_score to sigmoid, or use a load-balancing loss"
         yield _BIASES, router_score == "softmax", expected, fix
         name = "moe_pad_expert_input_to_capacity"
-        expected = f"false with {_BIASES}, because padding makes all expert loads equal, and no bias moves"
+        expected = f"false with {_BIASES}, because padding makes all expert loads equal, and the biases never change"
         yield name, bool(getattr(config, name, False)), expected, f"set it to false, or {_BIASES}"
 
 
@@ -88,7 +88,7 @@ def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
     yield (
         _KIND,
         len(kinds) > 1,
-        f"{QUANTILES} alone, because it cannot be combined with a loss",
+        f"only {QUANTILES}, because it cannot be combined with a loss",
         f"set it to {QUANTILES}",
     )
     for name, expected in (

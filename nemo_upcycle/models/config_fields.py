@@ -123,7 +123,7 @@ def check_fields(config: Any, *parts: Any) -> None:
                 field=f"model.config.{name}",
                 kind="refused",
                 got=f"needs <model.config.{needed}>",
-                expected="modules without it read the rows of gate and up in another order",
+                expected="without it, modules read the gate and up rows in another order",
                 fix="set both, or neither",
             )
 

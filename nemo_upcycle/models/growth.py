@@ -227,7 +227,7 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
     """
 
     def wrong(got: object, fix: str = "correct the file") -> SpecError:
-        expected = f"a YAML list of {experts} numbers from 0, the utility of each expert, or {layers} such lists"
+        expected = f"a YAML list with the utility (0 or more) of each of {experts} experts, or {layers} such lists"
         return SpecError(field="expert_utility", kind="state", got=f"{path} {got}", fix=f"{fix}. Give {expected}")
 
     if state is None:
@@ -243,7 +243,9 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
         raise wrong(f"has {len(rows)} lists")
     for row in rows:
         if not isinstance(row, list) or len(row) != experts:
-            raise wrong(f"has {len(row)} numbers" if isinstance(row, list) else f"is a {type(row).__name__}")
+            if not isinstance(row, list):
+                raise wrong(f"is a {type(row).__name__}")
+            raise wrong(f"has {len(row)} number{'s' * (len(row) != 1)}")
         if bad := [one for one in row if isinstance(one, bool) or not isinstance(one, int | float) or one < 0]:
             raise wrong(f"has {bad[0]!r}")
         if not math.isfinite(sum(row)):
@@ -296,7 +298,7 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     elif spec.top_k != copies * chosen and not (chosen == 1 and spec.top_k <= copies):
         reasons.append(
             f"with {copies} copies of each expert, top_k={spec.top_k} chooses copies of the parent's best"
-            f" {spec.top_k / copies:.3g}, where it takes {chosen}: top_k={copies * chosen} would be exact"
+            f" {spec.top_k / copies:.3g} experts, but the parent uses {chosen}; top_k={copies * chosen} would be exact"
         )
     elif chosen == 1 and spec.router_kind.pre_softmax and spec.output_scale == "none" and spec.top_k != copies:
         reasons.append(f"output_scale=none leaves {spec.top_k / copies:.4g} of the parent's expert")
@@ -333,7 +335,7 @@ def require_one(parents: Sequence[Parent]) -> None:
             "Several parents",
             kind="refused",
             got=f"cannot be mixed if one has experts ({one.hf_class})",
-            fix="give that parent alone, or only dense ones",
+            fix="give only that parent, or only dense parents",
         )
 
 

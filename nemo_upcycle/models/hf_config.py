@@ -125,14 +125,14 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
             "num_hidden_layers", f"{len(mamba.pattern)}, the number of layers in the pattern {mamba.pattern}"
         )
     if hidden % heads and "head_dim" not in given.values:
-        raise given.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
+        raise given.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), unless head_dim is given")
     groups = given.whole("num_key_value_heads", heads)
     if heads % groups:
         raise given.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     bias = given.flag("attention_bias")
     part = given.number(_PART) if _PART in given.values else 1.0
     if part != 1 and not family.has_partial_rotary:
-        raise given.wrong(_PART, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
+        raise given.wrong(_PART, "1, or no value", "use a checkpoint whose heads are rotated as a whole")
     if (norms := given.flag("qk_norm")) and "query_norm" not in family.names:
         raise given.wrong(
             "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.compatibility import releases_with
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
@@ -32,24 +33,28 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Show only the errors of transformers."""
-    import transformers
+    """Show only the errors of transformers, without progress bars."""
+    from transformers import logging
 
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
-def load_model(folder: Path, **options: Any) -> Any:
+def load_model(folder: Path, layers: int | None = None, **options: Any) -> Any:
     """Load a causal language model with the rotary embedding of its `config.json`.
 
     If the model has other parts beside a text model, load only the text model, with a text-only class.
 
     Args:
         folder: Hugging Face folder of the model.
+        layers: number of layers to load, from the first; None loads all.
         options: further options of `from_pretrained`.
 
     Raises:
@@ -58,7 +63,7 @@ def load_model(folder: Path, **options: Any) -> Any:
     import transformers
 
     wrapper, pair = wrapper_of(read_json(folder / "config.json")), _computed_as(read_config(folder))
-    config, source = _config(folder), str(folder)
+    config, source = _first_layers(_config(folder), layers), str(folder)
     kind: Any = transformers.AutoModelForCausalLM
     if wrapper or pair:
         options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
@@ -68,6 +73,66 @@ def load_model(folder: Path, **options: Any) -> Any:
     loaded = kind.from_pretrained(source or None, config=config, **_LOCAL, **options)
     _choose_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+def unknown_because(folder: Path, text_class: str) -> str:
+    """Return why the installed transformers has no class for a folder's model; "" if it has one.
+
+    Args:
+        folder: Hugging Face folder, with the names of its class and model type in `config.json`.
+        text_class: class of the text model.
+    """
+    import transformers
+
+    said = read_json(folder / "config.json")
+    hf_class, text = said["architectures"][0], said.get("text_config") or {}
+    kinds = [kind for part in (said, text) if (kind := part.get("model_type"))]
+    unknown = [kind for kind in kinds if kind not in transformers.CONFIG_MAPPING]
+    if unknown or not hasattr(transformers, hf_class):
+        return f"it does not know {unknown[0] if unknown else hf_class}{_known_in(text_class)}"
+    return ""
+
+
+def load_as_written(folder: Path, layers: int | None = None, **options: Any) -> Any:
+    """Load a folder as its model card says, with the class that its `config.json` names.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        layers: number of layers to load, from the first; None loads all.
+        options: further options of `from_pretrained`.
+
+    Raises:
+        ValueError: tensors are missing in the folder, have another shape, or are not used.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+    kind = getattr(transformers, config.architectures[0])
+    config = _first_layers(config, layers)
+    model, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **_LOCAL, **options)
+    unread = [] if layers else found["unexpected_keys"]  # the tensors of other layers
+    if wrong := [*found["missing_keys"], *found["mismatched_keys"], *unread]:
+        raise ValueError(f"{len(wrong)} tensors of the folder and the class do not agree, such as {wrong[0]}")
+    return model.eval()
+
+
+def _first_layers(config: Any, layers: int | None) -> Any:
+    """Return the configuration of the same model with fewer layers.
+
+    Args:
+        config: configuration of a model, or of a model with a text model inside.
+        layers: number of layers; None returns `config` itself.
+    """
+    if layers is None:
+        return config
+    settings = config.to_dict()
+    text = settings.get("text_config") or settings
+    total = text["num_hidden_layers"]
+    for name, value in text.items():
+        if isinstance(value, list) and len(value) == total:  # a value for each layer
+            text[name] = value[:layers]
+    text["num_hidden_layers"] = layers
+    return type(config).from_dict(settings)
 
 
 def _choose_experts(model: Any) -> None:
@@ -118,8 +183,8 @@ def empty_model(folder: Path) -> Any:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",
             kind="refused",
-            got=f"cannot be filled part by part: it keeps values beside its weights ({', '.join(left)})",
-            fix="use a parent of a class in models/families",
+            got=f"cannot be loaded part by part, because it keeps values beside its weights ({', '.join(left)})",
+            fix="use a parent of a class in nemo_upcycle.models.families",
         )
     return model
 
@@ -154,10 +219,11 @@ def _config(folder: Path) -> Any:
         named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
     if (wrapper or find_family(*_class_of(said))) and said.get("model_type") not in CONFIG_MAPPING:
+        hf_class = read_architecture(folder).hf_class
         raise CheckpointError(
             f"Model {folder}",
             kind="missing",
-            got=f"needs a newer transformers: {__version__} does not know {read_architecture(folder).hf_class}",
+            got=(f"needs a newer transformers: {__version__} does not know {hf_class}{_known_in(hf_class)}"),
             fix=(
                 "run `pip install --upgrade transformers` in an environment of its own, because trainers need older "
                 "releases"
@@ -170,6 +236,12 @@ def _config(folder: Path) -> Any:
         return AutoConfig.for_model(**said | rope)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
     return type(config).from_dict(said | rope) if rope else config
+
+
+def _known_in(hf_class: str) -> str:
+    """Return which releases run a class, as the end of a sentence; "" if none is known."""
+    found = [release.removeprefix("transformers ") for release in releases_with(hf_class)]
+    return f", but {' and '.join(found)} does" if found else ""
 
 
 def _class_of(said: dict[str, Any]) -> tuple[str, str]:

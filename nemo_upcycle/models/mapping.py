@@ -78,7 +78,7 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
                 f"Layer {name}",
                 kind="refused",
                 got="is neither attention nor a network",
-                fix="give a HybridModel that has only these two",
+                fix="give a HybridModel with only attention and network layers",
             )
         symbol = "*" if mapping.in_attention else "E" if mapping in MOE_MAPPINGS else "-"
         if symbols.get(int(number)) != "E":  # the norm of an MoE layer has the same name as in a dense layer

@@ -83,10 +83,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         raise CheckpointError(
             arch.hf_class or "The model",
             kind="refused",
-            got=(
-                "has Mamba layers (M), which need a HybridModel; a GPTModel has none, and Megatron checkpoints with "
-                "them are not read"
-            ),
+            got="has Mamba layers (M), which need a HybridModel and cannot be read from a Megatron checkpoint",
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
     arch.require_trained()

@@ -19,6 +19,7 @@ from nemo_upcycle.utils.files import read_json
 #: counts. transformers 5 has the first prefix in memory. transformers 4 wrote the next two, and transformers 5 still
 #: writes them for some classes.
 PREFIXES = {
+    "model.language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -70,8 +71,8 @@ _ROPES = ("rope_parameters", "rope_scaling")
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
 #: `model_type` of text models that are also published without other parts, but with the settings in `_OF_PICTURES`.
 _PARTS = ("qwen3_5_text", "qwen3_5_moe_text")
-#: Settings of a text part that transformers reads only in the text-only class -> value that changes nothing. The
-#: classes around a text part do not divide the logits of the output layer.
+#: Settings of a text part that transformers reads only in the text-only class -> value that changes nothing. Most
+#: classes around a text part do not scale the logits of the output layer.
 _UNREAD = {"logits_scaling": 1.0}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -88,6 +89,8 @@ class Wrapper:
         takes_experts: whether the class builds its text model by the `model_type` in the text settings, so that an
             MoE text model works, too.
         moe_class: class around an MoE text model, if it is another class.
+        scales_logits: whether the class applies the text model's `logits_scaling`.
+        head: prefix of the output layer's name in the files, if it is not the usual one.
     """
 
     hf_class: str
@@ -96,6 +99,8 @@ class Wrapper:
     parts: tuple[str, ...]
     takes_experts: bool = False
     moe_class: str = ""
+    scales_logits: bool = False
+    head: str = ""
 
     @property
     def around_experts(self) -> Wrapper | None:
@@ -122,6 +127,8 @@ class Wrapper:
 #: Layers for multi-token prediction. They have dense networks, so they do not fit a model with experts.
 MTP = "mtp"
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
+_CLOVA, _CLOVA_PARTS = "HyperCLOVAXVisionV2ForConditionalGeneration", ("vision_model", "vision_projector")
+_MINICPM = ("vision_tower", "merger", MTP)
 _QWEN35, _QWEN35_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
 _QWEN3, _QWEN3_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
 _GEMMA4 = ("vision_tower", "embed_vision", "audio_tower", "embed_audio", "vision_embedder")
@@ -137,6 +144,14 @@ WRAPPERS = (
     Wrapper(_QWEN3_MOE, "qwen3_vl_moe", "qwen3_vl_moe_text", _QWEN, moe_class=_QWEN3_MOE),
     Wrapper(_QWEN35, "qwen3_5", "qwen3_5_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
     Wrapper(_QWEN35_MOE, "qwen3_5_moe", "qwen3_5_moe_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
+    Wrapper("MiniCPMV4_7ForConditionalGeneration", "minicpmv4_7", "qwen3_5_text", _MINICPM, takes_experts=True),
+    Wrapper("MiniCPMOcrForConditionalGeneration", "minicpm_ocr", "qwen3_5_text", _MINICPM, takes_experts=True),
+    Wrapper(
+        *(_CLOVA, "hyperclovax_vision_v2", "hyperclovax", _CLOVA_PARTS),
+        takes_experts=True,
+        scales_logits=True,
+        head="model.language_model.",
+    ),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, MTP)),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
@@ -174,7 +189,8 @@ def text_settings(config: Any, where: str) -> Any:
         )
     kind = text.get("model_type") or wrapper.text_type
     text = {key: value for key, value in text.items() if key not in ("architectures", "vision_config")}
-    text |= _ropes(text) | {key: value for key, value in _UNREAD.items() if key in text}
+    text |= _ropes(text)
+    text |= {} if wrapper.scales_logits else {key: value for key, value in _UNREAD.items() if key in text}
     unsaid = dict(zip(_SIZES, _UNSAID.get(kind, ()), strict=False)) | _OTHER.get(kind, {})
     if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
         unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}

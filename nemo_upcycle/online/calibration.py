@@ -110,8 +110,10 @@ def calibrate(
         if found.lineage == lineage:
             return _report(found, sample, start_s, made=False)
         if not replace:
-            fix = "choose another name, or remove it first"
-            raise UpcycleError(str(output), kind="state", got="is a calibration with other settings", fix=fix)
+            fix = "choose another name, or remove the file first"
+            raise UpcycleError(
+                str(output), kind="state", got="is a calibration file made with other settings", fix=fix
+            )
     with several_at_a_time() as run:
         tensors = _routers(dense.branches()[0], moe_arch, spec.copies, sample, run)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ def require_use(spec: UpcycleSpec) -> None:
         raise SpecError(
             field="router_init",
             kind="refused",
-            got=f"is {spec.router_init}, and only prompts needs a calibration",
+            got=f"is {spec.router_init}, and a calibration is used only with <router_init>=prompts",
             fix="set <router_init>=prompts",
         )
 

@@ -108,8 +108,8 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
             raise SpecError(
                 field="rotary_percent",
                 got=rotary_percent,
-                expected="1 with YaRN's factor",
-                fix="use a checkpoint that rotates whole heads",
+                expected="1, because the checkpoint uses YaRN's attention factor",
+                fix="use a checkpoint that rotates whole heads (rotary_percent=1)",
             )
     for spec in {id(layer): layer for layer in block.layer_specs}.values():
         layer = spec.submodules

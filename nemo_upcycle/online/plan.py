@@ -130,9 +130,7 @@ def _group_plans(
         raise SpecError(
             field="tensor_model_parallel_size",
             got=coords.dense.size,
-            expected=(
-                f"at most {groups}, the number of key-value heads, because norms over all heads count each head once"
-            ),
+            expected=(f"at most {groups}, the number of key-value heads, because query and key norms cover all heads"),
             fix="lower it",
         )
     grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
@@ -206,9 +204,10 @@ def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
             f"Parameter {name}",
             kind="state",
             got=(
-                f"is a {type(parameter).__name__}, not a torch.nn.Parameter or an FP8 or FP4 one of Transformer Engine"
+                f"is a {type(parameter).__name__}; only a torch.nn.Parameter, or an FP8 or FP4 parameter of "
+                "Transformer Engine, can be filled"
             ),
-            fix="use no FSDP, and one parameter for each expert",
+            fix="turn FSDP off, and give each expert its own parameter",
         )
     return parameter.data
 

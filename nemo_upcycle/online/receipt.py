@@ -145,7 +145,7 @@ def recorded_spec(
             f"{path}: spec",
             kind="state",
             got=f"has fields that UpcycleSpec does not have ({error})",
-            fix="give a receipt of this version, or name the options of the spec",
+            fix="give a receipt that this version wrote, or give the spec as options",
         ) from None
     changed = replace(spec, **given)
     for name in given:

@@ -38,22 +38,22 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
     arch, path = dense.architecture, dense.branches()[0].path
     lacks = {
         "Mamba layers": arch.mamba is not None,
-        "routers that see other states than networks do": arch.keeps_network,
+        "routers whose input differs from the input of the experts": arch.keeps_network,
         "no config.json": not (path / "config.json").is_file(),
     }
     if got := next((what for what, holds in lacks.items() if holds), ""):
         raise CheckpointError(
             str(path),
             kind="refused",
-            got=f"has {got}, and prompts cannot be run through it layer by layer",
+            got=f"has {got}, so prompts cannot be run through the model layer by layer",
             fix="export the checkpoint first (nemo-upcycle export)" if "json" in got else "use router_init=normal",
         )
     if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
         raise CheckpointError(
-            "token of the sample",
+            "largest token id of the prompts",
             got=largest,
-            expected=f"below {arch.vocab_size}, the vocabulary of {path}",
-            fix="give prompts in the tokens of this model",
+            expected=f"less than {arch.vocab_size}, the vocabulary size of {path}",
+            fix="give prompts that were tokenized for this model",
         )
 
 

@@ -110,7 +110,7 @@ def _unwrap(chunk: Any) -> Any:
                 "model chunk",
                 got=type(chunk).__name__,
                 expected="a Megatron GPTModel or HybridModel",
-                fix="pass the chunks",
+                fix="pass the chunks of such a model",
             )
         chunk = chunk.module
     return chunk

@@ -30,7 +30,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
             kind="refused",
             got="is for Megatron-Bridge, and this environment has NeMo",
             fix=(
-                "name a recipe of NeMo with --factory; or, for Bridge, type the command in an environment with `pip "
+                "name a recipe of NeMo with --factory; or, for Bridge, run the command in an environment made by `pip "
                 'install -e ".[bridge,eval,demo]"`'
             ),
         )
@@ -55,7 +55,7 @@ def of_another_trainer(name: str) -> UpcycleError | None:
         f"Recipe {name}",
         kind="refused",
         got=f"is only for {other}, and this environment has {here}",
-        fix=f"type `nemo upcycle pipeline --factory {name} --dryrun` where {other} is installed",
+        fix=f"type `nemo upcycle pipeline --factory {name} --dryrun` in an environment that has {other}",
     )
 
 

@@ -216,7 +216,7 @@ def check_detach(detach: bool, cluster: Cluster | None) -> None:
                 "needs a cluster's executor "
                 f"({' or '.join(cluster.label for cluster in CLUSTERS if cluster.can_detach)})"
             ),
-            fix="omit it, and start the command inside tmux or with nohup",
+            fix="omit --detach, and start the command inside tmux or with nohup",
         )
 
 
@@ -237,7 +237,7 @@ def _check_kind_of_data(inputs: Inputs, name: str, training: Training) -> None:
             f"Data {inputs.data}",
             kind="refused",
             got=f"are {kinds[inputs.reads_chat]}, and {name} reads {kinds[training.reads_chat]}",
-            fix="name other data; recipes called ..._sft read conversations, and all others texts",
+            fix="name other data. Recipes called ..._sft read conversations, and all other recipes read texts",
         )
 
 
@@ -311,10 +311,10 @@ def check_asked(inputs: Inputs) -> None:
                 f"Suite {inputs.suite}",
                 kind="refused",
                 got=(
-                    f"has the task {task}, and {inputs.data} holds out "
+                    f"has the task {task}, which cannot be scored, because the data {inputs.data} hold out only "
                     f"{('answers' if inputs.reads_chat else 'documents')}"
                 ),
-                fix=f"name evaluation={('answers' if inputs.reads_chat else 'demo')}, or another suite",
+                fix=f"set evaluation={('answers' if inputs.reads_chat else 'demo')}, or name another suite",
             )
 
 

@@ -177,8 +177,8 @@ class PipelineContext(CheckedContext):
             raise UpcycleError(
                 "--to-yaml, --to-toml, --to-json",
                 kind="refused",
-                got="are NeMo-Run's, and the pipeline does not read them",
-                fix="omit them: a run keeps its recipes in DIR/recipes",
+                got="are options of NeMo-Run that the pipeline does not support",
+                fix="omit these options: a run keeps its recipes in DIR/recipes",
             )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
@@ -257,7 +257,7 @@ def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
                 f"Argument '{word}'",
                 kind="state",
                 got="is not NAME=VALUE",
-                fix="write it without blanks, as in dir=runs/first",
+                fix="write NAME=VALUE without blanks, for example dir=runs/first",
             )
         if name in given:
             option = next((option for option, argument in OPTIONS.items() if argument == name), name)
@@ -321,7 +321,7 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
                 return UpcycleError(
                     f"{where} '{key}'",
                     got=f"[{index}]",
-                    expected="a number in the list, counted from 0",
+                    expected="the number of an item in the list, counted from 0",
                     fix="correct the number",
                 )
     parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # None: the class takes **kwargs

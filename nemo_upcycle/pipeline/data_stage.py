@@ -98,7 +98,7 @@ def _say_changes(inputs: Inputs, folder: Path) -> None:
         return
     if changes:
         logger.warning(
-            "[data] %s. The run continues with its texts. To train on the files as they are, give another dir=",
+            "[data] %s. The run continues with its old texts. To train on the changed files, give another dir=",
             changes_text(changes, folder),
         )
 

@@ -213,14 +213,14 @@ def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -
             f"Folder {run_dir}",
             kind="state",
             got=f"has jobs of another scheduler, {recorded['cluster']} ({_listed(recorded['jobs'])})",
-            fix=f"make sure that none of them is left there, and delete {run_dir / JOBS}",
+            fix=f"make sure that none of these jobs is waiting or running, and delete {run_dir / JOBS}",
         )
     if kind_of(run_dir) and not plan.is_as(read_plan(run_dir)) and (alive := chain.alive()):
         raise UpcycleError(
             f"Folder {run_dir}",
             kind="state",
             got=f"has jobs in the queue that were submitted with other arguments ({_listed(alive)})",
-            fix="give the same arguments to watch them, cancel them, or choose another dir",
+            fix="cancel these jobs, give their arguments again to watch them, or choose another dir",
         )
 
 
@@ -271,7 +271,7 @@ def render_jobs(
         _write_plan(folder, plan, copies)
     except OSError as error:
         raise UpcycleError(
-            f"--render {folder}", kind="state", got=f"cannot be written: {error.strerror}", fix="name another one"
+            f"--render {folder}", kind="state", got=f"cannot be written: {error.strerror}", fix="name another folder"
         ) from None
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"

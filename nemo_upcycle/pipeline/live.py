@@ -46,7 +46,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
         every_s = float(text := os.environ.get(REPORT_EVERY) or str(EVERY_S))
     except ValueError:
         fix = f"unset it for a page every {EVERY_S:g} s"
-        raise UpcycleError(REPORT_EVERY, got=text, expected="seconds, or 0 for no page", fix=fix) from None
+        raise UpcycleError(REPORT_EVERY, got=text, expected="a number of seconds, or 0 for no page", fix=fix) from None
     if every_s <= 0:
         yield
         return

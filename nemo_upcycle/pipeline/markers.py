@@ -339,5 +339,5 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
             kind="changed",
             got=f"{next(iter(refusals.values()))}",
             expected="its work started",
-            fix=f"set them back, choose another dir, or delete {first}{both} to lose that work",
+            fix=f"restore the inputs, choose another dir, or delete {first}{both}, which loses the work",
         )

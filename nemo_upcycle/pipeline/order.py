@@ -51,7 +51,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
             raise UpcycleError.unknown(f"{option}: stage", name, BY_NAME)
     if only and (first or last):
         raise UpcycleError(
-            "--only", kind="refused", got="cannot be combined with --from or --until", fix="omit the others"
+            "--only", kind="refused", got="cannot be combined with --from or --until", fix="omit --from and --until"
         )
     names = list(BY_NAME)
     start, stop = names.index(first or only or names[0]), names.index(last or only or names[-1])
@@ -72,8 +72,8 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
         raise UpcycleError(
             f"Stage '{missing}' in {run_dir}",
             kind="state",
-            got=f"did not finish, or has other inputs, and '{stages[0].name}' needs it",
-            fix=f"start with it: --from {missing}",
+            got=f"did not finish, or finished with other inputs, and '{stages[0].name}' needs it",
+            fix=f"start with that stage: --from {missing}",
         )
     require_outputs(stages, run_dir, plan)
 
@@ -92,12 +92,12 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
                 if read.outputs:
                     read.outputs(run_dir, plan)
             except UpcycleError as error:
-                start = f"start with it: --from {read.name}" if read.name in BY_NAME else "start again"
+                start = f"start with that stage: --from {read.name}" if read.name in BY_NAME else "start again"
                 raise UpcycleError(
                     f"The outputs of stage '{read.name}' in {run_dir}",
                     kind="state",
                     got=f"are not what '{stage.name}' reads ({error.problem})",
-                    fix=f"restore them, or delete {read.folder(run_dir, plan).path} and {start}",
+                    fix=f"restore the outputs, or delete {read.folder(run_dir, plan).path} and {start}",
                 ) from None
 
 

@@ -42,10 +42,10 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
     """
     check_whole("at_once", at_once, 1)
     if at_once > 1 and not is_here:
-        fix = "omit it: a scheduler starts as many as fit"
+        fix = "omit at_once: a scheduler starts as many trainings as fit"
         raise UpcycleError("at_once", kind="refused", got=f"{at_once} cannot be combined with an executor", fix=fix)
     if at_once > 1 and torch.cuda.is_available():
-        fix = "omit it, or use an executor"
+        fix = "omit at_once, or use an executor"
         raise UpcycleError(
             "at_once",
             kind="refused",
@@ -125,7 +125,9 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
     if failed and failed[1]:
         raise SystemExit(_exit_status(failed[0].name, failed[1], run_dir))
     if failed:
-        raise UnfinishedError(f"Stage '{failed[0].name}' did not finish; its message stands above. {_AGAIN} {run_dir}")
+        raise UnfinishedError(
+            f"Stage '{failed[0].name}' did not finish; see its error message above. {_AGAIN} {run_dir}"
+        )
 
 
 @contextmanager

@@ -163,6 +163,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
     from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
+    from nemo_upcycle.convert.proof import prove, record, said
     from nemo_upcycle.sources.checkpoints import steps_in
 
     dense_folder = dense_folder_of(run_dir)
@@ -175,7 +176,11 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         training = training_facts(run_dir / stage / "metrics.jsonl", steps_in(checkpoint))
         facts = (spec_fact(options["spec"]) if options else {}) | data | training
         about = CardInfo(title=title, facts=facts, parent=plan.dense)
-        return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
+        folder = export_checkpoint(checkpoint, dense_folder, output, about=about, **options)
+        proof = prove(folder, None)
+        record(folder, proof)
+        logger.info("[export] %s", said(proof))
+        return str(folder)
 
     title = run_dir.name if ":" in plan.recipe else plan.recipe  # `module:function` is no title for readers
     folders = {"trained": export("pretrain", run_dir / "hf", title, spec=spec)}

@@ -95,7 +95,7 @@ def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[
         return
     expected = f"a divisor of the key-value heads ({groups}): {_listed(divisors(groups))}"
     if arch.wide_qk_norm:
-        expected += "; with norms of query and key over all heads, no multiple works"
+        expected += f"; no multiple of {groups} works, because the query and key norms cover all heads"
     elif software != hardware.DEFAULT_SOFTWARE:
         expected += f"; or a multiple of them that divides the heads ({arch.num_heads})"
     elif shares:
@@ -198,7 +198,9 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
     )
     for name, got, parts, widths in sizes:
         if wrong := [width // parts for width in widths if width // parts % work.numbers.rows]:
-            expected = f"matrices of a multiple of {work.numbers.rows} rows and columns (now {wrong[0]}), {needed}"
+            expected = (
+                f"matrices whose rows and columns are multiples of {work.numbers.rows} (now {wrong[0]}), {needed}"
+            )
             yield RuleViolation(name, got, expected)
 
 

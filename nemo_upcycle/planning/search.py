@@ -278,14 +278,14 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
             raise SpecError(
                 field="global_batch",
                 got=batch,
-                expected=f"a batch that a layout of {request.gpus} GPUs can use",
+                expected=f"a batch size that some layout of {request.gpus} GPUs can use",
                 fix=f"set <global_batch>={other}",
             )
     if gpus := nearest_gpus(request):
         raise SpecError(
             field="gpus",
             got=request.gpus,
-            expected=f"a number that holds the model and has a layout for a batch of {batch}",
+            expected=f"a number of GPUs that can hold the model and share a batch of {batch}",
             fix=f"set <gpus>={gpus}",
         )
     # The plain layout must break a rule, because otherwise it would be among the plans. The error names the rule.

@@ -98,7 +98,7 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
 def _missing(tasks: dict[str, str]) -> str:
     """Say which tasks of the suite were not scored, and why."""
     return "\n\n".join(
-        f"Not scored: {plain(task)}. Its data cannot be had: {plain(why)}." for task, why in tasks.items()
+        f"Not scored: {plain(task)}. Its data are not available: {plain(why)}." for task, why in tasks.items()
     )
 
 

@@ -56,10 +56,10 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
                     str(path),
                     kind="state",
                     got=(
-                        f"scores {len(scored['names'])} documents, and other trainings of the grid "
-                        f"{len(documents['names'])}, or different ones"
+                        f"does not score the same documents as the other trainings of the grid "
+                        f"(number of documents: {len(scored['names'])} and {len(documents['names'])})"
                     ),
-                    fix="score all trainings of a grid with one suite",
+                    fix="score all trainings of the grid with the same suite",
                 )
             scores.append({"step": _step_of(path), "nats": [nats for nats, _ in sums.values()]})
         routers = [summarise_router(line.get("router") or {}) for line in steps]

@@ -58,7 +58,9 @@ def write_grid(folder: Path) -> Path:
     before, begin, rest = read_text(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UpcycleError(str(page), kind="missing", got=f"has no lines {BEGIN} and {END}", fix="write both into it")
+        raise UpcycleError(
+            str(page), kind="missing", got=f"has no lines {BEGIN} and {END}", fix="write both lines into the page"
+        )
     table = draw_table(folder).partition("\n\n")[2]
     sections = re.sub(r"(!\[\w+\]\()(\w+\.png\))", rf"\1{page.stem}/\2", table)
     return _write(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}")
@@ -73,7 +75,7 @@ def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     cells = {name: cell for name, cell in described["cells"].items() if (run_dir / name / MARKER).is_file()}
     if not cells:
         typed = run_dir / COMMAND
-        fix = "type the command of the grid again" + (f", in {typed}" if typed.is_file() else "")
+        fix = "run the command of the grid again" + (f" (see {typed})" if typed.is_file() else "")
         raise UpcycleError(str(run_dir), kind="state", got="has no finished training", fix=fix)
     missing = [name for name in described["cells"] if name not in cells]
     if not missing:

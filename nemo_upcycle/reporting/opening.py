@@ -206,4 +206,4 @@ def _about(results: dict[str, Any]) -> str:
             "The baseline is the parent, trained on the same data. MoE and baseline saw"
             f" {same}. The MoE uses {share:.2f} times as many parameters per token. "
         )
-    return f"{text}± is half of a 95 % interval. All numbers stand again below, with their files."
+    return f"{text}± is half of a 95 % interval. All numbers appear again below, with the files that they come from."

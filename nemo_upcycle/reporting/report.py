@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.convert.model_card import add_scores
+from nemo_upcycle.convert.model_card import add_section
 from nemo_upcycle.reporting import evaluation_sections, figures, sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.html import render_html
@@ -61,7 +61,7 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
         with whole_file(run_dir / name) as aside:
             aside.write_bytes(content)
     for folder in (run_dir / "hf", run_dir / "dense_ct/hf"):  # export wrote these cards before there were scores
-        add_scores(folder, evaluation_sections.scores(results))
+        add_section(folder, "Scores", evaluation_sections.scores(results))
     return target
 
 

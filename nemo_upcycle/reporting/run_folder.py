@@ -152,7 +152,7 @@ def require_run(folder: Path) -> None:
             str(folder),
             kind="state",
             got="has no pipeline.json, so it is neither a pipeline run nor a grid",
-            fix=f"name {' or '.join(runs[:3]) or 'another'}",
+            fix=f"name {' or '.join(runs[:3]) or 'the folder of a run or a grid'}",
         )
 
 
@@ -253,7 +253,9 @@ def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})
         raise UpcycleError(
             str(path),
             kind="state",
-            got=f"has no {wrong[0]}" if actual is None else f"has a wrong {wrong[0]}: {str(actual)[:80]!r}",
+            got=f"has no {wrong[0]}"
+            if actual is None
+            else f"has an invalid value of {wrong[0]}: {str(actual)[:80]!r}",
             fix=f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir",
         )
     return value

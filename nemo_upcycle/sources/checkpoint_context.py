@@ -98,7 +98,7 @@ class CheckpointContext:
                 str(self.path),
                 kind="refused",
                 got=f"describes a model with {experts} experts",
-                fix="give its dense parent",
+                fix="give the model's dense parent",
             )
         known = [family.nemo_module for family in parents() if family.nemo_module]
         if self.module not in known:
@@ -128,7 +128,7 @@ class CheckpointContext:
         raise CheckpointError(
             f"{self.path}: {self.module}",
             kind="refused",
-            got="has the layers of no dense class that is known",
+            got="does not have the layers of any dense model that this package knows",
             fix=_GIVE_CONFIG,
         )
 
@@ -155,7 +155,7 @@ class CheckpointContext:
             raise SpecError(
                 field="hybrid_layer_pattern",
                 kind="refused",
-                got=f"{pattern} has Mamba layers (M), and Megatron checkpoints with them are not read",
+                got=f"{pattern} has Mamba layers (M), and Megatron checkpoints with Mamba layers cannot be read",
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
         for name, got, taken, _ in refusals(get, experts=False, parameters=False):
@@ -196,7 +196,10 @@ class CheckpointContext:
             return read()
         except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
             raise CheckpointError(
-                str(self.path), kind="state", got=f"does not describe a language model ({error})", fix="save it again"
+                str(self.path),
+                kind="state",
+                got=f"does not describe a language model ({error})",
+                fix="save the checkpoint again",
             ) from None
 
     def _spec_fields(self) -> dict[str, tuple[str, Any]]:

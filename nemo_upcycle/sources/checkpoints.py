@@ -129,7 +129,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
     if not told and not (begun and lacks > 0):
         return None
     room = f"{size_text(free)} free ({told})" if told else f"{size_text(free)} free"
-    half = f" beside {size_text(written)} of a half-written one" if begun else ""
+    half = f", beside {size_text(written)} of a half-written checkpoint" if begun else ""
     needed = size_text(size) if kept else f"more than {size_text(written)}"
     free_text = f"free at least {size_text(lacks)} there" if kept and lacks > 0 else "free some space there"
     goes_on = f"resumes from {kept}" if kept else "starts again, because no checkpoint is finished yet"
@@ -137,7 +137,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
         f"The disk of {folder}",
         kind="state",
         got=f"has {room}{half}; a checkpoint needs {needed}",
-        fix=f"{free_text}, and give the same command, which {goes_on}",
+        fix=f"{free_text}, and run the same command again, which {goes_on}",
     )
 
 

@@ -116,7 +116,7 @@ def require_finite(
     raise BrokenWeights(
         _where(name, source),
         kind="state",
-        got=f"has {int((~slice_.isfinite()).sum())} values that are NaN or infinite",
+        got=f"has NaN or infinite values ({int((~slice_.isfinite()).sum())})",
         fix="use an earlier checkpoint",
     )
 

@@ -55,7 +55,10 @@ class DistributedCheckpoint(TensorFiles[Any]):
         path = self.path / file
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
-                f"Checkpoint {self.path}", kind="missing", got=f"has no {file}", fix="copy it again, with every file"
+                f"Checkpoint {self.path}",
+                kind="missing",
+                got=f"has no {file}",
+                fix="copy the checkpoint again, with all its files",
             )
         return path.stat().st_size
 
@@ -131,7 +134,7 @@ class DistributedCheckpoint(TensorFiles[Any]):
                 f"{self.path}: {name}",
                 kind="state",
                 got="has pieces that overlap" if twice else f"has {got} elements instead of {wanted}",
-                fix="save it again",
+                fix="save the checkpoint again",
             )
 
     def _piece(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Stored:

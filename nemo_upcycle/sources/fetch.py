@@ -204,7 +204,7 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
                 f"Hub cache {error.filename}",
                 kind="state",
                 got=f"cannot be written: {error.strerror}",
-                fix="set HF_HOME to a folder with room",
+                fix="set HF_HOME to a writable folder with enough free space",
             ) from None
         answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), None)

@@ -201,7 +201,7 @@ class MappedFiles:
                     str(self._folder / file),
                     kind="state",
                     got=f"cannot be read from byte {start} to {stop}: {got}",
-                    fix="check the file system, and that nobody writes to the checkpoint",
+                    fix="check the file system, and make sure that no other process writes to the checkpoint",
                 )
             start += count
 
@@ -246,8 +246,8 @@ class TensorFiles(Generic[Entry]):
             raise CheckpointError(
                 str(self.path),
                 kind="state",
-                got=f"has {bare} instead of {name}: it was saved without its head",
-                fix="load the folder with AutoModelForCausalLM and save that",
+                got=f"has {bare} instead of {name}: the model was saved without its head",
+                fix="load the folder with AutoModelForCausalLM, and save the model again",
             )
         if name not in self._tensors:
             raise CheckpointError.unknown(f"{self.path}: tensor", name, self._tensors)

@@ -129,7 +129,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             raise CheckpointError(
                 str(path),
                 kind="refused",
-                got="has gated delta nets, which are not read from Megatron checkpoints",
+                got="has gated delta nets, which cannot be read from Megatron checkpoints",
                 fix="give the model's Hugging Face folder",
             )
         self._tensors = dict(self._find_all())

@@ -71,8 +71,8 @@ def _open_one(uri: str) -> DenseSource:
             kind="refused",
             got="is a name on the hub" if scheme == "hf" else "is a relative path",
             fix=(
-                f"download it first (hf download {rest} --local-dir FOLDER), and give {scheme}:///absolute/path. "
-                "`nemo-upcycle convert` and the pipeline download by themselves"
+                f"download the model first (hf download {rest} --local-dir FOLDER), and give "
+                f"{scheme}:///absolute/path. `nemo-upcycle convert` and the pipeline download models by themselves"
             )
             if scheme == "hf"
             else f"write {scheme}:///absolute/path",

@@ -82,7 +82,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
                 f"Folder {folder}",
                 kind="state",
                 got=f"has both {INDEX} (naming {min(files)}) and {SINGLE}",
-                fix=f"remove the old one: {INDEX} with its shards, or {SINGLE}",
+                fix=f"remove the outdated weights: either {INDEX} with its shards, or {SINGLE}",
             )
         return dict(sorted(files.items()))
     if (folder / SINGLE).is_file():

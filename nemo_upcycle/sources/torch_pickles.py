@@ -148,7 +148,10 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error) or type(error).__name__
         raise CheckpointError(
-            str(path), kind="state", got=f"cannot be read as torch_dist metadata ({reason})", fix="copy it again"
+            str(path),
+            kind="state",
+            got=f"cannot be read as torch_dist metadata ({reason})",
+            fix="copy the checkpoint again",
         ) from None
 
 

@@ -84,7 +84,7 @@ def _report(losses: list[ActingCoefficient]) -> None:
     """Report the auxiliary losses that do not act as configured, and the losses that this package corrects."""
     for loss in losses:
         if loss.acting != loss.coefficient:
-            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
+            text = "%s: a coefficient of %g acts as %g (%s); to compensate, set a coefficient %.4g times as large"
             show_messages().warning(
                 text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
             )

@@ -64,7 +64,7 @@ def check_layout(
             raise SpecError(
                 field="sequence_parallel",
                 got=False,
-                expected=f"True with <tp>={layout.tp}, because Megatron-Core trains experts in no other way",
+                expected=f"True with <tp>={layout.tp}, because Megatron-Core cannot train experts without it",
                 fix="set <sequence_parallel>=True, or <tp>=1",
             )
         pads = any(getattr(config, name, False) for name in _PADDINGS)

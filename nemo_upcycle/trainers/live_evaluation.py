@@ -111,7 +111,7 @@ class LiveEvaluation:
                     field="suite",
                     got=suite,
                     expected="a suite of local tasks",
-                    fix="name `watch`, or score checkpoints",
+                    fix="set it to `watch`, or score the checkpoints with nemo-upcycle evaluate",
                 )
             build_named_suite(suite, self._blend.heldout(), self._suite())
 

@@ -70,7 +70,7 @@ def require_one_checkout() -> None:
                 raise CheckoutError(
                     name,
                     kind="state",
-                    got=f"comes from {found}, another checkout than {root / 'nemo_upcycle'}",
+                    got=f"comes from {found}, which is not in the checkout {root}",
                     fix=f"run `make venv` in {root} and use its .venv, or pip install -e {root}",
                 )
 

@@ -94,7 +94,9 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     content = copy.deepcopy(read(text, where, kind == _COMPUTES))
     if not isinstance(content, dict) or not content:
         got = f"a {type(content).__name__}" if content else "nothing"
-        raise UpcycleError(where, kind="state", got=f"holds {got}, not keys", fix=f"write them as in {template(kind)}")
+        raise UpcycleError(
+            where, kind="state", got=f"holds {got} instead of keys", fix=f"write keys as in {template(kind)}"
+        )
     named = {str(key): value for key, value in content.items()}
     return Conf(named, path, Path(named.pop("folder", folder)))
 
@@ -176,7 +178,7 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
             where,
             kind="state",
             got=f"cannot be read as KEY=VALUE: {got}",
-            fix="put a value with [, {, : or # in quotes",
+            fix="put values that contain [, {, : or # in quotes",
         ) from None
 
 

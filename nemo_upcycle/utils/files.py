@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
             str(path),
             kind="state",
             got=f"is not valid JSON ({error})",
-            fix="restore it, or make it again: it is cut or damaged",
+            fix="restore the file, or make it again: it is truncated or damaged",
         ) from None
 
 
@@ -350,7 +350,7 @@ def require_apart(target: Path, *inputs: Path) -> None:
             raise UpcycleError(
                 str(target),
                 kind="refused",
-                got=f"is the same folder as {path}" if here == there else f"lies inside {path}, or around it",
+                got=f"is the same folder as {path}" if here == there else f"lies inside {path}, or contains it",
                 fix="choose another name",
             )
 

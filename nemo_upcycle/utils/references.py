@@ -49,7 +49,10 @@ def resolved(config: Any, where: str, *, computes: bool = False) -> Any:
                 raise UpcycleError(
                     key,
                     kind="refused",
-                    got=f"is {masked_text(text)}: only an executor's file may read the environment or compute values",
+                    got=(
+                        f"is {masked_text(text)}, but only an executor's file may read the environment or compute "
+                        "values"
+                    ),
                     fix="write the value itself",
                 )
     return OmegaConf.to_container(config, resolve=True)

@@ -40,7 +40,7 @@ def require_known(content: object, path: object) -> int:
         raise UpcycleError(
             f"schema of {path}",
             got=found,
-            expected=f"{SCHEMA} or less, which this release reads",
-            fix="go on with the release that wrote it, or a newer one",
+            expected=f"{SCHEMA} or less, because this release cannot read newer files",
+            fix="use the release that wrote the file, or a newer release",
         )
     return int(found)

@@ -92,7 +92,7 @@ class StreamedFile:
                         str(part.path),
                         kind="state",
                         got=f"ends at byte {part.start + done}, {left} bytes too early",
-                        fix="copy the file again, and see that nobody writes to it",
+                        fix="copy the file again, and make sure that no other process writes to it",
                     )
             done += count
 

@@ -1,4 +1,4 @@
-"""Open pages in Qt's Chromium at several widths: save a screenshot each, and print the page's measurements as JSON.
+"""Open pages in Qt's Chromium at several widths, save screenshots, and print the measurements of the pages as JSON.
 
     .venv-browser/bin/python -m tests.browser.screenshots light|dark FOLDER WIDTH,WIDTH PAGE...
 
@@ -21,7 +21,7 @@ from PySide6.QtWidgets import QApplication  # noqa: E402
 
 
 HEIGHT = 900
-#: Time (ms) between loading a page and its painting.
+#: Time (ms) that Qt gets for painting a page after loading it.
 PAINTED_MS = 400
 MEASURE = """(() => {
   const all = [...document.querySelectorAll('body *')], box = e => e.getBoundingClientRect();

@@ -1,4 +1,7 @@
-"""The page of a running run and its report in a real browser: at a phone's and a desktop's width, light and dark."""
+"""Test the page of a running chain and the report of a run in a real browser.
+
+Both are opened at the width of a phone and at the width of a desktop, in light and in dark colors.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from tests.waiting import HANG_S
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-browser/bin/python"
 WIDTHS = {420, 1280}
-#: Height of a first screen, and minimum height of the smallest letters in a figure (px).
+#: Height (px) of the part of a page that is visible first, and minimum height (px) of the letters in figures.
 HEIGHT, LETTERS = 900, 9
 #: Folder that keeps the screenshots for inspection.
 PICTURES = ROOT / "runs/test-browser"
@@ -39,7 +42,7 @@ pytestmark = [
 
 
 def _write_wide_run(folder: Path) -> Path:
-    """Write a run whose report has all that could be cut off: long names and words, wide tables, all figures."""
+    """Write a run whose report has long names, long words, wide tables and all figures, which a page could cut off."""
     write_run(folder)
     (folder / "command.txt").write_text(f"nemo upcycle pipeline --factory {UNBROKEN} dir={folder} --yes\n")
     for name, value in EVALUATIONS.items():
@@ -61,7 +64,7 @@ def _write_wide_run(folder: Path) -> Path:
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The measurements of both pages at each width."""
     run_dir = _write_wide_run(tmp_path_factory.mktemp("browser") / f"run_{'of_a_long_name' * 6}")
-    pages = [run_dir.parent / name for name in ("live.html", "report.html")]  # no other file lies beside them
+    pages = [run_dir.parent / name for name in ("live.html", "report.html")]  # the only files in their folder
     write_page(run_dir, read_progress(run_dir))
     shutil.copy(run_dir / "report.html", pages[0])
     write_report(run_dir)

@@ -1,6 +1,6 @@
-"""Mistaken commands after `nemo` -> words of the answer, in NeMo and in Megatron-Bridge.
+"""Map each mistaken command (the words after `nemo`) to words of its answer, in NeMo and in Megatron-Bridge.
 
-FILES stands for a folder that `tests.contract.test_mistakes` fills.
+FILES is a placeholder for the folder that `tests.contract.test_mistakes` fills.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OF_NEMO = {
     "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
     "upcycle ablate --grid laptop dir=FILES/new dense=/nope data=bogus --dryrun": "2 mistakes:\n  No model folder",
     "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": "untried: arms.moe: the training cannot be",
-    # a part of the chain
+    # --from and --until, which run only a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --until": "--until has no value",
     f"{DEMO} --from=pretrain --until=data": "--until is data; expected pretrain or a later stage",

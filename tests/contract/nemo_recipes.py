@@ -1,4 +1,4 @@
-"""NeMo factories like a user's own; `tests.bridge.recipes` has the Bridge recipes of the same names."""
+"""NeMo factories as a user might write them; `tests.bridge.recipes` has Bridge recipes with the same names."""
 
 # No postponed annotations, because NeMo-Run reads the annotations of factories.
 

@@ -17,7 +17,7 @@ from tests.models import write_llama
 
 
 def write_packs(folder: Path) -> tuple[Path, Path]:
-    """Write a parent whose vocabulary two ranks can share, `sums.jsonl` and its packs; return parent and packs."""
+    """Write a parent (two ranks can share its vocabulary), `sums.jsonl` and its packs; return parent and packs."""
     parent = write_chat_tokenizer(write_llama(folder / "parent", tied=True, vocab_size=260))
     lines = write_lines(folder / "sums.jsonl", sums(60))
     values = [f"tokenizer={parent}", f"seq_length={SEQUENCE}", "validation=0.1", "heldout=0.1"]

@@ -1,4 +1,4 @@
-"""The chain of stages around a training: killed, stopped, run again, with other settings, with more steps."""
+"""The chain of stages around a training is killed, stopped, and run again with other settings or more steps."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Pa
 def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished, tmp_path / "run")
     _plan(inputs, run_dir, lr=5e-4)
-    answer = run_in_own_process("pretrain", run_dir)  # only the first rank: it refuses before it waits for others
+    answer = run_in_own_process("pretrain", run_dir)  # the first rank is enough: it refuses before it waits
     assert answer.status == 2
     assert f"changed after its work started: pretrain.{setting_name('lr')} was " in answer.text
-    assert f"delete {run_dir / 'pretrain'} to lose that work" in answer.text
+    assert f"delete {run_dir / 'pretrain'} , which loses the work" in answer.text
     assert [line["step"] for line in metrics(run_dir / "pretrain")] == [1, 2, 3, 4, 5, 6]
     _plan(inputs, run_dir, steps=8, save_every=4)
     answer = run_in_own_process("pretrain", run_dir, ranks=2)
@@ -152,7 +152,7 @@ def _with_loaders() -> str:
     from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
 
     recipe = load_recipe(text)
-    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # after the callback that writes a step's line
+    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # runs after the callback that writes a step's line
     return dump_recipe(recipe)
 
 

@@ -22,7 +22,7 @@ _OWN = re.compile(
 )
 #: Words that only Bridge accepts.
 _BRIDGES = re.compile(r"\brecipe=|\btrain\.train_iters|pretrain\.upcycling\.")
-#: The module of `nemo upcycle pipeline`, which registers its recipes.
+#: The module that registers the recipes of `nemo upcycle pipeline`.
 _PIPELINE = "nemo_upcycle.pipeline.bridge.pipeline" if IS_BRIDGE else "nemo_upcycle.pipeline.nemo.recipes"
 #: Recipe that replaces NAME in help texts.
 _NAME = "qwen3_600m_e8t2"

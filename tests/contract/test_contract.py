@@ -27,7 +27,7 @@ SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=2)
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dense parent."""
-    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # two ranks can share its rows
+    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # two ranks can share 260 rows
 
 
 def _training(settings: dict[str, Any] | None = None, **options: Any) -> Training:
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: d
     assert caught.value.parts[0].field == f"pretrain.{setting_name(name)}"
 
 
-#: Settings with values that would end a job before its first step. Each group is listed together.
+#: Settings with values that would end a job before its first step. Each dict has the settings of one training.
 WRONG: list[dict[str, Any]]
 #: Setting, value, and words of the trainer's own error.
 FATAL: tuple[str, Any, str]

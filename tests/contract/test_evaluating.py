@@ -1,4 +1,4 @@
-"""The live model is evaluated on its own ranks, with its checkpoint's scores and without effect on the training."""
+"""An evaluation of the live model gives the same scores as its checkpoint, and does not change the training."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(
 def test_a_training_has_the_same_bits_with_and_without_it(
     inputs: tuple[Path, Path], tmp_path: Path, ranks: int, layout: dict[str, Any]
 ) -> None:
-    """With padded capacity, dispatchers keep how they exchange tokens; an evaluation exchanges them differently."""
+    """With padded capacity, a dispatcher stores its way to exchange tokens, and an evaluation needs another way."""
     watched, alone = (_train(inputs, tmp_path / f"{every}", layout, ranks, every) for every in (1, 0))
     for name in ("loss", "grad_norm", "expert_load", "router"):
         assert losses(watched, name) == losses(alone, name), name
@@ -73,7 +73,7 @@ def test_a_training_has_the_same_bits_with_and_without_it(
 
 def test_an_unscored_step_is_scored_by_the_next_start(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for kill_at in (2, 5):  # before the first checkpoint, so that the line of step 0 is lost, and after it
+    for kill_at in (2, 5):  # before the first checkpoint (the line of step 0 is lost), and after a checkpoint
         with pytest.raises(RuntimeError, match="rank 0 died"):
             _train(inputs, run, {}, kill_at=kill_at)
     (run / "evaluation/step=2.json").unlink()

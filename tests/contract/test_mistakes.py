@@ -19,7 +19,7 @@ from tests.functional.typed import Answer, type_commands
 
 pytestmark = pytest.mark.slow
 MISTAKES = OF_BRIDGE if IS_BRIDGE else OF_NEMO
-#: Correct commands for Bridge: a dry run, and one of a recipe that names the parent by a symbolic link.
+#: Correct commands for Bridge: a dry run, and a dry run of a recipe that names the parent by a symbolic link.
 DRYRUN = f"{TINY} dense_ct=tests.bridge.recipes:tiny --dryrun --verbose"
 LINKED = f"{GIVEN} recipe=own:linked dense_ct={DENSE_CT} gpus=2 --dryrun"
 #: A user's own recipes for Bridge, with their parents set inside.
@@ -47,7 +47,7 @@ else:
 #: A mistake that shows only when the model is constructed.
 UNTRIED = f"{ARM}, set: {{{PREFIX}.moe_router_group_topk: 2}}"
 WRONG = f"{ARM}, spec: {{router_int: zero}}" if IS_BRIDGE else "factory: llama_1m_e8t3"
-#: File -> its text; most have a mistake.
+#: Name of a file -> its text. Most files have a mistake.
 FILES = {
     "wrong_recipe.py": "def mine():\n    return llm.llama3_8b.pretrain_recipe()\n",
     "wrong_import.py": "import no_such_module\n",
@@ -95,7 +95,7 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(
     assert MISTAKES[typed].replace("FILES", str(files)) in said
     assert "Traceback" not in answer.text
     if "--dryrun" not in typed and not IS_BRIDGE:
-        several = re.match(r"(\d+) mistakes:", said)  # one line each
+        several = re.match(r"(\d+) mistakes:", said)  # one line for each mistake
         assert len(answer.text.splitlines()) <= 4 + int(several[1] if several else 0), answer.text
     assert [path for path in answer.written if "/run" in path or not IS_BRIDGE] == []
 

@@ -1,4 +1,4 @@
-"""A stopped run resumes under another layout with its optimizer states, also from and to EP 1."""
+"""A stopped run resumes with its optimizer states under another layout, also if the old or new layout has EP 1."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_under_another_layout(
     before: tuple[int, dict[str, int]],
     after: tuple[int, dict[str, int]],
 ) -> None:
-    """Its weights equal an uninterrupted run's except for rounding; with fresh optimizer states they would not."""
+    """The weights equal an uninterrupted run's except for rounding; fresh optimizer states would change them."""
     run = tmp_path / "run"
     (ranks, layout), (ranks_after, layout_after) = before, after
     with pytest.raises(RuntimeError, match="died"):

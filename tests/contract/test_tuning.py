@@ -17,7 +17,7 @@ from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
-#: Settings that avoid padding rows, which a loss would count. NeMo pads the vocabulary, Bridge keeps the parent's.
+#: Settings that avoid padding rows, which a loss would count. NeMo pads the vocabulary; Bridge does not.
 UNPADDED = {} if IS_BRIDGE else {"model.make_vocab_size_divisible_by": 260}
 
 

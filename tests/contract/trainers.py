@@ -1,4 +1,4 @@
-"""Tiny trainings of this environment's trainer, NeMo or Megatron-Bridge, in words that both understand."""
+"""Tiny trainings with this environment's trainer (NeMo or Megatron-Bridge), with the same setting names for both."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def setting_name(name: str) -> str:
     """Return the trainer's own name of a setting.
 
     Args:
-        name: the planner's name of a size; `steps`, `save_every`, `lr`, `min_lr`, `warmup`; `model.FIELD`,
-            `spec.FIELD`; or a name of the trainer's own.
+        name: the planner's name of a layout size, one of `steps`, `save_every`, `lr`, `min_lr` and `warmup`,
+            `model.FIELD`, `spec.FIELD`, or the trainer's own name of a setting.
     """
     rows = {"steps": STEPS, "save_every": SAVE_EVERY, "lr": LR, "min_lr": MIN_LR, "warmup": WARMUP}
     group, _, field = name.partition(".")
@@ -52,7 +52,7 @@ def setting_name(name: str) -> str:
 
 
 def fp8(recipe: str) -> dict[str, Any]:
-    """Return the settings of an FP8 training; NeMo gets no validations, because scales would remember them."""
+    """Return the settings of an FP8 training; NeMo runs no validation, because validation would change the scales."""
     values = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_amax_history_len": 16}
     still = {} if IS_BRIDGE else {"trainer.limit_val_batches": 0, "trainer.val_check_interval": 1}
     return {f"{'model' if IS_BRIDGE else 'trainer.plugins'}.{name}": value for name, value in values.items()} | still
@@ -66,13 +66,13 @@ def training_text(
     evaluate: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> str:
-    """Return a training in a plan's form: six steps, a checkpoint every two steps and a validation every three.
+    """Return a training as a plan stores it: six steps, a checkpoint every two steps, a validation every three steps.
 
     Args:
         settings: values by the names of `setting_name`.
         kind: `moe`, `dense_ct`, `moe_sft` or `dense_sft`.
         ranks: ranks on this machine.
-        evaluate: `suite` that scores the live model, and `every_n_steps`.
+        evaluate: `suite` and `every_n_steps` of an evaluation of the live model.
         arguments: arguments of the recipe, only in NeMo.
     """
     given = {"steps": 6, "save_every": 2} | dict(settings or {})
@@ -157,13 +157,13 @@ def _train(text: str, folder: Path, parent: Path, data: Path, kill_at: int) -> N
 
 
 def metrics(folder: Path, name: str = "loss") -> list[dict[str, Any]]:
-    """Return the lines of a training's metrics that have a given value."""
+    """Return the lines of `metrics.jsonl` that have a value with this name."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if name in line]
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:
-    """Return a value of every step, or of every validation."""
+    """Return the values with this name, from every step or every validation."""
     return [line[name] for line in metrics(folder, name)]
 
 

@@ -1,4 +1,4 @@
-"""Published definitions of Kubeflow's training jobs, in the reduced form of `scripts/crd_schemas.py` (Apache-2.0)."""
+"""Published definitions of Kubeflow's training jobs (Apache-2.0), shortened by `scripts/crd_schemas.py`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def jobs_of(recipe: str, run_dir: Path) -> list[Job]:
-    """Return every stage of a recipe, with its nodes and ranks."""
+    """Return the jobs of all stages of a recipe, with the nodes and ranks of each job."""
     from nemo_upcycle import recipes
 
     return jobs_of_chain(getattr(recipes, recipe).pipeline_recipe(dir=str(run_dir)), run_dir)
@@ -50,7 +50,7 @@ _PREFERENCE = {"weight": 1, "preference": {"matchExpressions": [{"key": "rack", 
 
 
 def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
-    """Return executor settings that set every field of a kind of job."""
+    """Return executor settings that use every field of a definition."""
     kind = KINDS[definition]
     has = {
         "restarts": 3 if kind == "pytorchjob" else 0,

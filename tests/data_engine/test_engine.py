@@ -196,4 +196,4 @@ def test_no_room(tmp_path: Path) -> None:
 def test_refuses_a_folder_named_like_a_pattern(tmp_path: Path) -> None:
     refused = run(blend(tmp_path / "a[b]"))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "which datatrove interprets" in refused.stderr
+    assert "which datatrove reads as a pattern" in refused.stderr

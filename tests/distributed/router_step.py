@@ -3,8 +3,8 @@
 Megatron's models, schedules, gradient buffers and gloo groups are real. Every layout cuts the batch into the same
 cells (one micro-batch of one data-parallel rank), because balancing is not a sum over tokens.
 
-Attention without Transformer Engine does not support context parallelism. Its output projection is zero here, so that
-tokens do not influence each other, wherever they are computed.
+Attention without Transformer Engine does not support context parallelism. The attention's output projection is zero
+here, so that tokens do not influence each other on any rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def take_step(
     micro_batches: int | None = None,
     prepare: Callable[[list[Any], Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """Take one step in which only the auxiliary losses give gradients: the language model's loss has no weight.
+    """Take one step in which only the auxiliary losses give gradients: the language model's loss has weight zero.
 
     Args:
         layout: layout sizes other than 1.
@@ -44,8 +44,9 @@ def take_step(
         prepare: function to call with the chunks and their configuration before the step.
 
     Returns:
-        `gradients` of this rank's routers by layer; `biases` that balance their experts by layer; `health` of all
-        layers, on the first rank; `prepared`, the result of `prepare`; `receipt`, its entry about the biases.
+        A dict with `gradients` (of this rank's routers, by layer), `biases` (that balance the experts, by layer),
+        `health` (of all layers, only on the first rank), `prepared` (the result of `prepare`) and `receipt` (the
+        receipt's entry about the biases).
     """
     from megatron.core import num_microbatches_calculator
     from megatron.core import parallel_state as ps

@@ -13,7 +13,7 @@ from tests.models import build_chunks, moe_settings
 
 
 def save_upcycled(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: Any = None) -> None:
-    """Save an untrained upcycled model, with nonzero balancing biases if it has some and its parent has none."""
+    """Save an untrained upcycled model. If it has balancing biases and its parent has none, set them to nonzero."""
     from megatron.core import dist_checkpointing
 
     with open_dense(folder) as dense:

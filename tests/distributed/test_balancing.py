@@ -35,8 +35,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 KIND, COEFFICIENT = "moe_router_load_balancing_type", "moe_aux_loss_coeff"
 _EVERY_LOSS = {KIND: ["aux_loss", "seq_aux_loss"], COEFFICIENT: [0.01, 0.03], "moe_z_loss_coeff": 0.02}
-#: A loss over the global batch. One rank therefore takes fewer, larger micro-batches: each holds the micro-batches of
-#: all data-parallel ranks.
+#: A loss over the global batch. A single rank therefore uses fewer, larger micro-batches. Each contains the
+#: micro-batches of all data-parallel ranks.
 _GLOBAL = {KIND: "global_aux_loss", COEFFICIENT: 0.01}
 LOSSES: dict[str, dict[str, Any]] = {
     "every loss": _EVERY_LOSS,
@@ -47,7 +47,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 SET = {"every loss": {"aux_loss": 0.01, "seq_aux_loss": 0.03, "z_loss": 0.02}, "global": {"global_aux_loss": 0.01}}
 RATE = 0.01
 BY_SIGNS = {"moe_router_bias_update_rate": RATE}
-#: Balancing by biases -> spec, settings, biases in the receipt.
+#: Way to balance with biases -> spec, settings, and the receipt's entry about the biases.
 BIASES: dict[str, tuple[UpcycleSpec, dict[str, Any], dict[str, float]]] = {
     "signs": (
         replace(SPEC, router_score="sigmoid"),
@@ -117,7 +117,7 @@ def ranks() -> Ranks:
 
 
 def _of_one_rank(alone: Steps, layout: str, case: str) -> dict[str, Any]:
-    """Return one rank's result for the same cells."""
+    """Return the result of a single rank for the same cells that the layout computes."""
     return alone[case, CELLS // _size(layout, "dp") if _kind(case) == "global" else CELLS]
 
 
@@ -127,7 +127,7 @@ EVERY_LAYOUT = pytest.mark.parametrize("layout", quick(LAYOUTS, "tp2 cp2", "tp2 
 @EVERY_LAYOUT
 @pytest.mark.parametrize("case", LOSSES)
 def test_coefficients_act_as_set_on_every_layout(alone: Steps, ranks: Ranks, layout: str, case: str) -> None:
-    """The receipt says which division was undone, because Megatron alone divides losses by layout sizes."""
+    """Megatron divides losses by layout sizes. This package undoes the division, and the receipt names it."""
     found, of_one_rank = [rank[case] for rank in ranks(layout)], _of_one_rank(alone, layout, case)
     gradients, wanted = by_layer(found, "gradients"), by_layer([of_one_rank], "gradients")
     assert float((gradients - wanted).norm() / wanted.norm()) < 2e-5
@@ -161,7 +161,7 @@ def test_biases_move_on_every_layout_as_on_one_rank(alone: Steps, ranks: Ranks, 
 
 @pytest.mark.skipif(find_spec("nemo") is None, reason="it trains in NeMo")
 def test_a_recipe_on_two_ranks_trains_as_on_one(tmp_path: Path) -> None:
-    """With losses per token, Megatron divides by the tensor-parallel size; no attention here supports CP."""
+    """With losses per token, Megatron divides by the TP size. CP is not tested, because this attention lacks it."""
     from tests.functional.runs import Runs
 
     runs, lines, receipts = Runs(tmp_path), {}, {}

@@ -82,7 +82,7 @@ def test_dropout_is_repeated_by_recomputation(runs: Runs, alone: list[list[float
 
 
 def _gradient_that_one_rank_has_late(distributed: bool) -> float:
-    """Return a gradient of ones, reduced over the ranks during the backward pass, although one rank is late."""
+    """Return a gradient of ones that the ranks reduce during the backward pass while one rank is late."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig

@@ -1,4 +1,4 @@
-"""Megatron's layers in FP8: which products are in FP8, their values, and when scales move, on one or more ranks."""
+"""Megatron's layers in FP8 on one or more ranks: which products use FP8, their values, and when scales change."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _step(model: Any, seed: int = 0, first: bool = True) -> float:
 
 
 def _recorded(recipe: str | None, **changes: Any) -> dict[str, list[str]]:
-    """Return the linear layers and the output layer of one pass, by the kind of their products: `fp8` or `plain`."""
+    """Run one pass, and group the names of its linear layers by the kind of their products (`fp8` or `plain`)."""
     from megatron.core.tensor_parallel import layers
 
     from nemo_upcycle.cpu import fp8_linear
@@ -151,7 +151,7 @@ def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
 
 
 def _first_losses(layout: dict[str, int]) -> dict[str, float]:
-    """Return this rank's loss by recipe, with a model that all ranks fill alike."""
+    """Return this rank's loss for each recipe; all ranks fill their models from the same weights."""
     losses, spec = {}, UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.5)
     for recipe in RECIPES:
         model = _model(recipe, layout=layout)

@@ -100,7 +100,7 @@ def _add_tokens(tokenizer: Any) -> None:
     ("ranks", "part", "damage", "got"),
     [
         (2, "load_chunks", _break_weight, "texts are NaN or infinity"),
-        (1, "load_tokenizer", _add_tokens, "The tokenizer has 300 tokens, and the model only 259"),
+        (1, "load_tokenizer", _add_tokens, "The tokenizer has 300 tokens, but the model has only 259"),
     ],
 )
 def test_nan_and_another_vocabulary_are_named(folder: Path, ranks: int, part: str, damage: Any, got: str) -> None:

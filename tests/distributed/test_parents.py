@@ -28,7 +28,7 @@ from tests.tiers import quick
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 VOCAB, LENGTH, MOST = 250, 24, 4
-#: Tokens of each prompt, and tokens after which its continuation ends, unless it reaches `MOST` first.
+#: Number of tokens in each prompt, and number of tokens at which its continuation ends (`MOST` at the latest).
 PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 3, 8, 1, 2]
 LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (2, {"tp": 2}), (2, {"ep": 2}), (2, {"pp": 2})]
 PARENTS = {
@@ -36,18 +36,18 @@ PARENTS = {
     "mistral": lambda folder: write_mistral(folder, window=5),  # a window shorter than the texts and the prompts
     "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism splits
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
-    "mixtral": write_mixtral,  # has experts, which are grown
+    "mixtral": write_mixtral,  # already has experts; more are added
     "qwen3_moe": write_qwen3_moe,
     "qwen2_moe": partial(write_moe, kind="Qwen2Moe"),  # a shared expert with a gate
-    "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # expert-selection biases, a dense layer
+    "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # biases for choosing experts, and a dense layer
     "flex_olmo": partial(write_moe, kind="FlexOlmo"),
     "olmo3": write_olmo3,  # norms over all heads, a window in some layers
-    "llava": partial(write_wrapped, kind="Llava", tied=True),  # a text model among other parts
-    "granite": write_granite,  # factors at both ends of a pipeline and in between
+    "llava": partial(write_wrapped, kind="Llava", tied=True),  # a text model inside a multimodal model
+    "granite": write_granite,  # multipliers at both ends of a pipeline and in between
 }
 
 
-#: Parents that `make test` runs: windowed attention, experts, layers that are dense or not, factors.
+#: Parents that `make test` runs. They have windowed attention, experts, some dense layers, and multipliers.
 DAILY = {"mistral", "mixtral", "glm4_moe", "granite"}
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint on real gloo ranks has the log-likelihoods of the exported folder, whatever the layout."""
+"""Under every layout, a checkpoint on real gloo ranks gives the same log-likelihoods as the exported folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DAILY: list[tuple[str, int, dict[str, int]]] = [
     ("mixed", 2, {"pp": 2}),
     ("balanced", 2, {"ep": 2}),
 ]
-#: Further rows: one model on every other layout, the other models on layouts of two kinds.
+#: Further rows: model `moe` on more layouts, and each other model on two more layouts.
 WEEKLY: list[tuple[str, int, dict[str, int]]] = [
     ("moe", 2, {}),
     ("moe", 2, {"tp": 2}),

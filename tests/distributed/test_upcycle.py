@@ -35,7 +35,7 @@ PARENTS = {"untied": {}, "tied": {"tied": True}, "biases": {"attention_bias": Tr
 
 
 def _four_heads(write: Callable[..., Path], folder: Path, **settings: Any) -> Path:
-    """Write a model whose heads make up the hidden size, as its class requires."""
+    """Write a model with four heads: in its class, all heads together must be as wide as the hidden size."""
     return write(folder, **(settings | {"num_attention_heads": 4}))
 
 
@@ -47,7 +47,7 @@ WRITERS = {
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=WIDTH),
     "qwen2_moe": partial(_four_heads, write_moe, kind="Qwen2Moe"),
 }
-#: Class of a multimodal model, or of its text model -> the multimodal class, if the text model is not the usual one.
+#: Class -> multimodal class around it, or "" if the class itself is multimodal and has its usual text model.
 SEEING = {"Mistral3": "", "Ministral3": "Mistral3", "Qwen2_5_VL": "", "Qwen3VL": "", "Gemma3": "", "Exaone4_5_": ""}
 SEEING = {name: around for name, around in SEEING.items() if hasattr(transformers, f"{name}Config")}
 WRITERS |= {
@@ -56,7 +56,7 @@ WRITERS |= {
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
-#: The calibration is made from the untied parent, and is in the folder of the parents.
+#: The calibration file is made from the untied parent, and is in the folder of the parents.
 FROM_DATA = UpcycleSpec(**GRANULAR, shared_experts=1, router_init="prompts", calibration="untied.file")
 CASES = {
     "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
@@ -155,7 +155,7 @@ def test_gathered_bits_do_not_depend_on_the_layout(
             embedding = gathered["embedding.word_embeddings.weight"]
             assert torch.equal(gathered[key], embedding), f"{key} of {case}"
         for answer in answers:
-            # Noise and drop read whole matrices, although tensor parallelism leaves a rank only a part.
+            # Noise and drop read whole matrices, although tensor parallelism gives a rank only a part.
             read, needed = answer[case]["read"]
             assert read == needed or spec.method != "copy"
 
@@ -182,7 +182,7 @@ def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalS
         model.zero_grad_buffer()
         for parameter in model.parameters():
             parameter.main_grad.zero_()
-    optimizer.step()  # copies its own float32 weights back into the model
+    optimizer.step()  # copies the optimizer's float32 weights back into the model
     return before, global_shards(chunks)
 
 

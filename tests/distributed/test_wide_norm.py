@@ -1,4 +1,4 @@
-"""A norm over all heads is one norm on several ranks, forward and backward, and equals PyTorch's own."""
+"""On several ranks, a norm over all heads equals PyTorch's norm on one rank, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS, DIM = 4, 8
 
 
 def _normed(gradient_SBHK: torch.Tensor, heads_SBHK: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Return this rank's normalised heads, and the gradients of its heads and of the weight."""
+    """Return this rank's normalised heads, and the gradients of these heads and of the weight."""
     from megatron.core import parallel_state
 
     from nemo_upcycle.cpu.backend import use_cpu_backend

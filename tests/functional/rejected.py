@@ -30,7 +30,7 @@ OF_SLURM = {
     "run.executor.array=0-3": "run.executor.array is 0-3, but cannot be set here",
     "run.executor.heterogeneous=true": "run.executor.heterogeneous is True, but cannot be set here",
     "run.executor.launcher=torchrun": "run.executor.launcher is torchrun, but cannot be set here",
-    f"{_STAGE}.pretrain.write_gib_s=1": f"{_STAGE}.pretrain.write_gib_s is 1.0, but cannot differ between stages",
+    f"{_STAGE}.pretrain.write_gib_s=1": f"{_STAGE}.pretrain.write_gib_s is 1.0, but this setting must be",
     # invalid values
     "run.executor.env_vars.A-B=1": "run.executor.env_vars is 'A-B'",
     "run.executor.time=08:00:00": "run.executor.time has no effect: conf/exec",
@@ -78,7 +78,7 @@ OF_KUBERNETES = {
     f"{_STAGE}.pretrain.cpus=-1": f"{_STAGE}.pretrain.cpus is -1",
     "run.executor.mount_path=runs": "is 'runs'; expected an absolute path",
     "dir=/elsewhere": "Folder /elsewhere is not visible in the pods",
-    f"{_STAGE}.pretrain.namespace=other": f"{_STAGE}.pretrain.namespace is other, but cannot differ between stages",
+    f"{_STAGE}.pretrain.namespace=other": f"{_STAGE}.pretrain.namespace is other, but this setting must be",
     f"LARGE {_STAGE}.pretrain.active_deadline_s=600": f"{_STAGE}.pretrain.active_deadline_s 600s is too short",
     "--detach": "--detach needs a cluster's executor",
 }

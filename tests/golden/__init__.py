@@ -1,9 +1,11 @@
-"""Resolved recipes as text, one setting per line, so that changes are seen and reviewed. After an intended change:
+"""Resolved recipes as text, one setting per line, so that reviewers see every change of a setting.
+
+After an intended change, write the files again:
 
     python -m tests.golden
 
-The keys are the names of settings in command-line overrides. Eight recipes are complete. For each recipe in
-`recipes/`, `pairs.yaml` has the settings that are compared with its pair in Megatron-Bridge.
+Each setting has the name that a command-line override uses. Eight files contain all settings of a recipe. In
+`pairs.yaml`, each recipe of `recipes/` has only the settings that a test compares with Megatron-Bridge's recipe.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama3_70b_e8t2-fp8": ("llama3_70b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
 }
-#: Bridge's setting -> NeMo's (`LAYOUT` and `TRAINING`); a pair of recipes has the same values for both.
+#: `LAYOUT` and `TRAINING`: setting in Bridge -> setting in NeMo. Both settings have the same value if a recipe exists
+#: for both trainers.
 _LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     *("context_parallel_size", "sequence_parallel"),
@@ -97,9 +100,9 @@ def factory_of(module: Any) -> Any:
 
 
 def pairs_text() -> str:
-    """Return the expected content of `pairs.yaml`: recipe -> NeMo settings that its pair in Bridge has too, in JSON.
+    """Return the expected content of `pairs.yaml`: recipe -> settings that are compared with Bridge, as JSON.
 
-    The fast run of an upcycled model has the suffix `-fast`.
+    The key of a recipe in performance mode has the suffix `-fast`.
     """
     from nemo_upcycle import recipes
 
@@ -115,7 +118,7 @@ def pairs_text() -> str:
 
 
 def paired(recipe: Any) -> dict[str, Any]:
-    """Return the settings of a NeMo recipe that its pair in Bridge has too."""
+    """Return the settings of a NeMo recipe that are compared with the recipe in Bridge."""
     from nemo_upcycle.trainers.nemo.recipes import every_setting, recipe_spec
 
     wanted = {*LAYOUT.values(), *TRAINING.values(), *_OTHERS}

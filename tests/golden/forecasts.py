@@ -1,7 +1,7 @@
-"""The output of `nemo upcycle pipeline --dryrun` for every recipe's chain on every executor, whatever the machine.
+"""The output of `nemo upcycle pipeline --dryrun` for several recipes on every executor, the same on every machine.
 
-The output of `--render` follows. Files of `IN_FULL` have a `--verbose` forecast and complete scripts. The others have
-one line per script, with its hash.
+Each file ends with the output of `--render`. The files of `IN_FULL` have a `--verbose` forecast and complete scripts.
+In the other files, each script is one line with the hash of the script.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _cluster(name: str, *site: str) -> Any:
     return cluster_for(read_executor(name, site))
 
 
-#: Executor -> function that makes its cluster; None stands for this machine.
+#: Executor -> function that returns the executor's cluster, or None for this machine.
 CLUSTERS: dict[str, Callable[[], Any]] = {
     "here": lambda: None,
     "slurm": lambda: _cluster("slurm", "account=me", "partition=h100", "container_image=nemo", "price_per_gpu_hour=3"),
@@ -32,7 +32,7 @@ CLUSTERS: dict[str, Callable[[], Any]] = {
 }
 RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]
-#: Recipe and executor of files that are complete. `here` is not in the list, because it submits nothing.
+#: Recipe and executor of the complete files. `here` is missing, because a chain on this machine has no scripts.
 IN_FULL = (("llama3_8b_e8t2", "slurm"), ("llama3_8b_e8t2", "kubernetes"))
 FREE_BYTES = 4 << 40
 
@@ -48,7 +48,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
     from nemo_upcycle.pipeline.forecast.text import render_forecast
     from nemo_upcycle.trainers.nemo import recipe_parts
 
-    # The demo's recipes ask the machine for a GPU and for fast BF16, and a forecast looks into its caches.
+    # The demo's recipes depend on the machine's GPU and fast BF16, and a forecast depends on the machine's caches.
     with (
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
@@ -76,8 +76,8 @@ def forecast_of(chain: Any, run_dir: Path, cluster: Any = None, stages: Any = No
         chain: configuration of a pipeline, as a recipe's `pipeline_recipe` returns it.
         run_dir: folder of the run.
         cluster: cluster that runs the chain, None for this machine.
-        stages: part of the chain.
-        typed: argument or setting -> typed value.
+        stages: stages to forecast, None for all.
+        typed: argument or setting that the user typed -> its value.
     """
     from nemo_upcycle.pipeline.forecast.run import forecast
     from nemo_upcycle.pipeline.stages import STAGES
@@ -95,7 +95,7 @@ def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:
 
 
 def plan_of(chain: Any) -> Any:
-    """Return the plan that the pipeline makes from its configuration."""
+    """Return the plan that the pipeline makes from a chain."""
     from nemo_upcycle.pipeline.stages import RunPlan
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 

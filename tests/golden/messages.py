@@ -1,6 +1,6 @@
-"""Render every message of the package as its reader sees it, from the source code that raises it.
+"""Render every message of the package as users see it, from the source code that raises the message.
 
-The words come from the source. A value that is known only at run time is shown as its expression, in braces.
+The words come from the source. A value that is known only at run time is shown as a Python expression in braces.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PACKAGE = Path(nemo_upcycle.__file__).parent
 _OTHERS = (BrokenWeights, TaskDataError, UnreachableError)
 _CLASSES = {kind.__name__: kind for kind in (*vars(errors).values(), *_OTHERS) if _is_error(kind)}
 _SPEC = {field.name for field in dataclasses.fields(UpcycleSpec)}
-#: Longest expression (characters).
+#: Maximum length of an expression (characters).
 _LONGEST = 60
 
 
 def messages_text() -> str:
     """Return all messages, file by file, each with its kind and the function that raises it.
 
-    A message about a field of the spec has three lines: in Python, as an error of `nemo-upcycle`, and with the name
-    that a stage and its report give the setting.
+    A message about a field of the spec appears three times: with the field's name in Python, with the option of
+    `nemo-upcycle`, and with the setting's name in a stage and the report.
     """
     lines = [
         "All messages, made by `python -m tests.golden`: in Python, then on the command line and in a stage, if other."
@@ -50,7 +50,7 @@ def messages_text() -> str:
 
 
 def _calls(path: Path) -> Iterator[tuple[ast.Call, ast.FunctionDef | ast.Module]]:
-    """Yield the calls that create errors in a file, each with the function around it."""
+    """Yield the calls in a file that create errors, each with the function that contains the call."""
 
     def below(
         node: ast.AST, function: ast.FunctionDef | ast.Module
@@ -66,14 +66,14 @@ def _calls(path: Path) -> Iterator[tuple[ast.Call, ast.FunctionDef | ast.Module]
 
 
 def _class_and_maker(call: ast.Call) -> tuple[str, str]:
-    """Return the class, and the class method if there is one, with which a call creates an error."""
+    """Return the error class that a call uses, and the class method ("" if the call uses the constructor)."""
     name = ast.unparse(call.func)
     return name.partition(".")[0], name.partition(".")[2]
 
 
 def _lines(call: ast.Call, function: ast.FunctionDef | ast.Module) -> Iterator[str]:
     name, maker = _class_and_maker(call)
-    if maker == "together":  # lists messages that other places make
+    if maker == "together":  # joins messages that other calls make
         return
     values = {one.arg: _text(one.value, function, call) for one in call.keywords if one.arg}
     given = [_text(value, function, call) for value in call.args]
@@ -102,7 +102,10 @@ def _setting(field: str) -> str:
 
 
 def _text(value: ast.expr, function: ast.AST, call: ast.Call) -> str:
-    """Return the words of an expression; for a local name its last words, for a choice the first ones."""
+    """Return the words of an expression.
+
+    A local name stands for the text that was assigned to the name last, a conditional expression for its first text.
+    """
     if isinstance(value, ast.Constant):
         return str(value.value)
     if isinstance(value, ast.JoinedStr):
@@ -120,7 +123,7 @@ def _text(value: ast.expr, function: ast.AST, call: ast.Call) -> str:
 
 
 def _given(name: str, function: ast.AST, call: ast.Call) -> ast.expr | None:
-    """Return the last value of a name before a call, if the value is made of words."""
+    """Return the last value assigned to a name before a call, or None if the value is not a text expression."""
     found = None
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and node.lineno < call.lineno:

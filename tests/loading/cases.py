@@ -1,4 +1,4 @@
-"""Random dense parents and specs, and the results of transformers with the models converted from them."""
+"""Random dense parents and specs, and the comparison of each parent with its converted model in transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PARENTS = {
     **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
     **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
-#: Parents whose heads make up the hidden size.
+#: Parents without a setting for the head size, which is the hidden size divided by the number of heads.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
 
 
@@ -88,7 +88,7 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
     if parent.startswith(("Granite", "Hyper")):
         sizes |= {"attention_multiplier": draw.choice([0.0625, 0.3]), "embedding_multiplier": draw.choice([1.0, 12.0])}
         sizes |= {"residual_multiplier": draw.choice([1.0, 0.22]), "logits_scaling": draw.choice([1.0, 10.0])}
-    if parent == "Gemma 4":  # each kind of layer has its own base
+    if parent == "Gemma 4":  # each kind of layer has its own rotary base
         sizes["rope_theta"] = None
     if parent in _LAYERS_DIFFER:
         sizes |= _LAYERS_DIFFER[parent](draw, sizes["layers"])
@@ -119,7 +119,7 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
 
 
 def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
-    """Return settings that only a Phi-3 has: partly rotated heads, LongRoPE shorter than the text, a window."""
+    """Return settings that only a Phi-3 has, for partly rotated heads, LongRoPE and a window."""
     part = draw.choice([1.0, 1.0, 0.75])
     sizes: dict[str, Any] = {"partial_rotary_factor": part, "sliding_window": draw.choice([None, 7])}
     if draw.random() < 0.5:
@@ -143,7 +143,7 @@ def _positions(draw: random.Random, layers: int) -> dict[str, Any]:
     return {"no_rope_layers": draw.choice(chosen), "no_rope_layer_interval": draw.choice([2, 4])}
 
 
-#: Parent -> function that draws settings for layers that differ.
+#: Parent with different kinds of layers -> function that draws the kind of each layer.
 _LAYERS_DIFFER = {
     "OLMo 3": _kinds,
     "EXAONE 4": _kinds,
@@ -160,7 +160,7 @@ class Outcome(NamedTuple):
     Args:
         hf_class: class of the converted model.
         is_exact: whether the conversion claims to compute the parent's function.
-        relative: distance of the logits from the parent's, relative to the norm of the parent's, in float32.
+        relative: distance between both models' logits, divided by the norm of the parent's logits (float32).
     """
 
     hf_class: str
@@ -169,7 +169,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(case: Case, folder: Path) -> Outcome:
-    """Write the parent, convert it, and compare the logits of both in transformers.
+    """Write the parent of a case, convert it, and compare the logits of both models in transformers.
 
     Raises:
         SpecError: No class can represent the model.
@@ -180,7 +180,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
 
 
 def outcome_of(dense: Path, spec: UpcycleSpec, folder: Path) -> Outcome:
-    """Convert a parent and compare the logits of both; see `outcome`."""
+    """Convert a parent, and compare the logits of both models in transformers; see `outcome`."""
     with open_dense(dense) as source:
         _check_read(source)
         done = convert(source, folder / "moe", spec, progress=False)
@@ -193,7 +193,7 @@ def outcome_of(dense: Path, spec: UpcycleSpec, folder: Path) -> Outcome:
 
 
 def _check_read(source: DenseSource) -> None:
-    """Check that the parent is read as transformers reads it: tensors, and layers with windows or positions."""
+    """Check that the package and transformers agree on tensors, and on the layers with windows or positions."""
     check_source(source)
     arch = source.architecture
     if (family := find_family(arch.hf_class)) and family.computed_as:

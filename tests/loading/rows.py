@@ -1,4 +1,4 @@
-"""Parents, and the classes that represent the MoEs made from them."""
+"""Parents, and the Hugging Face class of the MoE that is made from each parent."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from tests import models, parents
 COPIES = {"num_experts": 4, "top_k": 2}
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SHARED = COPIES | {"granularity": 2, "shared_experts": 1}
-#: Scaling factor for classes that have no setting for it.
+#: Scaling factor, used with classes that have no setting for such a factor.
 SCALED = {"routed_scaling_factor": 2.5}
 SIGMOID = COPIES | {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
 ZERO = COPIES | {"router_order": "softmax_topk", "router_init": "zero"}
 LONG = {"short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [2.0 + n for n in range(8)]}
 LONGROPE = {"rope_scaling": LONG | {"type": "longrope"}, "original_max_position_embeddings": 16}
-#: The same for models that rotate three quarters of a head.
+#: LongRoPE for models that rotate three quarters of each head.
 SHORTER = LONGROPE | {"rope_scaling": {name: values[:6] for name, values in LONG.items()} | {"type": "longrope"}}
 LLAMA = partial(models.write_llama, layers=2)
 QWEN3 = partial(models.write_qwen3, layers=2)
 SEED_OSS = partial(parents.write_seed_oss, layers=2, head_dim=32)
-#: For a parent with four experts.
+#: Spec for a parent that has four experts.
 GROWN = {"num_experts": 8, "top_k": 4, "router_std": 0.0}
 FIRST = GROWN | {"router_order": "softmax_topk"}
 BFLOAT16 = torch.bfloat16
 
 
 class Parent(NamedTuple):
-    """A parent, the class of its MoE ("" if there is none), and whether Megatron's layers can represent the parent.
+    """A parent, the spec of its MoE, and the classes that can represent them.
 
     Args:
         write: function that writes a random parent.
-        hf_class: name of the class in transformers.
+        hf_class: transformers' class for the MoE, "" if no class can represent it.
         spec: fields of the `UpcycleSpec`.
         online: whether a Megatron model of the parent can be built.
         dtype: dtype of the converted model.

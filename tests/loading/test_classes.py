@@ -1,8 +1,8 @@
-"""Folders that `convert` writes load completely in this transformers, and compute the parent's function as promised.
+"""Check that transformers loads every tensor that `convert` writes, and that models called exact equal the parent.
 
-`make test-all` runs the tests with the release of the main environment, `make test-in ENV=tf5` with the newest one.
-The variable CASES is the number of random models, PARENTS names their parents (`SmolLM3,EXAONE 4`). `make test` takes
-four models.
+`make test-all` uses the transformers release of the main environment, and `make test-in ENV=tf5` uses the newest one.
+The environment variable CASES sets the number of random models, and PARENTS sets which parents they have
+(`SmolLM3,EXAONE 4`). `make test` runs four random models.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = int(os.environ.get("CASES", "12"))
 PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
 TOLERANCE = 2e-6
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
-#: Rows that give an exact model, outside a multimodal model.
+#: Rows whose converted model is exact. Parents inside a multimodal model are excluded.
 EXACT = {
     name: row
     for name, row in (ROWS | WEEKLY).items()

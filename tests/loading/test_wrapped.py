@@ -1,4 +1,4 @@
-"""A text model inside a multimodal model is read in place: its logits equal the whole model's on a text."""
+"""Check that a text model inside a multimodal model is read in place: both compute the same logits for a text."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 EXACT = 2e-6
 
 
-#: Key of `WRAPPED`; class of the MoE made from the text model, "" for none; class of the text model, if it differs
-#: from `WRAPPED`; settings of the text model.
+#: Each row has a key of `WRAPPED`, the class of the MoE ("" if no class can represent the MoE), the class of the text
+#: model ("" for the class in `WRAPPED`), and the settings of the text model.
 ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("Mistral3", "MixtralForCausalLM", "", {}),
     ("Mistral3", "MixtralForCausalLM", "Ministral3", MINISTRAL3),
@@ -46,6 +46,9 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("Qwen2_5_VL", "Qwen2MoeForCausalLM", "", {}),
     ("Qwen3VL", "Qwen3MoeForCausalLM", "", {"tied": True}),
     ("Qwen3_5", "Qwen3_5MoeForCausalLM", "", {}),
+    ("MiniCPMV4_7", "Qwen3_5MoeForCausalLM", "", {}),
+    ("MiniCPMOcr", "Qwen3_5MoeForCausalLM", "", {"tied": True}),
+    ("HyperCLOVAXVisionV2", "GraniteMoeForCausalLM", "", {}),
     ("Exaone4_5_", "", "", {"layers": 4}),
     ("Idefics3", "MixtralForCausalLM", "", {}),
     ("SmolVLM", "MixtralForCausalLM", "", {"tied": True}),
@@ -92,7 +95,7 @@ def test_the_text_is_a_parent(tmp_path: Path, kind: str, hf_class: str, text: st
         assert sum(part["tensors"] for part in beside.values()) + len(list(dense.names())) == len(weights)
         assert sum(part["bytes"] for part in beside.values()) == total_bytes - 4 * numbers
         assert float((logits(folder, tokens) - wanted).norm() / wanted.norm()) <= EXACT
-    buffers = arch.num_layers if arch.keeps_network else 0  # factors of layers, which transformers does not count
+    buffers = arch.num_layers if arch.keeps_network else 0  # a factor per layer, not counted by transformers
     assert backends.load_model(folder)[0].num_parameters() + buffers == numbers
     if not hf_class:
         with pytest.raises(SpecError, match="fits no Hugging Face class"):
@@ -105,7 +108,7 @@ def test_the_text_is_a_parent(tmp_path: Path, kind: str, hf_class: str, text: st
 
 
 _PICTURE = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
-#: Class that accepts a text model with experts -> a picture for it, and the number of tokens for the picture.
+#: Multimodal class that accepts a text model with experts -> picture, and number of tokens that the picture takes.
 SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
     "Mistral3": ({"pixel_values": _PICTURE.repeat(1, 1, 1, 2), "image_sizes": torch.tensor([[28, 56]])}, 2),
     "Llava": ({"pixel_values": _PICTURE}, 4),
@@ -114,14 +117,18 @@ SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
     "SmolVLM": ({"pixel_values": _PICTURE[None]}, 1),
     "InternVL": ({"pixel_values": _PICTURE}, 1),
 }
-#: Class around a text model with experts, if it differs from the dense one.
+#: Multimodal class of a dense text model -> class for a text model with experts, if the two classes differ.
 AROUND = {"Qwen3VL": "Qwen3VLMoe", "Qwen3_5": "Qwen3_5Moe"}
 if hasattr(transformers, "Qwen3_5Config"):
     SEEN["Qwen3_5"] = SEEN["Qwen3VL"]
 if hasattr(transformers, "Gemma4Config"):
     _PLACES = torch.tensor([[[column, row] for row in range(4) for column in range(4)]])
     SEEN["Gemma4"] = {"pixel_values": torch.rand(1, 16, 48), "image_position_ids": _PLACES}, 4
-if transformers.__version__ < "5":  # it gives its text model an argument that Qwen2-MoE does not take
+if hasattr(transformers, "HyperCLOVAXVisionV2Config"):
+    SEEN["HyperCLOVAXVisionV2"] = SEEN["Qwen3VL"]
+if hasattr(transformers, "MiniCPMOcrConfig"):
+    SEEN["MiniCPMOcr"] = {"pixel_values": torch.rand(1, 3, 14, 14 * 8), "target_sizes": torch.tensor([[2, 4]])}, 2
+if transformers.__version__ < "5":  # InternVL passes an argument that Qwen2-MoE does not accept
     del SEEN["InternVL"]
 
 
@@ -146,7 +153,7 @@ def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: i
     text_tokens = sample_tokens(240, batch=1)
     tokens = text_tokens.clone()
     tokens[:, 3 : 3 + count] = 249
-    if kind.startswith("Qwen3") and transformers.__version__ >= "5":  # must be told which tokens are a picture
+    if kind.startswith("Qwen3") and transformers.__version__ >= "5":  # the model must be told the picture's tokens
         picture = {**picture, "mm_token_type_ids": (tokens == 249).int()}
     wanted = _whole_logits(folder, kind, tokens, **picture)
     found = _whole_logits(tmp_path / "moe", made_kind, tokens, **picture)
@@ -156,6 +163,6 @@ def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: i
     alone, among = logits(tmp_path / "moe", text_tokens), _whole_logits(tmp_path / "moe", made_kind, text_tokens)
     assert float((alone - among).norm() / among.norm()) <= EXACT
     assert verify(folder, tmp_path / "moe", logits=False).equal is done.exact
-    if made_kind != kind:  # transformers 5 saves experts in the form it has in memory, not in the published form
+    if made_kind != kind:  # transformers 5 saves experts as they are in memory, not in the published form
         getattr(transformers, done.hf_class).from_pretrained(tmp_path / "moe").save_pretrained(tmp_path / "saved")
         assert verify(folder, tmp_path / "saved", logits=False).equal

@@ -2,11 +2,11 @@
 
     python -m tests.mutants                          all of mutants.yaml
     python -m tests.mutants --sample 5 --seed 3      a sample, the same for the same seed
-    python -m tests.mutants jackknife_of_one_seed    only these
+    python -m tests.mutants jackknife_of_one_seed    only the named ones
 
-A test file that no wrong edit fails protects nothing. Tests marked `weekly` are left out, because a mutant must die in
-`make test-all`. First of all, the tests of the chosen mutants must pass in an unchanged copy. The exit status is 1 if
-a mutant survives or cannot be tried.
+A test file that passes with every wrong edit protects nothing. Tests marked `weekly` do not run, because a mutant
+must make a test of `make test-all` fail. Before any edit, the tests of the chosen mutants must pass in an unchanged
+copy. The exit status is 1 if all tests pass with some mutant, or if a mutant cannot be tried.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Mutant:
 
     Args:
         name: name of the mutant.
-        file: path in the repository of the file to change.
+        file: file to change, as a path in the repository.
         old: text to replace, which occurs once in the file.
-        new: text in its place.
-        breaks: what goes wrong, in a sentence.
+        new: replacement.
+        breaks: sentence that says what goes wrong.
         tests: test files; one of them must fail.
     """
 
@@ -59,7 +59,7 @@ class Mutant:
     tests: list[str]
 
     def applied(self, text: str) -> str:
-        """Return the text of the file with the edit.
+        """Return the text of the file after the edit.
 
         Raises:
             ValueError: The text to replace does not occur exactly once.
@@ -129,10 +129,10 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def kill(mutant: Mutant) -> str:
-    """Try a mutant; return pytest's line of the test that notices it, or "" if no test does.
+    """Try a mutant; return pytest's line about the test that fails, or "" if all tests pass.
 
     Raises:
-        ValueError: The edit does not fit the file, or pytest ends other than with a failed test.
+        ValueError: The edit does not fit the file, or pytest cannot run the tests.
         TimeoutError: The tests hang.
     """
     with copied_tree() as copy:
@@ -147,7 +147,7 @@ def kill(mutant: Mutant) -> str:
 
 
 def require_passing(mutants: Sequence[Mutant]) -> None:
-    """Check that the tests of mutants pass in an unchanged copy, because a test that always fails notices nothing.
+    """Check that the tests of mutants pass in an unchanged copy, because a test that always fails proves nothing.
 
     Raises:
         ValueError: A test file fails.
@@ -182,7 +182,7 @@ def _say(text: str) -> None:
 
 
 def _try_all(mutants: Sequence[Mutant]) -> int:
-    """Try mutants one after the other; return how many survive or cannot be tried."""
+    """Try mutants one after the other; return the number of mutants that survive or cannot be tried."""
     begun_s, left = time.monotonic(), []
     for number, mutant in enumerate(mutants, 1):
         try:

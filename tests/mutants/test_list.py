@@ -1,4 +1,4 @@
-"""Every mutant is one edit of the current package. `python -m tests.mutants` checks that tests notice it."""
+"""Check that every mutant is one edit of the package. `python -m tests.mutants` checks that tests notice the edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A release as its users have it: an environment with the wheel and pip's downloads for it, without a clone."""
+"""Test a release as users install it: an environment with the wheel and its dependencies, without a clone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.functional import tiny
 
 
 ROOT = Path(__file__).parents[2]
-#: `make release` makes this environment again.
+#: Programs of the environment that `make release` makes.
 BIN = ROOT / "build/release/.venv/bin"
 
 

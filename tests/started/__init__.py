@@ -1,4 +1,4 @@
-"""A small finished run of each release, as data: every later release of the same major number must resume it."""
+"""A packed small run of each release. Every later release with the same major number must resume these runs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from nemo_upcycle.pipeline.markers import settings_hash
 
 
-#: Release -> everything that a run needs to resume, packed by `python -m tests.started`.
+#: Release -> archive of all files that a run needs to resume. `python -m tests.started` packs an archive.
 PACKED = {release: Path(__file__).with_name(f"{release}.tar.gz") for release in ("0.2.0", "0.3.0")}
 #: Folder in which the packed runs were made.
 PLACE = "/started"
-#: Stages of the chain, and the notes of a stage that identify the stages before it by hashes of their settings.
+#: Stages of the chain, and the files of a stage that contain hashes of the settings of earlier stages.
 _STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 _NOTES = ("_STARTED.json", "_SUCCESS.json")
 
 
 def unpack(release: str, folder: Path) -> Path:
-    """Unpack a run as if it had been started in `folder`; return the run's folder, which lies beside its inputs."""
+    """Unpack a run and its inputs as if the run had been started in `folder`; return the run's folder."""
     with tarfile.open(PACKED[release]) as tar:
         tar.extractall(folder, filter="data")
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -31,7 +31,7 @@ def unpack(release: str, folder: Path) -> Path:
         if PLACE in text:
             _write(path, text.replace(PLACE, str(folder)))
     run_dir = folder / "run"
-    for path in (run_dir / stage / name for stage in _STAGES for name in _NOTES):  # paths are part of the hashes
+    for path in (run_dir / stage / name for stage in _STAGES for name in _NOTES):  # the hashes depend on paths
         notes = json.loads(path.read_text())
         for key in notes["inputs"]:
             if key.startswith("stage "):

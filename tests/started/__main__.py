@@ -1,4 +1,4 @@
-"""Make a small finished run in `/started` and pack it, with the code of a release: `python -m tests.started FILE`."""
+"""Make a small run in `/started` with the code of a release, and pack the run: `python -m tests.started FILE`."""
 
 import sys
 import tarfile

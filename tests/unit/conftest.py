@@ -12,7 +12,7 @@ from tests.models import write_llama
 
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
-    """Set up Megatron's process groups for this process alone; modules request it with `pytestmark`."""
+    """Set up Megatron's process groups for this single process; modules request this fixture with `pytestmark`."""
     from nemo_upcycle.cpu.one_rank import one_rank
 
     with one_rank():

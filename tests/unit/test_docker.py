@@ -15,7 +15,7 @@ DOCKER = ROOT / "docker"
 
 
 def _laid_over() -> set[str]:
-    """Return the package's own pins of the packages that are laid over the NeMo container."""
+    """Return this package's pins of the packages that are installed on top of the NeMo container."""
     return {one.argument for one in doctor._requirements() if one.name in doctor._LAID_OVER and one.extra == "nemo"}
 
 

@@ -24,7 +24,7 @@ from nemo_upcycle.cli.start.choices import Choices, Wanted, choose
 from nemo_upcycle.cli.start.files import blend_text, recipe_text, run_command
 from nemo_upcycle.cli.start.parent import FoundParent
 from nemo_upcycle.cli.start.texts import Texts
-from nemo_upcycle.convert.model_card import CardText, add_scores, spec_fact, write_card
+from nemo_upcycle.convert.model_card import CardText, add_section, spec_fact, write_card
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
@@ -145,7 +145,7 @@ def _card(text: str, folder: Path) -> tuple[dict[str, Any], str]:
     for count in (2, 1):
         write_card(folder, parents[:count], arch, card)
     (folder / MODEL_MARKER).write_text("{}")
-    add_scores(folder, "fine")
+    add_section(folder, "Scores", "fine")
     _, front, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(front), body
 

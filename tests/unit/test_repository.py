@@ -36,7 +36,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    """Return the commands of README and docs, except in how-tos, whose commands name things that they create."""
+    """Return the commands of README and docs, but not of how-tos, which name things that they create."""
     pages = [page for page in PAGES if not page.name.startswith("add_")]
     blocks = [block.replace("\\\n", " ") for page in pages for block in _blocks(page, "bash")]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
@@ -85,7 +85,7 @@ def test_readme_is_short_and_index_has_every_page() -> None:
 def test_python_of_the_pages_runs_without_a_card(page: Path) -> None:
     """Without a GPU, Megatron-Core 0.15 imports only after this package.
 
-    Bridge's core is newer, and the recipes of add_recipe.md lie inside the package.
+    Bridge's Megatron-Core is newer, and the recipes of add_recipe.md lie inside the package.
     """
     for block in _blocks(page, "python"):
         lines = re.findall(r"^(?:from|import) (nemo_upcycle|nemo\.|megatron\.core)", block, flags=re.MULTILINE)
@@ -142,7 +142,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_the_lock_is_of_these_dependencies() -> None:
-    """The check of `uv lock --check`, without uv."""
+    """Do the check of `uv lock --check` without uv."""
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     stated = tomllib.loads(PYPROJECT)
     packages = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
@@ -217,7 +217,7 @@ def test_modules_import_without_cuda_and_without_nemo() -> None:
 
 
 def test_no_test_asserts_how_long_something_takes() -> None:
-    """Tests must pass on a slow or busy machine. Limits against hanging stand in one place each."""
+    """Tests must pass on a slow or busy machine. Each limit against hanging is set in one place."""
     limits = {"waiting.py", "ranks.py", "kubernetes_server.py", "soak.py", "runner.py"}
     clocks = re.compile(r"time\.(monotonic|perf_counter|process_time)\(|os\.times\(|getrusage|timeout=\d{2}")
     paths = [path for path in _tracked("tests/*.py", "tests/**/*.py") if path.name not in limits]

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             UpcycleError(
                 "TEXTS",
                 kind="missing",
-                got=f"are missing, and {choices.gpus:,} GPUs need more than the demo's",
+                got=f"are missing, and the demo's texts are too few for {choices.gpus:,} GPUs",
                 fix="name your texts",
             )
         )
@@ -149,11 +149,11 @@ def run(args: argparse.Namespace) -> int:
     if differing:
         lines += ["", *_differences(folder, differing)]
     else:
-        verb = "written" if is_new else "there already, the same"
+        verb = "written" if is_new else "already there, unchanged"
         lines += ["", f"{verb}: {', '.join(paths)}", "", f"{'run it' if is_here else 'check it'}:  {command}"]
     if not differing and not is_here:
-        lines += [f"This machine has {gpus} GPUs: replace ACCOUNT, PARTITION and IMAGE (null without containers) by"]
-        lines += ["your cluster's. The same command with --yes in place of --dryrun submits the run."]
+        lines += [f"This machine has {gpus} GPU{'s' * (gpus != 1)}: replace ACCOUNT, PARTITION and IMAGE (null"]
+        lines += ["without containers) by your cluster's. The same command with --yes, not --dryrun, submits the run."]
     show(args, answer, "\n".join(lines))
     sys.stdout.flush()
     if differing:
@@ -179,7 +179,7 @@ def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterat
     """Yield the first differing lines: from the folder's files (-) and from this command's files (+)."""
     for name, lines in differing.items():
         more = [f"... {len(lines) - _SHOWN_LINES} lines more"] if len(lines) > _SHOWN_LINES else []
-        yield from (f"{folder / name} is another: - there, + by this command", *lines[:_SHOWN_LINES], *more)
+        yield from (f"{folder / name} differs (-: existing line, +: new line)", *lines[:_SHOWN_LINES], *more)
 
 
 def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
@@ -213,7 +213,7 @@ def _forecast(choices: Choices) -> dict[str, str]:
         gib = plan.request.gpu.memory_gib
         rows["memory"] = f"{plan.memory.total / GIB:.0f} of {gib:g} GiB a GPU: {plan.verdict}"
         took = f"{plan.hours:,.1f} h" if plan.hours >= 1 else f"{60 * plan.hours:.0f} min"
-        rows["time"] = f"{took}, {plan.gpu_hours:,.1f} GPU-hours; the baseline less"
+        rows["time"] = f"{took}, {plan.gpu_hours:,.1f} GPU-hours; the baseline takes less"
     else:
         rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
     return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}

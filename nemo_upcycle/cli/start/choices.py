@@ -29,6 +29,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.memory import free_memory_bytes
 
 
 #: trainer -> module whose presence shows that the trainer is installed, and the trainer's name in texts
@@ -229,7 +230,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
             )
         )
         rows.append(("sequences", f"{seq_length} tokens, {batch} a step", "short, for a CPU"))
-        trial = "a trial: shows that all works; a training: --gpus N --gpu NAME"
+        trial = "a trial, to show that everything works; for a real training: --gpus N --gpu NAME"
         rows.append(("steps", f"{steps:,}", why_steps or trial))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the demo's, for few steps"))
     else:
@@ -243,12 +244,13 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
         layout = plan.layout
         why = "asked for" if wanted.gpus is not None else "found here"
         rows.append(("where", f"{number} x {plan.request.gpu.name}", why))
-        rows.append(("layout", layout.sizes, "the planner's fastest plain one that fits"))
+        rows.append(("layout", layout.sizes, "the planner's fastest plain layout that fits"))
         rows.append(
-            ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions")
+            ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "from the texts and the parent's positions")
         )
         is_once = steps * batch * seq_length <= texts.tokens
-        default = "the texts once" if is_once else f"the fewest: a step has a sequence for each of {number:,} GPUs"
+        fewest = f"the fewest possible: each step has a sequence for each of {number:,} GPUs"
+        default = "reads the texts once" if is_once else fewest
         rows.append(("steps", f"{steps:,}", why_steps or default))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the paper's"))
     rows.append(("baseline", "the dense parent, on the same texts", "to compare with"))
@@ -353,7 +355,7 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
             got=f"has {size_text(free)} free, and the run needs {size_text(needed)}",
             fix="give --dir on a larger disk, or fewer --experts",
         )
-    if choices.plan is None and (memory := _available_bytes()) and memory < choices.needed_memory_bytes:
+    if choices.plan is None and (memory := free_memory_bytes()) and memory < choices.needed_memory_bytes:
         yield UpcycleError(
             "This machine",
             kind="state",
@@ -378,12 +380,3 @@ def writable_part(folder: Path) -> Path:
     except OSError as error:
         why = str(error.strerror).lower() if existing.is_dir() else "it is a file"
     raise UpcycleError(f"Cannot write in {existing}: {why}. Give another --dir.")
-
-
-def _available_bytes() -> int | None:
-    """Return the memory available to programs (bytes); None if the system does not report it."""
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else None
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

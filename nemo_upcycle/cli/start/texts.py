@@ -92,8 +92,8 @@ class Texts:
             "The texts",
             kind="state",
             got=(
-                f"have {len(self.sample):,} documents, about {self.tokens:,} tokens; more than {_SEQUENCES} "
-                f"sequences of {seq_length:,} tokens are needed, and some documents to hold out"
+                f"have {len(self.sample):,} documents, about {self.tokens:,} tokens; a run needs more than "
+                f"{_SEQUENCES} sequences of {seq_length:,} tokens, and some documents to hold out"
             ),
             fix="give more texts, or cut long ones into several documents",
         )
@@ -115,7 +115,7 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
         about = f"the demo's, {_DEMO_DOCUMENTS} speeches, about {short_count(_DEMO_TOKENS)} tokens"
         return Texts({ONLY: source}, _DEMO_DOCUMENTS, _DEMO_TOKENS, {ONLY: about}, has_splits=True)
     if not only_source(name):
-        got = "have no file that is read" if Path(name).exists() else "do not exist"
+        got = "have no file in a supported format" if Path(name).exists() else "do not exist"
         fix = "give a file, a folder, or a pattern in quotes"
         raise UpcycleError(f"Texts {name}", kind="state", got=got, fix=f"{fix} ({readable()})")
     files = check_files(blend := read_blend(name), ONLY)["train"]

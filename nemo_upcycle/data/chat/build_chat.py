@@ -185,7 +185,7 @@ def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
             f"Conversations of {chat.name}",
             kind="state",
             got=(
-                f"cannot be used in {len(wrong):,} of {lines:,} lines ({most}), more than max_lost "
+                f"have mistakes in {len(wrong):,} of {lines:,} lines ({most}), more than max_lost "
                 f"({chat.config.max_lost:.0%}) allows"
             ),
             fix=f"{fix}; or set max_lost to {enough:g} to continue without them",
@@ -198,7 +198,8 @@ def _most(problems: Sequence[Problem]) -> tuple[str, str]:
         return "no line is wrong", "add conversations"
     reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
     first = next(problem for problem in problems if problem.reason == reason)
-    return f"{count:,} lines: {reason}, {': '.join(filter(None, (first.place, first.field)))}", first.fix
+    place = ": ".join(filter(None, (first.place, first.field)))
+    return f"{count:,} line{'s' * (count != 1)}: {reason}, {place}", first.fix
 
 
 def _write(

@@ -79,7 +79,8 @@ class Problem:
     def error(self) -> UpcycleError:
         """Return the problem as the error that ends a strict build."""
         where = f"{self.place}: {self.field}" if self.field else self.place
-        return UpcycleError(f"{where}:", kind="state", got=self.reason, fix=self.fix)
+        got = "is missing" if self.reason == "missing" else f"is invalid: {self.reason}"
+        return UpcycleError(where, kind="state", got=got, fix=self.fix)
 
 
 def read_conversations(

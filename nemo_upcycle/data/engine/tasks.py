@@ -123,7 +123,7 @@ def load_plan(path: Path) -> EnginePlan:
         raise UpcycleError(
             f"Folder {path.parent}",
             kind="refused",
-            got="has * ? or [ in its name, which datatrove interprets",
+            got="has * ? or [ in its name, which datatrove reads as a pattern",
             fix="choose another folder",
         )
     if (count := len(content["tasks"])) > MAX_TASKS:

@@ -35,7 +35,7 @@ class Files(Reader):
                     raise UpcycleError(
                         f"File {path}",
                         kind="refused",
-                        got=f"is not a text format that is read ({readable()})",
+                        got=f"has no supported text format ({readable()})",
                         fix="unpack it" if path.endswith(".zip") else "narrow the pattern",
                     )
                 files[path] = InputFile(path, format, size_bytes, options)

@@ -75,11 +75,11 @@ def _require_training_split(task: Any) -> None:
     elif split and re.split(r"[\[+]", split)[0] in _EVALUATION_SPLITS:
         got = f"would train on its split {split}, which evaluations use"
     elif split and split in (task.config.validation_split, task.config.test_split):
-        got = f"would train on its split {split}, which it evaluates"
+        got = f"would train on its split {split}, on which it is also evaluated"
     else:
         return
     raise UpcycleError(
-        f"Lm-eval's task {task.task_name}", kind="refused", got=got, fix="remove the task from the blend"
+        f"Task {task.task_name} of lm-eval", kind="refused", got=got, fix="remove the task from the blend"
     )
 
 

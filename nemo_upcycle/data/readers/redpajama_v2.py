@@ -40,7 +40,7 @@ class RedPajamaV2(Reader):
                     raise UpcycleError.unknown(f"options.{key}", str(name), valid)
         if not options.get("snapshots"):
             raise UpcycleError(
-                "options.snapshots", kind="missing", got="is missing", fix='name some, as in ["2023-14"]'
+                "options.snapshots", kind="missing", got="is missing", fix='name at least one, such as ["2023-14"]'
             )
         shards = options.get("shards")
         if shards is not None and (not isinstance(shards, int) or shards < 1):

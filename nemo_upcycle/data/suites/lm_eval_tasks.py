@@ -23,7 +23,7 @@ from nemo_upcycle.utils.writers import yaml_text
 
 
 #: Beginning of the text of a `TaskDataError`, before the reason.
-_CANNOT = "cannot be had: "
+_CANNOT = "are not available: "
 #: Maximum length of a library's message about a data set that it cannot load.
 _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
@@ -138,7 +138,7 @@ def load_available_tasks(
         raise TaskDataError(
             f"Data of {', '.join(names)}",
             kind="state",
-            got=f"cannot be had, for the first: {next(iter(missing.values()), 'no task is named')}",
+            got=f"are not available ({next(iter(missing.values()), 'no task is named')})",
             fix=_REACH_HUB,
         )
     return loaded, missing
@@ -159,7 +159,7 @@ def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
         absent = [package for package in _IMPORTED.get(name, ()) if importlib.util.find_spec(package) is None]
         if absent:
             raise UpcycleError(
-                f"Lm-eval's task {name}",
+                f"Task {name} of lm-eval",
                 kind="missing",
                 got=f"needs packages that are not installed: {', '.join(absent)}",
                 fix=f'run: pip install "lm-eval[{name}]"',
@@ -168,7 +168,7 @@ def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
             text = Path(files[name]).read_text(encoding="utf-8") if name in files else _SENTENCES
             if _SENTENCES in text:
                 raise UpcycleError(
-                    f"Lm-eval's task {name}",
+                    f"Task {name} of lm-eval",
                     kind="missing",
                     got="needs NLTK's punkt_tab to count sentences, and NLTK finds no tokenizers/punkt_tab",
                     fix="run `python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data",
@@ -210,7 +210,7 @@ def _load(name: str, managers: Sequence[Any], file: str | None = None) -> Loaded
             loaded = manager.load([name if file is None else _over_file(manager, name, file, Path(scratch))])
     except Exception as error:  # lm-eval passes on a dozen kinds of errors of its libraries
         got, fix = _reason(error)
-        raise TaskDataError(f"Data of lm-eval's task {name}", kind="state", got=_CANNOT + got, fix=fix) from error
+        raise TaskDataError(f"Data of lm-eval task {name}", kind="state", got=_CANNOT + got, fix=fix) from error
     return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
 
 
@@ -229,7 +229,7 @@ def _reason(error: Exception) -> tuple[str, str]:
         got = f"a data set that is a script, {text.rpartition(' ')[2]}, which `datasets` 4.0 and newer do not run"
         return got, "define the task over files without a script, in a folder that `include_path` names"
     if isinstance(error, KeyError):
-        return f"data without {text}, a split or column that it names", "update lm-eval, or define the task anew"
+        return f"they have no {text}, a split or column that the task names", "update lm-eval, or define the task anew"
     if "is a gated dataset" in text:
         return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
     cause: BaseException | None = error

@@ -103,7 +103,7 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 f"{path}: tasks.{task}",
                 got=shots,
                 expected=f"numbers of examples from 0 to {most}",
-                fix="write [0]" if not asks else "keep that many of each subject: questions.examples",
+                fix="write [0]" if not asks else "raise questions.examples (examples kept of each subject)",
             )
     return config
 
@@ -124,10 +124,10 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
             raise UpcycleError(
                 f"{path}: files.{task}",
                 kind="state",
-                got=f"needs tasks.{task}: [0], and it is {shots}"
+                got=f"needs tasks.{task}: [0], but the value is {shots}"
                 if shots != [0]
                 else f"names {file}, which is not a file",
-                fix="write [0]: a file has no examples"
+                fix="write [0], because a file has no examples"
                 if shots != [0]
                 else "give a file of JSON lines, relative to this file",
             )

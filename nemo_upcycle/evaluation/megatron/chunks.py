@@ -208,7 +208,7 @@ def _parameters(
                 f"Parameter {name}",
                 kind="state",
                 got="is not in the mapping table",
-                fix="export the model, and evaluate the folder",
+                fix="export the model, and evaluate the exported folder",
             )
         mapping, expert = match
         shard = coords.expert if mapping.is_expert else coords.dense

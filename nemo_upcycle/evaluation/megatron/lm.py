@@ -120,7 +120,7 @@ class MegatronLM(HFLM):
             raise UpcycleError(
                 "The tokenizer",
                 kind="state",
-                got=f"has {tokens} tokens, and the model only {self.vocab_size}",
+                got=f"has {tokens} tokens, but the model has only {self.vocab_size}",
                 fix="use the tokenizer that the model was trained with",
             )
         self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", bos, None
@@ -191,8 +191,8 @@ class MegatronLM(HFLM):
             raise UpcycleError(
                 "An answer",
                 kind="state",
-                got=f"has {longest} tokens, and a sequence holds {self._max_length}",
-                fix="raise max_length if the model was trained for more, or omit the task",
+                got=f"has {longest} tokens, but a sequence has at most {self._max_length}",
+                fix="raise max_length if the model was trained on longer sequences, or omit the task",
             )
         sequences = [(tokens[-limit:], predicted) for tokens, predicted in sequences]
         scored = self._ask("_score", sequences, self.batch_size)
@@ -233,8 +233,8 @@ class MegatronLM(HFLM):
                     f"Task {request.task_name}",
                     kind="refused",
                     got=(
-                        f"generates with temperature {wanted['temperature']}, and only the likeliest tokens can be "
-                        "generated here"
+                        f"generates with temperature {wanted['temperature']}, but a Megatron checkpoint can only "
+                        "generate the likeliest tokens"
                     ),
                     fix="add --gen_kwargs do_sample=False, or evaluate the exported folder with vLLM",
                 )

@@ -99,9 +99,7 @@ def _check_finite(answers: dict[int, _Answer]) -> None:
             f"Log-likelihoods of {len(wrong)} of {len(answers)} texts",
             kind="state",
             got="are NaN or infinity",
-            fix=(
-                "check the weights: nemo-upcycle export names the tensor with NaN, if any; a diverged run has no score"
-            ),
+            fix="run nemo-upcycle export, which names a tensor with NaN. A diverged run cannot be scored",
         )
 
 

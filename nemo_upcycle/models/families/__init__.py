@@ -11,7 +11,6 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
-from nemo_upcycle.models.stacked import EAGER, GROUPED_BYTES, needs_eager_experts
 from nemo_upcycle.spec import ROUTER_KINDS, UpcycleSpec
 
 
@@ -224,30 +223,3 @@ def _routes(moe_arch: Architecture) -> Iterator[tuple[dict[str, Any], dict[str, 
         fields = {"router_score": kind.score, "norm_topk": spec.sums_to_one, "top_k": chosen}
         was = {"router_score": own.score, "router_order": own.order, "top_k": top_k}
         yield fields, {name: value for name, value in route.items() if value != was[name]}
-
-
-def load_options(moe_arch: Architecture, itemsize: int) -> str:
-    """Return the arguments that `from_pretrained` of transformers 5 needs for a folder of this model; "" for none.
-
-    Args:
-        moe_arch: architecture of the model.
-        itemsize: size of a number in the folder (bytes).
-    """
-    widths = (moe_arch.hidden_size, moe_arch.expert_ffn_size or 0) if moe_arch.num_experts else ()
-    return f'experts_implementation="{EAGER}"' if needs_eager_experts(widths, itemsize) else ""
-
-
-def server_caveats(moe_arch: Architecture, itemsize: int) -> tuple[str, ...]:
-    """Return the known problems of inference servers with a folder of this model.
-
-    Args:
-        moe_arch: architecture of the model.
-        itemsize: size of a number in the folder (bytes).
-    """
-    family = find_family(moe_arch.hf_class)
-    caveats = list(family.caveats(moe_arch)) if isinstance(family, MoeFamily) else []
-    if options := load_options(moe_arch, itemsize):
-        sizes = f"{moe_arch.hidden_size} and {moe_arch.expert_ffn_size}"
-        rows = f"rows of a multiple of {GROUPED_BYTES // itemsize} numbers, and the experts' have {sizes}"
-        caveats.insert(0, f"transformers 5: its grouped product needs {rows}. Load the folder with {options}")
-    return tuple(caveats)

@@ -198,9 +198,9 @@ class Family:
         kinds = config.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
-            raise config.wrong("layer_types", f"{' or '.join(known)} alone", fix)
+            raise config.wrong("layer_types", f"only {' or '.join(known)}", fix)
         if kinds and len(kinds) != num_layers:
-            raise config.wrong("layer_types", f"{num_layers}, one a layer")
+            raise config.wrong("layer_types", f"{num_layers} entries, one for each layer")
         return kinds or None
 
     def _windowed(self, config: ConfigValues, num_layers: int, every: int, first: int = 1) -> list[bool]:
@@ -348,15 +348,6 @@ class MoeFamily(Family, ABC):
         """Fill in templates of names for every MoE layer, and return the names with their shapes."""
         layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
         return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """Yield the known problems of inference servers with such a model.
-
-        Args:
-            arch: architecture of the MoE model.
-        """
-        if arch.activation != "silu":
-            yield "llama.cpp: its experts compute SiLU whatever config.json says, so its tokens differ"
 
     @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:

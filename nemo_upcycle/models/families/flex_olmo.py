@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -24,16 +23,6 @@ class FlexOlmo(MoeFamily):
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
             "dense layers": arch.moe_pattern is not None,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`. The caveats come from the servers' code; no server was run with this class.
-
-        vLLM does not divide the combine weights by their sum. This needs no caveat, because the norm after the network
-        removes any factor on its whole input, except for the effect of the norm's epsilon.
-        """
-        yield "SGLang, llama.cpp: they do not know this class"
-        if arch.attention_out_bias:
-            yield "vLLM: it knows no biases of attention in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""

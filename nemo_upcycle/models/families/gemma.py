@@ -15,7 +15,7 @@ class Gemma(Family):
         The first published configs have `gelu` in `hidden_act`, but mean the tanh form of GELU.
         """
         key = "hidden_activation" if "hidden_activation" in config.values else "hidden_act"
-        return config.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
+        return config.choice(key, ACTIVATIONS, f"set it to {TANH_GELU}, with which Gemma was trained")
 
 
 FAMILY = Gemma(

@@ -15,7 +15,7 @@ class _Gemma3(gemma.Gemma):
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         for name in _OTHERS:
             if config.values.get(name):
-                raise config.wrong(name, "none: no layer of Megatron-Core computes it", "use another checkpoint")
+                raise config.wrong(name, "none, because Megatron-Core has no such layer", "use another checkpoint")
         every = 6 if config.values.get("layer_types") else config.whole("sliding_window_pattern", 6)
         return {
             "window_pattern": self._pattern(self._windowed(config, num_layers, every)),

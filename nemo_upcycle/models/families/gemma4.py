@@ -21,9 +21,9 @@ DENSE, EXPERTS = "Gemma4ForCausalLM", "Gemma4ForCausalLM (enable_moe_block)"
 _OWN_HEADS = "per_layer_config"
 #: Setting -> the values that have no effect, and the text that messages show as the expected value.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_size_per_layer_input": ((0,), "0: no embeddings of its own in each layer, as E2B and E4B have them"),
-    "num_kv_shared_layers": ((None, 0), "0: no layers that take keys and values from others, as in E2B and E4B"),
-    "use_bidirectional_attention": ((None, "vision"), "null or vision: tokens of text that see those before them"),
+    "hidden_size_per_layer_input": ((0,), "0 (layers with their own embeddings, as in E2B, are not supported)"),
+    "num_kv_shared_layers": ((None, 0), "0 (layers that share keys and values, as in E2B, are not supported)"),
+    "use_bidirectional_attention": ((None, "vision"), "null or vision: text tokens must attend only to earlier ones"),
     "attention_bias": ((None, False), "false"),
 }
 
@@ -50,7 +50,7 @@ class Gemma4(gemma.Gemma):
             if config.values.get(name) not in harmless:
                 raise config.wrong(name, expected, "use a 12B or 31B, or another checkpoint")
         if "rope_parameters" in config.values and config.values[LOCAL_BASE] is None:
-            expected = "one for layers with a window and another for those without"
+            expected = "one entry for layers with a window, and one for layers without"
             raise config.wrong("rope_parameters", expected, "use another checkpoint")
         windowed = [*self._windowed(config, num_layers, 6)[:-1], False]
         return {
@@ -76,7 +76,7 @@ class Gemma4(gemma.Gemma):
         layers = config.values.get(_OWN_HEADS, dict.fromkeys(numbers, given))
         first = layers.get(numbers[-1], {}) if isinstance(layers, dict) else None
         if not isinstance(first, dict) or layers not in ({}, dict.fromkeys(numbers, first)):
-            raise config.wrong(_OWN_HEADS, f"the same in layers {', '.join(numbers)}, and none in others")
+            raise config.wrong(_OWN_HEADS, f"the same in layers {', '.join(numbers)}, and none in other layers")
         inside = ConfigValues(first, f"{config.where}: {_OWN_HEADS}")
         groups, head_dim = inside.whole("num_key_value_heads", groups), config.whole("head_dim")
         if heads % groups:

@@ -9,7 +9,6 @@ and N2 add this number once more. Experts and network both get gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -43,9 +42,6 @@ class _Gemma4Moe(gemma4.Gemma4, MoeFamily):
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield "vLLM, SGLang, llama.cpp: they have the class, by their sources; none was run with it"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         heads, layers = arch.global_heads, range(arch.num_layers)

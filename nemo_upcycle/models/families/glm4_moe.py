@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -41,15 +40,6 @@ class _Glm4Moe(MoeFamily):
             "dense layers behind an MoE layer": pattern != sorted(pattern),
             "another activation than SiLU": arch.activation != "silu",
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield from super().caveats(arch)
-        if not arch.shared_ffn_size:
-            params = arch.moe_layer_count * arch.ffn_params(arch.expert_ffn_size or 0)
-            yield f"all: the class has a shared expert; one of zeros is computed with, {params / 1e9:.3g}B parameters"
-        if arch.shared_ffn_size > (arch.expert_ffn_size or 0):
-            yield "SGLang: start it with --disable-shared-experts-fusion, for it fuses one shared expert only"
-        yield "llama.cpp: its converter looks for GLM's special tokens in the tokenizer"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         width = arch.expert_ffn_size or 1

@@ -20,7 +20,7 @@ class _Granite4(Family):
             raise config.wrong("num_local_experts", "0", fix)
         kinds = config.values.get("layer_types")
         if kinds not in (["attention"] * num_layers, [FULL] * num_layers):  # names in transformers 4 and 5
-            raise config.wrong("layer_types", f"{num_layers} times attention" if kinds else "it", fix)
+            raise config.wrong("layer_types", f"attention for each of the {num_layers} layers" if kinds else "it", fix)
         if config.values.get("position_embedding_type") != "rope":
             raise config.wrong("position_embedding_type", "rope", fix)
         return {"ffn_size": config.whole("shared_intermediate_size", 1024)} | multipliers(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -37,11 +36,6 @@ class GraniteMoe(MoeFamily):
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`."""
-        yield from super().caveats(arch)
-        yield "vLLM, SGLang: not tried with this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -34,7 +33,8 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
         theta, sees_all = config.number("rope_theta"), "sliding_window" not in config.values or not any(windowed)
         thetas = config.values.get(_THETAS) or [theta] * num_layers
         if not isinstance(thetas, list) or len(thetas) != num_layers or any(one not in (0, theta) for one in thetas):
-            raise config.wrong(_THETAS, f"{num_layers} times {theta:g} or 0, one a layer", "use another checkpoint")
+            expected = f"{num_layers} numbers, {theta:g} or 0, one for each layer"
+            raise config.wrong(_THETAS, expected, "use another checkpoint")
         heads, factors = config.whole("num_attention_heads"), multipliers(config)
         scale = 1 / math.sqrt(config.whole("head_dim", config.whole("hidden_size") // heads))
         is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
@@ -56,11 +56,6 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
             "expert weights that do not sum to one": not arch.norm_topk,
             "a rotary base of its own in layers with windows": arch.local_rope_theta is not None,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield from MoeFamily.caveats(self, arch)
-        yield "transformers: 5.24 knows this class, 5.12 and 4.57 do not: evaluate it where a newer one is"
-        yield "vLLM, SGLang, llama.cpp: by their sources they know this class since August 2026; none of them was run"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         layers = range(arch.num_layers)

@@ -30,14 +30,14 @@ class _NemotronH(Family):
             raise config.wrong(
                 "hybrid_override_pattern" if "layers_block_type" not in config.values else "layers_block_type",
                 "Mamba-2 layers (M), attention (*) and networks (-)",
-                "use a checkpoint of this class that has no others",
+                "use a checkpoint that has only these layers",
             )
         limit = config.values.get("time_step_limit", [])
         if isinstance(limit, list) and any(isinstance(step, float) and 0 < step < 1e300 for step in limit):
-            raise config.wrong("time_step_limit", "none: Megatron-Core has none", "use another checkpoint")
+            raise config.wrong("time_step_limit", "none, because Megatron-Core has none", "use another checkpoint")
         for key, value in _FIXED.items():
             if config.values.get(key, value) != value:
-                raise config.wrong(key, f"{value}, as Megatron-Core's layers have it", "use another checkpoint")
+                raise config.wrong(key, f"{value}, as in Megatron-Core's layers", "use another checkpoint")
         sizes = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
         heads, head_dim, groups, state_size = (config.whole(name) for name in sizes)
         if heads % groups:

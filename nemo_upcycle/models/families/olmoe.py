@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues
 from nemo_upcycle.models.families.flex_olmo import FlexOlmo
@@ -17,9 +15,6 @@ class _Olmoe(FlexOlmo):
         if "clip_qkv" in config.values:
             raise config.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
         return super().experts(config, num_layers)
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield "vLLM, SGLang, llama.cpp: none of them was run with this class"
 
 
 FAMILY = _Olmoe(

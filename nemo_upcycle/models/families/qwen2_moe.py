@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -45,12 +44,6 @@ class Qwen2Moe(RoutedFamily):
         return super().limits(arch) | {
             "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`."""
-        yield from super().caveats(arch)
-        if arch.norm_topk and arch.top_k != arch.num_experts:
-            yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""

@@ -52,7 +52,7 @@ def attention(config: ConfigValues, kinds: list[str] | None, num_layers: int) ->
         CheckpointError: settings are missing or contradict each other.
     """
     if config.values.get("attn_output_gate", True) is not True:
-        raise config.wrong("attn_output_gate", "true or nothing: the class always has this gate")
+        raise config.wrong("attn_output_gate", "true or omitted, because every model of the class has this gate")
     interval = config.whole("full_attention_interval")
     kinds = kinds or [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(num_layers)]
     sizes = {name: config.whole(setting) for name, setting in DELTA_SIZES.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -22,10 +21,6 @@ class _Qwen35Moe(qwen2_moe.Qwen2Moe):
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        yield from MoeFamily.caveats(self, arch)
-        yield "vLLM, SGLang, llama.cpp: by their sources they know this class; none of them was run"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         kinds = [qwen3_5.LINEAR if "G" in arch.parts(layer) else FULL for layer in range(arch.num_layers)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -19,15 +18,6 @@ class Qwen3Moe(RoutedFamily):
         return super().limits(arch) | {
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`."""
-        yield from super().caveats(arch)
-        if not arch.norm_topk:
-            yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
-        if arch.attention_out_bias:  # found in the source code of the servers; neither server was run
-            yield "vLLM: it drops the bias of the attention's output without a word, so its tokens differ"
-            yield "llama.cpp: it knows no bias of the attention's output in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""

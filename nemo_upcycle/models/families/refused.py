@@ -9,4 +9,4 @@ REFUSED = {
     "Qwen2AudioForConditionalGeneration": "it is not in WRAPPERS of nemo_upcycle.models.wrapper",
 }
 #: Advice for a run that release 0.2 filled with Megatron-Bridge's own mapping.
-FINISH_WITH_0_2 = "Release 0.2.0 can finish a run that it started so"
+FINISH_WITH_0_2 = "Release 0.2.0 can finish a run that it started with this class"

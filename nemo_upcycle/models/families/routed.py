@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -54,15 +53,6 @@ class RoutedFamily(MoeFamily):
             "moe_pattern": None if all(pattern) else pattern,
             "norm_topk": config.flag("norm_topk_prob"),
         }
-
-    def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`."""
-        yield from super().caveats(arch)
-        if arch.rope_scaling is not None:
-            yield "llama.cpp: it does not scale the rotary frequencies of this class, so its tokens differ"
-        if arch.moe_pattern is not None:
-            yield "llama.cpp: it has no place for dense layers in this class"
-            yield "SGLang: it takes every layer of this class for one of experts, so its tokens differ"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""

@@ -15,7 +15,7 @@ class _SmolLm3(Family):
             every = config.whole("no_rope_layer_interval", 4)
             said = [int((layer + 1) % every != 0) for layer in range(num_layers)]
         if not isinstance(said, list) or len(said) != num_layers or any(turns not in (0, 1) for turns in said):
-            raise config.wrong("no_rope_layers", f"{num_layers} times 0 or 1, one a layer")
+            raise config.wrong("no_rope_layers", f"{num_layers} numbers, 0 or 1, one for each layer")
         return super().attention(config, num_layers) | {"rope_pattern": self._pattern(map(bool, said))}
 
 

@@ -79,7 +79,9 @@ class Arm(ABC):
         Raises:
             UpcycleError: the recipe cannot train a parent.
         """
-        raise UpcycleError("parent", got=self.trainer, expected="a recipe of NeMo", fix="name a factory")
+        raise UpcycleError(
+            "parent", got=self.trainer, expected="a recipe of NeMo", fix="set parent to a factory of NeMo"
+        )
 
 
 def open_arm(key: str, request: ArmRequest) -> Arm:
@@ -97,7 +99,8 @@ def open_arm(key: str, request: ArmRequest) -> Arm:
         kind = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         fix = (
-            "run it where that trainer is installed, or name a recipe of the trainer here (see `nemo-upcycle doctor`)"
+            "run the grid where that trainer is installed, or name a recipe of the trainer that is installed here "
+            "(see `nemo-upcycle doctor`)"
         )
         raise UpcycleError(
             f"{request.where}: {key} {request.recipe}",

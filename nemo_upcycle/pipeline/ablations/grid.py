@@ -99,7 +99,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     _check(str(path), grid)
     if any(arm.parent for arm in arms.values()) and (dense or not grid.parent):
         fix = "omit dense=" if dense else "add parent:, as laptop.yaml has it"
-        expected = "it describes the model that the grid trains from scratch"
+        expected = "parent describes the model that the grid trains from scratch"
         raise UpcycleError(
             f"{path}: parent",
             kind="refused",
@@ -110,7 +110,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     suite = _from_here(grid.evaluate.suite, folder)
     config = read_suite_config(suite)
     if not config.local or TASK not in config.tasks:
-        expected, fix = f"a local suite with {TASK}", "name laptop, watch or your own"
+        expected, fix = f"a local suite with {TASK}", "name laptop, watch or a suite of your own"
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
     scored = grid.evaluate
     evaluations = Evaluations(suite=SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
@@ -171,7 +171,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         fix = "add dense=FOLDER, or a parent:"
         raise UpcycleError(f"Grid {path}", kind="missing", got="has no dense parent", fix=fix)
     if parent and data and Path(data).is_dir():
-        fix = "give the dense model of the folder's tokenizer as well (dense=FOLDER)"
+        fix = "name a blend, or add the dense model that has the folder's tokenizer (dense=FOLDER)"
         raise UpcycleError(
             f"data {data}",
             kind="refused",
@@ -250,7 +250,7 @@ def _check(path: str, grid: GridConfig) -> None:
             raise UpcycleError.unknown(f"{path}: references: arm", name, grid.arms)
     for name, arm in grid.arms.items():
         lengths = arm.lengths == sorted(set(arm.lengths)) and min(arm.lengths, default=1) > 0
-        expected = "numbers of steps, each more than the one before"
+        expected = "numbers of steps in increasing order"
         require(lengths, f"arms.{name}.lengths", arm.lengths, expected, "write lengths: [150, 300]")
         expected = "whole numbers, 0 or more"
         require(min(arm.seeds, default=0) >= 0, f"arms.{name}.seeds", arm.seeds, expected, "write seeds: [1]")
@@ -258,7 +258,7 @@ def _check(path: str, grid: GridConfig) -> None:
     from_zero = bool(grid.seeds) and min(grid.seeds) >= 0
     require(from_zero, "seeds", grid.seeds, "whole numbers, 0 or more", "write seeds: [1, 2, 3]")
     least, fix = 2 * ROUNDING, f"write margin: {MARGIN:g}"
-    expected = f"{least:g} bits per byte or more, because less is rounding"
+    expected = f"{least:g} bits per byte or more, because smaller differences are rounding errors"
     require(least <= grid.margin < math.inf, "margin", grid.margin, expected, fix)
     lows = {
         "evaluate.every_n_steps": (grid.evaluate.every_n_steps, 1),
@@ -282,12 +282,14 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         factory = run.get("factory") if isinstance(run, dict) else None
         arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
     if (arm.factory is None) == (arm.recipe is None):
-        expected = "`factory` is a recipe of NeMo, as for --factory, and `recipe` one of Megatron-Bridge"
+        expected = (
+            "`factory` names a recipe of NeMo (as --factory does), and `recipe` names a recipe of Megatron-Bridge"
+        )
         raise UpcycleError(
             where,
             kind="state",
             got="has both factory and recipe" if arm.factory else "has neither factory nor recipe",
             expected=expected,
-            fix="give one of them",
+            fix="give either factory or recipe",
         )
     return arm

@@ -83,8 +83,8 @@ def _trained_tokenizer(blend: Blend, vocabulary: int, work: Path) -> Any:
         raise UpcycleError(
             "The blend's texts",
             kind="state",
-            got=f"give a vocabulary of {got} tokens, and the grid asks for {vocabulary}",
-            fix="ask for fewer, or give more text",
+            got=f"are enough for a vocabulary of {got} tokens only, and the grid asks for {vocabulary} tokens",
+            fix="lower parent.vocabulary in the grid, or add texts to the blend",
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=_FIRST, eos_token=_LAST, pad_token=_PAD)
 

@@ -30,7 +30,9 @@ class BridgeArm(Arm):
     def __init__(self, request: ArmRequest) -> None:
         self._request, where, parent = request, request.where, request.parent
         if wrong := sorted({*request.fields} - {one.name for one in fields_of(UpcycleSpec)}):
-            raise UpcycleError(f"{where}: spec", got=wrong[0], expected="fields of UpcycleSpec", fix="correct it")
+            raise UpcycleError(
+                f"{where}: spec", got=wrong[0], expected="a field of UpcycleSpec", fix="correct the field's name"
+            )
         if not parent.address:
             fix = "add dense=FOLDER, or dense: to the grid"
             raise UpcycleError(f"{where}: recipe", kind="missing", got="has no dense parent", fix=fix)

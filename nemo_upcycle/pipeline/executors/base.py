@@ -261,8 +261,8 @@ def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[Upcycl
             if name not in fields:
                 found.append(UpcycleError.unknown(setting + _UNKNOWN_KEY, name, fields))
             elif name in _OF_ALL_STAGES:
-                fix = f"set run.executor.{name}"
-                got = f"is {value}, but cannot differ between stages"
+                fix = f"set run.executor.{name} instead"
+                got = f"is {value}, but this setting must be the same for all stages"
                 found.append(UpcycleError(f"{setting}.{name}", kind="refused", got=got, fix=fix))
     price = executor.price_per_gpu_hour
     return found + failures(
@@ -292,8 +292,8 @@ def require_variables(names: Iterable[str]) -> None:
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            fix = f"rename it, as {re.sub('[^A-Za-z0-9_]', '_', name)}"
-            expected = "letters, digits and _, beginning with no digit"
+            fix = f"rename the variable, for example to {re.sub('[^A-Za-z0-9_]', '_', name)}"
+            expected = "a name of letters, digits and _ that does not begin with a digit"
             raise UpcycleError("run.executor.env_vars", got=f"'{name}'", expected=expected, fix=fix)
 
 
@@ -318,5 +318,5 @@ def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
         raise UpcycleError(setting, got=0, expected=needs, fix=fix)
     if per_node and job.is_training and per_node < job.ranks_per_node:
         expected = f"at least {job.ranks_per_node}, the number of ranks per node"
-        fix = f"raise it, or set {job.name}.trainer.devices={per_node} and more trainer.num_nodes"
+        fix = f"raise it, or set {job.name}.trainer.devices={per_node} and raise {job.name}.trainer.num_nodes"
         raise UpcycleError(setting, got=per_node, expected=expected, fix=fix)

@@ -61,7 +61,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
     srun = list(mine.srun_args or [])
     if mine.container_image:
         if python is None:
-            fix = "run `nemo-upcycle doctor` in the container, which prints the command that makes one"
+            fix = "run `nemo-upcycle doctor` in the container. It prints the command that makes this environment"
             raise UpcycleError(
                 f"{file}: env_vars.{VARIABLE}",
                 kind="missing",

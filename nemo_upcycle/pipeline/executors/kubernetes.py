@@ -73,12 +73,14 @@ class KubernetesScheduler(Cluster):
                         UpcycleError(
                             f"run.executor.stages.{stage}.{name}",
                             kind="refused",
-                            got=f"is {value}, but cannot differ between stages",
+                            got=f"is {value}, but this setting must be the same for all stages",
                             fix=f"set run.executor.{name}",
                         )
                     )
         if (silence_s := self.executor.report_within_s) < _LEAST_REPORT_S:
-            expected = f"{_LEAST_REPORT_S} or more, because an operator that restarts is silent that long"
+            expected = (
+                f"{_LEAST_REPORT_S} or more, because an operator reports nothing for that long while it restarts"
+            )
             name = "run.executor.report_within_s"
             found.append(UpcycleError(name, got=silence_s, expected=expected, fix="raise it"))
         return found
@@ -99,7 +101,7 @@ class KubernetesScheduler(Cluster):
                 api.create(resource_of(settings), document, dry_run=True)
             for claim in settings.mounts:
                 if api.lacks_claim(settings.namespace, claim):
-                    fix = "set run.executor.claim or volumes to one of `kubectl get pvc`"
+                    fix = "set run.executor.claim or volumes to a claim that `kubectl get pvc` lists"
                     raise UpcycleError(
                         f"Claim {claim}",
                         kind="state",
@@ -107,7 +109,7 @@ class KubernetesScheduler(Cluster):
                         fix=fix,
                     )
             if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
-                fix = "name one of `kubectl get localqueues`"
+                fix = "name a queue that `kubectl get localqueues` lists"
                 raise UpcycleError(
                     "run.executor.queue",
                     kind="state",

@@ -43,7 +43,7 @@ class KubernetesApi:
         try:
             from kubernetes import client, config
         except ImportError:
-            expected, fix = "it talks to the cluster", "run: pip install 'kubernetes>=29,<37'"
+            expected, fix = "the pipeline needs it to talk to the cluster", "run: pip install 'kubernetes>=29,<37'"
             raise UpcycleError(
                 "Package kubernetes", kind="missing", got="is not installed", expected=expected, fix=fix
             ) from None
@@ -188,8 +188,8 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
     if error.status == 404 and details.get("name"):
         return _AbsentError()
     if error.status == 404:
-        got = "the cluster does not know"
-        fix = f"install it, or choose another kind: {', '.join(RESOURCES)}"
+        got = "the cluster does not have"
+        fix = f"install this operator, or choose another kind: {', '.join(RESOURCES)}"
         return UpcycleError(
             "run.executor.kind",
             kind="state",

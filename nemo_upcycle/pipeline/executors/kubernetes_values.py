@@ -53,7 +53,7 @@ def _unseen(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]:
                 f"Folder {path}" if path == job.run_dir else str(path),
                 kind="state",
                 got=f"is not visible in the pods, which mount {' and '.join(settings.mounts.values())}",
-                fix="put it there, or set run.executor.claim, mount_path and volumes",
+                fix="use a folder below these mount paths, or set run.executor.claim, mount_path and volumes",
             )
 
 
@@ -77,16 +77,16 @@ def _malformed(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]
     for name, value in names.items():
         if value and not _NAME.fullmatch(value):
             expected = "lower-case letters, digits, - and ., as in all names of Kubernetes"
-            yield UpcycleError(f"run.executor.{name}", got=f"'{value}'", expected=expected, fix="correct it")
+            yield UpcycleError(f"run.executor.{name}", got=f"'{value}'", expected=expected, fix="correct the name")
     for claim, path in settings.mounts.items():
         if not path.startswith("/"):
-            expected, fix = "an absolute path", "write it as /runs"
+            expected, fix = "an absolute path", "write, for example, /runs"
             yield UpcycleError(f"mount path of claim {claim}", got=f"'{path}'", expected=expected, fix=fix)
     for name, source in settings.secret_env_vars.items():
         secret, slash, key = source.partition("/")
         if not secret or (slash and not key):
             expected = "SECRET/KEY, or the name of a secret whose key is the variable's name"
-            fix = "name one of `kubectl get secrets`"
+            fix = "name a secret that `kubectl get secrets` lists"
             yield UpcycleError(f"run.executor.secret_env_vars.{name}", got=f"'{source}'", expected=expected, fix=fix)
 
 

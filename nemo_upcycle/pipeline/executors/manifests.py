@@ -98,11 +98,11 @@ def manifest(
     resource = resource_of(settings)
     for lacking, instead in resource.lacks.items():
         if value := getattr(settings, lacking):
-            fix = f"set it to {type(value)()!r}, and {instead}"
+            fix = f"set run.executor.{lacking} to {type(value)()!r}, and set {instead} instead"
             raise UpcycleError(
                 f"run.executor.{lacking}",
                 kind="refused",
-                got=f"is {value}, but a job of kind {settings.kind} has no field for it",
+                got=f"is {value}, but a job of kind {settings.kind} has no field for this setting",
                 fix=fix,
             )
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}

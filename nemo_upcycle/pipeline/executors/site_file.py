@@ -56,7 +56,7 @@ def cluster_for(executor: Any) -> Cluster | None:
     found = next((cluster for cluster in CLUSTERS if cluster.takes(executor)), None)
     if found is None:
         expected = " or ".join(("this machine", *(cluster.label for cluster in CLUSTERS)))
-        raise UpcycleError("run.executor", got=type(executor).__name__, expected=expected, fix="name another")
+        raise UpcycleError("run.executor", got=type(executor).__name__, expected=expected, fix="name another executor")
     return found(executor)
 
 

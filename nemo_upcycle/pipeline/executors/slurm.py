@@ -356,7 +356,7 @@ class SlurmScheduler(Cluster):
                 f"Folder {path}" if path == job.run_dir else str(path),
                 kind="state",
                 got=f"is on a file system of type {kind}, which {', '.join(others[:3])} do not see",
-                fix="put it on shared storage; if it is served to the nodes, set run.executor.shared_dir=True",
+                fix="put the folder on shared storage. If the nodes do see it, set run.executor.shared_dir=True",
             )
 
 

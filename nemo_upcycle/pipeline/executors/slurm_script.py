@@ -78,12 +78,12 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
 {alarm}    if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ] && [ -z "$slow" ]; then
         rm -f {in_vain}
     elif [ -e {in_vain} ]; then
-        echo "[{name}] stopped, twice no further than at the start, or hardly ({unit} ${{kept:-none}}): not requeued"
+        echo "[{name}] stopped twice with little or no progress ({unit} ${{kept:-none}}): not requeued"
         exit 1
     else
         touch {in_vain}
     fi
-    echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
+    echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and resumed from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
 #: Lines for a training, whose ranks write a file when they are set up. A job that spends most of its time on setup

@@ -22,13 +22,13 @@ class _Form(NamedTuple):
     example: str
 
 
-_MEMORY = _Form(r"\d+([KMGT]B?)?", "a size as 64G, or 0 for all of a node's memory", "64G")
+_MEMORY = _Form(r"\d+([KMGT]B?)?", "a size such as 64G, or 0 for all of a node's memory", "64G")
 _FORMS = {
     "time": _Form(
         r"(?i:infinite|unlimited)|\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}", "minutes, HH:MM:SS or DAYS-HH:MM:SS", "04:00:00"
     ),
     **dict.fromkeys(("mem", "mem_per_cpu", "mem_per_gpu"), _MEMORY),
-    "signal": _Form(r"([RB]{1,2}:)?(SIG)?[A-Z0-9]+(@\d{1,5})?", "a signal as TERM@600", "TERM@600"),
+    "signal": _Form(r"([RB]{1,2}:)?(SIG)?[A-Z0-9]+(@\d{1,5})?", "a signal such as TERM@600", "TERM@600"),
     "open_mode": _Form("append|truncate", "append or truncate", "append"),
 }
 #: Signals at which the ranks of a resumable stage save and stop. With `B:`, only the batch shell would get the signal.
@@ -78,7 +78,7 @@ def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
     for name, form in _FORMS.items():
         value = getattr(mine, name)
         if value is not None and not re.fullmatch(form.pattern, str(value), re.ASCII):
-            fix = f"write it as {form.example}"
+            fix = f"write, for example, {form.example}"
             yield UpcycleError(_of_stage(job, name), got=f"'{value}'", expected=form.expected, fix=fix)
     given = [name for name in ("mem", "mem_per_cpu", "mem_per_gpu") if getattr(mine, name) is not None]
     if len(given) > 1:
@@ -88,8 +88,10 @@ def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
             " and ".join(_of_stage(job, name) for name in given), kind="refused", got="cannot be combined", fix=fix
         )
     if job.is_resumable and mine.signal and not _STOPS.fullmatch(mine.signal):
-        expected = "TERM, the signal at which ranks save; others end them, and with B: they get none"
-        yield UpcycleError(_of_stage(job, "signal"), got=mine.signal, expected=expected, fix="write it as TERM@600")
+        expected = "TERM without B:, because only TERM makes the ranks save, and B: sends the signal to no rank"
+        yield UpcycleError(
+            _of_stage(job, "signal"), got=mine.signal, expected=expected, fix="write, for example, TERM@600"
+        )
 
 
 def _wrong_counts(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
@@ -97,14 +99,16 @@ def _wrong_counts(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
         value = getattr(mine, name)
         if value is not None and not is_whole(value, least):
             expected = f"a whole number, {least} or more"
-            yield UpcycleError(_of_stage(job, name), got=value, expected=expected, fix="change it, or omit it")
+            yield UpcycleError(
+                _of_stage(job, name), got=value, expected=expected, fix="correct the number, or omit the setting"
+            )
     if not is_number(silence_s := getattr(mine, "silence_s", 1.0), 1):
         yield UpcycleError(_of_stage(job, "silence_s"), got=silence_s, expected="1 or more", fix="raise it")
     for name, own in (("nodes", job.nodes), ("ntasks_per_node", job.ranks_per_node)):
         if (value := getattr(mine, name)) not in (1, own) and job.is_training:
             setting = {"nodes": "num_nodes", "ntasks_per_node": "devices"}[name]
             fix = f"omit it, and set {job.name}.trainer.{setting}={value} (Megatron-Bridge: gpus, gpus_per_node)"
-            yield UpcycleError(_of_stage(job, name), got=value, expected=f"{own}, as the recipe has", fix=fix)
+            yield UpcycleError(_of_stage(job, name), got=value, expected=f"{own}, as in the recipe", fix=fix)
 
 
 def _wrong_mounts(mine: run.SlurmExecutor) -> Iterator[UpcycleError]:
@@ -112,7 +116,9 @@ def _wrong_mounts(mine: run.SlurmExecutor) -> Iterator[UpcycleError]:
         host, _, rest = mount.partition(":")
         if not host.startswith(("/", "$")) or not (rest or host).startswith(("/", "$")):
             expected = "HOST:CONTAINER, two absolute paths"
-            yield UpcycleError("run.executor.container_mounts", got=mount, expected=expected, fix="write it as /a:/a")
+            yield UpcycleError(
+                "run.executor.container_mounts", got=mount, expected=expected, fix="write, for example, /a:/a"
+            )
 
 
 def _gpus_per_node(mine: run.SlurmExecutor, job: Job) -> int | None:

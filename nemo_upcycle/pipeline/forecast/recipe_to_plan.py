@@ -101,7 +101,7 @@ def _dispatcher(facts: TrainingFacts) -> str:
             field="moe_expert_rank_capacity_factor",
             kind="missing",
             got="is missing, and ncclep needs it for the size of its receive buffers",
-            fix="set it to 1.5; more tokens than that end the training",
+            fix="set it to 1.5, for example. Training ends if a rank gets more than this multiple of its share",
         )
     return name
 

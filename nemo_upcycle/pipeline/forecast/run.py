@@ -262,16 +262,16 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             size = size_text(training.facts.checkpoint_bytes)
             yield (
                 f"{name}: a checkpoint of {size} is saved within {limit.seconds:g} s"
-                f" ({limit.what}) at {training.save_gib_s(limit):.3g} GiB/s or more; else {limit.otherwise};"
-                f" at {training.write_gib_s:g} GiB/s it takes {limit.fix.format(seconds=training.early_save_s)}"
+                f" ({limit.what}) only at {training.save_gib_s(limit):.3g} GiB/s or more; otherwise {limit.otherwise}."
+                f" At {training.write_gib_s:g} GiB/s, set {limit.fix.format(seconds=training.early_save_s)}"
             )
     loss_s, limit_s = training.longest_loss_s, training.limit_s
     is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s
     if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:
         yield (
             f"{name}: the time limit ({limit_s / 60:.0f} min) is shorter than the time between two checkpoints"
-            f" ({loss_s / 60:.0f} min): a job may end before it saves anything;"
-            f" lower {name}.{training.facts.saving.setting}"
+            f" ({loss_s / 60:.0f} min). A job may end before it saves anything."
+            f" Lower {name}.{training.facts.saving.setting}"
         )
 
 

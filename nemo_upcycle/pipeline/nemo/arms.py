@@ -49,7 +49,9 @@ class NeMoArm(Arm):
             spec = setting(self.recipe, "resume.restore_config.spec")
             if fields:
                 if spec is None:
-                    raise UpcycleError("spec", kind="refused", got="is set, and the recipe is dense", fix="omit it")
+                    raise UpcycleError(
+                        "spec", kind="refused", got="is set, and the recipe trains a dense model", fix="omit spec"
+                    )
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 with parsing():
                     parse_cli_args(self.recipe, overrides)  # overrides win over the spec
@@ -66,7 +68,7 @@ class NeMoArm(Arm):
                 f"{request.where}: spec",
                 kind="state",
                 got=f"has fields that UpcycleSpec does not have ({error})",
-                fix="correct it",
+                fix="correct the names of the fields",
             ) from None
 
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
@@ -86,6 +88,9 @@ class NeMoArm(Arm):
         """See `Arm.parent`."""
         if self.recipe.resume.restore_config.spec:
             raise UpcycleError(
-                "The factory of the parent", kind="refused", got="makes an upcycled model", fix="name its dense parent"
+                "The factory of the parent",
+                kind="refused",
+                got="makes an upcycled model",
+                fix="name a factory of a dense model",
             )
         return dump_recipe(self.recipe)

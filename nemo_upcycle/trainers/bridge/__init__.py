@@ -48,7 +48,7 @@ def require_bridge() -> None:
             kind="missing",
             got=f"is {release}, which is too old" if release else "is not installed",
             fix=(
-                f'run `pip install "{RELEASES.argument}"` with Python 3.12, or use NVIDIA\'s container with it'
+                f'run `pip install "{RELEASES.argument}"` with Python 3.12, or use NVIDIA\'s container that has it'
                 f" ({RELEASES.bounds})"
             ),
         )

@@ -94,7 +94,7 @@ class BridgeLossGuard(Callback):
             f"loss of step {step}",
             got=value,
             expected=f"at most {limit:.4f}",
-            fix=f"the last good checkpoint is {kept or 'the dense one'}. "
+            fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
             + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
         )
 

@@ -68,7 +68,7 @@ def find_recipe(name: str) -> Callable[..., ConfigContainer]:
             field="recipe",
             kind="state",
             got=f"{name} cannot be called ({error})",
-            fix="give a function whose only required argument may be `dense`, and set PYTHONPATH to its folder",
+            fix="give a function that requires no argument except `dense`, and set PYTHONPATH to its folder",
         ) from None
     return found
 
@@ -94,9 +94,13 @@ def load_config(
         raise UpcycleError(
             f"Recipe {recipe}",
             kind="refused",
-            got=f"has {len(parents)} parents: {', '.join(parents)}" if parents else "starts from random weights",
+            got=f"has {len(parents)} parents ({', '.join(parents)})" if parents else "starts from random weights",
             expected="the pipeline needs one dense checkpoint",
-            fix="train it by a script: pretrain(config, forward_step)" if parents else "make it by with_upcycling",
+            fix=(
+                "train the model with a script that calls pretrain(config, forward_step)"
+                if parents
+                else "make the recipe with with_upcycling"
+            ),
         )
     if changes is None:
         config = with_parent(config, dense)
@@ -105,7 +109,7 @@ def load_config(
             raise UpcycleError(
                 f"Recipe {recipe}",
                 kind="refused",
-                got="has no node upcycling to change",
+                got="does not upcycle, so it has no settings of upcycling",
                 fix="omit the settings of upcycling",
             )
         config.hf_model_path = str(dense)
@@ -119,8 +123,8 @@ def load_config(
             f"Recipe {recipe}",
             kind="refused",
             got=(
-                f"has a {type(data).__name__}: @on_gpus(tunes=True) needs conversations (a ChatDataset), and other "
-                "recipes texts"
+                f"has a {type(data).__name__}: @on_gpus(tunes=True) needs conversations (a ChatDataset), and "
+                "other recipes need texts"
             ),
             fix="make recipe and data agree",
         )

@@ -272,8 +272,8 @@ def _model(arch: Architecture) -> dict[str, Any]:
         raise SpecError(
             "Rope_scaling of the dense checkpoint",
             kind="refused",
-            got=f"is {scaling}, and this model only has Llama 3.1's ({_LLAMA3_SCALING}, with any factor)",
-            fix="upcycle it in NeMo, whose frequencies can be set",
+            got=f"is {scaling}, and this model supports only Llama 3.1's ({_LLAMA3_SCALING}, with any factor)",
+            fix="upcycle the checkpoint in NeMo, where the frequencies can be set",
         )
     return {
         "vocab_size": arch.vocab_size,

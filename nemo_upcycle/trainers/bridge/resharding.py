@@ -61,8 +61,8 @@ def fit_layout(config: ConfigContainer) -> None:
             kind="refused",
             got=f"has {changed}, and the optimizer states of {folder} fit only {was}",
             fix=(
-                "train on with that layout and config.checkpoint.dist_ckpt_optim_fully_reshardable=True, whose next "
-                "checkpoint fits every layout; or set config.checkpoint.load_optim=False to start with new states"
+                "continue with the old layout and config.checkpoint.dist_ckpt_optim_fully_reshardable=True: the next "
+                "checkpoint then fits every layout. Or set config.checkpoint.load_optim=False to start with new states"
             ),
         )
     if checkpoint.load_rng and not _has_random_numbers(folder):

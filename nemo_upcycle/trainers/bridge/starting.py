@@ -47,8 +47,8 @@ def wrong_in(config: UpcyclingConfig, layout: Layout, unit: str) -> list[Upcycle
             )
         )
     if config.tokenizer.tokenizer_type is None:
-        fix = "omit it if the recipe has a tokenizer, or set it to NullTokenizer, with tokenizer.vocab_size"
-        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", kind="missing", got="is missing", fix=fix))
+        fix = "omit the setting if the recipe has a tokenizer, or set NullTokenizer and tokenizer.vocab_size"
+        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", kind="missing", got="is null", fix=fix))
     if wrong:
         return wrong
     found = construction_errors(lambda: _construct(config, layout, arch), unit)

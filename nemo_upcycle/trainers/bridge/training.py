@@ -162,7 +162,7 @@ class BridgeTraining(Training):
         find_recipe(self.recipe)
         steps = self.named_settings().get(STEPS.bridge, "0")
         if not steps.isdecimal():
-            raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give one")
+            raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give a number")
 
     def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
         """See `Training.check_parent`; with the parent's configuration, the recipe is complete and can be checked."""

@@ -223,28 +223,47 @@ def check(config: UpcyclingConfig) -> None:
     precision, optimizer = mixed_precision_of(config), config.optimizer
     has_own_type = precision is None and not optimizer.use_distributed_optimizer
     in_another_type = has_own_type and optimizer.bf16 and transformer.params_dtype == torch.float32
-    untried = "no checkpoint of it was saved or exported: it does not start without a GPU"
+    untried = "this package has not been tested with this setting, which needs a GPU"
+    overwrites = "this checkpoint would overwrite the upcycled weights"
     loads = [hook for hook in pre_wrap_hooks(model) if _name_of(hook) == _BRIDGES_LOADING]
     for name, got, why in (
-        ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
-        ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
-        ("checkpoint.finetune", checkpoint.finetune, "it would start at step 0 again and overwrite the weights"),
-        ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
-        ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
+        ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, overwrites),
+        ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, overwrites),
+        ("checkpoint.finetune", checkpoint.finetune, "a restart would begin at step 0 and overwrite the weights"),
+        ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the checkpoints of other ranks"),
+        (
+            "checkpoint.also_save_hf_checkpoint",
+            saves_hf,
+            "Bridge exports the interleaved rows of experts without reordering them",
+        ),
         (
             "checkpoint.also_save_hf_checkpoint",
             hybrid and checkpoint.also_save_hf_checkpoint,
-            "Bridge numbers a HybridModel's layers as they are; nemo-upcycle export writes the parent's class",
+            "Bridge exports a HybridModel with its own layer numbers; nemo-upcycle export writes the parent's class",
         ),
-        ("optimizer.bf16", in_another_type, "weights are in float32: a checkpoint would find no parameter of it"),
-        ("peft", config.peft, "all weights are trained"),
+        (
+            "optimizer.bf16",
+            in_another_type,
+            "the weights are in float32, so a checkpoint would find no bf16 parameter",
+        ),
+        ("peft", config.peft, "upcycling trains all weights"),
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, untried),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, untried),
-        ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
-        ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
+        (
+            "dist.use_decentralized_pg",
+            config.dist.use_decentralized_pg,
+            "process groups are then not in parallel_state",
+        ),
+        (
+            "model.init_model_with_meta_device",
+            model.init_model_with_meta_device,
+            "parameters on the meta device cannot be filled",
+        ),
     ):
         if got:
-            raise SpecError(field=f"config.{name}", kind="refused", got="cannot be set", expected=why, fix="unset it")
+            raise SpecError(
+                field=f"config.{name}", kind="refused", got="cannot be set", expected=why, fix="omit this setting"
+            )
     check_masters(precision, optimizer, "config.optimizer.use_precision_aware_optimizer")
     if loads:
         raise SpecError(
@@ -254,7 +273,7 @@ def check(config: UpcyclingConfig) -> None:
                 f"loads a Hugging Face model itself ({_BRIDGES_LOADING}), which would overwrite the upcycled weights "
                 "or find none"
             ),
-            fix="make it by to_megatron_provider(load_weights=False)",
+            fix="make config.model with to_megatron_provider(load_weights=False)",
         )
     if spec and checkpoint.also_save_hf_checkpoint:
         _check_template(checkpoint.hf_source_path, spec)
@@ -267,10 +286,10 @@ def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
             field="config.train.micro_batch_size",
             kind="refused",
             got=(
-                f"gives {tokens} tokens of {spec.top_k} experts each, {rest} more than {spec.num_experts} experts "
-                f"can share equally, as {QUANTILES} needs"
+                f"gives {tokens} tokens x {spec.top_k} experts, which {spec.num_experts} experts cannot share equally "
+                f"(remainder {rest}), and {QUANTILES} needs equal shares"
             ),
-            fix="change it, or config.dataset.seq_length",
+            fix="change <config.train.micro_batch_size> or config.dataset.seq_length",
         )
 
 
@@ -283,8 +302,8 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
         raise SpecError(
             field="config.checkpoint.hf_source_path",
             got=f"{source}, a model with {experts or 'no'} experts" if source else "missing",
-            expected=f"a folder with {spec.num_experts} experts, not the parent's, for names and configuration",
-            fix="make one with nemo-upcycle convert",
+            expected=f"a folder with {spec.num_experts} experts, from which Bridge takes names and configuration",
+            fix="make such a folder with nemo-upcycle convert",
         )
     require_unfolded(read_architecture(Path(source)).hf_class, spec.routed_scaling_factor)
 
@@ -330,7 +349,7 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
         raise UpcycleError(
             f"{folder}/{RECEIPT}",
             kind="refused",
-            got="names a parent that only Megatron-Bridge's own mapping could fill, and 0.3 does not use it",
+            got="names a parent that needs Megatron-Bridge's own mapping, which release 0.3 does not use",
             fix=f"start in a new folder. {FINISH_WITH_0_2}",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None

@@ -93,7 +93,7 @@ def require_inspect(every: int, field: str) -> None:
             field=field,
             kind="missing",
             got="needs the package nvdlfw-inspect, which is not installed",
-            fix="run: pip install nvdlfw-inspect; or set it to 0",
+            fix=f"run `pip install nvdlfw-inspect`, or set <{field}>=0",
         )
 
 

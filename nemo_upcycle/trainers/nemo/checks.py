@@ -71,7 +71,7 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
     value = default if value is None else value
     if not is_whole(value, 1):
         raise SpecError(
-            f"{where}trainer.{name}", got=value, expected="a whole number, 1 or more", fix="set it to 1, or more"
+            f"{where}trainer.{name}", got=value, expected="a whole number, 1 or more", fix="set it to 1 or more"
         )
     return value
 
@@ -192,10 +192,10 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
             field=f"{where}peft",
             kind="refused",
             got=(
-                f"is {kind.__name__}, which keeps whole checkpoints; only "
-                "nemo_upcycle.trainers.nemo.lora.UpcycleLoRA keeps adapters alone"
+                f"is {kind.__name__}, which saves whole checkpoints; "
+                "nemo_upcycle.trainers.nemo.lora.UpcycleLoRA saves the adapters only"
             ),
-            fix="omit it, and give the recipe peft_scheme='lora'; its rank is peft.dim",
+            fix="omit peft, and give the recipe peft_scheme='lora'; peft.dim sets the rank",
         )
     limits = (
         (
@@ -273,7 +273,7 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
                 f"{where}model.config.{part}{FIELDS.get(name, name)}",
                 got=got,
                 expected=f"{expected}, as in {dense.address}",
-                fix="use the recipe of a model of this family and size, or another dense",
+                fix="use the recipe of a model of this family and size, or another dense checkpoint",
             )
 
 

@@ -63,7 +63,7 @@ class LossGuard(Callback):
             f"{what} of step {trainer.global_step}",
             got=got,
             expected=expected,
-            fix=f"the last good checkpoint is {kept or 'the dense one'}. "
+            fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
             + how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr),
         )
 

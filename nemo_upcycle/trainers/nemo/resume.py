@@ -112,7 +112,7 @@ def _require_never_saved(found: list[Path]) -> None:
             f"Checkpoint {damaged[-1]}",
             kind="state",
             got="lacks files that its metadata names",
-            fix=f"restore its files, or move {damaged[-1]} away to start from the dense checkpoint again",
+            fix=f"restore these files, or move {damaged[-1]} away to start from the dense checkpoint again",
         )
 
 
@@ -129,4 +129,9 @@ def _move_aside(found: list[Path], chosen: Path | None) -> None:
             number += 1
             aside = aside.with_name(f"{path.name}.{number}")
         path.rename(aside)
-        logger.warning("%s is %s and was moved to %s", path, "an earlier one" if superseded else "unfinished", aside)
+        logger.warning(
+            "%s is %s and was moved to %s",
+            path,
+            "older than the checkpoint to resume from" if superseded else "unfinished",
+            aside,
+        )

@@ -91,8 +91,12 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
         yield UpcycleError(
             f"{where}trainer.{name}",
             kind="refused",
-            got=f"is {got}, and this machine has {here} GPUs" if here else f"is {got}, and this machine has no GPU",
-            fix=f"set it to {here}" if here else "train on a machine with GPUs, or set it to cpu for a trial",
+            got=f"is {got}, but the number of GPUs on this machine is {here}"
+            if here
+            else f"is {got}, and this machine has no GPU",
+            fix=f"set it to {here}"
+            if here
+            else "train on a machine with GPUs, or set the accelerator to cpu for a trial",
         )
     statistics = "trainer.callbacks.MetricsLogger.fp8_statistics_every"
     try:

@@ -199,8 +199,8 @@ def _check_dense(recipe: Any) -> None:
         raise SpecError(
             "Recipe",
             kind="refused",
-            got=f"is one of llm.{function.__name__}, and upcycling needs llm.pretrain",
-            fix="upcycle in a pretraining, and tune its result",
+            got=f"is for llm.{function.__name__}, and upcycling needs a recipe for llm.pretrain",
+            fix="upcycle in a pretraining run, and fine-tune its checkpoint",
         )
     for name in ("trainer.strategy", "model.config", "data"):
         if not isinstance(found := setting(recipe, name), run.Config):
@@ -210,8 +210,8 @@ def _check_dense(recipe: Any) -> None:
         raise SpecError(
             "model.config.num_moe_experts",
             kind="refused",
-            got=f"is {experts}, and only a dense model, or a class with experts, can be upcycled",
-            fix="give the parent's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
+            got=f"is {experts}, and only a dense model or a class with experts can be upcycled",
+            fix="give the parent's recipe. If this recipe upcycles, change its spec with use_spec(recipe, spec)",
         )
     ours = ("nemo.", "nemo_upcycle.")
     known = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith(ours)), object)
@@ -221,7 +221,7 @@ def _check_dense(recipe: Any) -> None:
             "model.config",
             kind="refused",
             got=f"is {config.__fn_or_cls__.__name__}, and only the families {_FAMILIES} are supported",
-            fix="use the recipe of such a model; a Llama under another name can use a recipe of its size",
+            fix="use a recipe of these families. For a Llama under another name, use a Llama recipe of its size",
         )
 
 
@@ -252,7 +252,7 @@ def _take_ours(recipe: run.Partial, name: str) -> None:
             name,
             got=part.__fn_or_cls__.__name__,
             expected=f"NeMo's {theirs.__name__}",
-            fix=f"use NeMo's class, or derive yours from {ours.__module__}.{ours.__name__}",
+            fix=f"use NeMo's class, or derive your class from {ours.__module__}.{ours.__name__}",
         )
     fdl.update_callable(part, ours)
 

@@ -23,7 +23,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """Serve a hub with a model, the same model gated, and texts; yield its folder and its address."""
+    """Serve a hub with a model, a gated copy of the model, and texts; yield the hub's folder and address."""
     root = tmp_path_factory.mktemp("hub")
     for name in ("tiny", "gated"):
         dense = write_tokenizer(write_llama(root / f"acme/{name}", vocab_size=259, layers=1, shards=2))

@@ -1,4 +1,4 @@
-"""`calibrate`, then `convert` with its file."""
+"""`calibrate` writes a calibration file, and `convert` uses the file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_what_is_calibrated_is_converted(dense: Path, tmp_path: Path, command: C
     assert (done["made"], done["layers"]) == (True, 2)
     assert "made before, from the same inputs" in command.text(*typed)
     convert = ("convert", str(dense), str(tmp_path / "moe"), *SPEC)
-    assert "computes the parent's function" in command.text(*convert, "--calibration", file)
+    assert "Computes the parent's function" in command.text(*convert, "--calibration", file)
     for option, said in (("--router-prompts", "--calibration is missing"), ("--calibration", "No calibration file x")):
         assert str(refused(*convert, option, "x")).startswith(said)

@@ -1,4 +1,4 @@
-"""`convert`: the stated exactness of the result, and the errors if the system cannot write it."""
+"""`convert` states whether the result is exact, and reports an error if the system cannot write the result."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FINE = ("--experts", "8", "--top-k", "4", "--granularity", "2")
 @pytest.mark.parametrize(
     ("more", "said", "facts"),
     [
-        (SPEC, "computes the parent's function", {"exact": True, "needs_float32_routing": False, "files_kept": 0}),
-        (FINE, "with router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
+        (SPEC, "Computes the parent's function", {"exact": True, "needs_float32_routing": False, "files_kept": 0}),
+        (FINE, "needs router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
         (("--branch", "DENSE", "--non-expert-weights", "mean"), "experts come from 2 dense models", {"exact": False}),
     ],
 )
@@ -53,7 +53,7 @@ def test_writes_a_vision_parent_whole_or_says_why_not(
     typed = ["convert", str(folder), str(tmp_path / "moe"), "--experts", "6", "--top-k", "3", *more]
     text, found = command.text(*typed), command.values(*typed)
     assert said in text
-    assert ("the text model alone, without visual" in text, bool(found["left_out"])) == (alone, alone)
+    assert ("only the text model, without visual" in text, bool(found["left_out"])) == (alone, alone)
     assert (found["hf_class"] == "Qwen3MoeForCausalLM", bool(found["unseen_because"])) == (alone, more[1:] != ())
 
 
@@ -118,8 +118,24 @@ def test_kept_files_are_told_with_a_check(dense: Path, tmp_path: Path, capsys: p
         file.seek(-2, os.SEEK_END)
         file.write(b"\xff")
     capsys.readouterr()
-    assert main(command) == 0
+    assert main([*command, "--no-proof"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept from before" in line]
     told, verify, _ = line.split("`")
-    assert told == "1 of 1 files kept from before, by size and header; to check their content: "
+    assert told == "1 of 1 files kept from before, with the right size and header; to check their content: "
     assert main(shlex.split(verify)[1:]) == 1
+
+
+def test_a_damaged_kept_file_is_found_by_running_it(dense: Path, tmp_path: Path, command: Command) -> None:
+    typed = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
+    assert command.values(*typed, "--no-proof")["proof"] is None
+    with (tmp_path / "moe/model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\xff")
+    assert command.values(*typed, status=1)["proof"]["outcome"] == "different"
+    assert "Does not compute the parent's function: in transformers" in command.text(*typed, status=1)
+
+
+def test_nothing_is_called_exact_before_it_ran(dense: Path, tmp_path: Path, command: Command) -> None:
+    text = command.text("convert", str(dense), str(tmp_path / "moe"), *SPEC, "--no-proof")
+    assert "Not run. It should compute the parent's function" in text
+    assert "## Checked" not in (tmp_path / "moe/README.md").read_text(encoding="utf-8")

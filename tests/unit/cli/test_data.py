@@ -1,4 +1,4 @@
-"""`nemo-upcycle data` on the command line: overrides may stand anywhere."""
+"""`nemo-upcycle data` on the command line: overrides may come before or after options."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PIP = f"{sys.executable} -m pip install"
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a machine without GPUs, outside containers, with the environment for data."""
+    """Simulate a machine that has no GPUs, is not a container, and has the data environment."""
     monkeypatch.setattr(doctor, "_gpus", list)
     monkeypatch.setattr(doctor, "_data_engine", lambda: "nemo-upcycle 0.2.0, datatrove 0.10.1")
     monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
@@ -35,7 +35,7 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
-    """Pretend that the sources of Megatron-Core are of this release."""
+    """Pretend that the sources of Megatron-Core name this release."""
     said = requirements.value_in
     has = {"megatron.core": release}
     monkeypatch.setattr(requirements, "value_in", lambda name, *rest: has.get(name) or said(name, *rest))

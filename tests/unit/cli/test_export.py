@@ -84,9 +84,9 @@ def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "more", "hf_class", "note"),
     [
-        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "not tried with experts in a vision-language model"),
+        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "not tried: experts in a vision-language model"),
         ("Mistral3", ("--text-only",), "MixtralForCausalLM", ""),
-        ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "the text model alone: no known class has both visual and experts"),
+        ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "only the text model: no known class has both visual and experts"),
     ],
 )
 def test_exports_a_vision_parent_whole_or_its_text_model(
@@ -125,7 +125,7 @@ def test_rounding_is_named_in_json_and_marker(typed: tuple[str, ...], tmp_path: 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A pipeline run: complete checkpoints of steps 9 and 10, one without its `common.pt`, one unfinished."""
+    """A pipeline run: complete checkpoints of steps 9 and 10, one without `common.pt`, and an unfinished one."""
     for stage in ("pretrain", "dense_ct"):
         folder = tmp_path / "runs/mine" / stage / "checkpoints"
         for step, ending in ((9, ""), (10, "-last"), (11, ""), (12, "-last")):

@@ -26,7 +26,7 @@ class Site(NamedTuple):
     folder: Path
 
     def blend(self, license: str = "license: CC0") -> Path:
-        """Write a blend of the hub's texts and a suite beside it; return the blend's file."""
+        """Write a blend of the hub's texts, and a suite beside the blend; return the blend's file."""
         entries = [f"{self.endpoint}/acme/texts/resolve/{COMMIT}/{name}.jsonl" for name in ("first", "second")]
         path = self.folder / "mine.yaml"
         path.write_text(f"sources:\n  web:\n    train: {json.dumps(entries)}\n    {license}\n")
@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment variables of a user whose caches lie elsewhere."""
+        """The environment variables of a user whose hub caches are not in the usual places."""
         own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": "/nowhere"}
         return os.environ | own | {"NO_PROXY": "127.0.0.1"}
 
@@ -98,7 +98,7 @@ def test_names_unavailable_inputs_and_fetches_the_rest(site: Site) -> None:
     dense, *others = _inputs(site, "weight: 1.0")
     done = site.fetch(dense.replace("tiny", "gated"), *others)
     assert done.returncode == 1, done.stderr
-    assert "not fetched: model acme/gated: Download of acme/gated" in done.stdout
+    assert "not fetched: model acme/gated (Download of acme/gated" in done.stdout
     assert "License of source web in blend mine is not stated" in done.stdout
     assert not (site.folder / "fetched/texts").exists()
     (site.folder / "home").mkdir()

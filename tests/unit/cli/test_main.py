@@ -44,7 +44,7 @@ def test_every_help_begins_with_examples_that_parse(capsys: pytest.CaptureFixtur
         program, command, *words = shlex.split(example)
         assert (program, command) == ("nemo-upcycle", name)
         _, unknown = parser.parse_known_args(words)
-        assert [word for word in unknown if "=" not in word] == []  # KEY=VALUE overrides may stand anywhere
+        assert [word for word in unknown if "=" not in word] == []  # KEY=VALUE may come anywhere
     assert [word for word in first.split() if word.startswith("examples/") and not (ROOT / word).exists()] == []
 
 
@@ -67,7 +67,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_it_answers_without_what_takes_time_to_import(tmp_path: Path, typed: list[str], heavy: str) -> None:
-    made = tmp_path / "cache/dense/smollm2-135m"  # an asset, as an earlier command left it
+    made = tmp_path / "cache/dense/smollm2-135m"  # an asset that an earlier command downloaded
     made.mkdir(parents=True)
     shutil.copy(f"{write_config(tmp_path)}/config.json", made)
     (made / MARKER).touch()
@@ -119,7 +119,7 @@ def test_reports_an_output_without_room(dense: Path, tmp_path: Path, command: Co
             error = process.communicate()[1]
         assert process.returncode == status
         assert error.startswith("error: Standard output cannot be written: No space left on device")
-        assert (f"{moe} is whole" in error) is (status == 0)
+        assert (f"{moe} itself is complete" in error) is (status == 0)
     command.text("verify", str(dense), str(moe), "--weights-only")
 
 

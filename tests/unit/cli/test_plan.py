@@ -57,7 +57,7 @@ def test_json_has_exactly_what_is_promised(command: Command) -> None:
         (DROPLESS, "Speed with balanced routing, as benchmarks force it. Nat"),
         (f"{DROPLESS} --routing natural", "Speed with natural routing"),
         ("--gpus 64 --layout tp=4,pp=4", "gradients bf16, overlap tp, mcore-0.15"),
-        ("--gpus 64 --global-batch 64 --seq-length 131072", "warning: sequences of 131,072 tokens|8,192 positions"),
+        ("--gpus 64 --global-batch 64 --seq-length 131072", "warning: sequences have 131,072 tokens|8,192 positions"),
     ],
 )
 def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Path, typed: str, said: str) -> None:
@@ -128,7 +128,7 @@ def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixt
     if main(words):
         given = capsys.readouterr()
         text = " ".join((given.err or given.out).split())
-        advice = re.search(r"(?:Set|With) (--[a-z-]+)[ =](\d+)", text)
+        advice = re.search(r"(?:Set|with) (--[a-z-]+)[ =](\d+)", text)
         assert advice, text
         assert main([*words, *advice.groups()]) == 0
     assert "nemo llm pretrain" in capsys.readouterr().out
@@ -136,12 +136,12 @@ def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixt
 
 def test_where_nothing_fits_there_is_no_command_but_advice(command: Command) -> None:
     moe = ("plan", *MOE.split()[:2], "--rows", "2", "--gpus")
-    assert "Nothing fits 8 GPUs" in command.text(*moe, "8", status=1)
+    assert "No layout fits 8 GPUs" in command.text(*moe, "8", status=1)
     assert [row["command"] for row in command.values(*moe, "8", status=1)["rows"]] == [None, None]
-    said = "This layout does not fit, nor does any other of 8 GPUs. With --gpus 16 "
+    said = "This layout does not fit, and no other layout fits 8 GPUs. A layout fits with --gpus 16 "
     assert said in command.text(*moe, "8", "--layout", "tp=4", status=1)
     text = command.text(*moe, "64", "--layout", "tp=4", status=1)
-    found = re.search(r"This layout does not fit. Of 64 GPUs this one does: --layout (\S+)", text)
+    found = re.search(r"This layout does not fit. On 64 GPUs, this one fits: --layout (\S+)", text)
     assert found, text
     command.text(*moe, "64", "--layout", found[1])
 
@@ -199,7 +199,7 @@ def test_newer_software_is_faster(command: Command) -> None:
 
 
 def test_low_precision_parameters_are_as_the_run_has_them(tmp_path: Path, command: Command) -> None:
-    """A model without a recipe in this package keeps its parameters in FP8 for mxfp8, as in NVIDIA's recipes."""
+    """With mxfp8, a model without a recipe in this package keeps its parameters in FP8, as NVIDIA's recipes do."""
     options = ("--gpus", "64", "--gpu", "b200", "--precision", "mxfp8", "--layout", "tp=1")
 
     def memory(*more: str, **changes: Any) -> Any:
@@ -226,7 +226,7 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
     routers, networks = 8 * 4096, 8 * 3 * 4096 * 14336
     assert more["total_params"] == 46_702_792_704 + 32 * (routers + networks)
     error = refused(*model, "--experts", "16", "--granularity", "2")
-    assert str(error).startswith("--granularity 2 is not for a parent with experts")
+    assert str(error).startswith("--granularity 2 cannot be used with a parent that has experts")
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,10 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{MOE} --layout ''", "--layout is empty"),
         (f"{MOE} --layout mbs=0", "--layout mbs is 0; expected"),
         (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch is 1, and the layout says mbs=2"),
-        (f"{SMALL} --recompute moe_act", "--recompute moe_act is not for this recipe"),
-        (f"{SMALL} --dispatcher deepep", "--dispatcher deepep is not for this recipe"),
-        (f"{DENSE} --capacity-factor 2", "--capacity-factor 2.0 is not for a dense model"),
-        (f"{DENSE} --recompute moe_act", "--recompute moe_act is not for a dense model"),
+        (f"{SMALL} --recompute moe_act", "--recompute moe_act cannot be used with this recipe"),
+        (f"{SMALL} --dispatcher deepep", "--dispatcher deepep cannot be used with this recipe"),
+        (f"{DENSE} --capacity-factor 2", "--capacity-factor 2.0 cannot be used with a dense model"),
+        (f"{DENSE} --recompute moe_act", "--recompute moe_act cannot be used with a dense model"),
         ("--recipe llama3_8b_e8t --gpus 8", "--recipe 'llama3_8b_e8t' does not exist"),
         ("--gpus 8 --experts 8 --top-k 0", "--top-k is 0; expected"),  # zero is a value, not a missing option
         ("--gpus 8 --granularity 2", "--granularity 2 needs --experts"),

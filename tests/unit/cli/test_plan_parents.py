@@ -1,4 +1,4 @@
-"""The planner reads parents of every family from their `config.json`: published size, and a layout that fits."""
+"""For each parent family, the planner reads the published size from `config.json` and finds a layout that fits."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
         | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
     ),
-    "Gemma 3 4B": (  # a text model inside a wrapper, which omits the defaults of its class
+    "Gemma 3 4B": (  # a text model inside a wrapper; the config omits the defaults of the text model's class
         3.88,
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
         | {"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}},

@@ -1,4 +1,4 @@
-"""`report` of a run, and of a grid's evidence."""
+"""`nemo-upcycle report` for a run, and for the evidence of a grid."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_it_writes_two_files_and_says_how_to_go_on(dense: Path, texts_folder: Pa
     assert sorted(path.name for path in folder.iterdir()) == ["blend.yaml", "recipe.py"]
     assert answer["choices"]["experts"] == {"value": "4, top-2", "because": "asked for"}
     assert answer["command"].endswith("upcycle pipeline --factory recipe.chain --yes")
-    assert "there already, the same" in command.text(*words)
+    assert "already there, unchanged" in command.text(*words)
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Installation without a clone: the wheel alone in an empty environment, and the source distribution."""
+"""Installation without a clone: only the wheel in an empty environment, and the source distribution."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_archives_hold_data_files_and_no_dead_link(built: Path, wheel: Path)
 
 
 def test_no_message_names_a_page_that_only_a_clone_has() -> None:
-    """Docstrings may name such a page, because they are read beside the source."""
+    """Docstrings may name such a page, because whoever reads a docstring also has the source."""
     for path in (ROOT / "nemo_upcycle").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -1,4 +1,4 @@
-"""A child with all of its parent's weights but other settings does not pass as the parent's child."""
+"""A model that has all of its parent's weights but other settings is not accepted as the parent's child."""
 
 from __future__ import annotations
 

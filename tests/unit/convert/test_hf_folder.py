@@ -158,7 +158,7 @@ def test_a_stopped_export_goes_on_with_the_same(dense: Path, tmp_path: Path, mon
     aside = tmp_path / ".hf.partial"
     kept = {path.name: path.stat().st_ino for path in aside.glob("*.safetensors")}
     assert len(kept) == 3
-    # Open files keep their inode numbers from being reused.
+    # Keep the files open, so that their inode numbers are not reused.
     held = [path.open("rb") for path in aside.glob("*.safetensors")]
     (aside / "model-00009-of-00009.safetensors.unfinished").write_bytes(b"half")  # a file that a killed process left
     if not same:

@@ -14,7 +14,7 @@ import yaml
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import CardInfo, export_checkpoint
-from nemo_upcycle.convert.model_card import add_scores, training_facts
+from nemo_upcycle.convert.model_card import add_section, training_facts
 from tests.folders import SPEC, converted
 from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import write_checkpoint
@@ -39,7 +39,7 @@ def _convert(parents: list[Path], output: Path, spec: UpcycleSpec = SPEC) -> tup
 
 
 def _parent(dense: Path, folder: Path, card: str | None = CARD) -> Path:
-    """Copy a parent without a tokenizer, with this card or without any."""
+    """Copy a parent without a tokenizer, with this model card or without a card."""
     shutil.copytree(dense, folder)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="latin-1")
@@ -56,7 +56,7 @@ def test_the_card_names_the_parent_and_its_licence(dense: Path, tmp_path: Path) 
         "# moe",
         "| Made from | us/small-1 |",
         "UpcycleSpec(num_experts=4, top_k=2, method='drop', drop_ratio=0.25, router_std=0.02, seed=1234)",
-        "| Computes | not the parent's function: drop_ratio=0.25 redraws some neurons |",
+        "| Made to compute | not the parent's function: drop_ratio=0.25 redraws some neurons |",
         "The parent's licence: the licence.",
     ):
         assert words in text
@@ -68,7 +68,7 @@ def test_names_parents_that_are_not_on_the_hub(dense: Path, tmp_path: Path) -> N
     front, text = _convert([local], tmp_path / "moe")
     assert front["base_model"] == "us/grandparent"
     assert "| Made from | local, made from us/grandparent |" in text
-    assert "| Computes | the parent's function, up to rounding |" in text
+    assert "| Made to compute | the parent's function, up to rounding |" in text
     other = _parent(dense, tmp_path / "models--them--other/snapshots/1", "---\nlicense: mit\n---\n")
     front, text = _convert([local, other], tmp_path / "mixed")
     assert front["base_model"] == ["us/grandparent", "them/other"]
@@ -130,12 +130,12 @@ def test_card_and_command_name_the_argument_for_uneven_experts(tmp_path: Path) -
 def test_scores_replace_only_our_own_earlier_scores(dense: Path, tmp_path: Path) -> None:
     _, before = _convert([dense], tmp_path / "moe")
     for value in ("0.25", "0.50"):
-        add_scores(tmp_path / "moe", f"| acc | {value} |")
+        add_section(tmp_path / "moe", "Scores", f"| acc | {value} |")
     _, text = _read(tmp_path / "moe")
     assert text.replace("## Scores\n\n| acc | 0.50 |\n\n", "") == before
     assert text.index("## Load it") < text.index("## Scores") < text.index("## Licence")
     (tmp_path / "link").symlink_to(tmp_path / "moe")
-    add_scores(tmp_path / "link", "| acc | 1 |")
+    add_section(tmp_path / "link", "Scores", "| acc | 1 |")
     (tmp_path / "moe/nemo_upcycle.json").unlink()
-    add_scores(tmp_path / "moe", "| acc | 1 |")
+    add_section(tmp_path / "moe", "Scores", "| acc | 1 |")
     assert _read(tmp_path / "moe")[1] == text

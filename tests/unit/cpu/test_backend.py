@@ -1,4 +1,4 @@
-"""The parts of the CPU backend that one process can test. Tests that change a process run in their own process."""
+"""Tests of the CPU backend that need one process. A test that changes global state runs in a separate process."""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def test_a_folder_and_a_pattern_are_blends_of_one_source(tmp_path: Path) -> None
     pattern = read_blend(tmp_path / "mine/*.jsonl")
     assert (pattern.name, pattern.config.sources["texts"].train) == ("mine", [f"{tmp_path}/mine/*.jsonl"])
     (tmp_path / "none").mkdir()
-    with pytest.raises(UpcycleError, match=r"/none has no file of texts .*\(\.txt, \.jsonl, \.parquet, compressed"):
+    with pytest.raises(
+        UpcycleError, match=r"/none has no file in a supported text format .*\(\.txt, \.jsonl, \.parquet, compressed"
+    ):
         read_blend(tmp_path / "none")
 
 

@@ -123,9 +123,9 @@ def test_first_rank_says_what_the_run_reads(folder: Path, tiny_dense: Path) -> N
     ("steps", "read_before", "warned"), [(640, 0, False), (660, 0, True), (320, 600, False), (320, 700, True)]
 )
 def test_too_many_epochs_are_told(folder: Path, tiny_dense: Path, steps: int, read_before: int, warned: bool) -> None:
-    """Source talks has 3,630 tokens and 70 % of 32 tokens per step: 4 epochs end at step 648, or 1,296 sequences."""
+    """Source talks (3,630 tokens) gives 70 % of 32 tokens per step, so 4 epochs end at step 648 (1,296 sequences)."""
     (said,) = run_ranks(_said, 1, folder, tiny_dense, steps, {"skip_samples": read_before})
-    assert (f"its parent read {16 * read_before:,} tokens of it before" in said) is bool(read_before)
+    assert (f"already trained on {16 * read_before:,} tokens of this blend" in said) is bool(read_before)
     assert f"{steps} steps read {32 * steps:,} tokens" in said, "what it reads itself stays what it is"
     assert ("data: source talks is read 4.1 times" in said) is warned
     assert "source books" not in said

@@ -1,4 +1,4 @@
-"""The index cache holds whole files of the present data or nothing; a validation interval beyond the run is cut."""
+"""The index cache has only complete files of the current data; a validation interval longer than the run is cut."""
 
 from __future__ import annotations
 

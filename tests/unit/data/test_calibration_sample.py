@@ -29,7 +29,7 @@ def test_prompts_are_read_for_each_copy(tiny_dense: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- one\n", "prompts.yaml has 1 entries: the spec makes 2 copies"),
+        ("- one\n", "prompts.yaml has 1 entry: the spec makes 2 copies"),
         ("- one\n- [two, 3]\n", "prompts.yaml is not a list of texts: the spec makes 2 copies"),
         ("one: two\n", "prompts.yaml is not a list of texts: the spec makes 2 copies"),
         ("- [one\n", "prompts.yaml is not valid YAML: while parsing"),

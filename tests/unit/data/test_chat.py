@@ -61,7 +61,7 @@ def _called(function: Any) -> list[dict[str, Any]]:
     return _answered(content=None, tool_calls=[{"function": function}])
 
 
-#: Case -> chat template, messages, the whole rendered text, and the part with loss.
+#: Case -> chat template, messages, the whole rendered text, and the part that counts in the loss.
 SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
     "answers, and what ends each": (
         None,
@@ -247,7 +247,7 @@ def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path
 
 
 def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
-    """Labels are shifted by one token: the loss on an answer's first token stands at the prompt's last token."""
+    """Labels are shifted by one token: the loss on an answer's first token is at the prompt's last position."""
     _build(tokenizer, tmp_path, sums())
     decode = load_tokenizer(tokenizer).decode
     for row in np.load(tmp_path / "chat/training.npy", allow_pickle=True):
@@ -288,7 +288,7 @@ def test_cuts_long_conversations_after_the_last_answer_that_fits(tokenizer: Path
 
 
 def test_a_strict_build_ends_at_the_first_wrong_line(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"mine\.jsonl:2: messages: missing"):
+    with pytest.raises(UpcycleError, match=r"mine\.jsonl:2: messages is missing"):
         _build(tokenizer, tmp_path, [sums()[0], "{}", *sums()[1:]], strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 

@@ -86,7 +86,8 @@ def suite(tmp_path: Path) -> Path:
 
 def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UpcycleError, match=r"task lost cannot be had: .*lost\.test\.jsonl.* or name the task in decontaminate_without"
+        UpcycleError,
+        match=r"task lost are not available: .*lost\.test\.jsonl.* or name the task in decontaminate_without",
     ):
         build_index({"mine": read_suite_config(suite)}, tmp_path / "index.npz")
     assert not (tmp_path / "index.npz").exists()

@@ -13,7 +13,7 @@ SEQUENCE = 16
 
 
 def _write(folder: Path, *files: list[int]) -> str:
-    """Write a source of documents of these lengths, with tokens 0, 1, 2, ...; return the prefix of its first file."""
+    """Write a source with documents of these lengths and tokens 0, 1, 2, ...; return the first file's prefix."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     first = 0
@@ -64,7 +64,7 @@ def _lengths(documents: int, seed: int = 0) -> list[int]:
 
 
 def _require_epochs(read: numpy.ndarray, tokens: int, epochs: int) -> None:
-    """Check that each whole epoch reads every token once, and that the rest repeats no token."""
+    """Check that each whole epoch reads every token once, and that the incomplete last epoch repeats no token."""
     whole = read[: epochs * tokens].reshape(epochs, tokens)
     assert (numpy.sort(whole, axis=1) == numpy.arange(tokens)).all()
     rest = read[epochs * tokens :]
@@ -98,7 +98,7 @@ def test_seeds_have_no_epoch_in_common(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lengths", [[SEQUENCE + 1], [9, 8], [7, 30], [1] * 33, [2 * SEQUENCE]])
 def test_tiny_source_is_read_for_many_epochs(tmp_path: Path, lengths: list[int]) -> None:
-    """Every sample, or every second one, continues in the next epoch."""
+    """Each sample, or each second sample, continues in the next epoch."""
     tokens, epochs = sum(lengths), 500
     dataset = _open(_write(tmp_path, lengths), epochs * tokens // SEQUENCE + 1)
     _require_epochs(_tokens(dataset), tokens, epochs)

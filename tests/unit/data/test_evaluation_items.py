@@ -46,7 +46,7 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
     paths = [Path(file.path) for file in list_inputs(read_blend("sotu"), "speeches", Path())["train"]]
     hits = {path.stem: index.find(path.read_text(encoding="utf-8")) for path in paths}
     assert {identity: [hit.size for hit in found] for identity, found in hits.items() if found} == {
-        "1980-Carter-2": [31, 77, 108],  # 180 13-grams together
+        "1980-Carter-2": [31, 77, 108],  # 180 13-grams in total
         "1982-Reagan-1": [36, 19],
         "1990-Bush-1": [14],
         "1995-Clinton-1": [14],

@@ -96,7 +96,7 @@ def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_pat
     (tokens,) = blend.tokens[short]["talks"].values()
     assert blend.paths(seq_length=tokens - 1)[short]
     what = {"train": "The train split of source talks", "validation": "The longest validation source"}[short]
-    said = rf"{what} of .* has {tokens} tokens, not more than one sequence \({tokens}\)"
+    said = rf"{what} of .* has {tokens} tokens, but more than one sequence \({tokens} tokens\)"
     with pytest.raises(UpcycleError, match=said):
         blend.paths(seq_length=tokens)
 
@@ -117,7 +117,7 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
 
 
 def test_saved_tokenizer_keeps_the_hash_of_its_parent(folder: Path) -> None:
-    """A training can therefore continue from a NeMo checkpoint, which holds the folder's tokenizer."""
+    """A training can therefore continue from a NeMo checkpoint, which contains the tokenizer of the data folder."""
     own = tokenizer_sha256(open_tokenizer(folder / "tokenizer"))
     assert own == open_blend(folder).manifest["tokenizer"]["sha256"]
 

@@ -89,7 +89,7 @@ def _redpajama(train: str = "/rp", **options: object) -> dict[str, Any]:
     ("source", "said"),
     [
         ({"train": ["*.txtt"]}, "Pattern *.txtt matches no file"),
-        ({"train": ["*.pdf"]}, "b.pdf is not a text format that is read"),
+        ({"train": ["*.pdf"]}, "b.pdf has no supported text format"),
         ({"train": ["*.txt"], "reader": "filez"}, "sources.web.reader 'filez' does not exist"),
         ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
         ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key is 5; expected the name of a field"),
@@ -146,7 +146,7 @@ def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
 
 
 def test_searches_for_held_out_text_if_there_is_some(tmp_path: Path) -> None:
-    """The search reads all texts once more."""
+    """Without held-out text, the search is skipped, because it reads all texts once more."""
     inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
 
     def plan(**shares: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Unreadable parts of a source are counted; too many of them, or too little text, are refused early, with numbers."""
+"""Unreadable parts of a source are counted. Too many unreadable parts or too little text are refused early."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     with pytest.raises(UpcycleError) as caught:
         check()
     said = (
-        "leaves at most 54 tokens to train on, in 2 of 2 documents, and 25.0% of a run needs more than a sequence (64)"
+        "leaves at most 54 tokens to train on, in 2 of 2 documents, and 25.0% of a run needs more than a sequence"
+        " (64 tokens)"
     )
     assert str(caught.value).startswith(f"Source tiny {said}")
 

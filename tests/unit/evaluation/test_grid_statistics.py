@@ -46,7 +46,8 @@ def test_documents_are_interpolated_in_the_logarithm_of_tokens() -> None:
 
 
 def test_the_mean_of_seeds() -> None:
-    # Seeds 1.0 and 1.2: mean 1.1, deviation 0.1414, standard error 0.1414 / sqrt(2) = 0.1; t(0.975, 1) = 12.706
+    # Two seeds score 1.0 and 1.2. The mean is 1.1 and the deviation 0.1414, so the standard error is
+    # 0.1414 / sqrt(2) = 0.1. The quantile is t(0.975, 1) = 12.706.
     found = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
     assert found == pytest.approx({"value": 1.1, "low": 1.1 - 1.2706, "high": 1.1 + 1.2706}, rel=1e-3)
     assert mean_of_seeds({1: documents(1.0)})["low"] is None
@@ -54,8 +55,9 @@ def test_the_mean_of_seeds() -> None:
 
 
 def test_documents_and_seeds_make_a_difference_uncertain() -> None:
-    # Seed 1 gains 0.2 and 0.0 on its two documents, seed 2 0.4 and 0.2: means 0.1 and 0.3, so 0.2 +- 0.1 over seeds.
-    # Mean gains over seeds are 0.3 and 0.1: 0.1 without one document, 0.3 without the other; jackknife 0.1.
+    # Seed 1 gains 0.2 and 0.0 on the two documents, and seed 2 gains 0.4 and 0.2. The means of the seeds are 0.1 and
+    # 0.3, which gives 0.2 +- 0.1 over seeds. The means of the documents are 0.3 and 0.1. Without one document, the
+    # gain is 0.1, and without the other document it is 0.3, so the jackknife error is 0.1.
     reference = {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)}
     found = judge(difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference), None)
     assert found["difference"] == pytest.approx(-0.2)
@@ -68,21 +70,23 @@ def test_documents_and_seeds_make_a_difference_uncertain() -> None:
 
 
 def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
-    """Seed 1 gains 0.1 on every document, seed 2 gains 0.1, 0.3 and 0.5: means 0.1, 0.2 and 0.3."""
+    """Seed 1 gains 0.1 on every document, seed 2 gains 0.1, 0.3 and 0.5. The documents' means are 0.1, 0.2 and 0.3."""
     reference = {1: documents(1.0, 1.0, 1.0), 2: documents(1.0, 1.0, 1.0)}
     arm = {1: documents(0.9, 0.9, 0.9), 2: documents(0.9, 0.7, 0.5)}
-    # Leaving out one document: 0.25, 0.2, 0.15, so sqrt(2/3 * 0.005). Seed 1 alone would give 0, seed 2 alone 0.115.
+    # Without one document, the mean is 0.25, 0.2 or 0.15, so the error is sqrt(2/3 * 0.005). Only seed 1 would give 0,
+    # and only seed 2 would give 0.115.
     assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
 
 
 def test_pools_the_spread_of_an_arm_over_families() -> None:
-    # Near: 1.0 and 1.2 against 1.1 and 1.36 leave four residuals of 0.015: 4 * 0.015^2, one degree. Far: 0.03.
+    # Family `near`: 1.0 and 1.2 against 1.1 and 1.36 leave four residuals of 0.015. The sum of their squares is
+    # 4 * 0.015^2, with one degree of freedom. Family `far` leaves four residuals of 0.03.
     near = {"a": {1: documents(1.0), 2: documents(1.2)}, "b": {1: documents(1.1), 2: documents(1.36)}}
     far = {"a": {1: documents(2.0), 2: documents(2.2)}, "b": {1: documents(2.1), 2: documents(2.42)}}
     found = pooled_spread([near, far])
     assert found is not None
     assert (found.value, found.degrees) == (pytest.approx(math.sqrt((0.0009 + 0.0036) / 2)), 2)
-    assert pooled_spread([near | {"again": near["a"]}, far]) == found  # the same bits count once
+    assert pooled_spread([near | {"again": near["a"]}, far]) == found  # identical scores count once
     assert pooled_spread([{"a": {1: documents(1.0)}, "b": {1: documents(1.1)}}]) is None
 
 

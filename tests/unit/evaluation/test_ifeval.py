@@ -36,7 +36,7 @@ PROMPTS = [
     prompt(2, "Name a colour in three bullet points, and mention the word sky.", _SKY),
     prompt(3, "Write fewer than five words.", _SHORT),
 ]
-#: Answer to each prompt: the first follows one of two instructions, the second both, the third none.
+#: Answer to each prompt. The first answer follows one of two instructions, the second both, and the third none.
 WRITTEN = {1: "hello there, friend", 2: "* the sky\n* the sea\n* ink", 3: "Blue is the colour of it"}
 
 
@@ -98,7 +98,7 @@ def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (SUITE.replace("[0]", "[2]"), r"files\.ifeval needs tasks\.ifeval: \[0\], and it is \[2\]"),
+        (SUITE.replace("[0]", "[2]"), r"files\.ifeval needs tasks\.ifeval: \[0\], but the value is \[2\]"),
         (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is not a file"),
     ],
 )

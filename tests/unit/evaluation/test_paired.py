@@ -17,13 +17,13 @@ def test_the_paired_difference_of_accuracies() -> None:
     assert (found["difference"], found["stderr"]) == pytest.approx((0.5, 0.5))
     assert (found["low"], found["high"]) == pytest.approx((0.5 - 0.5 * 12.7062, 0.5 + 0.5 * 12.7062), abs=1e-4)
     assert (found["items"], found["higher_is_better"], found["significant"]) == (2, True, False)
-    assert paired_difference(A, B, "all/acc") == found  # a group consists of its tasks' items
+    assert paired_difference(A, B, "all/acc") == found  # a group has the items of all its tasks
     # two tests at once: t(0.9875, 1) = 25.452
     assert paired_difference(A, B, "quiz/acc", tests=2)["high"] == pytest.approx(0.5 + 0.5 * 25.452, abs=1e-3)
 
 
 def test_the_paired_difference_of_perplexities() -> None:
-    # A: exp(50 / 20), B: exp(44 / 20). Leaving out one window: exp(2.4) - exp(3), and exp(2) - exp(2) = 0.
+    # A: exp(50 / 20), B: exp(44 / 20). Without one window: exp(2.4) - exp(3), or exp(2) - exp(2) = 0.
     found = paired_difference(A, B, "text/word_perplexity")
     first = math.exp(2.4) - math.exp(3)
     assert found["difference"] == pytest.approx(math.exp(2.2) - math.exp(2.5))
@@ -47,7 +47,8 @@ def test_the_same_scores_on_every_item_have_no_interval(metric: str) -> None:
 
 
 def test_windows_of_one_document_count_as_one_observation() -> None:
-    # Both documents have equal windows. They differ by 1 and 3 per window: 2 +- 1, for any number of windows.
+    # Each window differs by 1 in the first document and by 3 in the second document. The mean difference is therefore
+    # 2 +- 1 for any number of windows.
     one = evaluation("one", [], [], [-20.0] * 6)
     other = evaluation("other", [], [], [-19.0] * 3 + [-17.0] * 3)
     for result in (one, other):

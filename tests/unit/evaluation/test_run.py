@@ -29,7 +29,7 @@ from tests.lm_eval_tasks import write_task
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
-#: More questions of the first question's subject, as examples.
+#: More questions on the subject of the first question, used as examples.
 MORE = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
 
 
@@ -151,7 +151,7 @@ def test_refuses_unknown_tasks_before_loading_the_model(own_suite: Path, tmp_pat
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
         config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
-        with pytest.raises(UpcycleError, match=r"Data of .*lost cannot be had.*lost\.test\.jsonl"):
+        with pytest.raises(UpcycleError, match=r"Data of .*lost are not available.*lost\.test\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
 
@@ -169,11 +169,11 @@ def test_strict_evaluation_ends_at_missing_tasks(
     said = capfd.readouterr()
     assert "fatal: " not in said.err, "of git, which is in no repository there"
     assert said.out.startswith(f"{tmp_path / 'out/dense.json'}: "), "it has no experts"
-    assert said.out.splitlines()[-1].startswith("lost: not scored, its data cannot be had: ")
+    assert said.out.splitlines()[-1].startswith("lost: not scored, because its data are not available (")
     assert main([*words, "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
-    assert "error: Data of lm-eval's task lost cannot be had: " in capfd.readouterr().err
+    assert "error: Data of lm-eval task lost are not available: " in capfd.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:

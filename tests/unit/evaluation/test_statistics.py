@@ -41,7 +41,7 @@ def test_spreads_are_pooled_by_their_degrees() -> None:
         ([0.1], None, None),
         ([0.1], Spread(0.3, 8), Spread(0.3, 8)),
         ([0.0, 0.2], None, Spread(math.sqrt(0.02), 1)),
-        ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the others' variance: chance
+        ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the others' variance can be chance
         ([0.0, 0.8], Spread(0.1, 8), Spread(math.sqrt(0.32), 1)),  # 32 times the variance: F(1, 8) gives 0.0005
         ([0.0, 0.001, 0.002], Spread(0.1, 8), Spread(0.001, 2)),  # 1e-4 of the variance: F(2, 8) gives 0.0001
         ([0.0, 0.01, 0.02], Spread(0.1, 8), Spread(0.1, 8)),  # 1e-2 of the variance: F(2, 8) gives 0.01, too common
@@ -57,9 +57,10 @@ def test_few_seeds_take_the_spread_of_all(values: list[float], others: Spread | 
 
 
 def test_what_a_seed_does_to_all_models_is_taken_out() -> None:
-    """Models (means 1.1, 1.22, 1.3) and seeds (1.1, 1.3133) leave residuals 0.0067, -0.0133, 0.0067 and negatives.
+    """Means of models (1.1, 1.22, 1.3) and of seeds (1.1, 1.3133) leave residuals +-0.0067, +-0.0133 and +-0.0067.
 
-    Their squares sum to 5.33e-4. Divided by two degrees of freedom: 2.67e-4, whose root is 0.01633.
+    Their squares sum to 5.33e-4. Divided by two degrees of freedom, this is 2.67e-4. The root of 2.67e-4 is
+    0.01633.
     """
     found = spread_without_seeds({"far": {1: 1.2, 2: 1.4}, "best": {1: 1.0, 2: 1.2}, "near": {1: 1.1, 2: 1.34}})
     assert found is not None

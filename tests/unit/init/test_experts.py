@@ -1,4 +1,4 @@
-"""Expert weights: copies have the same bits, noise and new neurons the right spread, any cut the same result."""
+"""Expert weights: copies are bit-identical, noise and new neurons have the right spread, and cuts change nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torc
 
 
 def _changed(spec: UpcycleSpec, dense_FD: torch.Tensor, *, part: str = "up", cuts: Sequence[int] = ()) -> torch.Tensor:
-    """Return an expert's matrix as made by ranks that each hold the neurons between two cuts."""
+    """Return an expert's matrix made by several ranks; each rank has the neurons between two cuts."""
     bounds = (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):

@@ -1,4 +1,4 @@
-"""Refusals of an init method: its result overflows, or its name is taken. `docs/add_init_method.md` adds one."""
+"""An init method is refused if its result overflows or its name is taken. `docs/add_init_method.md` adds a method."""
 
 from __future__ import annotations
 

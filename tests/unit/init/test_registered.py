@@ -30,7 +30,7 @@ def _network() -> dict[str, torch.Tensor]:
 
 
 def _changed(method: str, part: str, dense_FD: torch.Tensor, cuts: tuple[int, ...] = ()) -> torch.Tensor:
-    """Return an expert's matrix as made by ranks that each hold the neurons between two cuts."""
+    """Return an expert's matrix made by several ranks; each rank has the neurons between two cuts."""
     spec, bounds = UpcycleSpec(method=method), (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):

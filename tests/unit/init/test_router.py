@@ -24,7 +24,7 @@ HIDDEN = 4096
 
 def test_a_row_ignores_the_number_of_experts() -> None:
     few, many = UpcycleSpec(num_experts=4, top_k=2), UpcycleSpec(num_experts=64, top_k=2)
-    for width in (97, HIDDEN):  # in rows of odd width, most rows start unaligned for the processor's vectors
+    for width in (97, HIDDEN):  # with an odd width, most rows are unaligned for vector instructions
         assert torch.equal(router_weight(few, 1, width), router_weight(many, 1, width)[:4])
 
 

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
+from nemo_upcycle.models.compatibility import Written, caveats
 from nemo_upcycle.models.hf_config import architecture_from_config, moe_config, read_architecture
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B, LLAMA3_SCALING
@@ -24,7 +25,7 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
     assert (moe.total_params, moe.active_params) == (47_491_321_856, 13_668_454_400)
 
 
-#: Changes to a config; the last setting of each is refused.
+#: Changes to a config. The last setting of each entry is refused.
 REFUSED: list[dict[str, Any]] = [
     {"num_key_value_heads": 5},
     {"num_hidden_layers": 10**6},
@@ -183,7 +184,7 @@ GEMMA4 = {"hidden_size_per_layer_input": 0, "head_dim": 128}
 
 
 def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: str) -> None:
-    """Apply each change that a refusal advises: none is advised twice, and the changed spec is accepted."""
+    """Apply each change that a refusal advises; no change is advised twice, and each changed spec is accepted."""
     seen: list[dict[str, Any]] = []
     for text in fix.split(", or "):
         opens = {"sliding_window": None} if "config.json" in text else {}
@@ -258,9 +259,9 @@ def test_a_window_is_opened_if_it_helps(hf_class: str, fields: dict[str, Any], o
 def test_servers_that_would_drop_a_bias_are_named() -> None:
     biased, plain = _config("Qwen3", attention_bias=True), _config("Qwen3")
     said, none = (
-        families.server_caveats(architecture_from_config(one).upcycled(UpcycleSpec()), 2) for one in (biased, plain)
+        caveats(Written(architecture_from_config(one).upcycled(UpcycleSpec()), 2)) for one in (biased, plain)
     )
-    assert any(caveat.startswith("vLLM: it drops the bias") for caveat in said)
+    assert any(caveat.startswith("vLLM: its tokens differ from the parent's: it drops the bias") for caveat in said)
     assert none == ()
 
 

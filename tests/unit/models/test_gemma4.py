@@ -83,7 +83,7 @@ def test_heads_are_read_as_newer_releases_write_them() -> None:
         ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input is 256; expected 0"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2; expected 0"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'; expected null or vision"),
-        ({"rope_parameters": _FULL}, "rope_parameters is .* expected one for layers with a window"),
+        ({"rope_parameters": _FULL}, "rope_parameters is .* expected one entry for layers with a window"),
     ],
 )
 def test_what_is_not_known_of_a_gemma_4_is_refused(changes: dict[str, Any], text: str) -> None:

@@ -79,7 +79,7 @@ def test_any_copy_will_do_where_a_parent_takes_one(tmp_path: Path, chosen: int, 
     ("fields", "why"),
     [
         ({"top_k": 2}, "top_k=4 would be exact"),
-        ({"top_k": 3}, "best 1.5, where it takes 2"),
+        ({"top_k": 3}, "best 1.5 experts, but the parent uses 2"),
         ({"top_k": 4, "method": "noise"}, "noise_std"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which HybridModel layer holds which part of which dense layer."""
+"""Find the HybridModel layer that contains each part of a dense layer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_pattern_is_made_of_the_layers_with_experts(segments: int, pattern: st
 
 def test_the_layers_of_a_checkpoint_are_read_from_its_names() -> None:
     assert stored_hybrid(NAMES) == stored_hybrid(NAMES[::-1]) == HybridLayers("*-*E")
-    assert stored_hybrid([*NAMES[:-1], "decoder.final_layernorm.weight"]) is None  # names of a GPTModel
+    assert stored_hybrid([*NAMES[:-1], "decoder.final_layernorm.weight"]) is None  # these are names of a GPTModel
     with pytest.raises(SpecError, match=r"is \*\?\*E"):
         stored_hybrid([name for name in NAMES if ".layers.1." not in name])
 

@@ -1,4 +1,4 @@
-"""Settings that no shape reveals: refused if they change the function, named if they round it."""
+"""Settings that no shape reveals are refused if they change the function, and named if they round the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_usual_may_be_spelled_out() -> None:
     [("", None, True), ("", 2.0, True), ("", 1.5, False), ("rank_", 1.0, True), ("rank_", 0.5, False)],
 )
 def test_a_capacity_below_every_token_is_told(kind: str, factor: float | None, exact: bool) -> None:
-    """With four experts and top-2, an expert can hold all tokens from a factor of 4 / 2 on."""
+    """With four experts and top-2, an expert has room for all tokens if the factor is at least 4 / 2."""
     (chunk,), name = build_chunks(small_architecture(), num_experts=4), f"moe_expert_{kind}capacity_factor"
     setattr(chunk.config, name, factor)
     receipt = upcycle_into([chunk], MemorySource(small_architecture()), SPEC)

@@ -74,7 +74,7 @@ def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output
     spec, arch, window = UpcycleSpec(**row.spec), read_architecture(folder), window_fields(read_architecture(folder))
     counts = {"num_experts": arch.num_experts} | ({"top_k": arch.top_k} if arch.num_experts else {})
     (model,) = build_chunks(folder, **moe_settings(arch, spec), **window, params_dtype=row.dtype)
-    # Megatron has one setting for the biases of the attention's output and of the experts.
+    # One Megatron setting controls both the biases of the attention's output and the biases of the experts.
     if not row.online:
         with open_dense(folder) as dense, pytest.raises(CheckpointError, match="bias"):
             upcycle_into([model], dense, spec)
@@ -84,7 +84,7 @@ def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output
         assert load_dense_into([own], dense).exact
         receipt = upcycle_into([model], dense, spec)
     assert receipt.exact is (wanted is not None)
-    # Other methods also read the weights to decide their changes.
+    # Methods other than `copy` also read the weights to decide their changes.
     assert receipt.bytes_read == receipt.bytes_needed or spec.method != "copy"
     for made in (own, model) if wanted is not None else ():
         assert _error(megatron_logits(made.eval(), sample_tokens(250))[..., :250], wanted) <= EXACT

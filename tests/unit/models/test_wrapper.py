@@ -1,4 +1,4 @@
-"""A text model inside a wrapper: its settings are read as if it stood alone, and tied embeddings are detected."""
+"""A text model inside a wrapper: its settings are read as without the wrapper, and tied embeddings are detected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _config(kind: str, text: dict[str, Any], **whole: Any) -> dict[str, Any]:
             | {"rms_norm_eps": 1e-6, "rope_theta": 2e6},
             {"rope_scaling": None, "rope_theta": 2e6, "norm_eps": 1e-6},
         ),
-        # Without weights, the settings decide whether the embedding is tied; the top level comes first.
+        # Without weights, the settings decide whether the embedding is tied. The top level has precedence.
         (_config("Llava", SIZES | {"tie_word_embeddings": True}), {"tied_embeddings": True}),
         (_config("Llava", SIZES, tie_word_embeddings=True), {"tied_embeddings": True}),
         (_config("Gemma3", SIZES, tie_word_embeddings=False), {"tied_embeddings": False}),

@@ -1,4 +1,4 @@
-"""Upcycling from a calibration file: exact, with the conversion's bits, and refused for another parent or spec."""
+"""Upcycling with a calibration file is exact, equals conversion bit for bit, and refuses another parent or spec."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_file_of_other_settings_is_not_overwritten(dense: Path, tmp_path: Path
     first, again = made(dense, file, spec), made(dense, file, spec)
     assert (first.made, again.made, again.sha256) == (True, False, first.sha256)
     other = random_sample(250, COPIES, seed=7)
-    with pytest.raises(UpcycleError, match="is a calibration with other settings"):
+    with pytest.raises(UpcycleError, match="is a calibration file made with other settings"):
         made(dense, file, spec, other)
     assert made(dense, file, spec, other, replace=True).sha256 != first.sha256
 

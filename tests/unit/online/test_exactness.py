@@ -52,7 +52,7 @@ def _error(network: dict[str, Any], spec: UpcycleSpec) -> float:
 
 
 def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any) -> UpcycleSpec:
-    """Return a spec with this many copies of the FFN; each token uses `chosen` of them."""
+    """Return a spec with this many copies of the FFN; each token uses `chosen` copies."""
     fields = {"router_std": 1.0} | fields
     counts = {"num_experts": copies * granularity, "top_k": chosen * granularity, "granularity": granularity}
     return UpcycleSpec(**(counts | fields))
@@ -73,7 +73,7 @@ SPECS: list[dict[str, Any]] = [
     # With all experts chosen, softmax before and after top-k give the same weights.
     {"chosen": 4, "router_order": "softmax_topk", "granularity": 2},
     {"chosen": 4, "router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"},
-    # The router must be zero, or the sum of the chosen experts' weights is unknown.
+    # The router must be zero; otherwise the sum of the chosen experts' weights is unknown.
     {"chosen": 1, "router_order": "softmax_topk", "router_init": "zero"},
     {"chosen": 3, "router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5},
     {"router_order": "softmax_topk", "router_std": 0.0},
@@ -81,7 +81,7 @@ SPECS: list[dict[str, Any]] = [
     {"chosen": 3, "router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5},
     {"chosen": 1, "router_score": "sigmoid", "granularity": 4, "router_std": 0.02},
     {"chosen": 1, "router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5},
-    # These change nothing.
+    # These settings change nothing.
     {"method": "noise", "noise_std": 0.0},
     {"method": "drop", "drop_ratio": 0.0},
     {"output_scale": "none"},

@@ -58,7 +58,7 @@ def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 GELU = torch.nn.functional.gelu
-#: Changes to the spec, to the model and to the parent; the subject of the error, and its value.
+#: Changes to the spec, to the model and to the parent, then the subject and the value of the error.
 DISAGREEING: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, object]] = [
     ({"num_experts": 8}, {}, {}, "model.config.num_moe_experts", 4),
     ({"top_k": 3}, {}, {}, "model.config.moe_router_topk", 2),
@@ -133,7 +133,7 @@ def test_a_sliding_window_is_exact_in_a_model_with_it(tmp_path: Path, changes: d
 @pytest.mark.parametrize(
     ("parent", "changes", "exact"),
     [
-        ({"sliding_window": 128}, {}, True),  # the model takes no longer sequences
+        ({"sliding_window": 128}, {}, True),  # no sequence of this model is longer than 128 tokens
         ({"sliding_window": 16}, {"window_size": (15, 0), "window_attn_skip_freq": 2}, False),
         ({"sliding_window": None}, {"window_size": (15, 0)}, False),
         ({"sliding_window": None}, {"window_size": (-1, 0)}, True),

@@ -23,7 +23,7 @@ from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
 class Processes(Cluster):
-    """Starts a process per job, and like Kubernetes holds no job back."""
+    """Starts a process per job and, like Kubernetes, cannot make a job wait for another job."""
 
     label = "processes"
     poll_s = 0.0
@@ -120,7 +120,7 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
     chain.submit()
     assert set(chain.ids) == {"a", "b"}
     assert watch(chain)
-    assert chain.done() == {"a", "b", "c", "d"}  # c ran beside b
+    assert chain.done() == {"a", "b", "c", "d"}  # b and c ran at the same time
     assert "hello\n" in capfd.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_training_goes_on_as_it_gets_further(tmp_path: Path, monkeypatch: pytest
 
 
 class HoldsBack(Processes):
-    """Takes all jobs at once, as Slurm does, and gives up jobs that wait for a failed job."""
+    """Accepts all jobs at once, as Slurm does, and cancels jobs that wait for a failed job."""
 
     holds_back = True
 

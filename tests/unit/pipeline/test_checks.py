@@ -1,4 +1,4 @@
-"""The checks before a run: the same for a shown run and a start, and whether a folder belongs to the run."""
+"""The checks before a run are the same for a dry run and a start, and find whether a folder belongs to the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.pipeline.test_order import plan_of
 
 
 PAGE = Path(__file__).parents[3] / "docs/clusters.md"
-#: The executor file on the page, and a pattern that takes the GPUs from the baseline and the evaluation.
+#: The executor file on the page, and a pattern for its lines that give GPUs to the baseline and the evaluation.
 SHOWN = re.search(r"```yaml\n(# h100.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 WITHOUT_GPUS = re.compile(r"^  (dense_ct|evaluate): .*\n", re.MULTILINE)
 

@@ -158,10 +158,10 @@ STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo faile
         (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # cancelled
         (KEPT + FAILED, "RUNNING", False, 2, False),
         (KEPT + "; touch {0}/pretrain/checkpoints/a--step=12-last-unfinished; exit 1", "RUNNING", True, 1, False),
-        (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # once, because a node may have failed
+        (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # requeued once, because a node may have failed
         (NO_FURTHER + "; exit 75", "RUNNING", True, 1, False),
         ("exit 1", "RUNNING", True, 1, False),
-        # Killed before it started; _ENDED is from an earlier job.
+        # The job was killed before the training started; _ENDED is from an earlier job.
         ("exit 137", "RUNNING", False, 1, True),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_batch_script_requeues_while_the_step_advances(
     earlier = tmp_path / "pretrain/checkpoints/a--step=9-last/weights"
     earlier.mkdir(parents=True)
     (earlier / ".metadata").touch()
-    (tmp_path / "pretrain/_ENDED").write_text("failed\n")  # by an earlier start
+    (tmp_path / "pretrain/_ENDED").write_text("failed\n")  # written by an earlier start
     in_vain_file = tmp_path / "jobs/pretrain/in_vain"
     if in_vain:
         in_vain_file.parent.mkdir(parents=True)

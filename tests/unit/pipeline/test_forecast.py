@@ -1,4 +1,4 @@
-"""The forecast of a changed run: trainings, disk, settings and saves. Golden files hold the rest."""
+"""The forecast of a changed run: trainings, disk, settings and saves. Golden files test the rest."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
 
 
 def test_plain_settings_are_forecast_with_their_defaults(demo: Any, tmp_path: Path) -> None:
-    """A recipe without batch sizes gets its data module's; missing plugins and callbacks count as none."""
+    """A recipe without batch sizes gets the sizes of its data module; missing plugins and callbacks count as empty."""
     from nemo.collections.llm.gpt.data import MockDataModule
 
     demo.pretrain.data = run.Config(MockDataModule, seq_length=1024)
@@ -110,7 +110,7 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path)
     check_space(enough)
     with pytest.raises(UpcycleError, match="checkpoints of pretrain"):
         check_space(short)
-    # Submitted jobs have their space already, and watching them adds nothing.
+    # Submitted jobs already have their space, and watching these jobs needs no more space.
     check_space(short, alive=[stage.name for stage in STAGES])
     with pytest.raises(UpcycleError, match="exported model"):
         check_space(replace(short, disk=replace(short.disk, free_bytes=0)), alive=["pretrain", "dense_ct"])
@@ -188,7 +188,7 @@ def test_a_save_is_planned_at_the_speed_of_the_site(llama: Any, tmp_path: Path) 
     cluster.executor.write_gib_s = 0.5
     slow = forecast_of(llama, tmp_path, cluster=cluster)
     (warning,) = [text for text in slow.warnings if text.startswith("pretrain: a checkpoint of 619.22 GiB")]
-    assert "at 0.5 GiB/s it takes run.executor.stages.pretrain.signal=TERM@1260" in warning
+    assert "At 0.5 GiB/s, set run.executor.stages.pretrain.signal=TERM@1260" in warning
     assert "1,238 s at 0.5 GiB/s, " in render_forecast(slow, verbose=True)
     cluster.executor.write_gib_s = 0
     with pytest.raises(SpecError) as refused:
@@ -259,7 +259,7 @@ def _names(plan: RunPlan, *site: str) -> dict[str, list[str]]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, named by this machine's environment."""
+    """An empty cache, which this machine's environment variables name."""
     monkeypatch.setenv("NEMO_UPCYCLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     return tmp_path / "cache"

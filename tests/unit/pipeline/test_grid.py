@@ -18,7 +18,7 @@ from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
 
 MINI = (Path(str(resources.files("nemo_upcycle.conf"))) / "ablations/mini.yaml").read_text(encoding="utf-8")
-#: A grid whose parent is one of its own arms, at one of two lengths.
+#: A grid in which one arm, at one of its two lengths, is the parent of another arm.
 OWN_PARENTS = f"""{MINI[: MINI.index("arms:")]}
 arms:
   dense: {{factory: "llama_1m_dense_ct(dense='parent')", lengths: [5, 10], parent: untrained}}
@@ -43,7 +43,7 @@ def laptop() -> GridPlan:
 
 
 def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
-    """This includes the dense arms; otherwise a difference could come from other texts."""
+    """The dense arms read the same texts, too; otherwise a difference could come from the texts."""
     one, two = (load_recipe(laptop.cells[f"moe-seed{seed}"]) for seed in (1, 2))
     assert (one.resume.restore_config.spec.seed, two.resume.restore_config.spec.seed) == (1, 2)
     assert (one.trainer, one.model) == (two.trainer, two.model)
@@ -53,7 +53,7 @@ def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
 
 
 def test_the_table_knows_the_margin_and_what_tells_schedules_apart(laptop: GridPlan) -> None:
-    """A constant learning rate lets one curve serve every budget."""
+    """With a constant learning rate, one curve shows the result for every budget."""
     assert laptop.described["margin"] == 0.002
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
     (schedule,) = {about["schedule"] for about in laptop.described["cells"].values()}

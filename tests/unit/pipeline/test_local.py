@@ -1,4 +1,4 @@
-"""The ranks of a stage on this machine: started, watched, and none left behind. Real processes, without NeMo."""
+"""The ranks of a stage on this machine are started, watched and ended. The tests use real processes without NeMo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting of ours in a recipe can be set on the command line, through NeMo-Run's own parser."""
+"""Every setting that this package adds to a recipe can be set on the command line, through NeMo-Run's parser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _ours(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the path and configuration of each part of a recipe that this package defines."""
     if isinstance(value, fdl.Buildable):
         made = value.__fn_or_cls__
-        # UpcycleStrategy takes NeMo's arguments.
+        # UpcycleStrategy has the arguments of NeMo's strategy.
         if made.__module__.startswith("nemo_upcycle.") and made.__name__ != "UpcycleStrategy":
             yield path, value
         for name, inner in value.__arguments__.items():

@@ -22,7 +22,7 @@ PYTHON = f"""#!/bin/bash
 [[ "$3" = *.sample ]] && exec {sys.executable} "$@"
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
 """
-#: An engine that makes its parent tell it to stop, as Slurm would.
+#: An engine that sends SIGTERM to its parent, as Slurm would, so that the parent stops the engine.
 ENGINE = f"""{PYTHON}
 trap 'exit 143' TERM
 kill -TERM $PPID

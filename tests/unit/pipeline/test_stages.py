@@ -15,7 +15,7 @@ from tests.unit.sources.test_checkpoints import write
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that runs the stage; its training saves these steps and ends as given."""
+    """A function that runs the stage with a training that saves the given steps and ends in the given way."""
 
     def run(steps: list[int], ending: BaseException | None) -> dict[str, Any]:
         def training() -> None:

@@ -39,7 +39,7 @@ def kept_of(run_dir: Path) -> Path:
 
 @pytest.fixture
 def run_dir(packed: Path) -> Iterable[Path]:
-    """The run for a test to change, in its original place because paths are settings."""
+    """A run that a test may change. It is at its original path, because paths are settings."""
     root, kept = packed.parent, kept_of(packed).parent
     shutil.copytree(root, kept)
     yield packed
@@ -179,7 +179,7 @@ def touch_parent(run_dir: Path) -> None:
     lose("import")(run_dir)
 
 
-#: The parent, on which all trainings depend; and the suite.
+#: Changes of a plan: another parent, on which all trainings depend, and another suite.
 OTHER_PARENT, OTHER_SUITE = {"dense": "/other/parent"}, {"evaluation": "demo"}
 
 

@@ -34,7 +34,7 @@ SMALL = replace(known_shape("llama3_8b"), **SIZES)
 TIED = replace(SMALL, tied_embeddings=True)
 BIASED = replace(SMALL, hf_class="Qwen2ForCausalLM", qkv_bias=True)
 NORMED = replace(known_shape("qwen3_600m"), **SIZES).upcycled(UpcycleSpec())
-#: Norms in OLMo 2's places.
+#: Norms at the same places as in OLMo 2.
 OLMO2_NORMS = {"qk_norm": True, "wide_qk_norm": True, "pre_norm": False, "post_norm": True}
 E8T2 = SMALL.upcycled(UpcycleSpec())
 MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))

@@ -36,7 +36,7 @@ def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
 
 
 def test_muon_keeps_one_moment_of_matrices() -> None:
-    """Unsharded, a layer's matrices need 8 bytes per number, all else 12; `tests/bridge` compares with Megatron."""
+    """Unsharded, a layer's matrices need 8 bytes per number; all others need 12. `tests/bridge` measures Megatron."""
     others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
     whole = StageBuffers(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
     assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
@@ -85,7 +85,7 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
 
 
 def test_published_peaks_are_predicted() -> None:
-    """Two BF16 runs fit within 5 %, one of them also between steps. FP8 runs fine-tune and publish fewer settings."""
+    """Predictions for two BF16 runs are within 5 %. FP8 runs fine-tune and publish less, so 15 % is allowed."""
     peaks = {peak.row.name: peak for peak in published_peaks()}
     llama, qwen = peaks["Llama 3.1 8B"], peaks["Qwen3 30B-A3B, HybridEP"]
     assert llama.predicted() == pytest.approx((llama.allocated_gib, llama.peak_gib), rel=0.05)

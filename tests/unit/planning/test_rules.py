@@ -109,9 +109,9 @@ def test_fp8_needs_tokens_in_multiples_of_sixteen() -> None:
 @pytest.mark.parametrize(
     ("changes", "layout", "precision", "words"),
     [
-        ({"hidden_size": 4104}, "tp=1", "fp8-current", r"16 rows and columns \(now 4104\).*Train in bf16"),
+        ({"hidden_size": 4104}, "tp=1", "fp8-current", r"multiples of 16 \(now 4104\).*Train in bf16"),
         ({"expert_ffn_size": 14336 // 512}, "ep=8", "fp8-blockwise", r"etp is 1.*\(now 28\)"),
-        ({"expert_ffn_size": 48}, "ep=8", "mxfp8", r"32 rows and columns \(now 48\)"),
+        ({"expert_ffn_size": 48}, "ep=8", "mxfp8", r"multiples of 32 \(now 48\)"),
         ({"num_heads": 8, "head_dim": 8}, "tp=8,ep=8", "fp8-delayed", r"tp is 8.*\(now 8\)"),
     ],
 )

@@ -62,12 +62,12 @@ def test_nearest_gpus_is_a_number_that_is_taken_and_fits(gpus: int) -> None:
 
 
 def test_a_batch_that_fits_no_layout_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"gpus is 7; .* has a layout for a batch of 1\. Set gpus=16"):
+    with pytest.raises(SpecError, match=r"gpus is 7; .* share a batch of 1\. Set gpus=16"):
         search(_request(7, batch=1), 3)
 
 
 def test_recomputation_is_weighed_and_not_the_least() -> None:
-    """Norms alone make room for this layout. The experts' activation would as well, but takes longer."""
+    """Recomputing the norms makes this layout fit. Recomputing the experts' activation does, too, but takes longer."""
     request = _request(512)
     request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     layout = parse_layout("pp=2,vp=16,cp=2,ep=8", 512)

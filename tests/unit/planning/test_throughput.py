@@ -37,7 +37,7 @@ def _misses(kind: str, *, of_blackwell: bool) -> list[float]:
 @pytest.mark.parametrize("kind", ["fitted", "unseen"])
 @pytest.mark.parametrize(("of_blackwell", "median"), [(False, 0.08), (True, 0.10)])
 def test_published_rows_are_predicted(kind: str, of_blackwell: bool, median: float) -> None:
-    """One unseen row is missed: B300 with NVIDIA's container 26.02, slower than its B200 (results/planner.md)."""
+    """One unseen row is mispredicted: in NVIDIA's container 26.02, B300 is slower than B200 (results/planner.md)."""
     misses = sorted(_misses(kind, of_blackwell=of_blackwell))
     assert len(misses) >= 12
     assert statistics.median(misses) <= median
@@ -87,7 +87,7 @@ def _qwen(text: str, **changes: object) -> StepTime:
 
 
 def test_deepep_sends_a_token_once_to_each_node() -> None:
-    """8 of 128 experts lie on 3.6 of four nodes. Gradients are sent once per step and cancel in the difference."""
+    """On average, 8 of 128 experts are on 3.6 of 4 nodes. Gradients are sent once per step and cancel out."""
     all_to_all, deepep = (
         _qwen("ep=32", dispatcher=name, global_batch=1024).network - _qwen("ep=32", dispatcher=name).network
         for name in ("alltoall", "deepep")

@@ -85,7 +85,7 @@ def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
-    """The sizes of the recipe's own data stay. The dense baseline reads the same data in the same order."""
+    """A data folder does not change the recipe's sizes. The dense baseline reads the same data in the same order."""
     from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 

@@ -89,7 +89,7 @@ def test_a_parent_with_experts_gets_more_experts(recipes: Any, name: str) -> Non
 
 
 def _only_differs(recipe: Any, stock: Any, names: str) -> None:
-    """Check that no other setting changed, except load balancing and settings that NeMo ignores."""
+    """Check that only the named settings, load balancing, and settings that NeMo ignores have changed."""
     always = "moe_router_load_balancing_type moe_aux_loss_coeff moe_token_dispatcher_type ckpt_include_optimizer"
     allowed = {*names.split(), *always.split()}
     settings = {*recipe.__arguments__, *stock.__arguments__} - allowed

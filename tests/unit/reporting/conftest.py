@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> dict[str, Any]:
-    """Return an evaluation of windows of 100 bytes and of questions; the report must print its values."""
+    """Return an evaluation of 100-byte windows and of questions. The report must print its values."""
     items = items_of(name, [[-1.0, -2.0]] * len(accuracies), accuracies, likelihoods, size_bytes=100)["items"]
     bits = -fmean(likelihoods) / 100 / math.log(2)
     return {

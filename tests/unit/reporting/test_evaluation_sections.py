@@ -47,8 +47,8 @@ def test_shows_sources_and_contamination(run_dir: Path) -> None:
         json.dumps({"heldout_overlap": overlap, "sources": {"law": LAW}})
     )
     found = rows(write_report(run_dir))
-    # 110 and 130 nats over 200 bytes: 240 / 200 / ln 2 = 1.7312. Without one document 1.8755, without the other
-    # 1.5869: jackknife 0.1443. One degree of freedom: t is 12.71.
+    # 110 and 130 nats over 200 bytes give 240 / 200 / ln 2 = 1.7312. Without one document, the value is 1.8755, and
+    # without the other it is 1.5869, so the jackknife error is 0.1443. With one degree of freedom, t is 12.71.
     assert found["law (2 documents)"][0] == "1.7 ± 1.8"
     assert found["web (1 documents)"] == ["1.731", "1.731", "1.601", "1.574"]
     assert found["quiz"] == ["1,000", "12", "3"]
@@ -85,7 +85,7 @@ def test_tasks_without_data_and_published_values_stand_beside_ours(run_dir: Path
     (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
     report = write_report(run_dir)
     text = report.read_text()
-    assert "Not scored: piqa. Its data cannot be had: ConnectionError: no \\<b\\>hub\\</b\\>." in text
+    assert "Not scored: piqa. Its data are not available: ConnectionError: no \\<b\\>hub\\</b\\>." in text
     assert rows(report)["quiz"] == ["not searched for", "-", "-"]
     assert "| % | published: Parent | published: MoE | parent | MoE at step 0 | trained MoE | trained" in text
     assert (

@@ -16,7 +16,7 @@ from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_gr
 from nemo_upcycle.utils.files import MARKER
 
 
-#: Arm -> bits per byte of its three documents after the first step, with seed 1; 0.1 less per doubling of steps.
+#: Arm -> bits per byte of its three documents after the first step, with seed 1. Each doubling of steps subtracts 0.1.
 BITS = {"dense": (1.0, 1.1, 1.2), "moe": (0.9, 1.0, 1.1), "st": (0.94, 1.05, 1.16)}
 STEPS = {"dense": 8, "moe": 8, "st": 4}
 
@@ -42,7 +42,7 @@ def evaluation(bits: tuple[float, ...]) -> dict[str, Any]:
 
 
 def seconds(arm: str, seed: int, step: int) -> float:
-    """Return the duration of a step (s): 36, dense 24; 60 more in the first step; a delay in every second one."""
+    """Return the duration of a step (s): 36 (dense: 24), 60 more in the first step, a delay in each second step."""
     return (24.0 if arm == "dense" else 36.0) + (60 if step == 1 else 0) + 30 * seed * (step % 2 == seed % 2)
 
 
@@ -102,7 +102,8 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path
     assert tokens_of(moe["along"]) == [0, 100, 200, 400, 800]
     assert moe["end"]["difference"] == pytest.approx(-0.1)
     assert moe["better_from"] == 0
-    # 400 tokens at twice the FLOPs against 800 tokens: 0.1 better at equal tokens, but one doubling behind.
+    # The MoE after 400 tokens has the FLOPs of the parent after 800 tokens. At equal tokens, the MoE is 0.1 better,
+    # but here it is one doubling behind.
     assert (moe["equal_flops"]["tokens"], moe["equal_flops"]["reference_tokens"]) == (400, 800)
     assert moe["equal_flops"]["flops_ratio"] == pytest.approx(1.0)
     assert moe["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
@@ -110,7 +111,7 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path
     assert st["end"]["difference"] == pytest.approx(0.05)  # at 400 tokens, the end of the shorter arm
     assert st["equal_flops"] is None
     assert values["tests"] == {"start": 2, "end": 2, "equal_flops": 1}
-    # Seeds do not differ. Documents spread by 0.01, two degrees of freedom: t(0.9875, 2) = 6.205 for two tests.
+    # Seeds do not differ. Documents spread by 0.01 with two degrees of freedom. For two tests, t(0.9875, 2) = 6.205.
     assert st["end"]["stderr_documents"] == pytest.approx(0.01 / math.sqrt(3))
     assert st["end"]["high"] - st["end"]["difference"] == pytest.approx(6.205 * 0.01 / math.sqrt(3), rel=1e-3)
 
@@ -125,7 +126,7 @@ def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
 
 
 def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
-    """Half the steps at twice the FLOPs. The end of the MoE cannot be compared with the middle of the parent's run."""
+    """The MoE trains half the steps at twice the FLOPs. Its end is not compared with the middle of the parent run."""
     values = compared(run_dir, falling_grid({"moe": 4}))
     found = values["differences"]["moe"]
     assert found["start"]["difference"] == pytest.approx(-0.1)
@@ -155,7 +156,7 @@ def test_a_training_within_two_percent_costs_the_same(run_dir: Path) -> None:
 
 
 def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
-    """With steps of 200 tokens, the MoE's points after 1, 2 and 4 steps match the parent's after 2, 4 and 8."""
+    """With 200 tokens per step, the MoE's points after 1, 2 and 4 steps match the parent's after 2, 4 and 8 steps."""
     other = described()
     for about in other["cells"].values():
         if about["arm"] == "moe":
@@ -260,7 +261,7 @@ def test_damaged_evidence_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
-    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json scores 2 documents"):
+    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json does not score the same documents"):
         write_table(run_dir, "mine", described())
 
 

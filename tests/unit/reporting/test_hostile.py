@@ -1,4 +1,4 @@
-"""A run's folder from elsewhere: its values are shown as typed, and nothing of this machine is embedded."""
+"""The report of a run from another machine shows all values as typed, and embeds nothing of this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 FOLDER = "rep![q](x)<b>"
 TYPED = "![z](SECRET) <script>alert(1)</script> `a` ```b``` | c [x](javascript:alert(2)) _d_ *e* $f^$ &lt; ~~g~~ \\h"
-#: Names of hostile texts that are not words on one line, and the words of the others. TYPED has no single quotes,
-#: because a command doubles them.
+#: Names of hostile texts that are not words on one line, and the words of the other hostile texts. TYPED has no
+#: single quotes, because a command doubles single quotes.
 _LINES = ("new_lines", "code_on_a_new_line", "heading", "right_to_left", "line_separators", "control", "surrogate")
 _WORDS = " ".join(" ".join(text.split()) for name, text in HOSTILE.items() if name not in (*_LINES, "long_words"))
 TYPED += f" {_WORDS}".replace("'", "")

@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 
 
 def start(folder: Path, stage: str, at_s: float, needs: tuple[str, ...] = ()) -> None:
-    """Write the files of a stage's start; a marker that exists records the stages that it needs."""
+    """Write the files of a stage's start. If the stage has a success marker, record in it the stages that it needs."""
     (folder / stage).mkdir(exist_ok=True)
     (folder / stage / "_STARTED.json").write_text("{}")
     os.utime(folder / stage / "_STARTED.json", (at_s, at_s))

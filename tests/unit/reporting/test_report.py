@@ -66,7 +66,7 @@ def test_the_training_summary(results: dict[str, Any]) -> None:
 def test_the_report_prints_these_numbers(reported: Path) -> None:
     found = rows(reported / "report.md")
     # Differences of 2, 1.9 and 2.1 nats in windows of 100 bytes: mean 2, standard error 0.1 / sqrt(3), shown in bits
-    # per byte. Two metrics of three pairs: t(1 - 0.025 / 6, 2) = 10.89.
+    # per byte. Two metrics of three pairs are six tests, so t(1 - 0.025 / 6, 2) = 10.89.
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # in the second table
     assert against_baseline == "+0.0289 ± 0.0091"
     assert found["training loss, last step"] == ["2.75", "3.25"]
@@ -212,7 +212,7 @@ _LACKING += ('{"step": 4, "loss": "none", "tokens": 4000, "seconds": 1}',)
         (_LINES, '+{"step": 4, "lo', r"metrics\.jsonl:7"),
         *((_LINES, f"+{line}\n", r"metrics\.jsonl:7 is not a JSON object") for line in _LACKING),
         ("receipt.json", "{}", "has no spec. Run stage 'upcycle' again"),
-        ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "has a wrong ranks: '<b>'"),
+        ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "has an invalid value of ranks: '<b>'"),
         ("pretrain/_SUCCESS.json", "[]", "has no JSON object"),
         ("dense_ct/metrics.jsonl", '{"step": 0, "validation_loss": 3.0}\n', "no step with a loss"),
     ],

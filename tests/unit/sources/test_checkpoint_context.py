@@ -18,7 +18,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.megatron_weights import open_checkpoint
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import server_caveats
+from nemo_upcycle.models.compatibility import Written, caveats
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.layer_settings import MULTIPLIERS, decoder_settings, window_fields
 from nemo_upcycle.models.megatron_config import megatron_fields
@@ -102,7 +102,7 @@ def test_an_export_takes_from_the_context_what_nobody_said(
         assert (tmp_path / "said" / file).read_bytes() == (tmp_path / "unsaid" / file).read_bytes()
     assert read_json(tmp_path / "unsaid/config.json").items() >= said.items()
     notes = [read_json(tmp_path / output / MODEL_MARKER)["notes"] for output in ("said", "unsaid")]
-    assert notes[0] == notes[1] == list(server_caveats(read_architecture(tmp_path / "said"), 2))
+    assert notes[0] == notes[1] == list(caveats(Written(read_architecture(tmp_path / "said"), 2)))
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", 4), ("moe_layers", "every-2"), ("granularity", 2)])
@@ -205,7 +205,7 @@ def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
             {"hybrid_layer_pattern": "M*E", "num_layers": 3},
             None,
             "hybrid_layer_pattern",
-            "M*E has Mamba layers (M), and Megatron checkpoints with them are not read",
+            "M*E has Mamba layers (M), and Megatron checkpoints with Mamba layers cannot be read",
         ),
     ],
 )

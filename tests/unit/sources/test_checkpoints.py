@@ -1,4 +1,4 @@
-"""Complete checkpoints of a run count; halves that a kill or a removal left do not. torch's own writer makes both."""
+"""Only complete checkpoints of a run count, not the parts that a kill or a removal left. torch's writer makes both."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_a_file_cut_short_or_missing_is_refused_at_once(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged at .*the file ends before it"):
             DistributedCheckpoint(folder)
     (folder / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"weights has no __0_0\.distcp\. Copy it again, with every file"):
+    with pytest.raises(CheckpointError, match=r"weights has no __0_0\.distcp\. Copy the checkpoint again"):
         DistributedCheckpoint(folder)
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"has no \.metadata, so it is not a finished"):
@@ -190,7 +190,7 @@ def test_what_is_no_metadata_is_refused(folder: Path) -> None:
     whole = path.read_bytes()
     contents = [whole[:length] for length in (0, 1, *range(2, len(whole) - 1, len(whole) // 50))]
     contents += [b"{}", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps([1]), b"\x80\x05N."]
-    # These claim endless memory.
+    # These contents claim endless memory.
     contents += [b"\x80\x05\x96" + (2**62).to_bytes(8, "little"), b"\x80\x05\x8e" + b"\xff" * 8]
     for content in contents:
         path.write_bytes(content)

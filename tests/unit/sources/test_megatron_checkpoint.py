@@ -141,7 +141,7 @@ def test_names_and_bounds_are_checked(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=r"q_pro\.weight' does not exist\. Did you mean .*q_proj\.weight'"):
             checkpoint.read("model.layers.0.self_attn.q_pro.weight")
         with pytest.raises(CheckpointError, match=r"slice .* of .*q_proj\.weight reaches beyond its shape \[64, 64\]"):
-            # The keys follow in the fused matrix.
+            # In the fused matrix, the rows of the keys follow the rows of the queries.
             checkpoint.read("model.layers.0.self_attn.q_proj.weight", [(0, 65), (0, 64)])
 
 

@@ -1,4 +1,4 @@
-"""Several dense models mixed into one: experts in turn, other weights from the first or averaged; and refusals."""
+"""Mix several dense models: take experts from each model in turn, other weights from the first model or the mean."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _dense(folder: Path, change: Change | None) -> Path:
-    """Write a tied Llama; with `change`, its file also holds an output layer, the changed embedding."""
+    """Write a tied Llama; with `change`, the file also has an output layer, which is the changed embedding."""
     write_tokenizer(write_llama(folder, tied=True, layers=2))
     head = change(weights_of(folder)["model.embed_tokens.weight"]) if change else None
     return change_weights(folder, {"lm_head.weight": head})

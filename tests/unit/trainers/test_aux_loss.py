@@ -65,7 +65,7 @@ def test_a_coefficient_that_rises_from_zero_is_corrected(
     from nemo_upcycle.trainers.aux_loss import correct_losses
 
     megatrons = MoEAuxLossAutoScaler.set_loss_scale
-    # As on two ranks of a context-parallel group.
+    # Halve the scale, as on two ranks of a context-parallel group.
     halving = staticmethod(lambda scale: megatrons(scale / 2))
     monkeypatch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", halving)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
@@ -82,7 +82,7 @@ def test_a_job_warns_of_a_loss_with_another_effect(
 
     monkeypatch.setattr(show_messages(), "propagate", True)
     _report([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
-    text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
+    text = "a coefficient of 0.01 acts as 0.00125 (divided); to compensate, set a coefficient 8 times as large"
     # pytest catches the message twice if the package's logger existed before the test.
     said = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert said == {f"seq_aux_loss: {text}"}

@@ -1,4 +1,4 @@
-"""How a training's settings are told apart; `tests/contract` covers the parts that both trainers implement."""
+"""How a training's settings are sorted into kinds; `tests/contract` covers the parts that both trainers implement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of step 0 holds one layer at a time, and finds the same as with whole models, bit for bit."""
+"""The check of step 0 keeps one layer in memory at a time, and finds the same bits as with whole models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of parameter groups are passed to the optimizers of a run, whatever their number."""
+"""The settings of parameter groups are passed to the optimizers of a run, for any number of optimizers."""
 
 from __future__ import annotations
 

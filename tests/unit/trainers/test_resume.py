@@ -68,7 +68,7 @@ def test_leaves_checkpoints_without_a_step_to_nemo(dense: Path, checkpoints: Pat
 
 
 def _chosen_by_rank(folders: list[str], dense: str) -> tuple[str, str, int]:
-    """Resume on a rank with its own folder; return the chosen checkpoint, the error, and the size of its group."""
+    """Resume on a rank with its own folder; return the chosen checkpoint, the error, and the group size."""
     import os
 
     import torch

@@ -25,8 +25,8 @@ def test_the_packages_file_has_a_name_a_users_a_path(tmp_path: Path) -> None:
     [
         (b"a: [", "is not valid YAML: while parsing"),
         (b"a: ${b}", "is not valid YAML: Interpolation key 'b' not found"),
-        (b"- 1", "holds a list, not keys"),
-        (b"# mine\n", "holds nothing, not keys"),
+        (b"- 1", "holds a list instead of keys"),
+        (b"# mine\n", "holds nothing instead of keys"),
         (b"\xff", "is not UTF-8 text ('utf-8' codec"),
         (None, "cannot be read: No such file or directory"),
     ],

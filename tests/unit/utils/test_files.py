@@ -97,7 +97,7 @@ def test_a_result_lies_apart_from_what_it_is_made_of(tmp_path: Path, target: str
 @pytest.mark.parametrize(
     ("read", "content", "fix"),
     [
-        *((read_json, content, "restore it") for content in (b'{"x":', b"[" * 100_000, b"1" * 5000, b"\xff")),
+        *((read_json, content, "restore the file") for content in (b'{"x":', b"[" * 100_000, b"1" * 5000, b"\xff")),
         (read_json, None, "check the path"),
         (read_text, b"\xff", "convert it with iconv"),
         (read_text, None, "check the path"),

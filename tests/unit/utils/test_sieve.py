@@ -1,4 +1,4 @@
-"""Known messages of libraries go to a file, and no others do."""
+"""Only known messages of libraries go to a file."""
 
 from __future__ import annotations
 

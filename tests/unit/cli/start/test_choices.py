@@ -70,7 +70,7 @@ def test_epochs_choose_the_steps_and_many_are_said() -> None:
 
 
 def test_a_machine_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_available_bytes", lambda: 10**9)
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 10**9)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     disk, memory = map(str, shortages(_chosen("smollm2_135m"), tmp_path / "runs/new"))
     assert disk.startswith(f"The disk of {tmp_path} has 953.7 MiB free")

@@ -1,4 +1,4 @@
-"""`start` recognises a dense model as it is, and names the problem with any other input."""
+"""`start` describes a dense model from its folder, and names the problem with any other input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`start` estimates the tokens of texts from a sample, and holds enough of the texts back."""
+"""`start` estimates the number of tokens in texts from a sample, and holds out enough of the texts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_too_few_documents_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("nosuch", "nosuch do not exist"), ("notes.md", "notes.md have no file that"), ("empty.txt", "an empty file")],
+    [("nosuch", "nosuch do not exist"), ("notes.md", "notes.md have no file in"), ("empty.txt", "an empty file")],
 )
 def test_what_is_no_text_is_named(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "notes.md").write_text("notes")

@@ -58,7 +58,7 @@ def hub() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for the tests that fetch whole suites and blends; MMLU's 57 data sets alone take half a minute."""
+    """A cache that tests of whole suites and blends share; fetching MMLU's 57 data sets takes half a minute."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -91,13 +91,13 @@ def test_a_task_without_data_is_left_out_with_its_reason(hub: StandIn, own: Path
     assert loaded == ["good", "logiqa"]
     assert list(missing) == ["splitless", "script", "empty", "closed", "nowhere", "ill"]
     assert missing["script"].startswith("a data set that is a script, script.py")
-    assert missing["splitless"].startswith("data without 'test'")
+    assert missing["splitless"].startswith("they have no 'test'")
     assert "acme/empty" in missing["empty"]
     assert "gated dataset" in missing["closed"]
     assert "'acme/nowhere' doesn't exist on the Hub" in missing["nowhere"]
     assert missing["ill"] == "status 503 of the Hugging Face hub"
-    assert first == ["Data of lm-eval's task script", f"cannot be had: {missing['script']}"]
-    assert of_all == ["Data of splitless, nowhere", f"cannot be had, for the first: {missing['splitless']}"]
+    assert first == ["Data of lm-eval task script", f"are not available: {missing['script']}"]
+    assert of_all == ["Data of splitless, nowhere", f"are not available ({missing['splitless']})"]
 
 
 LOGIQA = """

@@ -158,11 +158,11 @@ def test_unanswered_documents_are_left_out(tasks_folder: Path, tmp_path: Path) -
     [
         ("own_test_only", "has no training split"),
         ("own_dev", "would train on its split dev, which evaluations use"),
-        ("own_same", "would train on its split rows, which it evaluates"),
+        ("own_same", "would train on its split rows, on which it is also evaluated"),
     ],
 )
 def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, name: str, said: str) -> None:
-    with pytest.raises(UpcycleError, match=rf"Lm-eval's task {name} {said}\. Remove"):
+    with pytest.raises(UpcycleError, match=rf"Task {name} of lm-eval {said}\. Remove"):
         write_training_splits(["own_free", name], tmp_path / "out", tasks_folder)
     assert not (tmp_path / "out").exists()
 

@@ -53,7 +53,7 @@ def test_mfu_is_that_of_table_2(tokens_per_s_per_gpu: int, tflops: float, mfu: f
 def test_a_card_is_found_by_the_drivers_name() -> None:
     assert peaks_of("NVIDIA H100 80GB HBM3")["bf16"] == 989
     assert peaks_of("h100") == {"bf16": 989, "fp8": 1979}
-    # Their peaks are lower, and nobody has looked them up.
+    # The peaks of these cards are lower, and nobody has looked up the numbers.
     assert peaks_of("NVIDIA H100 PCIe") == peaks_of("NVIDIA H100 NVL") == {}
     assert "fp8" not in peaks_of("NVIDIA A100-SXM4-80GB")
     assert peaks_of("a card of tomorrow") == {}
