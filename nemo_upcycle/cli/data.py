@@ -101,7 +101,6 @@ def _require_one(args: argparse.Namespace) -> None:
         )
     path = Path(args.blend).expanduser()
     if path.is_file() and path.suffix not in (".yaml", ".yml") and not only_source(args.blend):
-        fix = "write its text into one of these"
         raise UpcycleError(
             f"File {args.blend}",
             kind="refused",

@@ -292,7 +292,7 @@ def require_variables(names: Iterable[str]) -> None:
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            fix = f"rename the variable, for example to {re.sub('[^A-Za-z0-9_]', '_', name)}"
+            fix = f"rename the variable, for example to {re.sub('^(?=[0-9])|[^A-Za-z0-9_]', '_', name)}"
             expected = "a name of letters, digits and _ that does not begin with a digit"
             raise UpcycleError("run.executor.env_vars", got=f"'{name}'", expected=expected, fix=fix)
 

@@ -82,10 +82,12 @@ def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
             yield UpcycleError(_of_stage(job, name), got=f"'{value}'", expected=form.expected, fix=fix)
     given = [name for name in ("mem", "mem_per_cpu", "mem_per_gpu") if getattr(mine, name) is not None]
     if len(given) > 1:
-        expected = "one of them: sbatch takes no two"
-        fix = f"set {_of_stage(job, given[0])}=null, or the others"
         yield UpcycleError(
-            " and ".join(_of_stage(job, name) for name in given), kind="refused", got="cannot be combined", fix=fix
+            " and ".join(_of_stage(job, name) for name in given),
+            kind="refused",
+            got="cannot be combined",
+            expected="sbatch accepts only one of them",
+            fix=f"set {_of_stage(job, given[0])}=null, or the others",
         )
     if job.is_resumable and mine.signal and not _STOPS.fullmatch(mine.signal):
         expected = "TERM without B:, because only TERM makes the ranks save, and B: sends the signal to no rank"

@@ -195,11 +195,13 @@ def _check_dense(recipe: Any) -> None:
             fix="give the result of a model's pretrain_recipe()",
         )
     function = recipe.__fn_or_cls__
-    if (function.__module__ == pretrain.__module__ and function not in (pretrain, train)) or setting(recipe, "peft"):
+    is_other = function.__module__ == pretrain.__module__ and function not in (pretrain, train)
+    if is_other or setting(recipe, "peft"):
+        what = f"is for llm.{function.__name__}" if is_other else "has the setting peft"
         raise SpecError(
             "Recipe",
             kind="refused",
-            got=f"is for llm.{function.__name__}, and upcycling needs a recipe for llm.pretrain",
+            got=f"{what}, and upcycling needs a recipe for llm.pretrain without peft",
             fix="upcycle in a pretraining run, and fine-tune its checkpoint",
         )
     for name in ("trainer.strategy", "model.config", "data"):
