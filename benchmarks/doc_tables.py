@@ -150,7 +150,7 @@ def runtime_rows() -> Iterator[tuple[Any, ...]]:
 
 
 def _cell(rows: list[Row], hf_class: str) -> str:
-    """Return what a runtime does with a class: the result of all models, then the results of some."""
+    """Return the results of a class in a runtime: first for all its models, then for models with some property."""
     rows = rows or ([Row(hf_class, "not run")] if hf_class != ANY else [])
     return "; ".join(f"{row.where + ': ' if row.where else ''}{_result(row)}" for row in rows)
 

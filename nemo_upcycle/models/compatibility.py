@@ -1,4 +1,4 @@
-"""The table of which Hugging Face class runs in which release of transformers and in which server.
+"""The results of running each Hugging Face class in each release of transformers and in each server.
 
 The rows are in `conf/compatibility`, a file for each runtime. `python -m benchmarks.compatibility` runs the models and
 writes the results. `convert`, the model card, the errors and docs/classes.md put the rows into words.
@@ -90,11 +90,11 @@ def option_text(options: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What a runtime does with a class.
+    """The result of running a class in a runtime.
 
     Args:
         hf_class: class, or `any`.
-        result: what the runtime does.
+        result: result of the run.
         where: property that a model must have; "" for all models of the class.
         because: reason, limit or option, in words.
         date: day on which the result was measured; "" if it comes from the runtime's source code.
@@ -124,7 +124,7 @@ class Runtime:
         name: name for users, such as "vLLM" or "transformers 5".
         release: package and version that were run.
         command: command that runs all models there.
-        rows: what it does with each class.
+        rows: results, class by class.
     """
 
     name: str
@@ -155,9 +155,9 @@ def _text(value: object) -> Any:
 
 
 def caveats(model: Written) -> tuple[str, ...]:
-    """Return what a user must know before a model is run: `RUNTIME: words`, with equal words together.
+    """Return the limits of a model as `RUNTIME: words`. Runtimes with the same limit share a text.
 
-    A dense model has none.
+    A dense model has no limits.
     """
     said: dict[str, list[str]] = {}
     for runtime in runtimes() if model.arch.num_experts else ():
