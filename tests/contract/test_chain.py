@@ -122,7 +122,7 @@ def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, 
     answer = run_in_own_process("pretrain", run_dir)  # the first rank is enough: it refuses before it waits
     assert answer.status == 2
     assert f"changed after its work started: pretrain.{setting_name('lr')} was " in answer.text
-    assert f"delete {run_dir / 'pretrain'} , which loses the work" in answer.text
+    assert f"delete {run_dir / 'pretrain'}, which loses the work" in answer.text
     assert [line["step"] for line in metrics(run_dir / "pretrain")] == [1, 2, 3, 4, 5, 6]
     _plan(inputs, run_dir, steps=8, save_every=4)
     answer = run_in_own_process("pretrain", run_dir, ranks=2)

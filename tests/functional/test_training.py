@@ -54,7 +54,7 @@ def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]
         ((ending, kept),) = runs.endings("disk/run", 1, steps=6, every=2)
         whole = last_checkpoint(runs.folder / "disk/run")
         assert kept == steps_in(whole) == 2
-        assert ending.startswith(f"The disk of {whole.parent} has 0 bytes free beside ")
+        assert ending.startswith(f"The disk of {whole.parent} has 0 bytes free, beside ")
         assert f"resumes from {whole}" in ending
         subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
         lines = runs.train("disk/run", 1, steps=6, every=2)
