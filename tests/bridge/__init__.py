@@ -1,1 +1,1 @@
-"""Tests for the environments `ENV=bridge` and `ENV=bridge-next` of `make test-in`: Megatron-Bridge, transformers 5."""
+"""Tests for Megatron-Bridge with transformers 5, in `make test-in ENV=bridge` and `make test-in ENV=bridge-next`."""

@@ -12,7 +12,7 @@ from tests.functional.tiny import write_finished_inputs
 from tests.models import write_llama
 
 
-#: `make test-in ENV=bridge` makes an environment that has it.
+#: Without Megatron-Bridge, no test is collected. `make test-in ENV=bridge` makes an environment with Megatron-Bridge.
 collect_ignore_glob = [] if find_spec("megatron.bridge") else ["test_*.py"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def hang_after_third_step(run_dir: Path, once: Path) -> None:
-    """Stop this process (SIGSTOP) when the third step is written, and create `once`, so that it happens only once."""
+    """Stop this process with SIGSTOP after the third step, and create the file `once` to prevent a second stop."""
     metrics = run_dir / "pretrain/metrics.jsonl"
     while True:
         lines = metrics.read_text().splitlines() if metrics.is_file() else []

@@ -1,4 +1,4 @@
-"""Recipes like a user's own, for a model that trains many steps per second; named `tests.bridge.recipes:tiny`."""
+"""Recipes as a user would write them, for a model that trains fast. One is named `tests.bridge.recipes:tiny`."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def dense_ct(dense: str) -> Any:
 
 @on_gpus(1, tunes=True)
 def moe_sft(dense: str) -> Any:
-    """Return a fine-tuning of the upcycled model on conversations."""
+    """Return a run that fine-tunes the upcycled model on conversations."""
     return _tuned(moe(dense))
 
 
 @on_gpus(1, tunes=True)
 def dense_sft(dense: str) -> Any:
-    """Return a fine-tuning of the dense model on conversations."""
+    """Return a run that fine-tunes the dense model on conversations."""
     return _tuned(dense_ct(dense))
 
 
 def tiny_builder(dense: str) -> Any:
-    """Return the run of `tiny` in the form of Bridge's builders."""
+    """Return the run of `tiny` with a model configuration for Bridge's builders."""
     from megatron.bridge.recipes.common import _pretrain_common
 
     from nemo_upcycle.bridge import upcycled
@@ -73,7 +73,7 @@ def tiny_builder(dense: str) -> Any:
 
 
 def in_own_words(dense: Path, spec: UpcycleSpec | None, *branches: Path) -> Any:
-    """Return a run of Bridge's own configuration that has its parent set, but no tokenizer."""
+    """Return a run configuration of Bridge that names a parent but no tokenizer."""
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
     from nemo_upcycle.bridge import with_parent, with_upcycling

@@ -1,4 +1,4 @@
-"""Runs of Megatron-Bridge on this machine's CPU: its own `pretrain`, from configuration to checkpoint."""
+"""Runs of Megatron-Bridge's own `pretrain` on this machine's CPU, from configuration to checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_config(
         pattern: layers of a HybridModel, or None for a GPTModel.
         lr: learning rate.
         model: further settings of the model.
-        optimizer: settings of the optimizer. Whether it is distributed is also set for DDP.
+        optimizer: settings of the optimizer. `use_distributed_optimizer` is also set for DDP.
         layout: layout sizes other than 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
@@ -91,7 +91,7 @@ def run_config(
 
 
 def as_builder(model: Any) -> Any:
-    """Return a provider's model in the form of a builder, which Bridge's main branch uses in its recipes."""
+    """Return a provider's model in the form of a builder. The recipes of Bridge's main branch use builders."""
     from dataclasses import fields
 
     from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
@@ -135,12 +135,12 @@ def train(
         dense: dense checkpoint.
         folder: folder for the checkpoints.
         fields: fields of the spec, None for the dense model.
-        load: another name of the folder, from which to resume.
+        load: folder to resume from, if it is not named as in `folder`.
         async_save: whether checkpoints are written in the background.
-        save_later: another folder, set after everything is configured, as a command line would set it.
-        starts: number of starts, each with one more step. Before the second, the dense weights are deleted.
-        hf_source: folder of the upcycled model's class; with it, every checkpoint also gets a Hugging Face folder.
-        live: with `hf_source`, folder to which the trained model is exported at the end.
+        save_later: folder that replaces `folder` after everything is configured, as on a command line.
+        starts: number of starts; each trains one more step. The dense weights are deleted before the second start.
+        hf_source: Hugging Face folder with the class of the upcycled model. If set, all checkpoints get such a folder.
+        live: folder to which the trained model is exported at the end; needs `hf_source`.
         options: arguments of `run_config`.
     """
     pretrain = bridges_pretrain()
@@ -193,7 +193,7 @@ def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **o
         dense: dense checkpoint.
         run: folder for the checkpoints.
         fields: fields of the spec. None for the dense model, whose export must be bit-identical to its checkpoint.
-        options: arguments of `train`; `parent` is the folder to start from, if it is not `dense`.
+        options: arguments of `train`; `parent` is the folder to start from, if that is not `dense`.
     """
     ranks = max(options.get("tp", 1) * options.get("pp", 1), options.get("ep", 1))
     train_on_ranks(ranks, options.pop("parent", dense), run, fields, **options)
@@ -203,7 +203,7 @@ def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **o
 
 
 def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
-    """Check that 2 + 2 steps are bit-identical to 4 steps, and that 2 steps alone are not; return the model."""
+    """Check that 2 + 2 steps give the same bits as 4 steps and that 2 steps do not; return the exported folder."""
     train_on_ranks(2, dense, folder / "whole", SPEC, steps=4, **options)
     for steps in (2, 4):
         train_on_ranks(2, dense, folder / "twice", SPEC, steps=steps, **options)
@@ -279,7 +279,7 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
 
 
 def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Fill one dense model by the hook and one by Bridge's own loader; return the parameters that differ.
+    """Fill one dense model with the hook and another with Bridge's loader; return the parameters that differ.
 
     Args:
         parent: dense checkpoint.

@@ -86,14 +86,14 @@ def _build_for_step_0(parent: Path, settings: dict[str, object]) -> int:
         return len(paged.model.decoder.layers)
 
 
-#: Stages before the training, which then runs in its own process.
+#: Stages before the training stage. The training stage then runs in its own process.
 BEFORE = ("import", "data", "upcycle")
 ALONE = ("train.exit_signal_handler=true", "model.expert_model_parallel_size=1", "validation.eval_iters=0")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) -> None:
-    """Its data loaders end too, although they were told to ignore SIGTERM."""
+    """The training's data loaders end too, although they were told to ignore SIGTERM."""
     settings = [*ALONE, f"dataset.num_workers={workers}", "checkpoint.save_interval=1"]
     plan_of(inputs, tmp_path, *settings, *([] if workers else ["dataset.persistent_workers=false"]))
     run_stages(tmp_path, BEFORE)

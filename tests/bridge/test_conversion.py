@@ -1,4 +1,4 @@
-"""Bridge's conversion, extended with the classes that it lacks: a model is imported and exported bit by bit."""
+"""This package adds classes to Bridge's conversion. Their models are imported and exported bit by bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DENSE = {name: PARENTS[name] for name in ("Phi-3", "OLMo 2", "OLMo 3", "Granite 
 
 
 def _folder(name: str, folder: Path) -> Path:
-    """Write a folder of a class that Bridge lacks; `convert` makes the MoEs."""
+    """Write a model folder of a class that Bridge lacks. MoE folders are made by `convert`."""
     if name in DENSE:
         return DENSE[name](folder / "dense", vocab_size=256)
     fields: dict[str, Any] = {"num_experts": 4, "top_k": 2}
@@ -30,7 +30,7 @@ def _folder(name: str, folder: Path) -> Path:
         dense = write_olmo2(folder / "dense", vocab_size=256)
     elif name.startswith("Mixtral"):
         dense = write_llama(folder / "dense", tied="tied" in name, vocab_size=256)
-    else:  # with shared experts, or with dense layers, beside which the class needs a shared expert of zeros
+    else:  # Qwen2-MoE; if it has dense layers, the class needs a shared expert of zeros
         dense = write_qwen2(folder / "dense", vocab_size=256)
         fields |= {"shared_experts": 1} if "shared" in name else {"moe_layers": "every-2"}
     offline(dense, folder / "moe", fields)
@@ -58,7 +58,7 @@ def test_a_folder_is_imported_and_exported_with_the_same_bits(
 
 
 def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Load a folder with its bridge, and return the tensors that the bridge exports."""
+    """Load a folder with the bridge of its class, and return the tensors that the bridge exports."""
     use_cpu_backend()
     from megatron.bridge import AutoBridge
 

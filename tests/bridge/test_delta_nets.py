@@ -1,4 +1,4 @@
-"""Qwen3.5 in Bridge: gated delta nets are filled as by Bridge's own loader, bit by bit, saved, resumed, exported."""
+"""Qwen3.5's gated delta nets get the same bits as from Bridge's own loader, and are saved, resumed and exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growing a parent that already has experts in Megatron-Bridge: bit-identical to `convert`, and so to NeMo."""
+"""Grow a parent with experts in Megatron-Bridge. The result has the same bits as from `convert`, and so from NeMo."""
 
 from __future__ import annotations
 

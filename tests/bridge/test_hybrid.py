@@ -42,14 +42,14 @@ def test_the_dense_baseline_becomes_its_own_class_again(dense: Path, tmp_path: P
 
 
 def test_norms_of_query_and_key_are_filled(tmp_path: Path) -> None:
-    """Megatron's own layers of a HybridModel lack these norms."""
+    """Megatron's own layers of a HybridModel lack the norms of query and key."""
     parent = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
     assert ends_as_converted(parent, tmp_path / "run", SPEC, pattern="*E*E*E*E", tp=2)
 
 
 @pytest.mark.parametrize("fields", [SPEC, MIXED], ids=["all layers", "every second"])
 def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
-    """Turn `*-` layers into `*E` layers, which Megatron-Core's own loader refuses."""
+    """Turn `*-` layers into `*E` layers. Megatron-Core's own loader refuses this change."""
     train_on_ranks(2, dense, tmp_path / "dense", pattern="*-*-*-*-", tp=2)
     parent = tmp_path / "dense/iter_0000001"
     (parent / "config.json").write_bytes((dense / "config.json").read_bytes())
@@ -81,7 +81,7 @@ def test_what_a_hybrid_model_cannot_be_is_refused_by_name(
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not in this environment")
 @pytest.mark.parametrize(("pattern", "layout"), [("M-M*-M-*-", {"tp": 2}), ("M-M*|-M-*-", {"pp": 2})], ids=str)
 def test_a_nemotron_h_is_filled_as_bridge_fills_it(tmp_path: Path, pattern: str, layout: dict[str, int]) -> None:
-    """Compare before training, because Mamba's kernels need a GPU; `tests/te/test_mamba.py` tests the fill further."""
+    """Compare before training, because Mamba's kernels need a GPU. `tests/te/test_mamba.py` has more such tests."""
     parent = write_nemotron_h(tmp_path / "dense")
     options = {"pattern": pattern, **layout}
     differing = run_ranks(fill_twice, 2, parent, tmp_path / "run", options)

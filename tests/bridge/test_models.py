@@ -1,4 +1,4 @@
-"""Refusals by name: parents that Bridge's classes cannot represent, models without weights, missing tokenizers."""
+"""Parents that Bridge's classes cannot represent, models without weights and missing tokenizers are refused."""
 
 from __future__ import annotations
 

@@ -30,12 +30,12 @@ def test_a_resumed_training_has_the_same_bits(dense: Path, tmp_path: Path) -> No
 
 
 def test_an_optimizer_in_bf16_of_weights_in_float32_is_refused(dense: Path, tmp_path: Path) -> None:
-    """Otherwise its states would be saved for no parameter, and Megatron would fail only at the first checkpoint."""
+    """Otherwise optimizer states are saved for no parameter, and Megatron fails only at the first checkpoint."""
     said = refusal(dense, tmp_path / "run", SPEC, {f"optimizer.{name}": value for name, value in MUON.items()})
     assert "config.optimizer.bf16 cannot be set: weights are in float32" in said
 
 
-#: Layout and number of GPUs. Together they cover every way in which ranks share parameters, or do not.
+#: Layout and number of GPUs. Together, the layouts cover every way in which ranks can share parameters.
 LAYOUTS = (("tp=2,pp=2,ep=2", 8), ("ep=2", 6), ("tp=1", 3), ("tp=2", 2), ("tp=2,etp=1,ep=2", 4))
 
 

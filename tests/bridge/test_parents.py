@@ -1,4 +1,4 @@
-"""Parents that Bridge can convert are filled as by its own loader. Parents that only Bridge can read are refused."""
+"""Parents are filled as Bridge's own loader fills them. Parents that only Bridge can read are refused."""
 
 from __future__ import annotations
 

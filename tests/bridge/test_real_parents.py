@@ -1,4 +1,4 @@
-"""Parents of real size in Bridge: a provider built from a `config.json` alone has the planned parameters."""
+"""Parents of real size in Bridge: a provider built only from a `config.json` has the planned parameters."""
 
 from __future__ import annotations
 

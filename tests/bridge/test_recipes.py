@@ -1,4 +1,4 @@
-"""Recipes with Bridge's naming: Bridge finds them, and they are complete and build the model in their name."""
+"""Bridge finds recipes that follow its naming. Each recipe is complete, and builds the model that its name says."""
 
 from __future__ import annotations
 

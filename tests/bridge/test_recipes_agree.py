@@ -1,4 +1,4 @@
-"""Recipes with Bridge's naming have the same numbers as NeMo's, and the planner fits them on the GPUs they name."""
+"""Our recipes for Bridge have the same numbers as those for NeMo, and fit on their GPUs according to the planner."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = list(bridge_functions())
 #: Recipes of models that NeMo can build.
 PAIRED = [name for name in ALL if not name.startswith("qwen35")]
 FAST = [name for name in ALL if "_fp8mx_" in name]
-#: Recipes with a dispatcher that NeMo lacks. They train like NeMo's recipe: without a capacity, no token is dropped.
+#: Recipes with a dispatcher that NeMo lacks. They set no capacity factor, so no token is dropped.
 WITH_HYBRIDEP = [name for name in ALL if "_hybridep_" in name or ("_gb200_" in name and "_e8t2_" in name)]
 _OF_MODEL = (
     *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_hybridep_num_sms"),
@@ -158,7 +158,7 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
 def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
     name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run all their checks before a start, as the first of that many ranks, on a GPU that is only described."""
+    """Run all checks that Bridge and Megatron make before a start, as rank 0, with a simulated GPU."""
     from megatron.bridge.training.config import runtime_config_update
 
     for variable, value in (("WORLD_SIZE", int(_part(name, "gpus"))), ("RANK", 0)):
@@ -173,7 +173,7 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
         assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
         assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == experts
         assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
-    config.env_vars = {}  # they would be set in this process
+    config.env_vars = {}  # otherwise, these variables would be set in this process
     runtime_config_update(config)
     assert config.data_parallel_size * config.model.tensor_model_parallel_size <= int(_part(name, "gpus"))
     assert config.model.delay_wgrad_compute == (name in FAST)
@@ -202,5 +202,5 @@ def _part(name: str, part: str) -> str:
 
 
 def _pair(name: str) -> str:
-    """Return the name of the NeMo recipe whose numbers a Bridge recipe has."""
+    """Return the name of the NeMo recipe that has the same numbers as a Bridge recipe."""
     return _part(name, "recipe") + ("-fast" if "_fp8" in name else "")

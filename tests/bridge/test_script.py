@@ -1,4 +1,4 @@
-"""The script of docs/bridge.md with one of Bridge's recipes: trains, resumes under another layout and is exported."""
+"""The script of docs/bridge.md trains one of Bridge's recipes, resumes under another layout, and can be exported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import write_llama
 
 
-#: Settings of a small CPU run, besides the script's own.
+#: Settings for a small run on a CPU, added to the settings of the script.
 SMALL = """
 mixed_precision=null {0}.bf16=false {0}.params_dtype=torch.float32 {0}.pipeline_dtype=torch.float32
 dataset.seq_length=32 dataset.num_workers=0 model.seq_length=32 train.global_batch_size=4 validation.eval_iters=0

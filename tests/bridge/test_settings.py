@@ -61,7 +61,7 @@ def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, mo
     config = UpcyclingConfig.of(run_config(dense, tmp_path / "run", UpcycleSpec(num_experts=4, top_k=2)))
     config.upcycle.fp8_statistics_every = 10
     upcycle_callbacks(config, tmp_path)
-    assert config.tensor_inspect is None  # without a GPU, the FP8 emulation counts
+    assert config.tensor_inspect is None  # without a GPU, the FP8 emulation collects the statistics
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: None)
     for refused in (

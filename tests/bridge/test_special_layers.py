@@ -1,4 +1,4 @@
-"""Parents whose layers differ from Llama's compute the same in Bridge's GPTModel as in transformers, also upcycled."""
+"""Parents with other layers than Llama compute the same in Bridge's GPTModel as in transformers, even if upcycled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call turns any Bridge configuration into an upcycling run: parent and rates are set, the layout is kept."""
+"""One call turns any Bridge configuration into an upcycling run: parent and learning rates are set, layout is kept."""
 
 from __future__ import annotations
 

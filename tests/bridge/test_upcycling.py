@@ -1,4 +1,4 @@
-"""Megatron-Bridge's own `pretrain` upcycles a run when it starts, and only then, on several ranks."""
+"""Megatron-Bridge's own `pretrain` upcycles the model at the first start of a run, and only then, on several ranks."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_parent_that_is_not_there_is_refused(dense: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("has_source", [False, True])
 def test_bridges_own_export_wants_a_folder_of_the_models_class(dense: Path, tmp_path: Path, has_source: bool) -> None:
-    """With the parent's folder, Bridge would write a model without experts and say nothing."""
+    """Given the parent's folder, Bridge would write a model without experts and show no warning."""
     changes = {"checkpoint.also_save_hf_checkpoint": True, "tokenizer.tokenizer_model": str(dense)}
     changes |= {"checkpoint.hf_source_path": str(dense) if has_source else None}
     said = refusal(dense, tmp_path, SPEC, changes)
@@ -290,7 +290,7 @@ def test_asynchronous_saving_is_refused_without_a_gpu(dense: Path, tmp_path: Pat
 
 
 def test_refuses_settings_that_come_after_the_recipe(dense: Path, tmp_path: Path) -> None:
-    """For example `--save_dir` alone: Bridge reads the command line only after the recipe was built."""
+    """For example, `--save_dir` without a load folder: Bridge reads the command line after it built the recipe."""
     with pytest.raises(RuntimeError, match=r"checkpoint\.load is .*run; expected checkpoint\.save"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, save_later=tmp_path / "other")
     assert not (tmp_path / "other").exists()

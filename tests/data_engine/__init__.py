@@ -1,4 +1,4 @@
-"""Tests of the data stage's engine. It runs in its own environment; in others, these tests are skipped."""
+"""Tests of the data stage's engine. The engine has its own environment; elsewhere, these tests are skipped."""
 
 import pytest
 

@@ -40,7 +40,7 @@ def tokenizer_json() -> str:
         vocab_size=400, special_tokens=[END, "<pad>"], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator([sentence(n) for n in range(50)], trainer)
-    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])  # like GPT-NeoX's
+    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])  # as in GPT-NeoX's tokenizer
     return tokenizer.to_str()
 
 

@@ -22,7 +22,7 @@ from tests.waiting import HANG_S
 
 
 def clear(plan: Path) -> None:
-    """Remove everything that runs of a plan wrote beside it."""
+    """Remove everything that runs of a plan wrote beside the plan."""
     subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
 
 
@@ -67,7 +67,7 @@ def tokens(work: Path, rank: int, split: str = "train") -> list[list[int]]:
 
 
 def texts(work: Path, rank: int = 0, split: str = "train") -> list[str]:
-    """Read the documents back, and check that each ends with its only end-of-text token."""
+    """Read the documents back, and check that each has only one end-of-text token, at its end."""
     if not (work / "tokens" / f"{rank:05d}.{split}.idx").exists():
         return []
     tokenizer = Tokenizer.from_str(tokenizer_json())
@@ -107,14 +107,14 @@ def outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[t
 
 
 def everything(work: Path) -> dict[str, bytes]:
-    """Return all bytes of the output, without the times in the counts."""
+    """Return the bytes of all output files, without the times that some of the files contain."""
     whole = (*work.glob("tokens/*"), *work.glob("removed/*"))
     found = {str(path.relative_to(work)): path.read_bytes() for path in whole}
     for path in sorted(work.glob("stats/*")):
         counts = json.loads(path.read_text(encoding="utf-8"))
         del counts["seconds"]
         for file in counts["files"].values():
-            file.pop("modified_ns", None)  # remote files have none
+            file.pop("modified_ns", None)  # remote files have no such time
         found[path.name] = json.dumps(counts).encode()
     return found
 

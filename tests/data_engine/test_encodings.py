@@ -1,4 +1,4 @@
-"""The engine tells a file's format and encoding from its bytes, whatever its name says."""
+"""The engine recognizes a file's format and encoding from its bytes, whatever the file's name says."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ STORED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Return the texts of a file, and the losses."""
+    """Return the texts of a file, and the reason and line of every loss."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     return outcome(folder, folder / name, reader=reader)

@@ -70,8 +70,8 @@ def test_output_does_not_depend_on_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("finders", [1, 3])
 def test_earlier_task_wins_over_lower_number(tmp_path: Path, finders: int) -> None:
     shared = [sentence(n) for n in range(40)]
-    first = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(100, 150)), *shared)  # shared: high numbers
-    second = write_jsonl(tmp_path / "2.jsonl", *(f" {text}\n" for text in shared))  # shared: low numbers
+    first = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(100, 150)), *shared)  # shared texts: high numbers
+    second = write_jsonl(tmp_path / "2.jsonl", *(f" {text}\n" for text in shared))  # shared texts: low numbers
     work = execute(write_plan(tmp_path, [{"files": [first]}, {"files": [second]}], finders=finders))
     assert texts(work, 0)[50:] == shared
     assert texts(work, 1) == []
@@ -186,7 +186,7 @@ def test_more_tasks_than_open_files(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
-    full = _limited(plan, "-f 20")  # the largest file size (KiB), which also stops the logs
+    full = _limited(plan, "-f 20")  # the largest file size (KiB); this limit also stops the logs
     assert full.returncode == 2
     assert full.stderr.startswith("error: ")
     assert "File too large" in full.stderr

@@ -41,7 +41,7 @@ def _alive(pids: set[int]) -> set[int]:
 
 
 def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
-    """Start the command; return it and its processes `after_s` seconds after its first task began."""
+    """Start the command. Return the command and its processes `after_s` seconds after its first task began."""
     process = subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: _begun(plan), process, poll_s=0.01)
     time.sleep(after_s)
@@ -103,7 +103,7 @@ def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> 
 def test_second_engine_is_refused(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
     process, _ = _start(plan, 0)
-    process.send_signal(signal.SIGSTOP)  # so that it holds the folder until it is killed
+    process.send_signal(signal.SIGSTOP)  # a stopped engine keeps the folder locked until it is killed
     try:
         assert process.poll() is None
         refused = run(plan)

@@ -14,7 +14,7 @@ from tests.near import NEAR
 
 
 def document(seed: int, paragraphs: int = 5) -> str:
-    """Return paragraphs whose words other seeds use, too."""
+    """Return paragraphs of words that documents of other seeds also use."""
     chance = random.Random(seed)
     words = [f"wört{n}" for n in range(300)]
     return "\n\n".join(f"{' '.join(chance.choices(words, k=80)).capitalize()}." for _ in range(paragraphs))
@@ -42,7 +42,7 @@ def test_first_of_a_pair_stays(tmp_path: Path, kind: str) -> None:
 
 
 def test_first_of_a_chain_stays_though_others_have_more_pairs(tmp_path: Path) -> None:
-    """Each document lacks a tenth of the one before, so the last ones are near the first only through the others."""
+    """Each document lacks a tenth of the previous one, so only the others connect the last documents to the first."""
     chain = [document(1, paragraphs=10)]
     while len(chain) < 6:
         chain.append("\n\n".join([*chain[-1].split("\n\n")[1:], document(100 + len(chain), paragraphs=1)]))

@@ -1,4 +1,4 @@
-"""A source gives the number of tokens that was asked of it, counted after all removals."""
+"""A source gives the requested number of tokens, counted after all removals."""
 
 from __future__ import annotations
 

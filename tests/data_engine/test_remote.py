@@ -1,4 +1,4 @@
-"""Files on servers: passing errors are retried, and lasting errors are not blamed on the file."""
+"""Files on servers: temporary errors are retried, and permanent errors are not blamed on the file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Possible answers of Slurm's commands, played by scripts, and tasks as jobs of a real Slurm if there is one.
+"""Scripts imitate possible answers of Slurm's commands. If there is a real Slurm, it also runs tasks as jobs.
 
-SLURM_PARTITION=debug make test-in ENV=data
+With a real Slurm: SLURM_PARTITION=debug make test-in ENV=data
 """
 
 from __future__ import annotations

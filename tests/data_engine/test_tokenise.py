@@ -1,4 +1,4 @@
-"""Token ids and bytes are in the form that Megatron reads, and both libraries give the same."""
+"""Token ids and bytes have the form that Megatron reads, and both tokenizer libraries give the same bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ids_are_those_of_tokenizers_where_no_text_looks_special(tmp_path: Path)
     expected = [[*encoding.ids, 0] for encoding in reference.encode_batch(plain, add_special_tokens=False)]
     assert [ids for ids in tokens(work, 0) if ids in expected] == expected
     blanks = reference.token_to_id("    ")
-    assert sum(ids.count(blanks) for ids in tokens(work, 0)) == 3  # added, but not special
+    assert sum(ids.count(blanks) for ids in tokens(work, 0)) == 3  # this token was added, but is not special
 
 
 @pytest.mark.parametrize("library", [FASTOKENS, TOKENIZERS])

@@ -1,4 +1,4 @@
-"""`kill -9` of a process by itself at a chosen moment: the n-th time that it opens, renames or removes a path."""
+"""Let a process kill itself (`kill -9`) at a chosen moment, for example when it opens a path for the n-th time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Strike:
     """The moment at which a process is killed.
 
     Args:
-        event: Python audit event that names a path: `open`, `os.rename`, `os.remove`; "" to use `delay_s` alone.
+        event: Python audit event that names a path: `open`, `os.rename`, `os.remove`; "" to use only `delay_s`.
         where: part of the path.
         count: number of the event; the kill comes before this event happens.
-        inside_removal: count events only after the removal of a folder under `where` has begun, and then all events.
-        delay_s: delay (s) after `arm`, without an event.
-        rank: rank to kill; the others fail by themselves, or are killed by the process that waits for them.
+        inside_removal: count events only after the removal of a folder under `where` has begun, whatever their path.
+        delay_s: delay (s) after `arm`; used only if there is no event.
+        rank: rank to kill; other ranks fail by themselves, or are killed by the process that waits for them.
 
     Example:
         >>> Strike("open", ".distcp", count=2)  # while the second file of the first checkpoint is written
@@ -36,7 +36,7 @@ class Strike:
 
 
 def arm(strike: Strike) -> None:
-    """Wait for the moment in this process and in processes that it forks, then kill both."""
+    """Kill this process when the moment comes, here or in a forked process; the forked process is killed, too."""
     if int(os.environ.get("RANK", "0")) != strike.rank:
         return
     victim, seen, removing = os.getpid(), 0, not strike.inside_removal

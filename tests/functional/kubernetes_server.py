@@ -37,7 +37,7 @@ _PLUGINS = (
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Path]:
     """Run a server while the block runs, and yield the kubeconfig of its administrator."""
-    # Only this group may do everything without asking another server.
+    # Only this group has all rights without a request to an authorization server.
     subject = ["-subj", "/O=system:masters/CN=test", "-addext", "extendedKeyUsage=clientAuth"]
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", folder / "client.key"]
     request = ["openssl", "req", "-x509", "-nodes", "-days", "2", *key, "-out", folder / "client.crt", *subject]
@@ -69,7 +69,7 @@ def server(folder: Path) -> Iterator[Path]:
 
 
 def define(kubeconfig: Path, name: str) -> None:
-    """Install a published definition in the server; an installed one of the same kind and its objects are deleted."""
+    """Install a published definition; first delete the installed definition of the same kind, with its objects."""
     definitions, crd = _definitions(kubeconfig), published(name)
     plural = crd["metadata"]["name"]
     if _state(kubeconfig, plural):
@@ -77,7 +77,7 @@ def define(kubeconfig: Path, name: str) -> None:
         wait_for(lambda: not _state(kubeconfig, plural))
     definitions.create_custom_resource_definition(crd)
     wait_for(lambda: _state(kubeconfig, plural).get("Established"))
-    time.sleep(1)  # the server serves it a moment after it says so
+    time.sleep(1)  # the server uses the definition a moment after it reports this
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -98,7 +98,7 @@ def _definitions(kubeconfig: Path) -> Any:
 
 
 def _state(kubeconfig: Path, plural: str) -> dict[str, bool]:
-    """Return the true conditions of a definition, or nothing if it is missing."""
+    """Return the true conditions of a definition, or an empty dict if the definition is missing."""
     for found in _definitions(kubeconfig).list_custom_resource_definition().items:
         if found.metadata.name == plural:
             conditions = found.status.conditions if found.status else None

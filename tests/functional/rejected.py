@@ -6,7 +6,7 @@ FILES stands for a folder that `tests.functional.test_rejected` fills.
 from __future__ import annotations
 
 
-#: Site -> settings that select it; the run's folder is added. `here` has no files to render.
+#: Site -> settings that select the site; the test adds the run's folder. `here` has no files to render.
 SITES = {
     "slurm": "run.executor=slurm run.executor.account=me run.executor.partition=a run.executor.container_image=null",
     "kubernetes": (
@@ -82,7 +82,7 @@ OF_KUBERNETES = {
     f"LARGE {_STAGE}.pretrain.active_deadline_s=600": f"{_STAGE}.pretrain.active_deadline_s 600s is too short",
     "--detach": "--detach needs a cluster's executor",
 }
-#: Settings that every site rejects, typed for Slurm.
+#: Settings that every site rejects. The test types them only for Slurm.
 OF_ALL = {
     # settings that the chain would replace
     "pretrain.log.log_dir=/scratch/fast": "pretrain.log.log_dir cannot be set: the run's folder decides it",

@@ -18,7 +18,7 @@ from tests.functional.tiny import prepare, shrink
 
 
 class Send(pl.Callback):
-    """Sends a signal to its own process, on some ranks, in the middle of a step, or before training at step -1."""
+    """Sends a signal to its own process on some ranks, at the start of a step; step -1 means before training."""
 
     def __init__(self, step: int, ranks: list[int], number: int = signal.SIGTERM) -> None:
         self.step, self.ranks, self.number = step, ranks, number
@@ -35,7 +35,7 @@ class Send(pl.Callback):
 
 
 class Hang(pl.Callback):
-    """Makes the last rank sleep forever in a step, the first time that it gets there."""
+    """Makes the last rank sleep forever in a step, but only the first time that the rank reaches the step."""
 
     def __init__(self, step: int, once: str) -> None:
         self.step, self.once = step, Path(once)
@@ -87,7 +87,7 @@ class Recorded:
 
 
 def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
-    """Return the demo's recipe for this process's ranks, shrunk, with its inputs and the run's folder set."""
+    """Return the demo's recipe for this process's ranks, shrunk, with the given inputs and run folder."""
     import nemo.utils
     import nemo_run as run
 
@@ -139,7 +139,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
 
 
 def ending_of_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> tuple[Any, int]:
-    """Train as `train_rank` does; return this rank's exit status or error, and the number of steps kept."""
+    """Train as `train_rank` does; return this rank's exit status or error, and the number of saved steps."""
     from nemo_upcycle.errors import UpcycleError
     from nemo_upcycle.trainers.nemo.stopping import step_kept
 
@@ -166,7 +166,7 @@ class Runs:
         return self.metrics(name)
 
     def endings(self, name: str, world_size: int, **options: Any) -> list[tuple[Any, int]]:
-        """Train, and return each rank's exit status or error, and the number of steps that it finds kept."""
+        """Train, and return each rank's exit status or error, and the number of saved steps that it finds."""
         return self._run(ending_of_rank, name, world_size, options)
 
     def _run(self, function: Any, name: str, world_size: int, options: dict[str, Any]) -> list[Any]:

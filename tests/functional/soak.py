@@ -2,9 +2,9 @@
 
     python -m tests.functional.soak --kills 60 training pipeline        (`make weekly`)
 
-Half of the kills are aimed: inside the first save, inside the removal of an old checkpoint, between a stage's work and
-its marker. The others come after a random time. The soak ends if a run cannot finish afterwards, or if its result is
-not bit-identical.
+Half of the kills are aimed at a moment: in the first save, in the removal of an old checkpoint, or between a stage's
+work and its marker. The other kills come after a random time. The soak fails if a run cannot finish afterwards, or if
+its result is not bit-identical.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ STEPS, EVERY = 6, 2
 TRAININGS = ((1, False), (1, True), (2, True))
 TRAINING_AIMS = (
     Strike("open", ".distcp"),  # inside the first save
-    Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the previous one
-    Strike("os.rename", ".metadata"),  # everything is written, except the last name
-    Strike("os.remove", "-unfinished"),  # everything is there, but still marked as unfinished
+    Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the previous checkpoint
+    Strike("os.rename", ".metadata"),  # all is written, but `.metadata` still has a temporary name
+    Strike("os.remove", "-unfinished"),  # the checkpoint is complete, but still marked as unfinished
     Strike("os.remove", "checkpoints", inside_removal=True),
     Strike("open", ".distcp", count=2),
     Strike("open", "-unfinished"),  # nothing is written yet
@@ -84,7 +84,7 @@ def survive(start: Callable[[Strike | None], bool], strikes: Iterator[Strike], k
 
     Args:
         start: function that starts the run, with or without a strike, and returns whether it finished.
-        strikes: strikes to use one after the other. If the moment of a strike does not come, the run ends alive.
+        strikes: strikes to use one after the other. If the moment of a strike does not come, the run finishes.
         kills: number of kills.
         seen: counter of kills by kind.
     """
@@ -114,7 +114,7 @@ def soak(
         start: function that runs a stage of the run in a folder, with or without a strike.
         result: function that reads the result of a finished run.
         stages: stages of a run, in order.
-        kills_a_stage: number of kills that a stage must survive before it is left alone.
+        kills_a_stage: largest number of kills of one stage in one run.
 
     Raises:
         AssertionError: A run ended differently, or could not resume.
@@ -141,7 +141,7 @@ def soak(
 
 
 def soak_training(folder: Path, kills: int, *, ranks: int, asynchronous: bool) -> Counter[str]:
-    """Soak trainings; see `soak`."""
+    """Kill trainings and compare their results; see `soak`."""
     runs = Runs(folder)
     options = {"steps": STEPS, "every": EVERY, "asynchronous": asynchronous, "ep": ranks}
 
@@ -164,7 +164,7 @@ def _finishes(train: Callable[[], Any]) -> bool:
     try:
         train()
     except RuntimeError as error:
-        # The last two occur if a rank that waited for the killed rank answers first.
+        # The last two messages appear if a rank that waited for the killed rank answers first.
         killed = ("died without an answer", "Connection closed by peer", "Connection reset by peer")
         if not any(words in str(error) for words in killed):
             raise
@@ -198,7 +198,7 @@ def pipeline_result(run_dir: Path) -> dict[str, Any]:
 
 
 def soak_pipeline(folder: Path, kills: int) -> Counter[str]:
-    """Soak the stages of whole pipelines; see `soak`."""
+    """Kill the stages of whole pipelines and compare the results; see `soak`."""
     plan = write_plan(folder)
 
     def start(name: str, run_dir: Path, strike: Strike | None) -> None:
@@ -210,7 +210,7 @@ def soak_pipeline(folder: Path, kills: int) -> Counter[str]:
 
 
 def main() -> None:
-    """Soak the parts named on the command line, and print the number of survived kills of each kind."""
+    """Run the soaks named on the command line, and print the number of survived kills of each kind."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=60, help="of each part (default: 60)")
     parser.add_argument("parts", nargs="*", default=["training", "pipeline"], help="training, pipeline")

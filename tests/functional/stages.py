@@ -1,4 +1,4 @@
-"""Stages of a run, each in its own process, with any trainer: finished, or killed in the middle."""
+"""Run stages of any trainer, each in its own process, to the end or until a kill in the middle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 def kill_when(path: Path, lines: int = 0) -> None:
-    """Kill this process as `kill -9` does, once `path` exists and, if `lines` is set, has that many lines."""
+    """Kill this process as `kill -9` does, as soon as `path` exists and has at least `lines` lines."""
     while True:
         with contextlib.suppress(OSError):
             if path.exists() and (not lines or path.read_text().count("\n") >= lines):
@@ -75,7 +75,7 @@ def run_stages(
         run_dir: folder of a chain with a written plan.
         names: stages, in order.
         ranks: number of ranks of a training.
-        killed: stage -> path and number of lines at which the stage is killed, before it is run again.
+        killed: stage -> path and lines. The stage is killed when the file has that many lines, and then run again.
     """
     for name in names:
         count = ranks if name in TRAININGS else 1

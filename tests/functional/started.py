@@ -15,17 +15,17 @@ from tests.waiting import HANG_S, wait_until
 ROOT = Path(__file__).parents[2]
 STAGE = (sys.executable, "-m", "nemo_upcycle.pipeline")
 NEMO = str(Path(sys.executable).with_name("nemo"))
-#: `nemo upcycle pipeline` as a user's own script.
+#: A user's own script that does the same as `nemo upcycle pipeline`.
 CHAIN = ROOT / "tests/functional/tiny_pipeline.py"
 
 
 class Command:
-    """A Python script with its arguments, in its own session and in the folder of its log.
+    """A process of a Python script with its own session. Its working folder is the folder of its log.
 
     Args:
-        log: file for the output; a further start appends to it.
+        log: file for the output; another start appends to the file.
         words: the script and its arguments.
-        variables: environment variables to add to this process's own; a rank's variables are removed.
+        variables: environment variables to add to those of this process; variables of a rank are removed.
     """
 
     def __init__(self, log: Path, *words: object, **variables: str) -> None:
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
 
 
 def start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
-    """Start the stage `pretrain` in its own session, and return it after `until_step` steps."""
+    """Start the stage `pretrain` in its own session, and return its process after `until_step` steps."""
     job = subprocess.Popen(
         [*STAGE, "pretrain", run_dir], stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )

@@ -36,7 +36,7 @@ def in_float32(recipe: run.Partial) -> run.Partial:
 
 
 def made_from(parent: str, spec: UpcycleSpec | None, **others: Any) -> run.Partial:
-    """Return a training of three small steps from a parent's folder."""
+    """Return a recipe that trains a parent for three small steps."""
     sizes = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 3, "lr": 1e-4}
     return in_float32(upcycled_from(parent, spec=spec, **sizes | others))
 

@@ -1,4 +1,4 @@
-"""A grid that trains its parents, from random weights and from the result of an earlier arm."""
+"""A grid that trains a parent from random weights, and starts other arms from this parent."""
 
 from __future__ import annotations
 

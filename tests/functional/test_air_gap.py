@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPlan]:
-    """A tiny run whose parent is on a hub that serves while the stages run, and whose texts are on a server."""
+    """The plan of a tiny run; a local server stands in for the hub with the parent and the site with the texts."""
     folder = tmp_path_factory.mktemp("site")
     local = write_plan(folder)
     shutil.move(folder / "parent", folder / "hub/acme/tiny")
@@ -64,7 +64,7 @@ def test_the_chain_runs_without_a_network_after_a_fetch(plan: RunPlan, tmp_path:
     own = os.environ | {"HF_ENDPOINT": endpoint}
     fetched = subprocess.run([*command, "--json"], env=own, capture_output=True, text=True, check=False)
     assert fetched.returncode == 0, fetched.stdout + fetched.stderr
-    there = (tmp_path / "here").rename(tmp_path / "there")  # carried to another machine
+    there = (tmp_path / "here").rename(tmp_path / "there")  # as if carried to another machine
     variables = {
         name: value.replace(str(tmp_path / "here"), str(there))
         for name, value in json.loads(fetched.stdout)["variables"].items()

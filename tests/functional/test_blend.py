@@ -29,7 +29,7 @@ from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 _WORDS = [f"word{number}" for number in range(500)]
-#: Three sources with everything that gets removed. The questions of one of the user's own tasks are missing.
+#: Three sources with every kind of text that is removed. The questions of one of the user's own tasks are missing.
 BLEND = """
 sources:
   web: {train: ["web/*.jsonl.gz"], weight: 0.6, license: CC0, tokens: 100000}
@@ -107,7 +107,7 @@ def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the small blend; a test that changes the folder must copy it.
 
-    Another blend was started there, and stopped before it read a text.
+    Before that, another blend was started in the same folder, and stopped before it read a text.
     """
     output = tmp_path_factory.mktemp("small") / "data"
     (output / "build").mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_training_opens_the_folder(built: Path, texts: Path) -> None:
     assert "mine/held.txt" in ids
     assert len(ids) > 10
     dataset = IndexedDataset(str(built / _manifest(built)["sources"]["mine"]["splits"]["train"]["prefixes"][0]))
-    assert len(dataset) == 1  # own.txt
+    assert len(dataset) == 1  # only own.txt is left
     assert dataset[0][-1] == _manifest(built)["tokenizer"]["eos_id"]
 
 

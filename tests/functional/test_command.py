@@ -1,4 +1,4 @@
-"""The package's main command, as typed, on two threads: it saves while it trains, and stops when it is told to."""
+"""The main command, typed as by a user, with two threads: training saves in the background and stops on a signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-#: FFN size. A matrix has 64 x 768 numbers, and OpenMP splits the work on more than 32,768.
+#: FFN size. A matrix then has 64 x 768 numbers. OpenMP uses both threads only for more than 32,768 numbers.
 FFN = 768
 
 
@@ -53,7 +53,7 @@ def test_the_command_saves_asynchronously_on_two_threads_and_obeys_sigint(tmp_pa
     assert (step_of(kept) or 0) >= 2
     said = command.text()
     assert "TPU available" not in said
-    assert "Total params" not in said  # Lightning prints it, for one rank
+    assert "Total params" not in said  # Lightning would print the total of one rank
     last_words = said.strip().splitlines()[-1]
     assert last_words.startswith("Stopped by SIGINT after step ")
     assert f"kept: {kept}. The same command resumes from there." in last_words

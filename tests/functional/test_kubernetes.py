@@ -1,4 +1,4 @@
-"""The Kubernetes executor with a real API server and published definitions: accepted jobs, and a whole chain.
+"""A real API server with published definitions accepts the Kubernetes executor's jobs, and a whole chain runs.
 
 A stand-in for the operator runs the chain's commands. Pods, claims and webhooks are not tested here.
 """
@@ -98,7 +98,7 @@ def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -
 
 @pytest.fixture
 def operator(kubeconfig: Path) -> Iterator[Operator]:
-    """The stand-in that runs the commands of jobs of the newest definition."""
+    """The stand-in that runs the commands of jobs. The server has the newest definition of jobs."""
     define(kubeconfig, "trainjob-2.3")
     thread = Operator(kubeconfig)
     thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "2.0"}
@@ -113,7 +113,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _start(inputs: Path, kubeconfig: Path, name: str, *words: str) -> Command:
-    script = inputs / "cluster.py"  # pods must see it
+    script = inputs / "cluster.py"  # pods must see the script
     shutil.copy(CHAIN, script)
     executor = {"image": "tests", "claim": "runs", "mount_path": inputs, "python": sys.executable}
     executor |= {"kubeconfig": kubeconfig, "report_within_s": 60}

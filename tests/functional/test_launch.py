@@ -1,4 +1,4 @@
-"""`nemo upcycle pipeline` as a user starts it, in its own process, on a tiny model: stopped, resumed, failed."""
+"""`nemo upcycle pipeline` as a user starts it, in its own process. A tiny run is stopped, is resumed, and fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the script's recipe names; the run in it continues from test to test."""
+    """A folder with everything that the script's recipe names; each test continues the same run in it."""
     return write_inputs(tmp_path_factory.mktemp("launch"))
 
 
@@ -64,9 +64,9 @@ def test_a_started_run_survives_harmless_edits(inputs: Path) -> None:
     launcher = _launch(inputs, "pretrain.log.ckpt.every_n_train_steps=3", HOLD_AT="3")
     _wait_for_step(launcher, 3)
     assert "[data] done earlier, from the same inputs" in launcher.text()
-    assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint of the previous test
+    assert "\nstep 2/6 " not in launcher.text()  # the checkpoint of the previous test has this step
     assert "changed setting: pretrain.log.ckpt.every_n_train_steps was 2, is 3\n" in launcher.text()
-    write_blend_file(inputs / "texts", "max_epochs: 8")  # a later stage must not read it
+    write_blend_file(inputs / "texts", "max_epochs: 8")  # a later stage must not read this change
     launcher.process.send_signal(signal.SIGINT)
     assert launcher.wait() == 130
     assert "finished stages: import, data, upcycle;" in launcher.text()
@@ -82,7 +82,7 @@ def test_the_same_command_resumes_after_a_failed_rank(inputs: Path) -> None:
     launcher = Command.pasted(log, f"cd / && {line}", FAIL_AT="4", NEMORUN_HOME=f"{inputs}/home")
     assert launcher.wait() == 1
     assert "\nstep 3/6 " in launcher.text()
-    assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint of the previous test
+    assert "\nstep 2/6 " not in launcher.text()  # the checkpoint of the previous test has this step
     assert launcher.text().endswith("RuntimeError: rank 1 met its fate\n")
     assert [name for name in ("dense_ct", "export", "evaluate", "report") if (inputs / "run" / name).exists()] == []
     assert processes_of(inputs) == []

@@ -1,4 +1,4 @@
-"""NeMo chains that are refused or stopped after they began, and commands that are left to NeMo."""
+"""NeMo chains that are refused or stopped after they began, and commands that only NeMo handles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nemos_own_recipes_are_left_to_nemo(files: Path, tmp_path: Path) -> None
 
 
 def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
-    """Return a command with one mistake, the same text in all splits, which is found when the texts are read."""
+    """Return a command with a mistake that is found only when texts are read: all splits have the same text."""
     sizes = [f"pretrain.model.config.{name}={value}" for name, value in SIZES.items()]
     data = [f"pretrain.data.seq_length={SEQUENCE}", f"data={files}/same.yaml"]
     command = [*DEMO.split(), f"dir={folder}", f"dense={files}/tiny", "dense_ct=None"]

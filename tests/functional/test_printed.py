@@ -1,4 +1,4 @@
-"""Type, in another folder, the commands that a run printed: a recipe's run, a `start` run and a user's module."""
+"""Commands that a run prints also work in another folder, for runs of a recipe, of `start` and of a user's module."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TYPED = {
 }
 #: Kind of run -> its folder.
 PLACES = {"recipe": "runs/a", "start": "mine/parent_e8t2", "own module": "runs/a"}
-#: End of a run -> part of the answer to the command that is printed then. `ENDINGS_OF_START` are only for `start`.
+#: End of a run -> part of the answer to the command that the run then prints. `ENDINGS_OF_START` are only for `start`.
 ENDINGS = {
     "a trial": r" tokens +\S+ in 200 steps ",
     "a stop": r" in /.*/PLACE\. ",
@@ -77,7 +77,7 @@ def _nemo(words: Sequence[str], folder: str, path: str) -> Answer:
 
 
 def _start(*words: str) -> str:
-    """Type `nemo-upcycle start`; return its output, then the output of the chain that it becomes."""
+    """Type `nemo-upcycle start`; return its output, followed by the output of the chain that it starts."""
     from nemo_upcycle.cli.main import main
 
     said, chain = io.StringIO(), []
@@ -121,7 +121,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _printed(kind: str, folder: str) -> dict[str, str]:
-    """Start a run without its stages, and return the commands that it prints, by the end of the run."""
+    """Start a run without its stages, and return the command that it prints for each kind of end."""
     from nemo_upcycle.pipeline import launch
     from nemo_upcycle.trainers.loss_spikes import how_to_go_on
 
@@ -159,7 +159,7 @@ def _pasted(line: str, elsewhere: Path) -> tuple[str, str, list[str]]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The commands that a run of each kind prints, by the end of the run."""
+    """For each kind of run, the command that it prints for each kind of end."""
     page = (ROOT / "docs/own_model.md").read_text(encoding="utf-8")
     module = re.findall(r"^```python\n# my_recipes\.py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
     lines = {}

@@ -78,7 +78,7 @@ def test_a_nan_loss_ends_all_ranks_unsaved(runs: Runs) -> None:
 
 @pytest.mark.weekly
 def test_ft_launcher_restarts_a_hung_rank_bit_equal(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
-    """The second rank sleeps in the fourth step, when the checkpoint of the second step exists."""
+    """The second rank sleeps forever in the fourth step, after the checkpoint of the second step was saved."""
     folder, once = runs.folder / "hung", runs.folder / "hung-once"
     options = OPTIONS | {"hang": {"step": 3, "once": str(once)}}
     process = under_ft_launcher(RANK, runs.parent, runs.data, folder, json.dumps(options))
@@ -101,7 +101,7 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
         said.append(line)
         if "step 2/500" in line:
             process.send_signal(signal.SIGTERM)
-    assert process.wait(HANG_S) == 1  # the launcher's status, whatever its ranks end with
+    assert process.wait(HANG_S) == 1  # the launcher's own status, whatever the status of its ranks is
     words = "".join(said)
     kept = step_kept(folder)
     assert kept >= 2

@@ -37,7 +37,7 @@ def _answer(*command: str) -> str | None:
 
 @cache
 def has_test_cluster() -> bool:
-    """Return whether the Slurm of scripts/slurm_cluster.sh answers here, without waiting for a stopped one."""
+    """Return whether the Slurm of scripts/slurm_cluster.sh answers here; if it is stopped, do not wait for it."""
     if _answer("pgrep", "-x", "slurmctld") is None:
         return False
     return {"batch", "low"} <= {*(_answer("sinfo", "--noheader", "--format=%R") or "").split()}
@@ -104,7 +104,7 @@ class Run:
 
 
 def start_at_once(job: str) -> None:
-    """Make a requeued job start soon. Slurm would wait two minutes, and refuses the change while nodes clean up."""
+    """Make a requeued job start soon, not after two minutes. Slurm refuses this change while nodes clean up."""
     asked = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     wait_until(lambda: (_answer(*asked) or "").strip() == "PENDING", poll_s=0.2)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"], check=True)
@@ -144,7 +144,7 @@ def test_every_stage_is_a_job(undisturbed: Run) -> None:
     assert "Report: " in undisturbed.command.text()
     again = Run(undisturbed.inputs, undisturbed.run_dir).start(slow=0.5)
     assert again.command.wait() == 0
-    assert again.command.text().count("submitted: ") == len(STAGES)  # by the first start: nothing is done twice
+    assert again.command.text().count("submitted: ") == len(STAGES)  # all from the first start
 
 
 PART = ("--from", "pretrain", "--until", "pretrain")
@@ -194,7 +194,7 @@ def test_a_training_goes_on_with_the_same_bits(
     disturb(prepared)
     start_at_once(prepared.job())
     assert prepared.command.wait() == 0, prepared.command.text()
-    assert prepared.starts() >= 2  # one more if the ranks fail before Slurm notices the missing node
+    assert prepared.starts() >= 2  # 3 if the ranks fail before Slurm notices the missing node
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
 

@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm whose ranks are shell commands: the environment of a rank, and the effects of its end.
+"""Jobs of a real Slurm whose ranks are shell commands: the environment of a rank, and what happens when a rank ends.
 
 `make test-in ENV=slurm` runs both of these commands:
 
@@ -101,7 +101,7 @@ def test_variables_reach_the_ranks_whatever_the_callers_environment(
 
 
 def test_rank_gets_the_cpus_that_its_stage_asks_for(run_dir: Path) -> None:
-    """Test a site that binds CPUs, with an srun that inherits nothing, as in Slurm 22.05 to 24.05."""
+    """Test a site that binds CPUs, with an srun that does not inherit the CPU count, as in Slurm 22.05 to 24.05."""
     commands = {"import": "test $(nproc) = 2 && {done}", "data": "test $(nproc) = 1 && {done}"}
     like_them = {"setup_lines": "unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK", "srun_args": ["--cpu-bind=cores"]}
     finish(chain_of(run_dir, commands, cpus_per_task=2, stages={"data": {"cpus_per_task": 1}}, **like_them))

@@ -1,4 +1,4 @@
-"""A small run that each release finished is resumed: more steps, then export, evaluation and report."""
+"""A small run that an earlier release finished is resumed with more steps, then exported, evaluated and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of NeMo's recipe alone: validations, a full disk, trials, data order, checkpoints for plain NeMo."""
+"""Promises that only NeMo's recipe makes: validations, a full disk, trials, data order, checkpoints for plain NeMo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
 
 
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
-    """Step 0 is in the metrics once, also after a fresh start over a killed run, and does not change the training."""
+    """Metrics have step 0 once, even if a killed run starts afresh. The validation does not change the training."""
     options = {"steps": 6, "every": 4, "validate_every": 2}
     with pytest.raises(RuntimeError, match="rank 0 died"):
         runs.train("validated", 1, send={"step": 1, "ranks": [0], "number": int(signal.SIGKILL)}, **options)
@@ -78,7 +78,7 @@ SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {
 
 
 def test_resumed_and_lengthened_run_reads_the_same_samples(runs: Runs, tmp_path: Path) -> None:
-    """The first half ends within the first epoch; Megatron alone would order both epochs anew."""
+    """The first half ends within the first epoch. Without the package, Megatron would reorder both epochs."""
     blend = write_blend(tmp_path / "blend", runs.parent, SOURCES)
 
     def read(name: str, steps: int) -> list[str]:

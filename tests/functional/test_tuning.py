@@ -85,7 +85,7 @@ def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], adapt
 
 @pytest.mark.parametrize(
     ("ranks", "change", "equal"),
-    # each stage draws its own adapters, which add nothing at first
+    # Each pipeline stage draws its own adapters. The first loss is equal, because new adapters add nothing.
     [(2, {}, 4), (2, {"pp": 2}, 1), (1, RECOMPUTED, 4)],
     ids=["data", "pp", "recompute"],
 )

@@ -90,7 +90,7 @@ def test_evaluates_a_saved_run_as_the_trained_model(tmp_path: Path, name: str) -
     assert float((got[..., :259] - wanted).norm() / wanted.norm()) <= 2e-6
 
 
-#: Sizes for the recipe for H100s without Transformer Engine; `tests/gpu` makes the same run on a card.
+#: Sizes for the recipe for H100s, here without Transformer Engine. `tests/gpu` makes the same run on a card.
 SMALL = Sizes(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, padded_vocab=512, sequence=64, steps=4)
 
 

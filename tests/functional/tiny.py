@@ -14,7 +14,7 @@ from tests.models import write_llama, write_tokenizer
 
 
 SEQUENCE, BATCH, LAYERS, EXPERTS, PADDED_VOCAB = 64, 4, 4, 8, 512
-#: Sizes of the demo's model that train many steps per second.
+#: Sizes with which the demo's model trains many steps per second.
 SIZES = {
     "num_layers": LAYERS,
     "hidden_size": 64,
@@ -25,7 +25,7 @@ SIZES = {
     # Padding rows count in the loss, so every layout must have the same number: pad to one size under TP1 and TP2.
     "make_vocab_size_divisible_by": PADDED_VOCAB // 2,
 }
-#: A suite on held-out text, with WINDOWS windows.
+#: A suite that evaluates WINDOWS windows of held-out text.
 EVALUATION = """
 tasks: {heldout_perplexity: [0]}
 local: true
@@ -58,7 +58,7 @@ def write_texts(folder: Path) -> Path:
 
 
 def write_blend_file(folder: Path, *lines: str) -> Path:
-    """Write the YAML file of a blend of the texts in a folder, with further lines; return the file."""
+    """Write a blend's YAML file for the texts in a folder, add further lines, and return the file."""
     splits = [f'    {split}: ["{folder / split}/*.txt"]' for split in texts()]
     config = folder / "blend.yaml"
     config.write_text("\n".join(["sources:", "  words:", *splits, *lines]) + "\n")
@@ -92,7 +92,7 @@ def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None) -> Any:
-    """Shrink a recipe of the demo to the tiny model, in place; if `checkpoint_every` is None, without checkpoints."""
+    """Shrink a recipe of the demo to the tiny model, in place; with `checkpoint_every` None, save none."""
     import nemo_run as run
     from nemo import lightning as nl
 

@@ -18,7 +18,7 @@ from tests.functional.tiny import tiny_pipeline
 
 
 class Disturb(Callback):
-    """Disturbs as environment variables say, because a recipe that differs would belong to another run.
+    """Disturbs training as environment variables say, because a changed recipe would belong to another run.
 
     Fails in step FAIL_AT, waits forever in step HOLD_AT, sleeps SLOW_S seconds after each step, and hangs once in the
     fifth step if HUNG names a file.
@@ -44,7 +44,7 @@ class Disturb(Callback):
 
 @run.cli.factory(target=pipeline, name="tiny")
 def tiny(inputs: str, dir: str = "", nodes: int = 1) -> run.Partial:
-    """Return the chain for a tiny parent on two ranks; on two nodes, its training saves when it is told to stop."""
+    """Return the chain for a tiny parent on two ranks; on two nodes, the training saves when a signal stops it."""
     sizes = {"num_nodes": nodes, "num_gpus_per_node": 2 // nodes}
     moe = smollm2_135m_e8t2.pretrain_recipe(**sizes, expert_parallelism=2)
     moe.trainer.callbacks.append(run.Config(Disturb))

@@ -19,9 +19,10 @@ class Answer(NamedTuple):
 
 
 def type_commands(commands: list[list[str]], folder: str, watched: str) -> list[Answer]:
-    """Run `nemo`, or the script that is named first, with each list of words, one after the other in this process.
+    """Run commands one after the other in this process.
 
-    Python finds modules in `watched`, for example a user's recipes.
+    If a command's first word is a script, run the script. Otherwise run `nemo`. Python finds modules in `watched`,
+    for example a user's recipes.
     """
     from nemo_run.cli.api import create_cli
 

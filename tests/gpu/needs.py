@@ -1,4 +1,4 @@
-"""Marks of every test in this folder: it needs a CUDA device and Transformer Engine."""
+"""Marks for all tests in this folder: they need a CUDA device and Transformer Engine."""
 
 from __future__ import annotations
 

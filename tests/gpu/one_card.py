@@ -1,9 +1,9 @@
-"""Two layers of Llama 3 8B -> 8 experts, top-2, at full width, trained by the recipe itself on one card.
+"""Train two layers of Llama 3 8B at full width, with 8 experts, top-2, by the real recipe on one card.
 
     python -m tests.gpu.one_card DENSE DATA FOLDER PRECISION
 
-makes one run in its own process, so that runs in other precisions do not share its memory on the card. Two layers and
-32,768 logits fit into 80 GB together with gradients and optimizer: 18 bytes for each of 3.1B parameters.
+This command makes one run in its own process, so that runs in other precisions do not share the card's memory with it.
+Weights, gradients and optimizer states need 18 bytes for each of 3.1B parameters, so the run fits into 80 GB.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
 
 
 def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
-    """Return the planned memory of the card's allocator by term (GiB), without the driver's own memory."""
+    """Return the planned memory (GiB) of the card's allocator for each term, without the driver's own memory."""
     from nemo_upcycle.models.hf_config import architecture_from_config
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import stage_memory

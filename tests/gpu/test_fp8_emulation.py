@@ -1,8 +1,8 @@
-"""The CPU's FP8 against the card's: every quantizer gives the same bits, and products differ only by rounding.
+"""FP8 on the CPU and on the card: every quantizer gives the same bits, and products differ only by rounding.
 
     python -m pytest -m gpu tests/gpu/test_fp8_emulation.py
 
-Blockwise scaling is compared on Hopper, MXFP8 on Blackwell: other cards have no Transformer Engine kernels for them.
+Blockwise scaling is compared on Hopper and MXFP8 on Blackwell, because other cards have no kernels for them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_numbers_are_the_cards_to_the_bit(recipe: str, role: str, spread: int) -
         assert torch.equal(ours.scale_inv.flatten(), theirs._scale_inv.cpu().flatten())
     else:
         _same_bits(ours, theirs._rowwise_data)
-        columns = theirs._columnwise_data.cpu()  # blockwise keeps it transposed
+        columns = theirs._columnwise_data.cpu()  # the blockwise quantizer transposes the columns
         _same_bits(across, columns.T.contiguous() if recipe == "blockwise" else columns)
 
 
@@ -74,7 +74,7 @@ def _same_bits(ours: Quantized, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_linear_layer_gives_what_the_cards_gives(recipe: str) -> None:
-    """Only the order of sums and Hopper's shorter accumulators differ; without FP8, the distance at least doubles."""
+    """Sums have another order, and Hopper has shorter accumulators. Without FP8, the error at least doubles."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 

@@ -2,8 +2,8 @@
 
     python -m pytest -m gpu tests/gpu
 
-needs one H100 with Transformer Engine and NeMo (NVIDIA's NeMo container has both). `python -m benchmarks.one_card`
-makes the same runs and keeps the numbers.
+The tests need one H100 with Transformer Engine and NeMo (NVIDIA's NeMo container has both). The command
+`python -m benchmarks.one_card` makes the same runs and keeps the numbers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_rates_are_stated_against_the_peak_of_the_card(runs: Runs, precision: st
 
 
 def test_step_0_computes_what_the_parent_computes(inputs: tuple[Path, Path]) -> None:
-    """In BF16 with Transformer Engine the MoE is no further from the float32 parent than the BF16 parent is."""
+    """In BF16 with Transformer Engine, the MoE and the parent have similar errors against the float32 parent."""
     tokens_BS = sample_tokens(256, batch=2, length=256)
     wanted_BSV = hugging_face_logits(inputs[0], tokens_BS)
     found = {}

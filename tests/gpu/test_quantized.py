@@ -1,8 +1,8 @@
-"""Tests of FP8 and FP4 parameters that need a GPU: Transformer Engine's quantizers, and a training with them.
+"""Tests of FP8 and FP4 parameters with Transformer Engine's quantizers and with a whole training, on a GPU.
 
     python -m pytest -m gpu tests/gpu/test_quantized.py
 
-needs one H100, and one B200 for MXFP8 and NVFP4. `tests/te/test_quantized.py` has the tests without a GPU.
+The tests need one H100, and one B200 for MXFP8 and NVFP4. `tests/te/test_quantized.py` has the tests without a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.te.test_quantized import (
 
 pytestmark = NEEDS_CARD
 SPEC, ONE_RANK = UpcycleSpec(num_experts=4, top_k=2), Layout(gpus=1)
-#: Format -> largest error, relative to the value and relative to the largest value in its tensor; both may add up.
+#: Format -> two shares. The largest error is a share of the value plus a share of the largest value in its tensor.
 TOLERANCES = {"nvfp4": (0.25, 0.1)}
 FP8_TOLERANCES = (1 / 16, 1 / 448 / 2**8)
 
@@ -77,7 +77,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "bf16"])
 def test_a_training_starts_where_it_does_with_parameters_in_bf16(inputs: tuple[Path, Path], precision: str) -> None:
-    """Both runs multiply the same FP8 weights, but delayed scaling at first casts BF16 weights with a scale of 1."""
+    """Both runs use the same FP8 weights, except that delayed scaling first casts BF16 weights with a scale of 1."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for name in (precision, f"{precision}+params"):
         runs[name] = train(Sizes(), *inputs, inputs[0].parent / name, name)

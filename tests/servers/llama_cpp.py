@@ -45,7 +45,7 @@ def chat(file: Path, count: int, questions: Sequence[str]) -> list[dict[str, Any
         questions: the user's questions, one after the other.
 
     Returns:
-        For each question the tokens of its `prompt`, the answer's `tokens` and `text`, and whether it `ended` itself.
+        For each question the tokens of its `prompt`, the answer's `tokens` and `text`, and whether the text `ended`.
 
     Raises:
         NotServedError: llama.cpp cannot load the file, or the file has no template.
@@ -71,7 +71,7 @@ def _ask(script: str, file: Path, count: int, *words: str) -> Any:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    # Hide the tests' own modules, because a package among them has the name of one of the converter's.
+    # Hide the tests' own modules, because one of them has the same name as a package of the converter.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:

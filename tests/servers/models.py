@@ -30,7 +30,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "from data": FINE | {"router_init": "prompts"},
     "sigmoid, from data": SIGMOID | {"router_init": "prompts", "moe_layers": "1"},
 }
-#: Specs whose routers choose among parts of networks. In 16 bits, top-k mixes the copies: docs/classes.md.
+#: Specs whose routers choose among parts of networks. In 16 bits, top-k may mix two networks: see docs/classes.md.
 MIXED_IN_16_BITS = ("granular", "from data")
 #: Parent, and whether its embeddings are tied -> names of specs.
 MODELS = {

@@ -1,4 +1,4 @@
-"""SGLang on a CPU: the greedy continuation of a Hugging Face folder, as a program and as a function that runs it.
+"""SGLang on a CPU: the greedy continuation of a Hugging Face folder, as a program and as a function to run it.
 
     python -m tests.servers.sglang_cpu FOLDER DTYPE COUNT TOKEN...
 

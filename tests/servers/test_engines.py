@@ -1,4 +1,4 @@
-"""vLLM and SGLang do with every target class what `conf/compatibility` says."""
+"""vLLM and SGLang treat every target class as `conf/compatibility` says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = {"layers": 2, "head_dim": 32, "hidden_size": 128}
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Parents:
-    """Small random parents, each with a prompt and a continuation that the server gives in both types."""
+    """Small random parents, each with a prompt and a continuation that the server gives in float32 and BF16."""
     made = {}
     for parent, tied in MODELS:
         folder = PARENTS[parent](tmp_path_factory.mktemp(parent) / "dense", tied=tied, **SIZES)

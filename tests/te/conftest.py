@@ -1,7 +1,7 @@
 """Lets real Transformer Engine modules be built without a GPU, in the environment of `make test-in ENV=te`.
 
-They cannot compute there. But their names, shapes, shards and filled values do not depend on computing, so CUDA needs
-only to seem available, as an H100, while the modules are built.
+The modules cannot compute there. But their names, shapes, shards and filled values do not depend on computing. So it
+is enough to simulate an H100 while the modules are built.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CUDA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _cuda_seems_to_be_there() -> Iterator[None]:
-    """Skip without Transformer Engine; install the stand-ins only for these modules, and only without CUDA."""
+    """Skip tests without Transformer Engine; without CUDA, install the stand-ins while a test module runs."""
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not in this environment: `make test-in ENV=te` has one with it")
     with pytest.MonkeyPatch.context() as patch:
@@ -48,18 +48,18 @@ def _cuda_seems_to_be_there() -> Iterator[None]:
             patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # Megatron-Core compiles an extension when it is imported
             for name, stand_in in _CUDA.items():
                 patch.setattr(torch.cuda, name, stand_in)
-            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # for tied embeddings, before their sum
+            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # tied embeddings call it before a sum
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _local_norms(_cuda_seems_to_be_there: None) -> Iterator[None]:
-    """Let the local spec be built under sequence parallelism, which torch's norm refuses."""
+    """Allow sequence parallelism in the local spec, although torch's norm refuses it."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # so that it is restored
+        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # so that `patch` restores it
         mark_norms_sequence_parallel()
         yield

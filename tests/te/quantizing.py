@@ -17,7 +17,7 @@ MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class OnCpu(TorchFunctionMode):
-    """Makes tensors in CPU memory that Transformer Engine wants on CUDA: scales, and tensors that quantizers keep."""
+    """Makes tensors on the CPU although Transformer Engine wants them on CUDA: scales, and tensors in quantizers."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

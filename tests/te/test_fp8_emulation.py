@@ -1,7 +1,7 @@
 """The CPU's FP8 numbers are bit-identical to Transformer Engine's own references, which run without a GPU.
 
 The reference of current scaling came with Transformer Engine 2.16, which `make test-in ENV=bridge` has. With an older
-one, the tests that need the reference are skipped.
+Transformer Engine, the tests that need the reference are skipped.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_delayed_scaling_moves_as_theirs(margin: int, length: int, algorithm: str, monkeypatch: Any) -> None:
     """Compare with Transformer Engine's update in Python, although its default is a kernel.
 
-    The kernel leaves the scales of unseen tensors alone, and it divides. Torch multiplies a number by a tensor's
-    reciprocal instead, which rounds once more; in float64 this does not show.
+    The kernel does not change the scales of unseen tensors. The kernel divides a number by a tensor. Torch multiplies
+    the number by the tensor's reciprocal, which rounds once more. In float64, this rounding makes no difference.
     """
     quantization = pytest.importorskip("transformer_engine.pytorch.quantization")
     from transformer_engine.common.recipe import DelayedScaling
@@ -83,7 +83,7 @@ def test_delayed_scaling_moves_as_theirs(margin: int, length: int, algorithm: st
 
 
 def test_a_gpu_takes_what_a_cpu_saved_for_no_history() -> None:
-    """Transformer Engine neither fails on the bytes nor unpickles more than None."""
+    """Transformer Engine does not fail on the saved bytes, and unpickles only None."""
     import pickle
 
     state = DelayedScales(1024).to_bytes()

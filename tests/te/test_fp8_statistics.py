@@ -1,4 +1,4 @@
-"""Transformer Engine's statistics with the real nvdlfw-inspect, as far as both work without a GPU."""
+"""Those parts of Transformer Engine's statistics and of the real nvdlfw-inspect that work without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts with interleaved gate and up rows hold the same rows in another order, also in Bridge's checkpoints."""
+"""Experts with interleaved gate and up rows have the same rows in another order, also in Bridge's checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _megatron_interleaves(_cuda_seems_to_be_there: None) -> None:
 
 
 def _apart(interleaved: torch.Tensor) -> torch.Tensor:
-    """Return gate rows above up rows, with Megatron's own function, which takes outputs [tokens, 2 F]."""
+    """Return the gate rows above the up rows. Megatron's function for this expects outputs [tokens, 2 F]."""
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     columns = interleaved.reshape(interleaved.shape[0], -1).T

@@ -50,7 +50,7 @@ SPECS = {
 
 @pytest.fixture(autouse=True)
 def _random_numbers_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Mamba's layers draw their initial numbers, which are overwritten, without CUDA's generators."""
+    """Let Mamba's layers draw initial numbers without CUDA's generators. The numbers are overwritten later."""
     from megatron.core.ssm import mamba_mixer
 
     monkeypatch.setattr(mamba_mixer, "get_cuda_rng_tracker", lambda: SimpleNamespace(fork=nullcontext))
@@ -130,7 +130,7 @@ def _by_bridge(parent: Path) -> Filled:
 
 
 def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
-    """Return the tensors under the names that they have if some layers hold copies of their network as experts."""
+    """Return the tensors named as if the given layers had copies of their network as experts."""
     found = dict(dense)
     for layer in layers:
         inside = f"decoder.layers.{layer}."

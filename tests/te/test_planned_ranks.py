@@ -1,4 +1,4 @@
-"""Real Transformer Engine modules have the planned parameters, if it is installed; no GPU is needed."""
+"""Real Transformer Engine modules have the planned parameters. No GPU is needed."""
 
 from __future__ import annotations
 

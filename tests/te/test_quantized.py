@@ -50,14 +50,14 @@ def _quantized_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def keeps_values(recipe: str) -> bool:
-    """Return whether Transformer Engine keeps the values before quantization: not with FP4 in Megatron-Core 0.15."""
+    """Return whether the values before quantization are kept; FP4 with Megatron-Core 0.15 does not keep them."""
     return recipe != "nvfp4" or not version("megatron-core").startswith("0.15.")
 
 
 def build(
     spec: UpcycleSpec, layout: Layout, recipe: str | None = None, *, grouped: bool = True, **changes: Any
 ) -> list[Any]:
-    """Return a rank's chunks in BF16, or with parameters in a recipe's FP8 or FP4."""
+    """Return a rank's chunks in BF16, or, if a recipe is given, with parameters in the recipe's FP8 or FP4."""
     low = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param": True} if recipe else {}
     if recipe == "nvfp4":
         low = {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param": True}
@@ -136,7 +136,7 @@ def optimizer_of(chunks: list[Any], recipe: str) -> Any:
 
 
 def wrapped_in_ddp(chunks: list[Any], recipe: str) -> list[Any]:
-    """Return chunks in Megatron's data-parallel wrapper, with their parameters in its buffers."""
+    """Return chunks in Megatron's data-parallel wrapper, with their parameters in the wrapper's buffers."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     options = DistributedDataParallelConfig(
@@ -178,7 +178,7 @@ def test_master_weights_are_the_dense_values(recipe: str, order: str) -> None:
                 upcycle_into(wrapped, MemorySource(ARCH), spec)
             check_masters(optimizer_of(wrapped, recipe), chunks, wanted)
             again = upcycle_into(wrapped, MemorySource(ARCH), spec)
-        assert not again.exact_masters  # the optimizer has taken the kept values for its master weights
+        assert not again.exact_masters  # the optimizer has used up the kept values for its master weights
 
 
 def test_a_model_for_inference_keeps_no_values() -> None:

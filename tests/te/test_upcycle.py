@@ -1,7 +1,7 @@
-"""Real Transformer Engine modules are filled bit-identically to Megatron's own, parameter by parameter.
+"""Real Transformer Engine modules are filled bit-identically to Megatron's own modules, one by one.
 
 Every rank of a layout is built under a fake process group, because filling needs no communication. `tests/unit` and
-`tests/distributed` test that the local modules hold the right bits in every layout.
+`tests/distributed` test that Megatron's own modules have the right bits in every layout.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GROUPED = pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP",
 
 
 def kind_of(model: str) -> tuple[Architecture, UpcycleSpec]:
-    """Return the shapes and the spec of a key of `MODELS`, or of a plain model."""
+    """Return the shapes and the spec of a model in `MODELS`, or of the plain model."""
     shapes, fields = MODELS.get(model, ({}, {}))
     return small_architecture(num_layers=4, **shapes), UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
 
@@ -75,14 +75,14 @@ def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
     chunks_te = []
     for chunk in chunks:
         config = replace(chunk.config, **changes)
-        # takes get_gpt_layer_with_transformer_engine_spec for every layer, with or without experts
+        # This uses get_gpt_layer_with_transformer_engine_spec for every layer, with or without experts.
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk.vp_stage)
         chunks_te.append(GPTModel(config, layers, **_rest(chunk)))
     return chunks_te
 
 
 def _rest(chunk: Any) -> dict[str, Any]:
-    """Return the arguments of another model in place of a chunk, except its configuration and layers."""
+    """Return the arguments for a model that replaces a chunk, except the configuration and layers."""
     names = ("vocab_size", "max_sequence_length", "pre_process", "post_process", "rotary_base", "vp_stage")
     names += ("share_embeddings_and_output_weights",)
     return {"position_embedding_type": "rope"} | {name: getattr(chunk, name) for name in names}
@@ -140,7 +140,7 @@ def _checked(local: list[Any], grouped: bool, **changes: Any) -> list[Any]:
     return chunks
 
 
-#: Every kind of model on three layouts, a plain model on all.
+#: Every kind of model on three layouts, and the plain model on all layouts.
 KINDS = [
     *(("plain", layout) for layout in LAYOUTS),
     *((model, layout) for model in MODELS for layout in (ONE_RANK, Layout(gpus=4, tp=2, pp=2, ep=2), LAYOUTS[6])),
@@ -206,7 +206,7 @@ def test_fp8_changes_no_parameter(recipe: str, grouped: bool) -> None:
 
 
 def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
-    """Return the tensors of a chunk that Megatron saves, by role, layer and offset in the whole."""
+    """Return the tensors of a chunk that Megatron saves, by role, layer and offset in the whole tensor."""
     saved = {}
     for key, offset, data in global_shards([chunk]):
         in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", key)

@@ -1,7 +1,7 @@
-"""Stands in for Transformer Engine in tests that import it without computing: `make test-in ENV=bridge-sample`.
+"""Stands in for Transformer Engine in tests that only import it, in `make test-in ENV=bridge-sample`.
 
-Bridge cannot be imported without it, and compiling its binding takes minutes. Every attribute of this package and of
-its modules is an empty class that nobody instantiates. Names that begin with an underscore are missing.
+Bridge cannot be imported without Transformer Engine, whose binding takes minutes to compile. Every attribute of this
+package and of its modules is an empty class that nobody instantiates. Names that begin with an underscore are missing.
 """
 
 import functools
