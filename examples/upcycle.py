@@ -37,8 +37,9 @@ shards of copy c have the same weight q_c. All k weights sum to one: G (sum of q
 
     y = sum of q_c (f_0 + ... + f_(G-1)) over the chosen copies = (sum of q_c) f = f / G.
 
-So down is multiplied by G, and y = f again. Only down is scaled. The network is linear in down, so its output gets the
-same factor. A factor on gate would not scale the output by that factor, because silu(a x) is not a silu(x).
+So the matrix down is multiplied by G, which gives y = f again. Only this matrix is scaled. The network is linear in
+down, so its output gets the same factor. A factor on gate would not scale the output by that factor, because silu(a x)
+is not a silu(x).
 """
 
 import ctypes
@@ -63,7 +64,7 @@ NAMES = {
 #: Settings that `config.json` may omit, and the values that they then have.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 QWEN3_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
-#: Settings that make a dense model compute something that this file does not follow.
+#: Settings that change the computation of a dense model in a way that this file does not implement.
 REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -30,7 +30,7 @@ from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 require_one_checkout()
 need_no_cuda_to_import()
 __path__.append(moved.__path__[0])
-#: Name that a user's own recipe can import from here -> module that defines it.
+#: Maps each name that a user's recipe can import from here to the module that defines it.
 _NEMO = {
     "pipeline": "nemo_upcycle.pipeline.nemo.recipes",
     "upcycled": "nemo_upcycle.trainers.nemo.upcycled",

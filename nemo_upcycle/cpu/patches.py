@@ -325,8 +325,8 @@ def communicate_in_place() -> None:
 
     Without this patch every step copies both buffers (4 and 2 bytes per parameter). The reason is that gloo's
     reduce-scatter is an all-reduce of a copy, and gloo's all-gather fills a copy. This happens even if a group has
-    only one rank, as for experts with EP2 on two ranks. Megatron's shards are slices of the buffers, so an all-reduce
-    and a broadcast by each owner give the same numbers.
+    only one rank, as for experts with EP2 on two ranks. Megatron's shards are slices of the buffers. So an
+    all-reduce replaces the first operation, and a broadcast by each owner replaces the second one.
     """
     from megatron.core.distributed import param_and_grad_buffer
 

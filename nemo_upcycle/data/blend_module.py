@@ -128,7 +128,7 @@ class BlendDataModule(PreTrainingDataModule):
             log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
-            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs only by length
+            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # without weights, as whole epochs require
         steps += -(-self.skip_samples // self.global_batch_size)
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:

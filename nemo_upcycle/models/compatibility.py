@@ -33,7 +33,7 @@ WORDS: Mapping[Result, str] = {
 
 @dataclass(frozen=True)
 class Written:
-    """A model as it is written to a folder.
+    """The facts of a written model on which its limits depend.
 
     Args:
         arch: architecture of the text model.

@@ -54,7 +54,7 @@ def _family_of(config: Any, where: str) -> Family:
             fix="correct config.json",
         )
     names, kind = config.get("architectures"), str(config.get("model_type"))
-    if names is None:  # a config that transformers wrote before a model was saved with it
+    if names is None:  # transformers saved only the config, without a model
         family = find_family("", kind)
     else:
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None

@@ -25,7 +25,7 @@ class Command:
     Args:
         log: file for the output; another start appends to the file.
         words: the script and its arguments.
-        variables: environment variables to add to those of this process; variables of a rank are removed.
+        variables: additional environment variables. The variables of a rank are removed.
     """
 
     def __init__(self, log: Path, *words: object, **variables: str) -> None:

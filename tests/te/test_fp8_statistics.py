@@ -1,4 +1,4 @@
-"""Those parts of Transformer Engine's statistics and of the real nvdlfw-inspect that work without a GPU."""
+"""The parts of Transformer Engine's statistics and of nvdlfw-inspect that work without a GPU."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
 
 
 def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tuple[int, str]:
-    """Return the number of optimizer steps, and the reason if the user asked for steps or epochs.
+    """Return the number of optimizer steps, and what the user asked for ("" if nothing).
 
     Args:
         texts: texts to train on.

@@ -72,7 +72,7 @@ class TakeDocuments(LedgerStep):
 
 
 def taken(places: NDArray[np.uint64], tokens: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return the numbers of the documents to take: in the order of their places, each document that still fits.
+    """Go through the documents in the order of their places, and return the indices of all that still fit.
 
     Example:
         >>> taken(np.array([9, 1, 5, 7], np.uint64), np.array([2, 4, 8, 1]), 7).tolist()

@@ -21,7 +21,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, gathered, padded_length
 
 
-#: A sequence to score: its token ids, and how many tokens at its end are predicted. The first token never is.
+#: A sequence to score: its token ids, and how many of its last tokens are predicted (never the first token).
 Scored = tuple[Sequence[int], int]
 #: A row: its input tokens, and the numbers of the sequences that it answers.
 Row = tuple[tuple[int, ...], list[int]]

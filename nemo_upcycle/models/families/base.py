@@ -14,7 +14,7 @@ from nemo_upcycle.models.architecture_parts import MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
-#: Names in `layer_types` of layers whose attention sees a window, and of layers whose attention sees all tokens.
+#: What `layer_types` calls a layer with windowed attention, and what it calls a layer with full attention.
 WINDOW, FULL = "sliding_attention", "full_attention"
 #: Setting for a separate base of the rotary embedding in layers with a window. Only classes that have a default for
 #: this setting read it.

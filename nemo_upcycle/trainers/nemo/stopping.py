@@ -30,8 +30,8 @@ class StopOnSignal(Callback):
     If the disk is full, the error says so and names that checkpoint.
 
     Without this callback Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended.
-    `SaveOnSignal` and NeMo's `PreemptionCallback`, which save before they end, set their own SIGTERM handler when
-    training starts. Until then, and for SIGINT, this callback's handler acts.
+    `SaveOnSignal` and NeMo's `PreemptionCallback` save before they end the run. They set their own SIGTERM handler
+    when training starts. Until then, and for SIGINT, this callback's handler acts.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(StopOnSignal))  # doctest: +SKIP

@@ -31,7 +31,7 @@ def tuned(
         recipe: a pretraining recipe of this package; changed in place.
         tuning: batches, steps and the peak learning rate, which falls to a tenth along a cosine.
         data: finished folder of `nemo-upcycle chat`; None: the demo's conversations, packed on first use.
-        start: checkpoint of a training of the same model to start from instead of the dense checkpoint.
+        start: checkpoint of an earlier training of the same model; it replaces the dense checkpoint.
         peft_scheme: `lora` trains adapters and routers; `none` or None trains all weights.
 
     Returns:

@@ -102,8 +102,8 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path
     assert tokens_of(moe["along"]) == [0, 100, 200, 400, 800]
     assert moe["end"]["difference"] == pytest.approx(-0.1)
     assert moe["better_from"] == 0
-    # The MoE after 400 tokens has the FLOPs of the parent after 800 tokens. At equal tokens, the MoE is 0.1 better,
-    # but here it is one doubling behind.
+    # The MoE after 400 tokens has the FLOPs of the parent after 800 tokens. At equal tokens, the MoE is 0.1 better.
+    # At equal FLOPs, it has trained on half as many tokens.
     assert (moe["equal_flops"]["tokens"], moe["equal_flops"]["reference_tokens"]) == (400, 800)
     assert moe["equal_flops"]["flops_ratio"] == pytest.approx(1.0)
     assert moe["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
