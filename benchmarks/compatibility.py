@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -68,13 +69,14 @@ def _updated(row: Row, rows: list[Row], records: list[dict[str, Any]], today: st
         return row
     if len(found) > 1:
         raise SystemExit(f"{row.hf_class} {row.where}: models of one row give several results: {sorted(found)}")
-    result = "option" if row.result == "option" and found == {"same"} else found.pop()
+    result: Any = "option" if row.result == "option" and found == {"same"} else found.pop()
     return replace(row, result=result, date=today)
 
 
 def write(path: Path, runtime: Runtime, rows: Iterable[Row]) -> None:
     """Write a file of the table."""
     head, _, _ = path.read_text(encoding="utf-8").partition("rows:")
+    head = re.sub(r"^release: .*$", f"release: {runtime.release}", head, flags=re.MULTILINE)
     fields = [{name: value for name, value in vars(row).items() if value} for row in rows]
     path.write_text(head + yaml_text({"rows": fields}, width=300), encoding="utf-8")
 
@@ -85,12 +87,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=packaged_names(FOLDER), metavar="NAME")
     for name in parser.parse_args().names:
         path, runtime = packaged(FOLDER) / f"{name}.yaml", read_runtime(name)
-        rows = updated(runtime.rows, measured(runtime), datetime.date.today().isoformat())
+        records = measured(runtime)
+        rows = updated(runtime.rows, records, datetime.date.today().isoformat())
+        ran = {record["release"] for record in records} or {runtime.release}
+        if len(ran) > 1:
+            raise SystemExit(f"{runtime.name}: models ran in several releases: {', '.join(sorted(ran))}")
         for old, new in zip(runtime.rows, rows, strict=False):
             if old.result != new.result:
                 print(f"{runtime.name}, {new.hf_class} {new.where}: {old.result} -> {new.result}")
         print(f"{runtime.name}: {sum(bool(row.date) for row in rows)} of {len(rows)} rows have run")
-        write(path, runtime, rows)
+        write(path, replace(runtime, release=ran.pop()), rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 from nemo_upcycle.models.compatibility import PROPERTIES, Row, Written, runtimes
@@ -23,6 +24,16 @@ def written(folder: Path, itemsize: int) -> Written:
     return Written(read_architecture(folder), itemsize, wrapper.hf_class if wrapper else "")
 
 
+def _release(runtime: str) -> str:
+    """Return the installed release of a runtime; the table's if its package is not installed here."""
+    (named,) = [one.release for one in runtimes() if one.name == runtime]
+    package, _, _ = named.partition(" ")
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return named
+
+
 def rows(runtime: str, model: Written) -> list[Row]:
     """Return the rows about a model; `runtime` is the name in the table."""
     (found,) = [one for one in runtimes() if one.name == runtime]
@@ -39,6 +50,7 @@ def check(runtime: str, model: Written, result: str) -> None:
     if path := os.environ.get(VARIABLE):
         properties = [name for name, holds in PROPERTIES.items() if holds(model)]
         line = {"runtime": runtime, "hf_class": model.arch.hf_class, "where": properties, "result": result}
+        line["release"] = _release(runtime)
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return
