@@ -73,7 +73,7 @@ OF_BRIDGE = {
     f"{GIVEN} recipe=tests.bridge.recipes:random gpus=2": "bridge.recipes:random starts from random",
     f"{GIVEN} recipe={DENSE_CT} gpus=2": f"recipe is {DENSE_CT}; expected a recipe that upcycles",
     f"{TINY} dense_ct=tests.bridge.recipes:moe": "recipes:moe; expected a recipe of a dense baseline",
-    f"{GIVEN} recipe=own:of_two gpus=1": "Recipe own:of_two has 2 parents: FILES/parent, FILES/another: ",
+    f"{GIVEN} recipe=own:of_two gpus=1": "Recipe own:of_two has 2 parents (FILES/parent, FILES/another): ",
     f"{GIVEN} recipe=tests.bridge.recipes:tiny": "gpus is missing, and the recipe ",
     f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=16": "is 16, more than one machine",
     f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=3": "pretrain.model.expert_model_parallel_size is 2; ",
