@@ -180,9 +180,10 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
     raise UpcycleError(
         f"Source {source}",
         kind="state",
-        got=f"leaves {bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
+        got=f"has {bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
         + (f" ({'; '.join(gone)})" if gone else "")
-        + f", and {blend.share(source):.1%} of a run needs more than a sequence ({blend.config.seq_length:,} tokens)",
+        + f". A source of {blend.share(source):.1%} of a run needs more than one sequence"
+        f" ({blend.config.seq_length:,} tokens)",
         fix=f"{field or 'give it more text'}{without}, and build in another folder",
     )
 

@@ -106,7 +106,7 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
 
     Returns:
         `found` with further keys: `stderr_seeds`, its degrees of freedom `seed_degrees`, whether it `is_pooled`, the
-        interval `low` to `high`, `resolvable` (the smallest difference that would have been seen with a probability of
+        interval `low` to `high`, `resolvable` (the smallest difference that the grid detects with a probability of
         80 %), `seeds_needed` (seeds that would show a difference of the margin; None if these documents cannot show
         it), and the `verdict` (`statistics.verdict`). With only one seed or one document, the verdict is `ONE_SEED` or
         `ONE_DOCUMENT`. If no arm has two seeds, the other new values are None.

@@ -1,4 +1,4 @@
-"""How certain is a difference between two trainings? And how small a difference would have been seen?
+"""How certain is a difference between two trainings? And how small a difference can they show?
 
 Every "better", "worse" and "tie" of this package comes from here. Two errors make an interval: the error over
 documents and the error over seeds. Each error has its own degrees of freedom, so each is multiplied by its own
@@ -18,7 +18,7 @@ from functools import cache
 
 #: Confidence of every interval. The number after a ± is half of an interval.
 CONFIDENCE = 0.95
-#: If a page says that a difference could have been seen, it would have been seen with this probability.
+#: A page says that a grid detects a difference if it does so with this probability.
 POWER = 0.8
 #: Difference in bits per byte that is too small to matter. A small model needs 2 bits for a byte of English.
 MARGIN = 2e-3
@@ -187,7 +187,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def resolvable(*errors: Spread | None, tests: int = 1) -> float:
-    """Return the smallest difference that would have been seen with a probability of `POWER`.
+    """Return the smallest difference that the measurement detects with a probability of `POWER`.
 
     Args:
         errors: standard errors; None and 0 add nothing.
@@ -229,7 +229,7 @@ def verdict(difference: float, half: float, could_resolve: float, margin: float)
     Args:
         difference: arm minus reference.
         half: half the width of the interval.
-        could_resolve: smallest difference that would have been seen.
+        could_resolve: smallest difference that the measurement detects with a probability of `POWER`.
         margin: largest difference that is too small to matter.
 
     Returns:

@@ -183,8 +183,8 @@ def empty_model(folder: Path) -> Any:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",
             kind="refused",
-            got=f"cannot be loaded part by part, because it keeps values beside its weights ({', '.join(left)})",
-            fix="use a parent of a class in nemo_upcycle.models.families",
+            got=f"cannot be loaded in parts: its code computes {', '.join(left)} only when a whole model is made",
+            fix="use a model of a family in nemo_upcycle.models.families",
         )
     return model
 

@@ -169,7 +169,7 @@ def _checked_shape(
     if too_few:
         expected = f"at least {moe_arch.vocab_size} rows over all ranks"
     if shape != wanted or too_few:
-        fix = "make vocabulary and layout fit the parent's checkpoint"
+        fix = "choose a vocabulary size and a layout that give the model at least these rows"
         raise CheckpointError(f"shape of {name}", got=list(shape), expected=expected, fix=fix)
     return shape
 

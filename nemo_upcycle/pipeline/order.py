@@ -94,9 +94,9 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
             except UpcycleError as error:
                 start = f"start with that stage: --from {read.name}" if read.name in BY_NAME else "start again"
                 raise UpcycleError(
-                    f"The outputs of stage '{read.name}' in {run_dir}",
+                    f"Stage '{stage.name}'",
                     kind="state",
-                    got=f"are not what '{stage.name}' reads ({error.problem})",
+                    got=f"cannot read the outputs of stage '{read.name}' in {run_dir}: {error.problem}",
                     fix=f"restore the outputs, or delete {read.folder(run_dir, plan).path} and {start}",
                 ) from None
 

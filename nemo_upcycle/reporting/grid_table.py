@@ -231,9 +231,9 @@ def _differences(values: Mapping[str, Any]) -> str:
         " removing the effect that a seed has on all of them. Arms from random weights are pooled separately. A"
         " difference whose own spread is significantly wider, or much narrower, uses its own (F tests), and so do"
         " differences with equal FLOPs. With one seed there is no verdict. A difference is a tie if its whole"
-        f" interval lies within {margin:g} of 0 and a difference that large would have been seen with 80 %. It is not"
-        " resolved if its interval contains 0 otherwise. If a learning rate falls, the middle of a training is"
-        " compared only with trainings of the same steps and schedule. FLOPs are made equal by interpolating the"
+        f" interval lies within {margin:g} of 0 and the grid detects a difference of this size with 80 % probability."
+        " It is not resolved if its interval contains 0 otherwise. If a learning rate falls, the middle of a training"
+        " is compared only with trainings of the same steps and schedule. FLOPs are made equal by interpolating the"
         ' reference\'s curve linearly in the logarithm of the tokens. "Better from" is the number of tokens after'
         " which every point is better. The search goes back from the end and stops at the first point that is not"
         " better, so it needs no correction for the number of points. The intervals along a curve do not hold all at"

@@ -34,7 +34,7 @@ def test_finetuning_starts_with_the_runs_weights(dense: Path, tmp_path: Path, st
 
 
 def test_upcycling_inside_finetune_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="names no checkpoint, and Bridge's finetune starts from one"):
+    with pytest.raises(RuntimeError, match="names no checkpoint, and Bridge's finetune needs a checkpoint"):
         run_ranks(_finetune, 1, dense, tmp_path / "run", None, process_group=False)
     assert not (tmp_path / "run").exists()
 

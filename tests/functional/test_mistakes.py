@@ -54,8 +54,8 @@ def test_a_mistake_inside_a_stage_ends_in_status_2(files: Path, tmp_path: Path) 
     answer = _type(command, tmp_path, files)
     assert answer.status == 2, answer.text
     last = answer.text.splitlines()[-1]
-    assert last.startswith("[data] Source mine leaves ")
-    assert "needs more than a sequence" in last
+    assert last.startswith("[data] Source mine has ")
+    assert "needs more than one sequence" in last
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
     other = [word.replace("/tiny", "/other") for word in command]

@@ -304,7 +304,7 @@ def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tupl
         kind="state",
         got=f"would read the texts {epochs:,.0f} times ({steps:,} steps of {step_tokens:,} tokens)",
         fix=(
-            f"give more texts or {fewer}; or allow more than {MOST_EPOCHS} times with --epochs "
+            f"give more texts or {fewer}. To read them more than {MOST_EPOCHS} times, give --epochs "
             f"{math.ceil(epochs)}{without}"
         ),
     )

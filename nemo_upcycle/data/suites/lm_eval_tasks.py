@@ -260,9 +260,9 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task not in known:
             close = ", ".join(difflib.get_close_matches(task, known))
             raise UpcycleError(
-                "Lm-eval",
+                f"Task {task}",
                 kind="state",
-                got=f"has no task {task}" + (f" (did you mean {close}?)" if close else ""),
+                got="does not exist in lm-eval" + (f" (did you mean {close}?)" if close else ""),
                 fix="see `lm-eval ls tasks`",
             )
 

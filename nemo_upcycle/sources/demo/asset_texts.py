@@ -40,7 +40,7 @@ def address_files(entries: Iterable[object]) -> list[Path]:
         raise UpcycleError(
             "years",
             got=entries,
-            expected="years in which addresses were held",
+            expected="years that have an address",
             fix="write years like 1990 or 1990-2000",
         )
     return [folder / "speeches" / f"{row['fileid']}.txt" for row in rows]

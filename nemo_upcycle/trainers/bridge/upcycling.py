@@ -134,8 +134,8 @@ class UpcycleHook:
             raise SpecError(
                 field="config.checkpoint.load",
                 kind="refused",
-                got="names no checkpoint, and Bridge's finetune starts from one",
-                fix="call pretrain(config, forward_step), with any data; then finetune_from(config, run)",
+                got="names no checkpoint, and Bridge's finetune needs a checkpoint to start from",
+                fix="call pretrain(config, forward_step) with any data, and then finetune_from(config, run)",
             )
         if isinstance(config.dataset, ChatDataset):
             config.dataset.chat.require_tokenizer_of(str(paths[0]))
@@ -270,8 +270,8 @@ def check(config: UpcyclingConfig) -> None:
             field="config.model",
             kind="refused",
             got=(
-                f"loads a Hugging Face model itself ({_BRIDGES_LOADING}), which would overwrite the upcycled weights "
-                "or find none"
+                f"loads a Hugging Face model itself ({_BRIDGES_LOADING}), and its weights would overwrite the"
+                " upcycled weights"
             ),
             fix="make config.model with to_megatron_provider(load_weights=False)",
         )

@@ -97,8 +97,8 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     with pytest.raises(UpcycleError) as caught:
         check()
     said = (
-        "leaves at most 54 tokens to train on, in 2 of 2 documents, and 25.0% of a run needs more than a sequence"
-        " (64 tokens)"
+        "has at most 54 tokens to train on, in 2 of 2 documents. A source of 25.0% of a run needs more than"
+        " one sequence (64 tokens)"
     )
     assert str(caught.value).startswith(f"Source tiny {said}")
 
@@ -110,7 +110,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
     _write(tmp_path, "stats", 0, 10, 4000)
     check()
     _write(tmp_path, "stats", 1, 2, 240)
-    with pytest.raises(UpcycleError, match="Source tiny leaves 60 tokens to train on, in 2 of 2 documents"):
+    with pytest.raises(UpcycleError, match="Source tiny has 60 tokens to train on, in 2 of 2 documents"):
         check()
 
 

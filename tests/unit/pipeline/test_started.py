@@ -151,7 +151,8 @@ def test_lost_outputs_are_refused_with_the_stage_to_run_again(
     lose(path)(run_dir)
     with pytest.raises(UpcycleError) as refused:
         require_earlier(only, run_dir, plan)
-    assert refused.value.subject == f"The outputs of stage '{lost}' in {run_dir}"
+    assert refused.value.subject == f"Stage '{stage}'"
+    assert f"of stage '{lost}' in {run_dir}: " in str(refused.value.got)
     assert f"--from {lost}" in refused.value.fix
 
 

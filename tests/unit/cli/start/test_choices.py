@@ -56,7 +56,7 @@ def test_texts_are_read_a_thousand_times_only_if_asked(wanted: dict[str, Any]) -
     few = replace(MANY, tokens=100_000, documents=100)
     with pytest.raises(UpcycleError) as refused:
         _chosen("smollm2_135m", few if "steps" in wanted else replace(few, tokens=10_000), **wanted)
-    assert "allow more than 100 times with --epochs" in str(refused.value)
+    assert "To read them more than 100 times, give --epochs" in str(refused.value)
 
 
 def test_epochs_choose_the_steps_and_many_are_said() -> None:

@@ -170,4 +170,4 @@ def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, 
 def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
     with pytest.raises(UpcycleError) as caught:
         check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])
-    assert str(caught.value).startswith("Lm-eval has no task piqq (did you mean piqa?). ")
+    assert str(caught.value).startswith("Task piqq does not exist in lm-eval (did you mean piqa?). ")
