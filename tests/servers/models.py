@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_model import load_model
+from nemo_upcycle.utils.files import read_json
 from tests.unit.online.samples import calibrated
 
 
@@ -84,3 +86,37 @@ def clear_prompt(folder: Path) -> tuple[list[int], list[int]]:
     found = [(prompt, *continuation(model, prompt)) for prompt in prompts]
     prompt, tokens, _ = max((one for one in found if one[2] > 0.1), key=lambda one: len(set(one[1])))
     return prompt, tokens
+
+
+def save_qwen3_processor(folder: Path) -> list[int]:
+    """Write a tokenizer and a picture processor for the random Qwen3-VL of `tests.parents`.
+
+    Args:
+        folder: folder of the model, whose token 249 stands for a piece of a picture.
+
+    Returns:
+        Token ids of a text with one picture.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    path = folder / "config.json"
+    config = read_json(path) | {"video_token_id": 246, "vision_end_token_id": 247}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    own = {0: "<unk>", 2: "<|im_end|>"}
+    own |= {246: "<|video_pad|>", 247: "<|vision_end|>", 248: "<|vision_start|>", 249: "<|image_pad|>"}
+    names = {own.get(number, f"w{number}"): number for number in range(config["text_config"]["vocab_size"])}
+    words = Tokenizer(models.WordLevel(names, unk_token=own[0]))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token=own[0], eos_token=own[2], additional_special_tokens=list(own.values())[2:]
+    )
+    patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    patches["size"] = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}  # pixels
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**patches),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**patches),
+        chat_template="{{ messages }}",
+    ).save_pretrained(folder)
+    return [5, 248, 249, 247, 17, 44, 101, 77]

@@ -7,13 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_upcycle import open_dense
 from nemo_upcycle.convert.offline import convert
 from tests.compatibility import check, written
 from tests.loading.cases import PARENTS
-from tests.servers.models import CASES, COUNT, MODELS, TYPES, clear_prompt, spec_of
+from tests.parents import write_wrapped
+from tests.servers.models import CASES, COUNT, MODELS, TYPES, clear_prompt, save_qwen3_processor, spec_of
 
 
 #: The engine in this environment.
@@ -62,3 +64,24 @@ def test_a_model_gives_its_parents_tokens(
             raise
         result = "refused"
     check({"vllm": "vLLM", "sglang": "SGLang"}[str(ENGINE)], written(done.output, TYPES[dtype].itemsize), result)
+
+
+@pytest.mark.skipif(ENGINE != "vllm", reason="the other server was not tried with pictures")
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="no torchvision fits this build of torch")
+def test_a_model_that_sees_gives_its_parents_tokens(tmp_path: Path) -> None:
+    from tests.servers.vllm_cpu import greedy
+
+    axes = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    dense = write_wrapped(tmp_path / "dense", "Qwen3VL", head_dim=32, rope_scaling=axes)
+    prompt = save_qwen3_processor(dense)
+    with open_dense(dense) as source:
+        done = convert(source, tmp_path / "moe", spec_of("plain", dense, tmp_path), progress=False)
+    picture = np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    text, seen, other = (
+        [greedy(folder, "float32", [5, 17, 44, 101, 77], COUNT) for folder in (dense, done.output)],
+        [greedy(folder, "float32", prompt, COUNT, picture) for folder in (dense, done.output)],
+        greedy(done.output, "float32", prompt, COUNT, 255 - picture),
+    )
+    assert seen[1] != other  # the picture changes the answer
+    result = "same" if text[0] == text[1] and seen[0] == seen[1] else "other"
+    check("vLLM", written(done.output, 4), result)

@@ -14,7 +14,7 @@ from benchmarks.doc_tables import TABLES
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models import compatibility as module
-from nemo_upcycle.models.compatibility import ANY, FOLDER, PROPERTIES, Row, Written, caveats, runtimes
+from nemo_upcycle.models.compatibility import ANY, FOLDER, PROPERTIES, QWEN3_VL, Row, Written, caveats, runtimes
 from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import require_known
@@ -60,7 +60,7 @@ def test_one_changed_cell_changes_all_four_places(table: Path, tmp_path: Path) -
 
 
 def test_rows_name_known_classes_and_properties() -> None:
-    classes = {ANY, "Qwen3VLMoeForConditionalGeneration", *(family.hf_class for family in targets())}
+    classes = {ANY, QWEN3_VL, *(family.hf_class for family in targets())}
     for runtime in runtimes():
         keys = [(row.hf_class, row.where) for row in runtime.rows]
         assert len(keys) == len(set(keys)), runtime.name
