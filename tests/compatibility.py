@@ -25,7 +25,7 @@ def written(folder: Path, itemsize: int) -> Written:
 
 
 def _release(runtime: str) -> str:
-    """Return the installed release of a runtime; the table's if its package is not installed here."""
+    """Return the installed release of a runtime, or the table's release if the runtime is not installed."""
     (named,) = [one.release for one in runtimes() if one.name == runtime]
     package, _, _ = named.partition(" ")
     try:
@@ -41,12 +41,12 @@ def rows(runtime: str, model: Written) -> list[Row]:
 
 
 def expected(runtime: str, model: Written) -> str:
-    """Return the result that the table expects: the worst one of its rows about a model."""
+    """Return the result that the table expects: the worst result in the rows about a model."""
     return min((row.result for row in rows(runtime, model)), key=_WORST.index)
 
 
 def check(runtime: str, model: Written, result: str) -> None:
-    """Record a result, or compare it with the table; "same" also fits a row that asks for an option."""
+    """Record a result, or compare it with the table; "same" also matches a row that asks for an option."""
     if path := os.environ.get(VARIABLE):
         properties = [name for name, holds in PROPERTIES.items() if holds(model)]
         line = {"runtime": runtime, "hf_class": model.arch.hf_class, "where": properties, "result": result}

@@ -1,4 +1,4 @@
-"""Runs the longest test files first, so that no xdist worker is still busy with one of them at the end.
+"""Runs the longest test files first, so that no xdist worker is still busy with a long file at the end.
 
 make test PYTEST_ADDOPTS=--junitxml=runs/test.xml
 python -m tests.durations runs/test.xml ...         records the duration of each file in durations.json

@@ -23,7 +23,7 @@ CLEARED = (
     *("LC_", "LANGUAGE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TTY_", "PYTHONIOENCODING"),
     "PYTHONDONTWRITEBYTECODE",
 )
-#: Variables kept despite `CLEARED`: paths on this machine, and the GPUs that the user lends to the tests.
+#: Variables that stay despite `CLEARED`: paths on this machine, and the GPUs that the user lends to the tests.
 KEPT = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "SLURM_CONF", "SLURM_PARTITION"),
     *("NEMO_UPCYCLE_CACHE", "NEMO_UPCYCLE_DATA_PYTHON", "NEMO_UPCYCLE_K8S", "NEMO_UPCYCLE_LLAMA_CPP"),
@@ -51,7 +51,7 @@ HOSTILE = {
 
 
 def clean(variables: MutableMapping[str, str]) -> None:
-    """Clear and set variables, so that every test has the same ones."""
+    """Clear and set variables, so that every test has the same variables."""
     for name in [name for name in variables if name.startswith(CLEARED) and name not in KEPT]:
         del variables[name]
     variables.update(SET)

@@ -1,7 +1,7 @@
 """`--without-nemo`: run tests as if NeMo, NeMo-Run and Lightning were not installed.
 
-A test file that imports one of these packages at module level is skipped. A test that imports one of them later, in a
-function, in a fixture or in a rank's process, is skipped too.
+A test file that imports one of these packages at module level is skipped. A test that imports one of the
+packages later, in a function, in a fixture or in a rank's process, is skipped too.
 """
 
 from __future__ import annotations

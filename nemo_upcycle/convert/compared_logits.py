@@ -43,10 +43,10 @@ def compare_logits(
     """Compare two models' logits, and the outputs of their layers.
 
     Args:
-        dense_BSV: logits to compare with.
-        moe_BSV: logits of the other model, for the same tokens and of the same type.
+        dense_BSV: logits of the first model.
+        moe_BSV: logits of the second model, for the same tokens and in the same type.
         dense_layers: outputs of the first model's layers, in order.
-        moe_layers: outputs of the other model's layers.
+        moe_layers: outputs of the second model's layers, in order.
 
     Example:
         >>> found = compare_logits(torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[1.0, 2.0]]]))

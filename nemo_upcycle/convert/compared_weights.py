@@ -1,7 +1,8 @@
-"""Find out how the weights of an MoE model differ from the weights of its dense parent, as a stream.
+"""Compare the weights of an MoE model with the weights of its dense parent.
 
-Every expert's matrix is compared with the shard of the dense network from which the matrix was made. The matrix may be
-identical, it may be a multiple, or some of its neurons may be changed. No model is loaded as a whole.
+Every expert's matrix is compared with the shard of the dense network from which the matrix was made. The matrix may
+equal the shard, it may be a multiple of the shard, or some of its neurons may be changed. No model is loaded as a
+whole.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nemo_upcycle.utils.progress import track
 
 
 _BLOCK_BYTES = 32 << 20
-#: Settings that change the function or the shapes if they differ from the parent's.
+#: Settings that change the function or the shapes if their values differ from the parent's values.
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
     *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
@@ -65,10 +66,11 @@ class WeightGroup:
     """The tensors of one kind, over all layers and experts.
 
     Args:
-        kind: `expert gate`, `expert up`, `expert down`, the same three with `shared`, `router`, or `everything else`.
+        kind: `expert gate`, `expert up`, `expert down`, `shared gate`, `shared up`, `shared down`, `router`, or
+            `everything else`.
         tensors: number of tensors.
         identical: number of tensors that equal the dense model's bit by bit (in the MoE model's type).
-        scales: factors that were found, rounded.
+        scales: factors between the tensors and the dense tensors, rounded.
         changed: smallest and largest share of a matrix's neurons that differ from the dense neurons times the factor.
     """
 
@@ -99,7 +101,7 @@ class WeightGroup:
 
 
 class WeightComparison(NamedTuple):
-    """How the weights of an MoE model differ from its parent's.
+    """The differences between the weights of an MoE model and the weights of its parent.
 
     Args:
         groups: differences of each kind of tensor.
@@ -165,7 +167,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
             is_exact &= not any(rounded({name: dense.dtype(plan.slices[0].name)}, moe.dtype(name)))
     router = moe_arch.router_kind
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
-        is_exact = False  # no spec makes scores of several experts that are not divided by their sum
+        is_exact = False  # with this router, every spec divides several scores by their sum
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
     lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch))]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
@@ -247,8 +249,8 @@ def _pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both models' rows in blocks. The dense rows are cast to the MoE model's type.
 
-    Factors that cancel out are applied, too: a very small value that was halved in Megatron and doubled again on
-    export may have lost its last bit.
+    Factors that cancel each other are also applied. The reason is that a very small value may lose its last bit if it
+    is halved in Megatron and doubled again on export.
     """
     shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
@@ -271,7 +273,7 @@ def _pairs(
 def _relation(
     blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
 ) -> tuple[float, float]:
-    """Return the factor between two matrices, and the share of neurons (rows or columns) that do not fit it."""
+    """Return the factor between two matrices, and the share of neurons (rows or columns) without this factor."""
     scale: float | None = None
     kept: list[torch.Tensor] = []
     for theirs, ours in blocks:
@@ -297,7 +299,7 @@ def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _factor(theirs: torch.Tensor, ours: torch.Tensor, expected: float) -> float:
-    """Return the factor that fits the most values: 1, the expected factor, or the median of the ratios."""
+    """Return the factor that explains the most values: 1, the expected factor, or the median of the ratios."""
     a, b = theirs.flatten()[: 1 << 20].float(), ours.flatten()[: 1 << 20].float()
     ratios = (a / b)[b != 0]
     candidates = [1.0, expected] + ([float(ratios.median())] if len(ratios) else [])

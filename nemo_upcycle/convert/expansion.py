@@ -1,8 +1,8 @@
 """The tensors of an upcycled Hugging Face model, made from dense slices and written directly into their files.
 
-A dense slice is read, cast and checked once, and written to all experts that are copies of it. These experts are
-neighbours in the file, so the file is written from front to end. Slices are processed in blocks, so memory does not
-grow with the model.
+A dense slice is read, cast and checked once, and written to all experts that are copies of the slice. These experts
+are neighbours in the file, so the file is written from front to end. Slices are processed in blocks, so memory does
+not grow with the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
 #: Size of the blocks that are read, cast and written (bytes). A slice of at most this size is kept for the next copy.
-#: A larger slice is made again.
+#: A larger slice is read and computed again for each copy.
 BLOCK_BYTES = 32 << 20
 KEPT_BYTES = 256 << 20
 #: Number of files to write in parallel. The kernel does the writing, on one core per file.
@@ -39,13 +39,15 @@ WRITERS = 4
 
 @dataclass(frozen=True)
 class Expansion:
-    """The tensors that a spec makes from a dense checkpoint, bit-identical to `upcycle_into` in the same type.
+    """The tensors that a spec makes from a dense checkpoint.
+
+    The tensors have the same bits as the result of `upcycle_into` in the same type.
 
     Args:
         dense: open dense checkpoint.
         spec: how to upcycle it.
-        dtype: type of the result, in which weights are also scaled and changed.
-        whole: parts outside the text model that are written, too; None for only the text model.
+        dtype: type of the result. Weights are also scaled and changed in this type.
+        whole: parts outside the text model, which are also written; None to write only the text model.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model.
@@ -89,9 +91,9 @@ class Expansion:
     def writers(self) -> int:
         """Number of files to write in parallel.
 
-        The number is 1 for init methods that compute, because these methods use all cores for one file and keep whole
-        matrices in memory. The number is also 1 if some tensors are transposed, because whole tensors are then in
-        memory, too.
+        The number is 1 for init methods that change the copies, because these methods use all cores for one file and
+        keep whole matrices in memory. The number is also 1 if some tensors are transposed, because whole tensors are
+        then in memory, too.
         """
         holds = METHODS[self.spec.method].computes or any(map(is_transposed, self.shapes))
         return 1 if holds else min(WRITERS, os.cpu_count() or 1)
@@ -147,7 +149,7 @@ class Expansion:
         source, transposed = plan.source(self.dense), is_transposed(copies[0][0])
         if stored := None if transposed else self._unchanged(source, plan):
             for _ in self._blocks(source, plan):
-                pass  # only the check is needed
+                pass  # the blocks are only checked, and the stored bytes are copied
             for _ in copies:
                 file.copy(stored)
             return
@@ -183,4 +185,4 @@ class Expansion:
             for start in range(first, last, rows):
                 block = source.read(slice_.name, ((start, min(start + rows, last)), *rest))
                 yield expand_slice(plan, slice_.name, block, source, self._dtype(plan)).contiguous()
-                source.release()  # frees mapped pages; the page cache brings back any that are still needed
+                source.release()  # frees mapped pages; the page cache brings back the pages that are still needed

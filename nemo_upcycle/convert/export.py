@@ -1,7 +1,7 @@
-"""Export NeMo or Megatron weights to a Hugging Face folder, as a stream, by the mapping table.
+"""Stream NeMo or Megatron weights into a Hugging Face folder, under the names in the mapping table.
 
-A dense model is exported to its own class. An upcycled model is exported to the first target class that can hold it. A
-parent or a spec that contradicts the checkpoint's description of its own model is refused.
+A dense model is exported to its own class. An upcycled model is exported to the first target class that can hold the
+model. The export refuses a parent or a spec that contradicts the model's description in the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart,
 from nemo_upcycle.utils.streams import StreamedFile
 
 
-#: Maker of a folder, as recorded in its marker. The next export may replace a folder with such a marker.
+#: Maker of a folder, as recorded in the folder's marker. The next export may replace a folder that has this maker.
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
     "the checkpoint does not describe its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
@@ -83,8 +83,8 @@ def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dt
     """Return a function that writes the tensors of a file, with one tensor in memory at a time.
 
     Raises:
-        CheckpointError: only the returned function raises this error, if a tensor has another shape than in the
-            architecture, or holds NaN, infinity or a number too large for the type.
+        CheckpointError: a tensor has another shape than in the architecture, or holds NaN, infinity or a number too
+            large for the type. Only the returned function raises this error.
     """
     constants, float32 = constant_tensors(arch, dtype), float32_names(arch)
 
@@ -204,9 +204,9 @@ def export_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     about: CardInfo | None = None,
 ) -> Path:
-    """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
+    """Export a NeMo or Megatron checkpoint of any layout to a Hugging Face folder.
 
-    After a kill, a call with the same arguments continues with the first missing file.
+    If the process is killed, a new call with the same arguments continues with the first missing file.
 
     Args:
         checkpoint: checkpoint folder.
@@ -214,13 +214,13 @@ def export_checkpoint(
         output: folder to create.
         spec: how an MoE checkpoint was upcycled; by default, the spec in the checkpoint's own context.
         dtype: type on disk.
-        about: information for the model card in addition to the checkpoint's.
+        about: information for the model card, in addition to the information in the checkpoint.
 
     Raises:
         SpecError: an MoE checkpoint has no spec, a dense checkpoint has a spec, the spec contradicts the checkpoint's
             own context, or no Hugging Face class can hold the model.
-        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than the
-            parent's, or holds tensors that the spec does not explain.
+        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with settings that differ
+            from the parent's settings, or holds tensors that the spec does not explain.
         UpcycleError: `output` exists and is not an earlier export, or overlaps with the checkpoint or the parent.
 
     Example:

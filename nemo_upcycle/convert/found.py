@@ -1,4 +1,4 @@
-"""Find a checkpoint at a user's path, and read its parent and spec from the run's receipt and from its context."""
+"""Find a checkpoint at a user's path, and read its parent and spec from the run's receipt and the checkpoint."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def find_trained_model(
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run, as in `find_checkpoint`.
-        dense: folder of the dense parent; None takes the folder that the receipt names.
-        receipt_path: receipt of the run. None takes the nearest receipt above the checkpoint. If a fine-tuning has no
-            receipt, None takes the receipt of the run from which the fine-tuning started.
+        dense: folder of the dense parent; None to use the folder in the receipt.
+        receipt_path: receipt of the run; None to use the nearest receipt above the checkpoint, or else the receipt of
+            the run from which a fine-tuning started.
         given: spec fields that the user states.
 
     Raises:
@@ -89,10 +89,12 @@ def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`, or the newest one in this folder or run. `FOLDER/last` finds the last one.
+    """Return the checkpoint at `path`, or the newest checkpoint in this folder or run.
+
+    `FOLDER/last` stands for the last checkpoint in FOLDER.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or several runs have one.
+        CheckpointError: there is no complete checkpoint, or several runs have a checkpoint.
     """
     if any((folder / ".metadata").is_file() for folder in (path, path / "weights")):
         if is_marked(path):
@@ -137,6 +139,6 @@ def _receipt_of_source(context: CheckpointContext | None) -> Path | None:
 
 
 def _nearest_receipt(checkpoint: Path) -> Path | None:
-    """Return the receipt in the nearest folder above the checkpoint, or None if there is none."""
+    """Return the receipt in the nearest folder above the checkpoint, or None if there is no receipt."""
     paths = (folder / _RECEIPT for folder in list(checkpoint.resolve().parents)[:6])
     return next((path for path in paths if path.is_file()), None)

@@ -39,7 +39,7 @@ _TOKENIZER_FILES = (
 )
 #: Licence files have one of these names with one of these endings.
 _LICENCES, _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
-#: Files to copy, too, if the model keeps its vision parts.
+#: Further files to copy if the model keeps its vision parts.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 #: Keys that make a loader import foreign code.
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
@@ -61,7 +61,7 @@ def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]
     found = {path for pattern in patterns for path in dense_folder.glob(pattern) if path.is_file()}
     found -= {path for name in _LICENCES for path in dense_folder.glob(name) if path.suffix.lower() not in _TEXTS}
     folder = dense_folder.resolve()
-    # The hub's cache keeps a snapshot as links into the blobs of the same model.
+    # In the hub's cache, the files of a snapshot are links to the blobs of the same model.
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
     for path in sorted(found):
         if not any((target := path.resolve()).is_relative_to(home) for home in homes):

@@ -1,4 +1,4 @@
-"""Whole parameters of a Megatron model: from a distributed checkpoint of any layout, or from a live one-rank model."""
+"""Read whole parameters from a distributed checkpoint of any layout, or from a live Megatron model on one rank."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class CheckpointWeights:
         own = [name.removeprefix(self._prefix) for name in model_tensors(self.checkpoint, self._prefix)]
         self._hybrid = stored_hybrid(own)
         self._released_at_bytes = 0
-        #: Alpha of the LoRA adapters, which are added to their weights with the factor alpha / rank.
+        #: Alpha of the LoRA adapters. The adapters are added to the weights with the factor alpha / rank.
         self.lora_alpha: float | None = None
 
     def _key(self, mapping: ParamMapping, layer: int, part: str = "") -> tuple[str, bool]:
-        """Return the name of a mapping's tensor, or of one of its parts, and whether the first axis counts layers."""
+        """Return the name of a mapping's tensor, or of one of its parts, and whether the first axis is the layer."""
         for stored in (stored + (part or mapping.stored_parts[0]) for stored in mapping.stored):
             stacked = f"{self._prefix}decoder.layers.{stored}" if mapping.in_layer else self._prefix + stored
             if stacked in self.checkpoint.names():
@@ -82,13 +82,13 @@ class CheckpointWeights:
 
     @property
     def balancing_biases(self) -> dict[str, Any]:
-        """For each role of balancing biases, whether the training balanced the experts with such biases."""
+        """For each role of balancing biases, whether the model has biases of this role."""
         names = list(model_tensors(self.checkpoint, self._prefix))
         return {role: any(name.endswith(BY_ROLE[role].stored) for name in names) for role in BALANCING_BIASES}
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of the model. For a HybridModel, this is the number that a GPTModel would have."""
+        """Number of layers of the model. For a HybridModel, the number of layers in the equivalent GPTModel."""
         if self._hybrid:
             return self._hybrid.num_layers
         inside = self._prefix + "decoder.layers."
@@ -106,7 +106,7 @@ class CheckpointWeights:
     def require_parent(self, arch: Architecture) -> None:
         """Check that the model has as many layers as `arch`, and a separate output layer only if `arch` has one.
 
-        Reading the tensors of `arch` would not show such a difference.
+        This check is needed, because an export reads only the tensors of `arch` and does not notice other tensors.
 
         Raises:
             CheckpointError: the model was not made from a parent of this architecture.
@@ -121,10 +121,10 @@ class CheckpointWeights:
                 )
 
     def require_all_read(self, arch: Architecture) -> None:
-        """Check that an export as `arch` would leave out no tensor of the model.
+        """Check that an export as `arch` includes every tensor of the model.
 
         Raises:
-            CheckpointError: the export would leave out a tensor, or the model lacks a tensor of `arch`.
+            CheckpointError: the export leaves out a tensor, or the model lacks a tensor of `arch`.
         """
         mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
         mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
@@ -157,7 +157,7 @@ class CheckpointWeights:
         position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
         weight = _read(self.checkpoint, key, position)
         if adapters := self._adapters(key):
-            # Grouped experts share their adapters.
+            # Grouped experts share one adapter.
             own = position[: len(self._adapted.shape(adapters[0])) - 2]
             out, into = (_read(self._adapted, name, own).float() for name in adapters)
             if self.lora_alpha is None:
@@ -171,7 +171,7 @@ class CheckpointWeights:
         return weight
 
     def _adapters(self, key: str) -> list[str]:
-        """Return the names of a weight's two LoRA matrices, the outer one first, or [] if the weight has none."""
+        """Return the names of a weight's two LoRA matrices, the outer matrix first, or [] if there is no adapter."""
         names = [f"{key.removesuffix('weight')}adapter.linear_{part}.weight" for part in ("out", "in")]
         return names if names[0] in self._adapted.names() else []
 
@@ -194,7 +194,8 @@ def open_checkpoint(
         spec: how an MoE checkpoint was upcycled; by default, the spec in the checkpoint's own context.
 
     Returns:
-        The open weights, the model's architecture, and the checkpoint's description of the model (None without one).
+        The open weights, the model's architecture, and the checkpoint's description of the model (None if the
+        checkpoint has no description).
 
     Raises:
         SpecError: an MoE checkpoint has no spec, a dense checkpoint has a spec, or the spec contradicts the
@@ -222,7 +223,7 @@ def open_checkpoint(
             )
         arch = replace(arch.upcycled(spec) if spec else arch, **weights.balancing_biases)
         if arch.quantile_bias:
-            arch = replace(arch, hf_class="")  # every class with such biases adds them to scores, not to logits
+            arch = replace(arch, hf_class="")  # every class adds balancing biases to scores, not to logits
     elif spec is not None:
         raise SpecError(
             f"Checkpoint {checkpoint}",

@@ -26,7 +26,7 @@ from nemo_upcycle.utils.writers import code, literal, plain, table, yaml_text
 
 CARD = "README.md"
 _LICENCE = "## Licence"
-#: Entries of a parent's card that also hold for models made from it.
+#: Entries of a parent's card that are also valid for models made from the parent.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _FROM_DENSE = (
     "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made from"
@@ -81,7 +81,7 @@ def write_card(
 
     Args:
         folder: folder of the model.
-        parents: folders of the dense models; the first one gives everything except the experts.
+        parents: folders of the dense models; the first model provides everything except the experts.
         arch: architecture of the model.
         card: texts of the card.
         whole_class: class that holds the model and the parent's other parts; empty if the parent has no other parts.
@@ -122,7 +122,7 @@ def write_card(
 
 
 def add_section(folder: Path, title: str, text: str) -> None:
-    """Put a section above the licence into a card that this package wrote, in place of an earlier one.
+    """Add a section above the licence to a card that this package wrote, or replace the section with the same title.
 
     If this package wrote no card, nothing happens. A folder that is a link to another place is not changed.
 
@@ -147,7 +147,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _besides(arch: Architecture) -> dict[str, str]:
-    """Return a card row on numbers in the files that are not parameters. They do not change the model's function."""
+    """Return a card row on the numbers in the files that are not parameters and do not change the function."""
     constants = sum(math.prod(shape) for shape in hf_constants(arch).values())
     copied = extra_params(arch) - constants
     told = []
@@ -181,7 +181,8 @@ def training_facts(metrics: Path, step: int) -> dict[str, str]:
 
 def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architecture) -> dict[str, Any]:
     """Return the card's metadata in the form that the Hugging Face hub reads."""
-    # If a parent has no name on the hub, its card may name its own base model, which is then the nearest named model.
+    # If a parent has no name on the hub, the parent's card may name a base model. Then the base model is the nearest
+    # model with a name on the hub.
     bases = [name or card.get("base_model") for name, card in zip(names, cards, strict=True)]
     flat = [base for one in bases for base in (one if isinstance(one, list) else [one]) if isinstance(base, str)]
     front: dict[str, Any] = {}
@@ -206,7 +207,7 @@ def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
 
 
 def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
-    """Return a card row on how a model was upcycled: sizes and seed always, other fields only if not the default."""
+    """Return a card row on how a model was upcycled: sizes, seed, and the fields that differ from their defaults."""
     always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
     fields = {name: value for name, value in asdict(spec).items() if name in always or value != getattr(default, name)}
     for name in ("calibration", "expert_utility", "router_prompts"):  # a path is valid on one machine only
@@ -236,7 +237,7 @@ def _hub_name(folder: Path) -> str | None:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a model's own card, or {} if it has no readable card."""
+    """Return the metadata of a model's own card, or {} if the model has no readable card."""
     path = folder / CARD
     try:
         before, start, rest = path.read_text(encoding="utf-8").partition("---\n")

@@ -1,8 +1,8 @@
 """Convert a dense checkpoint to an upcycled Hugging Face folder, without a training job.
 
 The result is bit-identical to upcycling in a training job and exporting afterwards. Every output file gets its final
-name only when it is complete and on disk. So a run that was stopped at any time, for any reason, continues with the
-first missing file. `expansion.py` makes the tensors.
+name only when it is complete and on disk. So if a conversion is stopped, the next call continues with the first
+missing file. `expansion.py` makes the tensors.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ _FULL = {
 class Conversion:
     """The result of `convert`. `bytes_written`, `bytes_read` and `seconds` count only this call.
 
-    `files_kept` is the number of finished files that the call found. It recognised them by size and header, and did
-    not read them again. `exact` says whether the model is made to compute its parent's function; `prove` runs it. If
-    the model needs routing in float32, `exact` assumes routing in float32.
+    `files_kept` is the number of finished files that the call found. The call recognises finished files by size and
+    header, and does not read them again. `exact` says whether the model should compute its parent's function. `prove`
+    checks `exact` by running the model. If the model needs routing in float32, `exact` assumes routing in float32.
     """
 
     output: Path
@@ -104,16 +104,18 @@ def convert(
     text_only: bool = False,
     progress: bool = True,
 ) -> Conversion:
-    """Write the Hugging Face folder of the model that a spec makes from a dense checkpoint, completely or not at all.
+    """Upcycle a dense checkpoint into a Hugging Face folder, which is written completely or not at all.
 
-    The result is bit-identical to `upcycle_into` in a model of that type, followed by an export. Work in progress is
-    in a hidden folder beside `output`. A call with the same source and spec keeps the finished files in that folder.
+    The result is bit-identical to `upcycle_into` in a model of the same type, followed by an export. Unfinished work
+    is in a hidden folder beside `output`. A later call with the same source and spec keeps the finished files in the
+    hidden folder.
 
     Args:
         dense: open dense checkpoint, whose folder also has config and tokenizer.
         output: folder to create.
         spec: how to upcycle the checkpoint.
-        dtype: type of the weights on disk, in which they are also scaled and changed; None uses the source's type.
+        dtype: type of the weights on disk; None for the source's type. The weights are also scaled and changed in this
+            type.
         max_shard_bytes: largest size of a file (bytes).
         text_only: whether to leave out the parts outside the parent's text model, even if a class could hold them.
         progress: whether to show progress on stderr.
@@ -139,7 +141,7 @@ def convert(
     whole = None if text_only else Whole.of(dense, dense.architecture.upcycled(spec))
     expansion = Expansion(dense, spec, dtype, whole)
     moe_arch = expansion.moe_arch
-    if not is_complete(output) and not aside_of(output).exists():  # otherwise the writer checks the disk
+    if not is_complete(output) and not aside_of(output).exists():  # in other cases, the writer checks the disk
         # This check comes before names are listed, because listing takes long if there are very many experts.
         require_disk(
             output,
@@ -211,7 +213,7 @@ def _check_folder(dense: DenseSource) -> None:
 
 @contextmanager
 def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """Yield the working folder to one process at a time, with the files that a stopped run of the same plan left."""
+    """Lock and yield the working folder, with the finished files of a stopped run if the run had the same plan."""
     with only_writer(output) as aside:
         try:
             if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
@@ -219,7 +221,8 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 write_json(aside / _PLAN, plan)
             yield aside
         except BaseException as error:
-            # Files made from a broken source are useless. After a file system error, a later call can use the files.
+            # Files made from a broken source are useless. After a file system error, a later call uses the finished
+            # files.
             if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
             if not isinstance(error, OSError) or error.errno not in _FULL:
@@ -274,7 +277,7 @@ def _caveats(expansion: Expansion) -> tuple[str, ...]:
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
-    """Return everything that determines the output. Files of a stopped run are kept only if its plan is the same.
+    """Return everything that determines the output. Files of a stopped run are kept only if the run had the same plan.
 
     Files of two models with the same shapes have the same headers. So the plan includes the times at which the
     source's files were written.
@@ -302,7 +305,7 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     """Return whether an earlier run finished exactly this conversion. Nothing else may be at `output`.
 
     Raises:
-        UpcycleError: something else is at `output`. It is never deleted.
+        UpcycleError: something else is at `output`, which this package never deletes.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False

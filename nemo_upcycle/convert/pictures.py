@@ -9,7 +9,7 @@ import torch
 
 
 _SEED = 3
-#: Keys of `config.json` that name the token that stands for a piece of a picture.
+#: Keys of `config.json` for the token that stands for a piece of a picture.
 _TOKEN_KEYS = ("image_token_id", "image_token_index")
 
 
@@ -39,7 +39,7 @@ def with_picture(tokens_S: torch.Tensor, config: Any) -> dict[str, torch.Tensor]
     ids_BS = torch.cat([tokens_S[:1], torch.full((count,), token), tokens_S[1:]])[None]
     inputs = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), **picture}
     if config.model_type.startswith("qwen3") and not __version__.startswith("4."):
-        inputs["mm_token_type_ids"] = (ids_BS == token).int()  # positions depend on them in transformers 5
+        inputs["mm_token_type_ids"] = (ids_BS == token).int()  # transformers 5 derives positions from these types
     return inputs
 
 

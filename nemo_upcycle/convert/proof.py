@@ -1,8 +1,8 @@
 """Run a Hugging Face folder in the installed transformers, beside its parent, and write the result into the folder.
 
-The folder is loaded as its model card says. It first runs in its own type, which shows whether this release of
-transformers can run it. Then it runs in float32, and its logits are compared with the parent's. If a model is large,
-only its first layers run.
+The model is loaded as its card says. The model first runs in its own type, which shows whether this release of
+transformers can run the model. Then the model runs in float32, and its logits are compared with the parent's logits.
+If a model is large, only its first layers run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nemo_upcycle.utils.writers import plain
 
 #: Number of random tokens.
 TOKENS = 64
-#: Largest number of parameters that run. Of a larger model, only the first layers run.
+#: Largest number of parameters to run. If a model is larger, only its first layers run.
 SAMPLE_PARAMS = 10**9
 Outcome = Literal["equal", "different", "ran", "failed", "not run"]
 _SEED = 11
@@ -54,13 +54,13 @@ class Proof:
     """The result of running a folder.
 
     Args:
-        outcome: "equal" or "different" from the parent in float32; "ran" without a parent to compare with; "failed"
-            with an error; "not run" because this machine or this release cannot load the model.
+        outcome: "equal" or "different" (compared with the parent in float32), "ran" (without a parent), "failed" (with
+            an error), or "not run" (because this machine or this release cannot load the model).
         release: release of transformers, such as "transformers 5.24.0".
         hf_class: class that was loaded.
         dtype: type of the folder.
         tokens: number of random tokens.
-        layers: number of layers that ran, from the first.
+        layers: number of layers that ran, counted from the first layer.
         num_layers: number of layers of the model.
         tolerance: largest difference that counts as equal.
         files_sha256: hash of config.json and of the names, sizes and headers of the weight files.
@@ -69,8 +69,8 @@ class Proof:
         picture: whether a random picture was among the tokens.
         difference: norm of the difference between the logits of the model and its parent in float32, divided by the
             norm of the parent's logits; None without a comparison.
-        own_difference: the same for the model in the folder's type and the parent in float32.
-        parent_difference: the same for the parent in the folder's type and the parent in float32.
+        own_difference: like `difference`, but with the model in the folder's type.
+        parent_difference: like `difference`, but between the parent in the folder's type and the parent in float32.
     """
 
     outcome: Outcome
@@ -91,7 +91,7 @@ class Proof:
 
     @property
     def text(self) -> str:
-        """The result in words, without whether a difference was expected."""
+        """The result in words. The words do not say whether a difference is expected."""
         if self.outcome in ("failed", "not run"):
             return f"{'does not run' if self.outcome == 'failed' else 'not run'} in {self.release}: {self.reason}"
         where = f"in {self.release}, on {self.tokens} random tokens{' and a picture' if self.picture else ''}"
@@ -115,10 +115,10 @@ def prove(folder: Path, parent: Path | None, *, sample_params: int = SAMPLE_PARA
     Args:
         folder: folder to run.
         parent: Hugging Face folder of the parent; None if the model need not compute its parent's function.
-        sample_params: largest number of parameters to run. Of a larger model, only the first layers run.
+        sample_params: largest number of parameters to run. If the model is larger, only its first layers run.
 
     Returns:
-        The result; also if the model fails or cannot be run.
+        The result, even if the model fails or cannot be run.
 
     Example:
         >>> prove(Path("models/Llama-3-8B-E8T2"), Path("models/Llama-3-8B")).outcome  # doctest: +SKIP
@@ -153,7 +153,7 @@ def prove(folder: Path, parent: Path | None, *, sample_params: int = SAMPLE_PARA
             return _run(folder, parent, layers if layers < arch.num_layers else None, options, result, line)
     except UpcycleError as error:  # this release does not know the parent
         return result(outcome="not run", reason=error.problem)
-    except Exception as error:  # transformers and torch raise many types
+    except Exception as error:  # transformers and torch raise many types of errors
         first_line = next(iter(str(error).strip().splitlines()), "")
         return result(outcome="failed", reason=f"{type(error).__name__}: {first_line}")
 
@@ -190,7 +190,7 @@ def said(proof: Proof | None, expected: str = "") -> str:
 
 
 def _params_of_layers(folder: SafetensorsFolder) -> Counter[int]:
-    """Return the number of parameters of every layer. Parameters outside the layers have the number -1."""
+    """Return the number of parameters of every layer. The key -1 stands for all parameters outside the layers."""
     found: Counter[int] = Counter()
     for name in folder.names():
         layer = _LAYER.search(name)
@@ -199,7 +199,7 @@ def _params_of_layers(folder: SafetensorsFolder) -> Counter[int]:
 
 
 def _layers_to_run(params: Counter[int], arch: Architecture, sample_params: int) -> int:
-    """Return how many of the first layers to run: at least one with experts, if the model has any."""
+    """Return how many of the first layers to run: at least one layer with experts, if the model has experts."""
     sums = accumulate(params[layer] for layer in range(-1, arch.num_layers))
     fitting = sum(total <= sample_params for total in list(sums)[1:])
     first = next((layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)), 0)
@@ -233,7 +233,7 @@ def _run(
         line: progress display, advanced after each model.
 
     Raises:
-        Exception: transformers cannot run a model; the type depends on the release.
+        Exception: transformers cannot run a model. The type of the exception depends on the release.
     """
     model = load_as_written(folder, layers, dtype="auto", **options)
     own, inputs = model.dtype, _inputs(model.config)

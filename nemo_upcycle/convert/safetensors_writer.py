@@ -1,4 +1,4 @@
-"""Stream a model's tensors into safetensors files. Files that an earlier, stopped run finished are kept."""
+"""Stream a model's tensors into safetensors files. The finished files of an earlier, stopped run are kept."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 _UNFINISHED = ".unfinished"
 
 Shapes = dict[str, tuple[int, ...]]
-#: Function that writes the data of a file's tensors in their order, and reports how many it has just written.
+#: Function that writes the data of a file's tensors in their order, and reports how many tensors it has just written.
 WriteTensors = Callable[[StreamedFile, list[str], Callable[[int], None]], None]
 
 
 class _Stopped(Exception):
-    """Stops a writer because another file could not be written."""
+    """Raised to stop a writer because another file could not be written."""
 
 
 def require_dtype(dtype: torch.dtype) -> None:
@@ -152,7 +152,7 @@ class SafetensorsWriter:
             yield self._called(tensor), _DTYPE_NAMES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize
 
     def _others_in(self, file: str) -> list[OtherTensor]:
-        """Return a file's tensors of other parts. A file has either only such tensors, or none."""
+        """Return the file's tensors from outside the text model: either all tensors of the file, or none."""
         return [self._others[name] for name in self.files[file] if name in self._others]
 
     @cached_property

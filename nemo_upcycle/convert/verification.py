@@ -1,6 +1,6 @@
 """Compare a dense model with the MoE model that was made from it, from their two Hugging Face folders.
 
-Weights are compared matrix by matrix, as a stream, which shows how they were changed. Logits are compared on real
+Weights are compared matrix by matrix, which shows how upcycling changed the weights. Logits are compared on real
 text, in float32 with Hugging Face's own implementations, which shows whether both models compute the same function. If
 experts share a router row, the routing is also compared in the MoE model's own type, because in 16 bits top-k may
 choose only some of the experts that share a row.
@@ -39,7 +39,7 @@ _SAMPLE = Path(__file__).with_name("sample.txt")
 
 @dataclass(frozen=True)
 class TornTokens:
-    """Tokens for which some layer's top-k chooses parts of networks instead of whole networks, in one type.
+    """The number of tokens that get parts of networks instead of whole networks, for one type of the model.
 
     Args:
         dtype: type of the model.
@@ -56,7 +56,7 @@ class TornTokens:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`. The float32 logits decide `equal` if they were compared, otherwise the weights do.
+    """The result of `verify`. The float32 logits decide `equal`. Without logits, the weights decide `equal`.
 
     Torn tokens do not change `equal`, because they depend on the type in which a server routes, not on the weights.
     """
@@ -88,9 +88,10 @@ def verify(
         dense: folder of the parent, with its tokenizer.
         moe: folder of the MoE model, whose class is in `models/families`.
         layers: whether to compare the outputs of every layer, to find where the models diverge.
-        logits: whether to run the models, too; if False, only weights are compared. The models run one after the other
-            in float32. If experts share router rows, the MoE model also runs in its own type.
-        expert_utility: for a parent with experts, the file that gives some experts more copies, if one was used.
+        logits: whether to run the models and compare their logits; if False, only weights are compared. The models run
+            one after the other in float32. If experts share router rows, the MoE model also runs in its own type.
+        expert_utility: for a parent with experts, the file that gives some experts more copies; None if all experts
+            have equally many copies.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is from another parent.
@@ -233,7 +234,7 @@ def _router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Te
     """Collect the router logits of a Hugging Face model for each token, [T, E] for every MoE layer.
 
     Args:
-        model: the model; the router logits that it computes inside the context are collected.
+        model: model whose router logits are collected inside the context.
         moe_arch: architecture of the model. The router's kind decides whether it computes in float32 or in the model's
             type.
     """

@@ -20,7 +20,7 @@ _EMBEDDING = "embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Whole:
-    """The parts outside a text model with experts, and the names that the text model's tensors then have.
+    """The parts outside a text model with experts, and the names of the text model's tensors in the whole model.
 
     Args:
         wrapper: class that holds all parts.
@@ -52,14 +52,14 @@ class Whole:
         body = next(found, f"model.{_EMBEDDING}").removesuffix(_EMBEDDING)
         wrapper = parent.around_experts
         assert wrapper
-        own = find_family(wrapper.hf_class)  # if the wrapper's text model has no separate class
+        own = find_family(wrapper.hf_class)  # a family only if the text model has no class of its own
         moe_arch = replace(moe_arch, hf_class=own.hf_class) if own else moe_arch
         others = tuple(other for other in dense.others() if other.part != MTP)
         return cls(wrapper, others, body, moe_arch)
 
     @classmethod
     def of_folder(cls, dense: Path, moe_arch: Architecture) -> Whole | None:
-        """Find the same parts in a parent's Hugging Face folder. Return None also if the folder has no weights."""
+        """Do the same as `of` for a parent's Hugging Face folder. Also return None if the folder has no weights."""
         config = dense / "config.json"
         if not config.is_file() or wrapper_of(read_json(config)) is None or tensor_names(dense) is None:
             return None

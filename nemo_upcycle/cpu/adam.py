@@ -16,8 +16,8 @@ class FusedCpuAdam(torch.optim.Optimizer):
 
     With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved, because each parameter's
     zero-dimensional `step` fails an assertion. After a checkpoint is loaded, all parameters share one `step` tensor,
-    which then counts the update of every parameter. If the count is in the group, neither problem arises, and the
-    optimizer's part of a checkpoint has the same format as in a GPU run.
+    which the update of every parameter then increments. Here the parameter group holds the count, so neither problem
+    arises, and the optimizer's part of a checkpoint has the same format as in a GPU run.
 
     Args:
         params: float32 CPU parameters or parameter groups.
@@ -43,10 +43,10 @@ class FusedCpuAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; return the result of `closure`, if there is one.
 
-        First return the memory that the backward pass has freed to the system, because the tensors of the next step do
-        not fit into the gaps of this memory. Otherwise the memory of a demo rank would grow by 0.3 GiB.
+        First give unused memory of the backward pass back to the system. The tensors of the next step do not fit into
+        the gaps of this memory, so without this the memory of a demo rank grows by 0.3 GiB.
         """
-        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # only glibc has it
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # only in glibc
             trim(0)
         loss = None
         if closure is not None:

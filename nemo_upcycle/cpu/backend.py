@@ -1,6 +1,6 @@
-"""Training with NeMo and Megatron on a machine without CUDA, over gloo, with the configuration a GPU user writes.
+"""Train with NeMo and Megatron without CUDA, over gloo, with the same configuration that a GPU user writes.
 
-`use_cpu_backend()` at the start of each process is all a script needs:
+`use_cpu_backend()` at the start of each process is all that a script needs:
 
     use_cpu_backend()
     model = llm.LlamaModel(llm.Llama31Config8B(num_moe_experts=8, moe_router_topk=2))
@@ -25,7 +25,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Package of a trainer -> the package in this project whose module `cpu_patches` has the patches for that trainer.
+#: Maps a trainer's package to the package of this project whose module `cpu_patches` has the trainer's patches.
 _TRAINERS = {"nemo": "nemo_upcycle.trainers.nemo", "megatron.bridge": "nemo_upcycle.trainers.bridge"}
 _installed = False
 
@@ -33,7 +33,7 @@ _installed = False
 def use_cpu_backend() -> bool:
     """Let Megatron and NeMo run in this process without CUDA; call it once, before making a model or a trainer.
 
-    It does nothing if CUDA is available, or if it was called before.
+    The function does nothing if CUDA is available or if an earlier call has installed the backend.
 
     Returns:
         Whether this process now computes on the CPU.
@@ -62,8 +62,8 @@ def use_cpu_backend() -> bool:
 def cpu_has_fast_bf16() -> bool:
     """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
 
-    If the processor does, `bf16-mixed` is faster than `32`; otherwise `bf16-mixed` is slower. If this release of torch
-    cannot tell, the answer is False, which costs time but never exactness.
+    With such hardware, `bf16-mixed` is faster than `32`. Without such hardware, `bf16-mixed` is slower. If this
+    release of torch cannot tell, the function returns False, which may cost time but no accuracy.
     """
     ask: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)
     return ask is not None and any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -1,4 +1,4 @@
-"""Write checkpoints on a CPU without Megatron's extra processes, which are forks (0.15) or a server (later)."""
+"""Write checkpoints on a CPU without Megatron's extra processes: forks in release 0.15, a server in later releases."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class FolderQueue:
         """Take the oldest value.
 
         Raises:
-            queue.Empty: there is none.
+            queue.Empty: the queue has no value.
         """
         for path in sorted(self._folder.glob("[0-9]*")):
             value = pickle.loads(path.read_bytes())  # written by `put`, in a folder that only this user can enter

@@ -1,4 +1,4 @@
-"""The settings of a model configuration that need CUDA or Transformer Engine, and their values without them."""
+"""The settings of a model configuration that need CUDA or Transformer Engine, and their values on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU_FIELDS: dict[str, Any] = {
     "tp_comm_overlap": False,
     "use_transformer_engine_full_layer_spec": False,
     # A pipeline stage's output must outlive the send that reads it: gloo sends from its own thread, and no stream
-    # keeps the memory until then.
+    # keeps the memory until the send has finished.
     "deallocate_pipeline_outputs": False,
 }
 
@@ -39,7 +39,7 @@ def configure_for_cpu(config: Any) -> None:
     `run.Config`, the changes are visible in the recipe and are recorded with the recipe.
 
     Args:
-        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of either; missing fields are
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one of them; missing fields are
             skipped.
 
     Example:
@@ -72,7 +72,7 @@ _WITH_TRANSFORMER_ENGINE = (
 
 
 def _local_layer_spec(spec: Any) -> Any:
-    """Replace a spec of NeMo, Bridge or Megatron that uses Transformer Engine with the spec that does not use it."""
+    """Return the local spec for a Transformer Engine spec of NeMo, Bridge or Megatron, and other specs unchanged."""
     if spec is None:  # the default of a builder's configuration
         return _local_layers
     module = getattr(spec, "__module__", None)

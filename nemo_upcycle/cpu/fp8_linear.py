@@ -1,9 +1,9 @@
 """Megatron's local linear layers in FP8: their three products, and the places where Megatron switches FP8 on.
 
-A Megatron layer computes in FP8 if the same layer of Transformer Engine would compute in FP8. Both layers do so inside
-the context that Megatron itself enters for a block or a layer. Megatron does not enter the context for embeddings, for
-the output layer, and for first and last layers in BF16. Routers and norms are not linear layers of Megatron. Products
-of quantised numbers are summed in float32.
+A Megatron layer computes in FP8 if the same layer of Transformer Engine would compute in FP8. Both layers use FP8
+inside the context that Megatron itself enters for a block or a layer. Megatron does not enter the context for
+embeddings, for the output layer, or for first and last layers in BF16. Routers and norms are not Megatron's linear
+layers, so they never use FP8. Products of quantised numbers are summed in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Now:
     """The current state of a forward or backward pass.
 
     Attributes:
-        recipe: recipe of the linear layers; None: linear layers compute in the type of their inputs.
+        recipe: recipe of the linear layers; with None, the layers compute in the type of their inputs.
         first: whether no layer has computed since the context was entered.
         tape: scales of layers whose activations are recomputed, in the order of the layers.
         replays: whether scales are taken from the tape.
@@ -221,9 +221,9 @@ def _or_in_fp8(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 def emulate_fp8() -> None:
     """Emulate a recipe's `fp8_recipe` in Megatron's local layers, and refuse `fp4_recipe`.
 
-    Without this patch an FP8 recipe trains in BF16. With experts, the recipe does not start if Transformer Engine is
-    missing (Megatron compares its version with None), and it cannot recompute if Transformer Engine is installed (its
-    `checkpoint` needs CUDA).
+    Without this patch an FP8 recipe trains in BF16, and a recipe with experts fails. If Transformer Engine is missing,
+    the recipe does not start, because Megatron compares the version of Transformer Engine with None. If Transformer
+    Engine is installed, the recipe cannot recompute, because Transformer Engine's `checkpoint` needs CUDA.
     """
     from megatron.core import fp4_utils, fp8_utils, utils
     from megatron.core.extensions import transformer_engine
@@ -231,7 +231,7 @@ def emulate_fp8() -> None:
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import moe_layer
 
-    utils._te_version = utils.get_te_version() or Version("1.11")  # the first that Megatron allows for FP8 experts
+    utils._te_version = utils.get_te_version() or Version("1.11")  # first version allowed for FP8 experts
     for name, stock in {
         "get_fp8_context": fp8_utils.get_fp8_context,
         "get_fp4_context": fp4_utils.get_fp4_context,
@@ -248,5 +248,5 @@ def emulate_fp8() -> None:
     random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: remember(self, fp8=None)
     for linear in (layers.ColumnParallelLinear, layers.RowParallelLinear):
         linear._forward_impl = _or_in_fp8(linear._forward_impl)
-        linear.fp8_scales, linear.is_first_microbatch = None, True  # Megatron sets the latter before every step
+        linear.fp8_scales, linear.is_first_microbatch = None, True  # Megatron sets is_first_microbatch every step
         linear.get_extra_state, linear.set_extra_state = _get_extra_state, _set_extra_state

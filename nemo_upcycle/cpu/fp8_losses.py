@@ -10,7 +10,7 @@ from nemo_upcycle.cpu import fp8_recipe
 from nemo_upcycle.cpu.fp8_quantize import Quantized
 
 
-#: Column of a layer's state -> name of the operand.
+#: Maps a column of a layer's state to the name of the operand.
 _ROLES = {fp8_recipe.INPUT: "input", fp8_recipe.WEIGHT: "weight", fp8_recipe.GRADIENT: "gradient"}
 
 
@@ -27,7 +27,7 @@ class Fp8Losses:
     """
 
     def __init__(self) -> None:
-        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # how many are not zero, are lost, are clipped
+        self._counts = torch.zeros(len(_ROLES), 3, dtype=torch.float64)  # numbers not zero, lost, clipped
         self._largest = torch.zeros(len(_ROLES), dtype=torch.float64)
 
     def count(self, role: int, x_RC: torch.Tensor, made: Quantized, *, has_own_scale: bool) -> None:
@@ -58,7 +58,7 @@ class Fp8Losses:
         return parts
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return each operand's largest number, and the shares of its nonzero numbers that are lost and clipped."""
+        """Return each operand's largest number, and the shares of its nonzero numbers that are lost or clipped."""
         found = {}
         for role, name in _ROLES.items():
             numbers, lost, cut = summed["fp8_counts"][role].tolist()

@@ -2,7 +2,7 @@
 
 The code follows Transformer Engine at commit d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or
 a block, and `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8. CUDA's saturating conversions round to the
-nearest, and ties to even.
+nearest number, and they round ties to even.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def quantize(
     power_of_two: bool = False,
     e8m0: bool = False,
 ) -> Quantized:
-    """Quantise a matrix: multiply every number by its block's scale, saturate, and round to the nearest.
+    """Quantise a matrix: multiply every number by its block's scale, saturate, and round to the nearest FP8 number.
 
     Args:
         x_RC: the matrix, [R, C].

@@ -18,9 +18,9 @@ from nemo_upcycle.errors import UpcycleError
 #: Operands of a linear layer, in the order of a state's columns.
 INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-#: Object that counts the numbers a training quantises, set by `trainers.monitoring.fp8_statistics.watch_fp8`.
+#: Object that counts the numbers that a training quantises. `monitoring.fp8_statistics.watch_fp8` sets it.
 watcher: Any = None
-#: Settings with which Transformer Engine would use FP8 outside linear layers, or not use it in some linear layer.
+#: Settings that make Transformer Engine use FP8 outside linear layers, or skip FP8 in some linear layers.
 _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")
 
 
@@ -31,8 +31,8 @@ class Fp8Recipe:
     Attributes:
         name: Megatron's name of the recipe, one of `RECIPES`.
         gradient: FP8 type of output gradients; the type of inputs and weights is always E4M3.
-        margin, history, algorithm: parameters of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len`
-            and `fp8_amax_compute_algo`.
+        margin, history, algorithm: parameters of delayed scaling, the same as Megatron's `fp8_margin`,
+            `fp8_amax_history_len` and `fp8_amax_compute_algo`.
         group: ranks that share their largest numbers under delayed scaling; None: this rank shares nothing.
     """
 
@@ -89,7 +89,7 @@ class Fp8Recipe:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
             role: INPUT, WEIGHT or GRADIENT.
             scale: scale of delayed scaling; None with other recipes.
-            twice: whether products over the rows follow, too; if not, the result for the columns is returned twice.
+            twice: whether the caller also needs products over the rows; if not, the first result is returned twice.
         """
         along_columns, along_rows = self._blocks(role, x_RC.shape)
         options: dict[str, Any] = {"scale": scale}

@@ -35,7 +35,7 @@ def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, in
     """Act as one rank of a simulated cluster, with Megatron's own groups over a fake back end.
 
     Yields:
-        The rank's numbers in its tp, ep, etp and pp groups, as Megatron counts.
+        The rank's numbers in its tp, ep, etp and pp groups, in Megatron's own numbering.
     """
     from megatron.core import parallel_state as ps
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -2,7 +2,7 @@
 
 Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES` once, and only if there
 is no CUDA device. Deleting a line of `PATCHES` removes that patch and no other. Megatron's own checks stay in force. A
-patch gives the code the value that the code asks for, or the value that the code would have got on a GPU.
+patch gives the code the value that the code asks for, or the value that the code gets on a GPU.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def use_fused_adam() -> None:
 def load_float32_shards() -> None:
     """Let the distributed optimizer load the state of float32 parameters, which are their own masters.
 
-    Without this patch: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place
-    operation". A GPU has the same error, but nobody trains in pure float32 there.
+    Without this patch torch raises the RuntimeError "a view of a leaf Variable that requires grad is being used in an
+    in-place operation". The same error occurs on a GPU, but nobody trains in pure float32 on a GPU.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -148,9 +148,9 @@ def mark_norms_sequence_parallel() -> None:
 def compute_without_transformer_engine() -> None:
     """Let torch multiply in the MoE router, normalise after the last layer, and measure and scale gradients.
 
-    Without this patch: NameError, "te_general_gemm is not defined", because the code compares this name with None but
-    nothing defines the name. If Transformer Engine is installed, as Megatron-Bridge requires, all these steps call
-    Transformer Engine, which needs CUDA tensors.
+    Without this patch Megatron raises the NameError "te_general_gemm is not defined", because the code compares this
+    name with None but nothing defines the name. If Transformer Engine is installed, as Megatron-Bridge requires, all
+    these steps call Transformer Engine, which needs CUDA tensors.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -231,7 +231,7 @@ def keep_packed_sequences_apart() -> None:
             return attend(self, query, key, value, mask, *args, **kwargs)
         padded = packed.cu_seqlens_q_padded
         mask = packed_mask(packed.cu_seqlens_q if padded is None else padded, len(query))
-        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # a batch of one
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # add a batch dimension of size 1
         return attend(self, query, key, value, mask, *args, **kwargs)
 
     DotProductAttention.forward = attend_apart
@@ -283,14 +283,14 @@ def compile_nothing() -> None:
     """Run eagerly the functions that Megatron decorates with `torch.compile`.
 
     Without this patch the fused SwiGLU fails on a machine without a C++ compiler, which `torch.compile` needs on a
-    CPU. (The fused SwiGLU keeps one input for the backward pass; the plain SwiGLU keeps four tensors. This saves 0.4
-    GB on 512 tokens of the demo's model.)
+    CPU. (The fused SwiGLU keeps one input for the backward pass, and the plain SwiGLU keeps four tensors. On 512
+    tokens of the demo's model, the fused SwiGLU saves 0.4 GB.)
     """
     torch.compiler.set_stance("force_eager")
 
 
 def pad_tokens_of_experts() -> None:
-    """Pad an expert's tokens with zeros, so that their number takes only a few values (eight per power of two).
+    """Pad an expert's tokens with zeros, so that the padded number has few possible values (eight per power of two).
 
     Without this patch oneDNN compiles its bfloat16 products anew for nearly every number of tokens. An expert's number
     of tokens changes at every step, so the memory of each demo rank grows by 0.3 GiB in three steps.

@@ -24,7 +24,7 @@ ON_HIT = ("cut", "drop")
 PII = ("email", "ip", "card", "ssn")
 #: The demo's blend: State of the Union addresses.
 DEMO = "sotu"
-#: Maximum number of times that a run reads its texts, unless the user asks for more.
+#: Maximum number of times that a run reads the demo's texts, unless the user asks for more.
 MOST_EPOCHS = 100
 #: Name of the only source if texts are given instead of a blend.
 ONLY = "texts"
@@ -43,7 +43,7 @@ class SourceConfig:
         train: texts to train on, in the form that the reader accepts (paths, patterns, addresses, years or tasks).
         validation: documents held back for the validation loss. If `validation` and `heldout` are empty, documents are
             held back according to the blend's `hold_out`.
-        heldout: documents held back for perplexity; see `validation`.
+        heldout: documents held back for perplexity; see `validation` for an empty list.
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the weights of the other sources.
         tokens: maximum number of training tokens to take after all removals; None takes all.
@@ -84,8 +84,8 @@ class NearDuplicates:
     """Settings of MinHash: two documents are near duplicates if all hashes of one band are equal.
 
     Let s be the number of word n-grams that two documents have in common, divided by the number of n-grams that at
-    least one of them has. The two documents are found with probability 1 - (1 - s^hashes_per_band)^bands. The defaults
-    give 0.5 at s = 0.69, 0.92 at s = 0.8, and 0.05 at s = 0.5.
+    least one of them has. The two documents are found with probability 1 - (1 - s^hashes_per_band)^bands. With the
+    defaults, this probability is 0.5 at s = 0.69, 0.92 at s = 0.8, and 0.05 at s = 0.5.
 
     Attributes:
         bands: number of bands; the engine runs one task for each.
@@ -108,14 +108,14 @@ class BlendConfig:
         seq_length: tokens in a training sequence.
         max_epochs: number of epochs of a source above which a warning is shown.
         hold_out: shares to hold back from sources that name no held-out files.
-        heldout_overlap: largest fraction of its words that a held-out document may share with training documents, in
-            runs of 8 words or more. The same limit applies to the words that a training document shares with held-out
-            documents. 1 removes nothing; None skips the search.
+        heldout_overlap: largest fraction of a held-out document's words that may be in training documents, too. Only
+            sequences of 8 or more equal words count. The same limit applies to the words of a training document that
+            are in held-out documents. 1 removes nothing; None skips the search.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         decontaminate_without: tasks of these suites to leave out of the search.
         deduplicate: whether to keep only the first of equal texts.
-        near_duplicates: settings of the search for nearly equal texts, of which only the first is kept; None keeps all
-            of them.
+        near_duplicates: settings of the search for nearly equal texts. Only the first of several nearly equal texts is
+            kept. None skips the search and keeps all texts.
         min_characters: length below which documents are removed (characters).
         seed: random seed for holding back documents, for sampling documents, and for the order of the training
             sequences.

@@ -58,8 +58,8 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
         seed: seed of the sequence order; None uses the seed in the manifest.
         indices: folder into which the first rank writes the order of the samples. All nodes must share it, and several
             blends may use it. None means `indices` in the data folder.
-        skip_samples: sequences to skip at the start of the order, because the run that made the starting model read
-            them with the same seed.
+        skip_samples: sequences to skip at the start of the order. The starting model was already trained on these
+            sequences, with the same seed.
 
     Raises:
         UpcycleError: the folder is unfinished, damaged or made with another tokenizer, or a split is shorter than one
@@ -116,7 +116,7 @@ class BlendDataModule(PreTrainingDataModule):
 
         Every validation starts at the beginning of the validation data, so only the samples of one validation are
         prepared. An integer `limit_val_batches` is the number of batches in a validation, whatever the length of the
-        run. With a fraction of 1, a validation reads each token once.
+        run. If `limit_val_batches` is the fraction 1.0, a validation reads each token once.
         """
         blend = self.blend
         step_tokens = self.global_batch_size * self.seq_length
@@ -128,7 +128,7 @@ class BlendDataModule(PreTrainingDataModule):
             log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
-            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # without weights, as whole epochs require
+            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # whole epochs require data without weights
         steps += -(-self.skip_samples // self.global_batch_size)
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:

@@ -1,9 +1,9 @@
 """The samples that a run of NeMo or Megatron-Bridge reads from a finished blend, and their order.
 
 Megatron's datasets write the order of their samples as .npy files, named after a hash of the data's path, the number
-of samples, the seed and the sequence length. Megatron writes these files in place and never checks existing ones. It
-would therefore read a truncated file, or a file for older data under the same path. `whole_indices` lets one process
-at a time build the files, and deletes the files that a killed process left.
+of samples, the seed and the sequence length. Megatron writes these files in place and never checks existing ones. So
+Megatron would read a truncated file, or a file for older data under the same path. `whole_indices` lets one process at
+a time build the files, and deletes the files that a killed process left.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
 
     Args:
         cache: folder of the index files; its marker lists the files and their sizes.
-        manifest: manifest of the data; index files of another manifest are deleted.
+        manifest: manifest of the data; index files that were built for another manifest are deleted.
 
     Raises:
         UpcycleError: the folder cannot be written.

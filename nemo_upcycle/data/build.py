@@ -159,8 +159,8 @@ def build_blend(
 def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
     """Return the user's files that are `new`, `gone` or `changed` since a finished folder was built.
 
-    Files are compared by size and time. Files at addresses, rendered files, and folders that an earlier version made
-    are not compared.
+    Files are compared by size and time. Remote files, rendered files, and folders that an earlier version made are not
+    compared.
 
     Args:
         blend: the blend.
@@ -253,7 +253,7 @@ def cached_blend(name: str, dense: str) -> Path:
 
 
 def _stamps(blend: Blend, source: str) -> list[Stamp]:
-    """Return path, size and time of the user's own files of a source."""
+    """Return path, size and time of each file that a source has on this machine."""
     files = [Path(file.path) for split in check_files(blend, source).values() for file in split]
     return stamps(path for path in files if path.is_file())
 
@@ -280,7 +280,7 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def _with_defaults(made_from: Any) -> dict[str, Any]:
-    """Add defaults for settings that an earlier release did not have; return an empty dict for other folders."""
+    """Add defaults for settings that an earlier release did not have; return an empty dict if no blend was built."""
     if "blend" not in (made_from or {}):
         return {}
     default = texts_of(BlendConfig({"": SourceConfig([])}))
@@ -290,7 +290,7 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
 
 
 def _is_begun(path: Path) -> bool:
-    """Return whether a folder is from a build that failed because the disk had no space for its first file."""
+    """Return whether a folder is from a build that failed because the disk had no space for the first file."""
     return path.name == BUILD and path.is_dir() and all(file.name.startswith(".") for file in path.iterdir())
 
 

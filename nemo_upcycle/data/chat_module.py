@@ -77,7 +77,7 @@ def chat_data(
 
 
 class PackedChatModule(FineTuningDataModule):
-    """The data module that `chat_data` returns: resumed runs continue in the data, and validation uses all packs."""
+    """The data module that `chat_data` returns. Resumed runs continue at the next pack. Validation uses all packs."""
 
     @property
     def chat(self) -> FinishedChat:
@@ -106,7 +106,7 @@ class PackedChatModule(FineTuningDataModule):
 
 
 class _WholeBatches(Dataset):
-    """Packs, followed by packs without a loss that complete the last batch."""
+    """Packs, followed by packs that complete the last batch and have no loss."""
 
     def __init__(self, packs: Any, batch: int) -> None:
         self.packs, self.batch, self.collate_fn = packs, batch, packs.collate_fn
@@ -116,4 +116,4 @@ class _WholeBatches(Dataset):
 
     def __getitem__(self, number: int) -> Any:
         there = len(self.packs)
-        return self.packs[number if number < there else -1 - number % there]  # a negative index: NeMo masks its loss
+        return self.packs[number if number < there else -1 - number % there]  # NeMo masks the loss at negative indices

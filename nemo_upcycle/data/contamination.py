@@ -41,7 +41,7 @@ def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ())
 
 
 def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
-    """Write the index of the n-grams of all items of the suites.
+    """Write an index of the n-grams in all items of the suites.
 
     Args:
         suites: suite -> its configuration. Suites of lm-eval's own tasks need the Hugging Face hub, or its cache.
@@ -96,12 +96,12 @@ class Contamination:
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "passages": 0, "bytes": 0})
         self._items: dict[str, set[str]] = defaultdict(set)
         self._examples: dict[str, list[dict[str, str]]] = defaultdict(list)
-        self._last: dict[str, str] = {}  # set -> place of its last document: pieces of a document count as one
+        self._last: dict[str, str] = {}  # set -> place of its last document, to count all pieces of a document once
 
     def add(
         self, identity: str, where: str, text: str, hits: Sequence[Hit], removed: Iterable[tuple[int, int]] = ()
     ) -> None:
-        """Count the hits of one document, or of one of its pieces; add its pieces one after the other.
+        """Count the hits of a document, or of one piece; add the pieces of a document one after the other.
 
         Args:
             identity: id of the document.
@@ -149,10 +149,10 @@ def merge_contamination(parts: Iterable[dict[str, Any]], index: dict[str, dict[s
         index: `NgramIndex.summary` of the index that was used.
 
     Returns:
-        For each evaluation set of the index, hit or not: its entry in `index`, `items_hit` (number of its items that
-        were found), the sums of `documents`, `passages` and `bytes` (removed text, UTF-8) over the tasks, and up to
-        `EXAMPLES` examples. An example has the document's `id` and `where`, the matched `words`, and an `item` that
-        contains these words.
+        For each evaluation set of the index, with or without hits: its entry in `index`, `items_hit` (number of its
+        items that were found), the sums of `documents`, `passages` and `bytes` (removed text, UTF-8) over the tasks,
+        and up to `EXAMPLES` examples. An example has the document's `id` and `where`, the matched `words`, and an
+        `item` that contains these words.
 
     Example:
         >>> merge_contamination([{}], {"mmlu": {"items": 14042}})["mmlu"]["items_hit"]

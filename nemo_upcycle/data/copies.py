@@ -75,7 +75,7 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
 
 
 def _names(file: InputFile) -> Iterator[str]:
-    """Yield the path or address of a file, and the path or address of RedPajama's list of its duplicates, if any."""
+    """Yield the path or address of a file, and of RedPajama's list of duplicates for this file, if there is a list."""
     yield file.path
     if "duplicates" in file.options:
         yield file.options["duplicates"]

@@ -44,7 +44,7 @@ def data_python() -> Path:
 
 
 def engine_version(python: Path) -> str:
-    """Return the engine's versions, and check that its nemo-upcycle version is this package's.
+    """Return the engine's versions, and check that the engine has this package's version of nemo-upcycle.
 
     Raises:
         UpcycleError: the engine does not start, or has another version.
@@ -71,7 +71,7 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
     """Run the data engine to its end; the engine shows its own progress and errors.
 
     Args:
-        arguments: arguments of its command line.
+        arguments: arguments of the engine's command line.
         check: function called repeatedly while the engine runs, and once at its end; an exception from it ends the
             engine.
 

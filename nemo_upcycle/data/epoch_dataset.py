@@ -48,7 +48,8 @@ class EpochDataset(GPTDataset):
     ) -> None:
         self._tokens = sum(tokens_of(file) for file in _files_of(dataset_path))
         self._epochs = -(-((num_samples or 0) * config.sequence_length + 1) // self._tokens)
-        # Megatron names index files by the number of samples, so runs with equally many epochs share the files.
+        # The names of index files contain the number of samples. This number is rounded up to whole epochs, so that
+        # runs with equally many epochs share the files.
         whole_epochs = (self._epochs * self._tokens - 1) // config.sequence_length
         super().__init__(dataset, dataset_path, indexed_indices, whole_epochs, index_split, config)
 
@@ -106,7 +107,7 @@ class _JoinedDatasets:
 
 
 def _files_of(first: str) -> list[Path]:
-    """Return the prefixes of a source's files that hold tokens, given the prefix of the first file."""
+    """Return the prefixes of a source's files with tokens, given the prefix of the first file."""
     path = Path(first)
     pattern = re.sub(r"_\d\d_text_document$", "_[0-9][0-9]_text_document.idx", path.name)
     return [file.with_suffix("") for file in sorted(path.parent.glob(pattern)) if tokens_of(file.with_suffix(""))]

@@ -25,7 +25,7 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
-#: File in `build` with the counts of `nemo_upcycle.data.engine.overlap`; it lasts until the build is finished.
+#: File in `build` with the counts of `nemo_upcycle.data.engine.overlap`; it exists until the build is finished.
 HELDOUT_OVERLAP = "overlap/summary.json"
 
 
@@ -38,7 +38,7 @@ class Finished:
         manifest: content of `manifest.json`.
     """
 
-    #: Kind and format in the manifest, key of the name, and command that makes such a folder.
+    #: Kind and format in the manifest, key that holds the name, and command that makes such a folder.
     kind: ClassVar[str]
     format: ClassVar[int]
     key: ClassVar[str]
@@ -196,9 +196,9 @@ class FinishedBlend(Finished):
     def paths(self, seq_length: int) -> dict[str, list[str]]:
         """Return `paths` for NeMo's `PreTrainingDataModule`: for each split, weights and prefixes in turn.
 
-        Each source is given by its first prefix, from which `EpochDataset` finds the others. The entries are sorted by
-        prefix, because their order affects the order of the samples. Validation omits sources shorter than a sequence,
-        because Megatron would repeat their tokens to fill a sequence.
+        Each source is given by its first prefix, from which `EpochDataset` finds the other prefixes. The entries are
+        sorted by prefix, because their order affects the order of the samples. Validation omits sources shorter than a
+        sequence, because Megatron would repeat their tokens to fill a sequence.
 
         Args:
             seq_length: tokens of a sequence.
@@ -232,7 +232,7 @@ class FinishedBlend(Finished):
         return [word for prefix in sorted(weights) for word in (repr(weights[prefix]), str(self.folder / prefix))]
 
     def epochs(self, tokens: float) -> dict[str, float]:
-        """Return how many epochs of each source a run of `tokens` tokens reads."""
+        """Return, for each source, the number of epochs that a run of `tokens` tokens reads."""
         return {source: tokens * self.shares[source] / self._total(source) for source in self.shares}
 
     def read_too_often(self, tokens: float, also: str = "") -> Iterator[str]:
@@ -240,7 +240,7 @@ class FinishedBlend(Finished):
 
         Args:
             tokens: tokens of the run.
-            also: text to insert after the number of times, such as which other run has read the sources.
+            also: text to insert after the number of times, such as a hint that another run has read the sources, too.
         """
         limit = self.manifest["max_epochs"]
         for source, epochs in self.epochs(tokens).items():

@@ -23,8 +23,7 @@ from nemo_upcycle.utils.starting import away_from_here
 FIRST = 50
 #: Bytes of text after which no further file is opened.
 _MOST_BYTES = 4 << 20
-#: Compare the total characters of a field with the total of the longest field. Above this fraction, the field may be
-#: the text, too.
+#: A field may be the text, too, if it has more than this fraction of the characters of the longest field.
 _AS_LONG = 0.25
 
 
@@ -34,9 +33,9 @@ class Look:
 
     Attributes:
         documents: id and bytes of each document.
-        lost: reason -> number of records without a text for this reason, and the place of the first one.
-        fields: name of a text field -> number of its characters, longest field first. They are counted in the first
-            file whose records lack a text.
+        lost: reason -> number of records without a text for this reason, and the place of the first such record.
+        fields: name of a text field -> number of its characters, longest field first. The characters are counted in
+            the first file whose records lack a text.
         read_bytes: bytes read of each opened file; None means the whole file.
         tokens_per_byte: tokens per byte of text; None without a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""The files of Megatron's indexed datasets, `.bin` and `.idx`, without importing Megatron.
+"""Join and check Megatron's indexed datasets (`.bin` and `.idx` files) without importing Megatron.
 
 `megatron.core.datasets.indexed_dataset` defines the layout. The index holds a header, the length of each sequence
 (int32), the byte offset of each sequence in the tokens (int64), and the number of the first sequence of each document,

@@ -21,15 +21,15 @@ from nemo_upcycle.utils.cache import cache_folder
 
 #: File for the n-grams of evaluation items, in the build folder.
 NGRAMS = "ngrams.npz"
-#: Files are joined or cut into tasks of this size; a killed run loses the tasks that were running.
+#: Files are joined or cut into tasks of this size; a killed run loses its unfinished tasks.
 TASK_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-#: Engine tasks for each task that searches for equal texts.
+#: Number of tasks that read texts for each task that searches for equal texts.
 TASKS_A_FINDER = 64
 
 
 def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, or their copies if the cache has them.
+    """Return the files of every split of a source, or their copies if the cache has copies.
 
     Args:
         blend: the blend.
@@ -44,7 +44,7 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
 
 
 def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, in the places that the source names; see `list_inputs`."""
+    """Return the files of every split of a source, at the places that the source names; see `list_inputs`."""
     config, reader = blend.config.sources[source], reader_of(blend, source)
     for name in config.options:
         if name not in reader.options:
@@ -121,7 +121,7 @@ def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
 def make_plan(
     blend: Blend, inputs: dict[str, dict[str, list[InputFile]]], output: Path, tokenizer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the engine's plan; held-out files come first, so that of equal texts the held-out text is kept.
+    """Return the engine's plan; held-out files come first, so that the held-out text is kept if texts are equal.
 
     Args:
         blend: the blend.
@@ -196,7 +196,7 @@ def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
 
     Args:
         file: file to cut.
-        most_bytes: maximum bytes of a part, without the rest of its last line.
+        most_bytes: maximum bytes of a part; the part then continues to the end of its last line.
     """
     size_bytes, path = file.size_bytes or 0, Path(file.path)
     if file.reader != "jsonl" or size_bytes <= most_bytes or not path.is_file():

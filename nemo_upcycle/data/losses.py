@@ -1,4 +1,4 @@
-"""Count the unreadable part of a source, and stop a build early if too much is lost or too little is left."""
+"""Count the unreadable part of a source, and stop a build early if too much is lost or too little remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `share` is the lost share of the documents or of the bytes, whichever is larger, 0 to 1. `reasons` maps each
         reason to `documents`, `bytes`, the `first` place, and `whole` (number of files lost entirely; each counts as
-        one document). A file of unknown size counts with the average bytes of a file.
+        one document). A file of unknown size counts as a file of average size.
 
     Example:
         >>> lost = {"broken JSON": {"documents": 1, "bytes": 30, "files": 0, "first": "a.jsonl:7"}}
@@ -112,11 +112,11 @@ def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) ->
 
 
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
-    """Return a function that checks what the engine has written so far, to be called repeatedly.
+    """Return a function that checks the engine's output so far; it is meant to be called repeatedly.
 
-    After the engine has read all tasks of a source, and again after it has tokenised them, the function refuses the
-    source if it has no training sequence or if too much of it was unreadable. After the engine has read all sources,
-    the function shows how much a run would draw from each source.
+    When the engine has read all tasks of a source, the function refuses the source if too much of it was unreadable.
+    At this time, and again after tokenising, the function refuses the source if it has no training sequence. When the
+    engine has read all sources, the function shows how much a run reads from each source.
 
     Args:
         blend: the blend.
@@ -189,7 +189,7 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
 
 
 def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
-    """Estimate from the bytes of text how much of each source a run draws, one line for each source."""
+    """Estimate how much a run reads from each source, given the sources' bytes of text; return a line for each."""
     lines = [f"{blend.name}, estimated at {_BYTES_PER_TOKEN} bytes a token:"]
     for name, source in blend.config.sources.items():
         tokens = text_bytes[name] / _BYTES_PER_TOKEN

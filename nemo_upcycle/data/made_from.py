@@ -59,7 +59,7 @@ def compare(before: Iterable[Stamp], now: Iterable[Stamp]) -> dict[str, list[str
 
 
 def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
-    """Describe which files are new, gone or changed; the first ones by name.
+    """Describe which files are new, gone or changed, with the names of the first files.
 
     Example:
         >>> changes_text({"new": ["/texts/a.txt", "/texts/b.txt"]}, Path("data"))
@@ -115,7 +115,7 @@ def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callabl
         kind: folder in the cache, `blends` or `chats`.
         name: name of the blend or the conversations.
         made_from: plain values that determine the content.
-        build: function that makes the folder at a path, or keeps a finished one.
+        build: function that makes the folder at a path, or keeps a finished folder.
 
     Raises:
         UpcycleError: `build` failed.

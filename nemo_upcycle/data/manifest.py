@@ -158,7 +158,7 @@ def texts_of(config: BlendConfig) -> dict[str, Any]:
 
 
 def describe_anew(blend: Blend, output: Path) -> dict[str, Any]:
-    """Return the manifest of a finished folder with the blend's present weights; write it if they changed."""
+    """Return the manifest of a finished folder with the blend's present weights; write the manifest if it changed."""
     manifest = open_blend(output).manifest
     now = manifest | _of_the_run(blend)
     now["sources"] = {name: entry | _of_the_source(blend, name) for name, entry in manifest["sources"].items()}
@@ -189,7 +189,7 @@ def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
-    """Return the files that a source was read from; files rendered for this blend are relative to its folder."""
+    """Return the files that a source was read from; paths of rendered files are relative to the blend's folder."""
     within = f"{output.absolute()}{os.sep}"
     files: dict[str, Any] = {}
     for entry in stats:

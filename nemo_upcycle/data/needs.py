@@ -49,7 +49,8 @@ class Need:
         is_in: function that tells whether caches hold the need, without a network.
         size_bytes: size on disk; 0 if unknown before the fetch.
         inputs: arguments of the pipeline that cause the need: `dense`, `data` or `evaluation`.
-        is_certain: whether `is_in` finds every copy; it may miss copies in the caches of other libraries.
+        is_certain: whether `is_in` finds every copy. If false, `is_in` may miss copies in the caches of other
+            libraries.
     """
 
     what: str
@@ -78,7 +79,7 @@ def asset_need(name: str) -> Need:
 
 
 def task_need(name: str, include_path: str | None = None) -> Need:
-    """Return the need for the data of an lm-eval task, which only lm-eval finds in the cache of the hub."""
+    """Return the need for the data of an lm-eval task, which only lm-eval can find in the cache of the hub."""
     what = f"lm-eval's {name}"
 
     def fetch() -> None:

@@ -111,8 +111,8 @@ class NgramIndex:
             items: items; they are numbered set by set, in the order given.
             words: words in a long n-gram, up to 21.
             shortest: minimum number of words of a rendering that is indexed.
-            boilerplate: maximum number of items of one set that may contain an n-gram. More common n-grams are
-                ignored, as are n-grams of digits only.
+            boilerplate: maximum number of items of one set that may contain an n-gram. More common n-grams and n-grams
+                of digits only are ignored.
             short_words: words in a short n-gram; only several short n-grams together are a hit. 0 means that there are
                 no short n-grams.
 
@@ -256,7 +256,7 @@ class NgramIndex:
                 yield _Match(block.first + word, block.first + word + size, start, stop, entry, is_long)
 
     def _clusters(self, matches: list[tuple[_Match, list[int]]]) -> Iterator[tuple[_Match, list[int]]]:
-        """Yield the short n-grams of each item that are close together and, as a group, are a hit."""
+        """Yield, for each item, the short n-grams that are close together and form a hit."""
         by_item: dict[int, list[_Match]] = {}
         for match, numbers in matches:
             for number in numbers:
@@ -305,7 +305,7 @@ def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> lis
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:
-    """Return which rows differ from the row before; the first row always does."""
+    """Return which rows differ from the row before; the first row always counts as different."""
     changed = np.zeros(len(columns[0]), bool)
     changed[:1] = True
     for column in columns:
@@ -332,7 +332,7 @@ def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered:
 
     Args:
         groups: size of an n-gram -> numbers of items, and their texts.
-        prefix: number of first words by which an n-gram is searched for.
+        prefix: number of words at the start of an n-gram by which a search finds it.
         lettered: minimum number of words with two or more letters in an n-gram; 0 accepts every n-gram that is not
             only digits.
     """
@@ -370,7 +370,7 @@ def _without_boilerplate(
     once = _changes(grams["hash"][order], grams["owner"][order])
     grams = grams[order[once]]
     hashes, owners = np.ascontiguousarray(grams["hash"]), np.ascontiguousarray(grams["owner"])
-    runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # a run: one n-gram in the items of one set
+    runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # the rows of one n-gram and one set form a run
     sizes = np.diff(np.append(runs, len(grams)))
     ignored = np.isin(hashes, hashes[runs[sizes > boilerplate]])
     numbers = (

@@ -17,11 +17,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import size_text
 
 
-#: Field that holds the text, unless a source names another.
+#: Field that holds the text, unless a source names another field.
 TEXT = "text"
-#: Maximum number of files to open; with more, every n-th is opened.
+#: Maximum number of files to open; with more, only every n-th file is opened.
 _OPENED = 400
-#: Bytes of text for each stored byte of compressed files and Parquet.
+#: Estimated bytes of text for each stored byte of a compressed file or Parquet file.
 PACKED = 2.5
 #: Maximum number of fields that a message names, and maximum number of characters that a field contributes to the name
 #: of a source.
@@ -98,7 +98,7 @@ def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tup
         files: files of the source.
 
     Raises:
-        UpcycleError: the fields differ, and there are more files than are opened.
+        UpcycleError: the fields differ, and there are too many files to open all of them.
     """
     config = blend.config.sources[source]
     if "text_key" in config.options or any(is_address(file.path) for file in files):

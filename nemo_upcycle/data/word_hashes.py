@@ -2,13 +2,13 @@
 
 This module needs only numpy and the standard library, because the data engine's environment has no torch.
 
-Words are runs of letters and digits, case-folded and without accents. In scripts without blanks, each character is a
-word. Letters of other scripts that look like Latin letters become Latin letters. Apostrophes are deleted. All other
-characters, dashes included, separate words. HTML tags and entities also separate words. So typography and line breaks
-make no difference. Each character is translated separately, so positions can be mapped back.
+A word is a sequence of letters and digits, case-folded and without accents. In scripts without blanks, each character
+is a word. Letters of other scripts that look like Latin letters become Latin letters. Apostrophes are deleted. All
+other characters, dashes included, separate words. HTML tags and entities also separate words. So typography and line
+breaks make no difference. Each character is translated separately, so positions can be mapped back.
 
 The hash of a word is a polynomial of its UTF-8 bytes. The hash of an n-gram is a polynomial of its words' hashes. Both
-are modulo 2**64 and computed from differences of running sums, with a few numpy operations for a whole block.
+hashes are computed modulo 2**64 from differences of running sums, with a few numpy operations for a whole block.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOOK_ALIKES = str.maketrans(
     "\u03b1\u03b2\u03b3\u03b5\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03c9\u0131\u0251\u0261",
     "abekmhopctyxsijyhldqwabyenikuvoptuxwiag",
 )
-_HANGUL = "\u1100-\u115f"  # the consonants that begin a syllable; after decomposition there are no others
+_HANGUL = "\u1100-\u115f"  # consonants that begin a syllable, as decomposed text spells them
 #: Han, kana and Hangul; Thai, Lao, Tibetan, Burmese and Khmer.
 SYLLABLES = f"{_HANGUL}\u3040-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u9fff\U00020000-\U0003ffff"
 LETTERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
@@ -141,7 +141,7 @@ class WordBlock:
     sums: np.ndarray
 
     def grams(self, size: int, at: np.ndarray | None = None) -> np.ndarray:
-        """Return the hashes of all n-grams of `size` words, or only of those that start at the words `at`."""
+        """Return the hashes of all n-grams of `size` words, or only of n-grams that start at the words `at`."""
         if at is None:
             count = max(len(self.starts) + 1 - size, 0)
             powers = _WORD_POWERS[len(_WORD_POWERS) - count :][::-1]
@@ -150,7 +150,7 @@ class WordBlock:
 
 
 def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
-    """Yield the words of a normalised text, block by block; a block repeats the last `overlap` words before it."""
+    """Yield the words of a normalised text, block by block; a block first repeats the `overlap` words before it."""
     starts = stops = np.empty(0, np.int64)
     hashes = np.empty(0, np.uint64)
     first = begin = 0

@@ -18,8 +18,8 @@ from nemo_upcycle.utils.files import sha256_file
 if TYPE_CHECKING:
     import torch
 
-#: FORMAT is the format of the file. LINEAGE is its only metadata key, with the lineage in JSON as the value. With a
-#: second key, the file's bytes would differ from run to run, because metadata keys have no order.
+#: FORMAT is the format of the file. LINEAGE is the file's only metadata key, and its value is the lineage in JSON. A
+#: second key would make the file's bytes differ from run to run, because metadata keys have no order.
 FORMAT, LINEAGE = "nemo-upcycle calibration 1", "lineage"
 #: File name of a calibration that a run computes itself, in the folder of the stage that computes it.
 NAME = "calibration.safetensors"
@@ -79,10 +79,10 @@ class Calibration:
 
 
 def calibration_of(spec: UpcycleSpec | None) -> Calibration | None:
-    """Open the calibration file that a spec names, or return None if the spec needs none.
+    """Open the calibration file that a spec names, or return None if the spec needs no calibration file.
 
     Raises:
-        SpecError: the spec needs a calibration file and names none.
+        SpecError: the spec needs a calibration file, but names no calibration file.
         UpcycleError: the file is missing, damaged, or not a calibration file.
     """
     if spec is None or not spec.needs_calibration:

@@ -1,7 +1,8 @@
 """The experts of an upcycled layer, made in place from the dense feed-forward network.
 
-Every matrix is viewed as one row per neuron: gate and up by their rows [F, D], down by its columns [F, D] (a
-transposed view). Tensor parallelism cuts networks between neurons, so each neuron of an expert is whole on one rank.
+Every matrix is viewed as one row per neuron: the gate and up projections by their rows [F, D], the down projection by
+its columns [F, D] (a transposed view). Tensor parallelism cuts networks between neurons, so each neuron of an expert
+is whole on one rank.
 
 Random numbers are drawn in blocks of `BLOCK` neurons, and each block has its own generator. A rank draws the blocks
 that contain its neurons and uses only their numbers. Therefore every layout, and a conversion without any layout, gets
@@ -46,7 +47,8 @@ class ExpertMatrix:
     def mean_and_std(self, neurons: torch.Tensor | None = None) -> tuple[float, float]:
         """Return the mean and standard deviation of the whole matrix, or of some neurons, before any change.
 
-        Both are rounded to float32, so that the number of threads that compute the sums does not change the result.
+        Both numbers are rounded to float32, so that the number of threads that compute the sums does not change the
+        result.
         """
         values_FD = self.whole_FD() if neurons is None else self.whole_FD()[neurons]
         count = values_FD.numel()
@@ -56,7 +58,7 @@ class ExpertMatrix:
         return float(rounded[0]), float(rounded[1])
 
     def normal_blocks(self, spec: UpcycleSpec) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield the rows of `local_FD` in blocks, each with its standard normal numbers [rows, D] in float64."""
+        """Yield the rows of `local_FD` in blocks, each block with its standard normal numbers [rows, D] in float64."""
         first, count = self.first, self.local_FD.shape[0]
         for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
             generator = block_generator(spec.seed, spec.method, self.layer, self.expert, self.part, block)
@@ -72,8 +74,8 @@ def fill_copies(experts: Sequence[torch.Tensor]) -> None:
     The dense slice was read directly into the first expert, so there is no other copy of the slice.
 
     Args:
-        experts: one matrix, or the same part of one matrix, of each expert of this rank that shares one dense slice.
-            All have the same shape, and the first one already holds the slice.
+        experts: for each of this rank's experts with the same dense slice: one matrix, or the same part of one matrix.
+            All these tensors have the same shape, and the first tensor already holds the slice.
     """
     first, *others = experts
     if others:

@@ -18,9 +18,9 @@ from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
 def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tensor:
     """Return the router weight of a layer.
 
-    If the combine weights sum to one, the router does not change the function at step 0, whatever its values are. The
-    values decide which experts drift apart first. With granularity, the experts of one copy have the same row, so that
-    they are chosen together. A row depends on the index of its copy, not on how many copies there are.
+    If the combine weights sum to one, no values of the router change the function at step 0. The values decide which
+    experts drift apart first. With granularity, the experts of one copy have the same row, so that they are chosen
+    together. A row depends on the index of its copy, not on the number of copies.
 
     Args:
         spec: gives the initialisation, standard deviation and seed, or the calibration file that has the rows.
@@ -42,7 +42,7 @@ def _drawn(spec: UpcycleSpec, layer: int, hidden_size: int, count: int) -> torch
 
 @dataclass(frozen=True)
 class RowNoise:
-    """Noise on the router rows of the copies of a parent's expert. It makes the copies differ and sums to zero.
+    """Noise for the router rows of an expert's copies. The noise makes the copies differ, and sums to zero over them.
 
     The noise is drawn with a standard deviation of router_std times the standard deviation of all weights of the
     layer's router, so that one value of router_std serves any model. Then the mean over the copies is subtracted. If

@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """Square positive values and set all others to zero.
 
-    It is a named function because a saved recipe refers to functions by name.
+    This function needs a name, because a saved recipe refers to functions by name.
     """
     return functional.relu(x).square()
 

@@ -26,7 +26,7 @@ BALANCING_BIASES = ("balancing_bias", "quantile_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Attention, Norms, Multipliers, Experts):
-    """Shapes of a decoder, and the settings that have to travel with its weights.
+    """Shapes of a decoder, and the settings that the weights need.
 
     Args:
         hf_class: Hugging Face class, which names the tensors.
@@ -38,9 +38,9 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         activation: activation of the feed-forward networks.
         gated: whether feed-forward networks have a gate.
         ffn_bias: whether feed-forward networks have biases.
-        delta: gated delta nets; None: the model has none.
-        mamba: Mamba layers; None: the model has none. A model with Mamba layers has one part per layer (Mamba,
-            attention or feed-forward network) with one norm, and its attention has no rotary embedding.
+        delta: gated delta nets; None if the model has no gated delta nets.
+        mamba: Mamba layers; None if the model has no Mamba layers. A model with Mamba layers has one part per layer
+            (Mamba, attention or feed-forward network) with one norm, and its attention has no rotary embedding.
     """
 
     hf_class: str
@@ -58,8 +58,8 @@ class Architecture(Attention, Norms, Multipliers, Experts):
     def parts(self, layer: int) -> str:
         """Return the symbols of a layer's parts.
 
-        They are attention (`*`), Mamba mixer (`M`), gated delta net (`G`) and feed-forward network, dense or with
-        experts (`-`).
+        The symbols stand for attention (`*`), Mamba mixer (`M`), gated delta net (`G`) and feed-forward network, dense
+        or with experts (`-`).
         """
         if self.mamba:
             return self.mamba.pattern[layer]
@@ -172,15 +172,15 @@ class Architecture(Attention, Norms, Multipliers, Experts):
 
     @property
     def dense(self) -> Architecture:
-        """The same model without experts. For an upcycled model it has the sizes of the parent."""
+        """The same model without experts. The sizes are the parent's sizes if the model is upcycled."""
         kept = replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None)
         return replace(kept, shared_ffn_size=0, shared_gate=False)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes from this architecture.
 
-        Its Hugging Face class is the first class that can hold the model; "" if none can. A parent with experts keeps
-        its class.
+        The result's Hugging Face class is the first class that can hold the model; "" if no class can hold the model.
+        A parent with experts keeps its class.
 
         Raises:
             SpecError: the spec's layers or experts do not fit this architecture.

@@ -15,7 +15,7 @@ from nemo_upcycle.spec import RouterKind, find_router_kind
 
 @dataclass(frozen=True, kw_only=True)
 class MambaLayers:
-    """Mamba-2 layers of a model like Nemotron-H, in which attention and network are separate layers, too.
+    """Mamba-2 layers of a model like Nemotron-H, in which attention and network are also separate layers.
 
     Args:
         pattern: kind of each layer of the dense model: `M` (Mamba-2), `*` (attention) or `-` (network).
@@ -110,11 +110,11 @@ class Rope:
     Args:
         head_dim: K.
         rope_theta: base of the frequencies.
-        rope_scaling: scaling of the frequencies, as in `config.json`; None: no scaling.
-        local_rope_theta: base in layers with a window, whose frequencies are not scaled; None: all layers have the
+        rope_scaling: scaling of the frequencies, as in `config.json`; None for no scaling.
+        local_rope_theta: base in layers with a window, whose frequencies are not scaled; None if all layers have the
             same base.
-        rope_pattern: layers whose heads are rotated; None: all.
-        rotary_percent: rotated share of a head, counted from the head's first number; 1: the whole head.
+        rope_pattern: layers whose heads are rotated; None for all layers.
+        rotary_percent: rotated share of a head, counted from the head's first number; 1 for the whole head.
         max_positions: longest sequence (tokens).
     """
 
@@ -128,7 +128,7 @@ class Rope:
 
     @property
     def scales_in_layers(self) -> bool:
-        """Whether each layer computes its own frequencies, because Megatron's models cannot."""
+        """Whether each layer computes its own frequencies, because Megatron's models cannot compute them."""
         return self.local_rope_theta is not None or (self.rope_scaling or {}).get("rope_type") in ("yarn", "linear")
 
 
@@ -142,12 +142,12 @@ class Attention(Rope):
         qkv_bias: whether query, key and value have biases.
         attention_out_bias: whether the output has a bias.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
-        wide_qk_norm: whether query and key are normalised over all heads at once instead.
-        attention_multiplier: factor on the products of query and key; None: 1 / sqrt(K).
-        sliding_window: number of tokens that attention sees, including the current token; None: all earlier tokens.
-        window_pattern: layers with the window; None: all.
+        wide_qk_norm: whether query and key are normalised over all heads at once instead of head by head.
+        attention_multiplier: factor on the products of query and key; None for 1 / sqrt(K).
+        sliding_window: number of tokens that attention sees, including the current token; None for all earlier tokens.
+        window_pattern: layers with the window; None for all layers.
         output_gate: whether the output is multiplied by a gate. The gate is projected from the input, like the query.
-        global_heads: heads of layers without a window; None: all layers have the same heads.
+        global_heads: heads of layers without a window; None if all layers have the same heads.
         value_is_key: whether the key projection also computes the values.
     """
 
@@ -226,15 +226,16 @@ class Experts:
         num_experts: E; None in a dense model.
         top_k: experts that process a token.
         expert_ffn_size: F of one routed expert; None in a dense model.
-        shared_ffn_size: F of all shared experts together; 0: no shared experts.
+        shared_ffn_size: F of all shared experts together; 0 for no shared experts.
         shared_gate: whether a gate, from 0 to 1 for each token, multiplies the output of the shared experts.
-        moe_pattern: layers with experts; None: all, if there are experts.
+        moe_pattern: layers with experts; None for all layers of a model with experts.
         norm_topk: whether the weights of the chosen experts are normalised to sum to one.
         router_score: function applied to the router's logits, as in `UpcycleSpec`.
         routed_scaling_factor: factor on the weights of the chosen experts.
         balancing_bias: whether every routed expert has a bias that balances the expert load (arXiv 2408.15664). The
-            router uses the bias only to choose experts. Training moves the bias, but it is a buffer, not a parameter.
-        quantile_bias: whether every routed expert has another kind of bias: a quantile of the expert's logits.
+            router uses the bias only to choose experts. Training moves the bias, but the bias is a buffer, not a
+            parameter.
+        quantile_bias: whether every routed expert has a bias that is a quantile of the expert's logits.
         keeps_network: whether the layers are built like Gemma 4's. An MoE layer then keeps the dense network beside
             the experts, and the network and the experts have separate norms. Every layer multiplies its output by a
             factor.

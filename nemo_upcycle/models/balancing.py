@@ -79,7 +79,7 @@ def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, 
 
 
 def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield the settings to check for quantile biases, in the form of `_of_signs`."""
+    """Yield the settings to check for quantile biases, with the same entries as `_of_signs`."""
     if QUANTILES not in (kinds := _kinds(config)):
         return
     expected = "a kind that this Megatron-Core has (quantiles need 0.19)"

@@ -18,11 +18,11 @@ from nemo_upcycle.utils.conf import packaged, packaged_names, read_yaml
 
 
 FOLDER = "compatibility"
-#: Stands for every class in a row.
+#: Word in a row of the table that stands for every class.
 ANY = "any"
 QWEN3_VL = "Qwen3VLMoeForConditionalGeneration"
 Result = Literal["same", "option", "other", "refused", "not run"]
-#: Result -> words for the user. The reason or the option of the row follows.
+#: Result -> words for the user. After the words, a message shows the row's reason or option.
 WORDS: Mapping[Result, str] = {
     "same": "",
     "option": "",
@@ -34,7 +34,7 @@ WORDS: Mapping[Result, str] = {
 
 @dataclass(frozen=True)
 class Written:
-    """The facts of a written model on which its limits depend.
+    """Facts about a written model that decide the limits of the model.
 
     Args:
         arch: architecture of the text model.
@@ -47,7 +47,7 @@ class Written:
     wrapper: str = ""
 
 
-#: Name of a property that some runtime does not support -> whether a model has it.
+#: Name of a property that some runtime does not support -> whether a model has this property.
 PROPERTIES: Mapping[str, Callable[[Written], bool]] = {
     "dense layers": lambda model: model.arch.moe_pattern is not None,
     "softmax before top-k": lambda model: not model.arch.norm_topk,
@@ -64,7 +64,7 @@ PROPERTIES: Mapping[str, Callable[[Written], bool]] = {
 
 
 def has_uneven_rows(arch: Architecture, itemsize: int) -> bool:
-    """Return whether the rows of an expert's matrices are too odd for transformers 5's product of all experts."""
+    """Return whether the experts' rows have lengths for which transformers 5 cannot multiply all experts at once."""
     widths = (arch.hidden_size, arch.expert_ffn_size or 0) if arch.num_experts else ()
     return needs_eager_experts(widths, itemsize)
 
@@ -113,7 +113,7 @@ class Row:
 
     @property
     def words(self) -> str:
-        """The result as a user reads it."""
+        """The result in words for the user."""
         return ": ".join(part for part in (WORDS[self.result], self.because) if part)
 
 
@@ -124,7 +124,7 @@ class Runtime:
     Args:
         name: name for users, such as "vLLM" or "transformers 5".
         release: package and version that were run.
-        command: command that runs all models there.
+        command: command that runs all models in this release.
         rows: results, class by class.
     """
 
@@ -134,7 +134,7 @@ class Runtime:
     rows: tuple[Row, ...]
 
     def found(self, model: Written) -> list[Row]:
-        """Return the rows about a model; a row that says "not run" if there is none."""
+        """Return the rows about a model. If there are no such rows, return one row that says "not run"."""
         return [row for row in self.rows if row.holds(model)] or [Row(model.arch.hf_class, "not run")]
 
 

@@ -1,4 +1,4 @@
-"""Meaning of each field of a model's configuration when the model is filled from a dense checkpoint.
+"""How each field of a model's configuration affects a model that is filled from a dense checkpoint.
 
 One table, `config_fields.yaml`, serves every trainer. A field is `free` (has no effect on how the model is filled),
 `handled` (changes how the model is filled, and this package takes care of the change), `inexact` (the filled model
@@ -129,7 +129,7 @@ def check_fields(config: Any, *parts: Any) -> None:
 
 
 def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int) -> int | None:
-    """Return the block size of a parameter with interleaved gate and up rows; None if gate is above up.
+    """Return the block size of a parameter with interleaved gate and up rows; None if the rows do not interleave.
 
     Megatron-Core 0.16 and later interleave the rows for kernels that fuse the activation. Each rank interleaves its
     own rows. Megatron-Bridge undoes the interleaving in checkpoints.

@@ -5,12 +5,12 @@ as the expert in the parent. A token passes through k experts in the parent. The
 on top_k of the new model:
 
 - top_k = m k: top-k takes all copies of the parent's k experts. Softmax after top-k gives each copy exp(l) / (m sum
-  over the k of exp(l)). Softmax before top-k gives it exp(l) / (m sum over the E of exp(l)). Sigmoid scores are
+  over the k of exp(l)). Softmax before top-k gives each copy exp(l) / (m sum over the E of exp(l)). Sigmoid scores are
   divided by m times the sum of the parent's k scores. In each case the m copies add up to the parent's weight. This is
   exact without scaling.
 - top_k = k: copies of the best experts take all places, so a token passes through k / m of the parent's experts. This
-  is exact only for k = 1, when any copy will do. Softmax before top-k then leaves 1 / m of the parent's weight, and a
-  factor on the down projections makes up for it.
+  is exact only for k = 1, because all copies of the chosen expert are equal. With softmax before top-k, a copy has
+  only 1 / m of the parent's weight, and a factor of m on the down projections corrects the weight.
 - If some experts have more copies than others, no top_k is exact, because each copy counts in the sums.
 
 Identical experts with identical router rows stay identical during training, so `router_std` makes the rows differ. The
@@ -32,7 +32,7 @@ from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
-#: Field of a spec that a parent with experts decides -> reason.
+#: Spec field whose value is fixed if the parent has experts -> reason.
 _KEPT = {
     "granularity": "the parent's experts are copied whole",
     "shared_experts": "the parent's own shared experts are copied",
@@ -72,7 +72,7 @@ class Parent(Protocol):
 
     @property
     def moe_pattern(self) -> tuple[bool, ...] | None:
-        """Which layers have experts; None: all."""
+        """Which layers have experts; None for all layers."""
 
     @property
     def router_kind(self) -> RouterKind:
@@ -133,12 +133,12 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
 
 
 def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:
-    """Return the spec that copies a parent's experts. Fields that cannot differ have the parent's values.
+    """Return the spec that copies a parent's experts. Fields that must equal the parent's have the parent's values.
 
     Args:
         parent: architecture of a parent with experts.
         num_experts: number of experts in the model.
-        top_k: experts per token in the model; None: the number that makes the model exact.
+        top_k: experts per token in the model; None for the number that makes the model exact.
         expert_utility: utility file, see `UpcycleSpec`.
 
     Raises:
@@ -185,8 +185,8 @@ def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) 
 
     Args:
         parent: architecture of a parent with experts.
-        spec: spec of the model; None: the parent itself.
-        layer: number of the layer in the whole model; None: the first layer with experts.
+        spec: spec of the model; None for the parent itself.
+        layer: number of the layer in the whole model; None for the first layer with experts.
 
     Raises:
         SpecError: the utilities do not fit the parent.
@@ -211,7 +211,7 @@ def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) 
 
 @functools.lru_cache(maxsize=512)
 def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
-    """Give every expert one copy, and each further copy to the expert with the largest utility per copy."""
+    """Give every expert one copy, then give each further copy to the expert with the largest utility per copy."""
     copies = [1] * len(utilities)
     for _ in range(count - len(utilities)):
         ranked = ((utility / copies[one], -copies[one], -one) for one, utility in enumerate(utilities))
@@ -254,7 +254,7 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
 
 
 def _copies(parent: Parent, spec: UpcycleSpec) -> int | None:
-    """Return how many copies every expert has; None if some experts have more than others."""
+    """Return how many copies every expert has; None if some experts have more copies than others."""
     layers: Sequence[int | None] = [None]
     if spec.expert_utility:
         layers = [layer for layer in range(parent.num_layers) if parent.is_moe_layer(layer)]
@@ -277,7 +277,7 @@ def router_moves(spec: UpcycleSpec) -> bool:
 
 
 def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
-    """Return why a model does not compute its parent's function at step 0; empty if it does, up to rounding.
+    """Return why a model does not compute its parent's function at step 0; empty if only rounding differs.
 
     Args:
         parent: architecture of the parent, dense or with experts.

@@ -31,15 +31,15 @@ ROUTER_AUX_LOSS = 0.01
 #: Settings that transformers 5 stores together with the scaling of rotary frequencies.
 _NO_SCALING = ("rope_theta", _PART)
 #: Number of positions that a model was trained with before its rotary frequencies were scaled. For LongRoPE,
-#: transformers 4 stores this number beside the settings of the scaling, and transformers 5 stores it among them.
+#: transformers 4 stores this number beside the settings of the scaling, and transformers 5 among these settings.
 _SHORT = "original_max_position_embeddings"
 #: Kind of scaling -> its settings, which are checked. Settings of kinds outside this table are passed on unchecked.
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _SHORT),
 }
-#: Two classes whose names are at least this similar probably compute the same. Ernie's and Granite's names are less
-#: similar.
+#: Two classes whose names are at least this similar probably compute the same function. Ernie's and Granite's names
+#: are less similar.
 _CLOSE = 0.75
 #: Former name of a kind of scaling -> its current name.
 _FORMER = {"su": LONGROPE}
@@ -283,10 +283,10 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with one rotary embedding, made from one for each kind of layer (transformers 5).
+    """Merge the rotary embeddings of transformers 5, one for each kind of layer, into one. Return the configuration.
 
-    Layers with a window may have another base, which is returned under transformers 4's name. Their
-    frequencies must not be scaled.
+    Layers with a window may have another base, which is returned under transformers 4's name. The frequencies of these
+    layers must not be scaled.
     """
     kinds = config.get("rope_parameters")
     if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # transformers 5.12 adds an empty default
@@ -323,8 +323,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     Args:
         dense_config: the parent's `config.json`.
         arch: architecture of the MoE model, which a Hugging Face class can hold.
-        router_aux_loss: coefficient of the load-balancing loss; None: the parent's coefficient, or `ROUTER_AUX_LOSS`
-            if the parent has none.
+        router_aux_loss: coefficient of the load-balancing loss; None for the parent's coefficient, or for
+            `ROUTER_AUX_LOSS` if the parent has no coefficient.
     """
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
@@ -333,8 +333,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, FOLDED_SCALE}
     dropped |= {*parent.spelling, *parent.own_settings}
     scaling = arch.rope_scaling or {}
-    # Do not write a number that equals max_position_embeddings: classes use it by default, and writing it would
-    # override a factor.
+    # Do not write a number that equals max_position_embeddings: classes use this number by default, and writing it
+    # overrides a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     ropes = both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART))
     if "rope_parameters" in settings:  # one rotary embedding for each kind of layer

@@ -1,7 +1,8 @@
-"""Load Hugging Face models and tokenizers that transformers 4 or 5 saved, with either of the two installed.
+"""Load Hugging Face models and tokenizers from transformers 4 and 5, with transformers 4 or 5 installed.
 
-transformers 4 silently ignores the `rope_parameters` of transformers 5, so its classes use their default rotary base.
-transformers 4 does not know transformers 5's names for tokenizers and their special tokens, either.
+transformers 4 silently ignores the `rope_parameters` of transformers 5, so the classes of transformers 4 use their
+default rotary base. transformers 5 also has new names for tokenizers and special tokens, which transformers 4 does not
+know.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wra
 from nemo_upcycle.utils.files import read_json
 
 
-#: Name of the fast tokenizer in transformers 5. transformers 4 has another name for it.
+#: Name of the fast tokenizer in transformers 5. transformers 4 has another name for this tokenizer.
 _FAST = "TokenizersBackend"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -54,7 +55,7 @@ def load_model(folder: Path, layers: int | None = None, **options: Any) -> Any:
 
     Args:
         folder: Hugging Face folder of the model.
-        layers: number of layers to load, from the first; None loads all.
+        layers: number of layers to load, counted from the first layer; None for all layers.
         options: further options of `from_pretrained`.
 
     Raises:
@@ -76,7 +77,7 @@ def load_model(folder: Path, layers: int | None = None, **options: Any) -> Any:
 
 
 def unknown_because(folder: Path, text_class: str) -> str:
-    """Return why the installed transformers has no class for a folder's model; "" if it has one.
+    """Return why the installed transformers has no class for a folder's model; "" if there is a class.
 
     Args:
         folder: Hugging Face folder, with the names of its class and model type in `config.json`.
@@ -98,7 +99,7 @@ def load_as_written(folder: Path, layers: int | None = None, **options: Any) -> 
 
     Args:
         folder: Hugging Face folder of the model.
-        layers: number of layers to load, from the first; None loads all.
+        layers: number of layers to load, counted from the first layer; None for all layers.
         options: further options of `from_pretrained`.
 
     Raises:
@@ -239,7 +240,7 @@ def _config(folder: Path) -> Any:
 
 
 def _known_in(hf_class: str) -> str:
-    """Return which releases run a class, as the end of a sentence; "" if none is known."""
+    """Return which releases run a class, as the end of a sentence; "" if no such release is known."""
     found = [release.removeprefix("transformers ") for release in releases_with(hf_class)]
     return f", but {' and '.join(found)} does" if found else ""
 
@@ -249,7 +250,7 @@ def _class_of(said: dict[str, Any]) -> tuple[str, str]:
 
 
 def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
-    """Return a model's family and the family whose class computes the model; None if the two are the same."""
+    """Return a model's family and the family whose class computes the model; None if there is no second family."""
     family = find_family(*_class_of(said))
     theirs = find_family(family.computed_as) if family else None
     return (family, theirs) if family and theirs else None
@@ -261,7 +262,7 @@ def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) ->
     Args:
         folder: folder of the model.
         wrapper: class around the text model, whose other parts are omitted; None if there are no other parts.
-        theirs: family whose tensor names to use; None: keep the names in the folder.
+        theirs: family whose tensor names are used; None to keep the names in the folder.
     """
     from safetensors import safe_open
 

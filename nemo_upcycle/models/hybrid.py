@@ -112,7 +112,8 @@ class HybridLayers:
             virtual: number of chunks per stage.
 
         Raises:
-            SpecError: the borders do not fit, or there are none and Megatron-Core cannot cut the chunks by itself.
+            SpecError: the borders do not fit, or there are no borders and Megatron-Core cannot cut the chunks by
+                itself.
         """
         segments = self.pattern.count(_BORDER) + 1
         if segments != stages * virtual and (segments > 1 or virtual > 1):
@@ -127,7 +128,7 @@ class HybridLayers:
             )
 
     def index(self, part: LayerPart) -> int:
-        """Return the index, from 0, of the model's layer that contains a part."""
+        """Return the index of the model's layer that contains a part. The first layer has index 0."""
         if self.has_mamba:
             return part.layer
         return (self.attentions if part.in_attention else self.networks)[part.layer]
@@ -163,7 +164,8 @@ def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:
 
     Args:
         moe_pattern: whether each layer has experts, as in `UpcycleSpec.moe_pattern`.
-        segments: pipeline stages times virtual stages. If layers do not divide evenly, the first segments get more.
+        segments: pipeline stages times virtual stages. If layers do not divide evenly, the first segments get more
+            layers.
 
     Example:
         >>> hybrid_pattern([True, False, True], segments=2)

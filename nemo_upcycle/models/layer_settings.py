@@ -10,10 +10,10 @@ from nemo_upcycle.models.architecture_parts import Attention
 from nemo_upcycle.models.rotary import same_frequencies
 
 
-#: Fields that say where norms are. They are settings of `online.decoder_layers`, because Megatron has no settings for
-#: this.
+#: Fields that say where norms are. Megatron has no such settings, so these fields are settings of
+#: `online.decoder_layers`.
 NORMS = ("pre_norm", "post_norm", "wide_qk_norm")
-#: Fields with factors of a layer or of the model, 1 in most models. They are settings of `online.decoder_layers`, too.
+#: Fields with factors of a layer or of the model, 1 in most models. They are also settings of `online.decoder_layers`.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 DECODER = (*NORMS, *MULTIPLIERS)
 #: Fields of the rotary embedding. They are settings of `online.decoder_layers` if layers have their own frequencies.
@@ -71,7 +71,7 @@ def no_rope(pattern: Sequence[bool]) -> list[int]:
 
 
 def layers_with(setting: int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...]:
-    """Return the layers that a Megatron setting selects: all layers, all but each n-th, or the layers of a list."""
+    """Return the layers that a Megatron setting selects: all layers, all but every n-th layer, or a list of layers."""
     if isinstance(setting, int) and setting:
         return tuple((layer + 1) % setting != 0 for layer in range(num_layers))
     return tuple(map(bool, setting)) if setting else (True,) * num_layers

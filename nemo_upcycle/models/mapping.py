@@ -47,7 +47,7 @@ def split_stored(name: str) -> tuple[str | None, str]:
 
 
 def find_stored(name: str, *, in_layer: bool) -> ParamMapping | None:
-    """Return the mapping of a tensor of a distributed checkpoint; None if the table has none.
+    """Return the mapping of a tensor of a distributed checkpoint; None if the table has no row.
 
     Args:
         name: name of the tensor inside its layer, or inside the model.
@@ -90,7 +90,7 @@ def mapping_of(role: str, arch: Architecture) -> ParamMapping:
     """Return the mapping of a role in an architecture, with the tensor names of its family.
 
     A network without a gate has only the up part. If no Hugging Face class can hold the model, the names of the parts
-    replace tensor names.
+    are used instead of tensor names.
     """
     family = find_family(arch.hf_class)
     return _mapping_of(role, family, arch.gated, arch.shared_gate, folded_scale(arch))
@@ -136,7 +136,7 @@ def part_mappings(arch: Architecture, part: LayerPart) -> tuple[ParamMapping, ..
 
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
-    """Return whether an architecture has a parameter that layers of this kind may have or lack."""
+    """Return whether an architecture has a parameter that is optional in this kind of layer."""
     if mapping.is_shared:  # if the model has no gate, the gate in the folder is a constant of the class
         return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
     some = {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
@@ -166,8 +166,9 @@ def as_written(arch: Architecture) -> Architecture:
     """Return the architecture of a model's Hugging Face folder.
 
     An MoE model always gets its own output matrix. Without this matrix, SGLang cannot read any MoE class (and shows no
-    error), vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Only Gemma 4 keeps the tied embedding, the
-    default of its class. If the class has no `routed_scaling_factor`, the factor is folded into the down projections.
+    error), vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Only Gemma 4 keeps the tied embedding,
+    which is the default of its class. If the class has no `routed_scaling_factor`, the factor is folded into the down
+    projections.
     """
     tied = arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network)
     scale = arch.routed_scaling_factor / folded_scale(arch)
@@ -244,7 +245,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @functools.cache
 def find_mapping(name: str, *, in_layer: bool) -> tuple[ParamMapping, int | None] | None:
-    """Return the mapping of a Megatron parameter and the expert number in its name; None if the table has none.
+    """Return the mapping of a Megatron parameter and the expert number in its name; None if the table has no row.
 
     Args:
         name: name of the parameter inside its layer, or inside the model.

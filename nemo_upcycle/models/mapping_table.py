@@ -1,12 +1,13 @@
 """The only mapping table between Megatron and Hugging Face: import, upcycling and export all read it.
 
-No other file knows a Megatron name. A `ParamMapping` says how one Megatron parameter is called and cut, and which
-Hugging Face tensors are its parts. The families (`families/`) say how these tensors are called. `mapping.py` finds the
-rows of a model, and `sharding.py` turns a row into the exact slices that make up a rank's shard of the parameter.
+No other file knows a Megatron name. A `ParamMapping` says which names one Megatron parameter has, how it is cut, and
+which Hugging Face tensors are its parts. The families (`families/`) give the names of these tensors. `mapping.py`
+finds the rows of a model, and `sharding.py` turns a row into the exact slices that make up a rank's shard of the
+parameter.
 
 Shapes (legend in `architecture.py`):
 
-- qkv [(H + 2 R) K, D]: for each key-value group its query heads, then key, then value. With gated attention
+- qkv [(H + 2 R) K, D]: for each key-value group, first the query heads, then key, then value. With gated attention
   [(2 H + 2 R) K, D]: the gates of a group's heads come after its query heads.
 - linear_fc1 [2 F, D]: gate rows above up rows. Tensor parallelism cuts each half separately.
 - linear_fc2 [D, F].
@@ -46,7 +47,7 @@ class ParamMapping:
     Args:
         role: role of the parameter. An expert's role is the dense role with the prefix `expert_` or `shared_`. A norm
             before a dense network that is kept beside experts has the prefix `kept_`.
-        megatron: parameter names, inside the layer for a parameter of a layer, else inside the model. There are
+        megatron: names of the parameter, inside the layer if it belongs to a layer, else inside the model. There are
             several names if layer specs differ (Transformer Engine's first, then the local spec's) or if model
             classes differ.
         sharding: how tensor parallelism cuts the parameter.
@@ -91,7 +92,7 @@ class ParamMapping:
         return self.role.removeprefix("expert_").removeprefix("shared_").removeprefix("kept_")
 
     def together(self, part: int) -> tuple[int, ...]:
-        """Return all parts that share a Hugging Face tensor with a part, itself included, in the order of the rows."""
+        """Return all parts in the Hugging Face tensor that holds a part, in the order of the rows."""
         return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
 
     @property

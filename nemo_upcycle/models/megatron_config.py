@@ -134,7 +134,7 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
         return fields | {setting: getattr(arch.mamba, name) for name, setting in _MAMBA.items()}
     if hybrid:
         fields["num_layers"] = 2 * arch.num_layers
-        if arch.num_experts:  # Megatron divides logged losses by the number of these layers
+        if arch.num_experts:  # Megatron divides logged losses by the number of MoE layers
             fields[FIELDS["moe_pattern"]] = [int(is_moe) for moe in _moe_pattern(arch) for is_moe in (False, moe)]
     return fields
 
@@ -190,7 +190,7 @@ def router_fields(model: Architecture | UpcycleSpec | None) -> dict[str, Any]:
     """Return Megatron's settings for experts and routing; empty for a dense model.
 
     Args:
-        model: architecture of the model, or the spec that makes it; None: a dense model.
+        model: architecture of the model, or the spec that makes the model; None for a dense model.
     """
     if not model or not model.num_experts:
         return {}
@@ -259,8 +259,8 @@ def check_spec(
 
     Args:
         config: configuration of Megatron or NeMo, built or as a `run.Config`.
-        spec: spec of the model; None: the model is the parent itself.
-        hybrid: layers of a HybridModel; None: a GPTModel.
+        spec: spec of the model; None if the model is the parent itself.
+        hybrid: layers of a HybridModel; None for a GPTModel.
         parent: architecture of the parent, if it is known and may have experts.
 
     Raises:
@@ -300,7 +300,7 @@ def check_spec(
 
 def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
     """Check the type of the router's logits: in 16 bits two copies can have equal logits, and top-k would mix them."""
-    is_recipe = hasattr(config, "__fn_or_cls__")  # then the trainer's precision plugin sets the type later
+    is_recipe = hasattr(config, "__fn_or_cls__")  # in a recipe, the precision plugin sets the type later
     in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
     if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
         raise SpecError(
@@ -316,8 +316,7 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
 
     Args:
         model: a Megatron `GPTModel` or `HybridModel`.
-        moe_arch: architecture that the model should have: the MoE model's, or the dense model's if no experts are
-            made.
+        moe_arch: expected architecture of the model. This is the dense architecture if no experts are made.
 
     Raises:
         SpecError: a field of the model's configuration is refused or unknown.
@@ -348,8 +347,8 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
         checks.append(("no_rope_freq", config.no_rope_freq, wanted_rope))
     if hasattr(config, "rotary_percent"):  # only NeMo and Bridge have this setting
         checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
-    # Nothing else notices a wrong value of these settings, which would change the function. NeMo scales the rotary
-    # frequencies outside its config.
+    # Nothing else notices a wrong value of these settings, and a wrong value changes the function. NeMo scales the
+    # rotary frequencies outside its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
     in_model = replace(moe_arch, rope_scaling=None) if moe_arch.scales_in_layers else moe_arch
     factor, got_factor = attention_factor(in_model), factor_of(config)
@@ -369,7 +368,7 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
 
 
 def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:
-    """Yield why a model with exact weights is not exact: experts drop tokens, or attention sees other tokens."""
+    """Yield reasons why exact weights do not make an exact model: dropped tokens, other attention, other embedding."""
     config = model.config
     factor = config.moe_expert_capacity_factor
     if spec and factor is not None and factor >= 0 and factor * spec.top_k < spec.num_experts:

@@ -48,7 +48,7 @@ def plain_frequencies(rope: Rope, theta: float | None = None) -> torch.Tensor:
 
     Args:
         rope: rotary embedding of the model.
-        theta: base to use instead of the model's.
+        theta: base to use instead of the model's base.
     """
     import torch
 
@@ -99,13 +99,13 @@ def rope_frequencies(arch: Rope, length: int = 0) -> torch.Tensor:
 
 
 def _yarn_frequencies(inverse: torch.Tensor, arch: Rope) -> torch.Tensor:
-    """Return the frequencies of YaRN (arXiv 2309.00071): low ones divided by the factor, high ones unchanged."""
+    """Return the frequencies of YaRN (arXiv 2309.00071): low frequencies are divided, high ones do not change."""
     import torch
 
     scaling, count = arch.rope_scaling or {}, 2 * len(inverse)
     trained = scaling.get(_SHORT) or arch.max_positions
     # Indices of two numbers of a head. Over the trained positions, the first number makes beta_fast turns, and the
-    # second one makes beta_slow turns.
+    # second number makes beta_slow turns.
     places = [
         count * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(arch.rope_theta))
         for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
@@ -143,7 +143,7 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0,
         inverse: inverse frequencies of the model, or of one of its layers.
         arch: the architecture.
         length: length of the sequences, see `rope_frequencies`.
-        windowed: whether the layer sees a window; None: `inverse` belongs to the model.
+        windowed: whether the layer sees a window; None if `inverse` belongs to the whole model.
     """
     import torch
 
@@ -155,8 +155,8 @@ def turn_as(model: Any, arch: Architecture) -> None:
     """Give a Megatron model the rotary embedding of an architecture, for the sequence length of the model.
 
     Args:
-        model: a `GPTModel`. Its configuration changes, too: Megatron-Core 0.15 computes a factor on sine and cosine
-            from YaRN's settings, except in the fused kernel of `apply_rope_fusion`.
+        model: a `GPTModel`. This function also changes its configuration, because Megatron-Core 0.15 computes a factor
+            on sine and cosine from YaRN's settings, except in the fused kernel of `apply_rope_fusion`.
         arch: the architecture.
     """
     rotary = model.rotary_pos_emb

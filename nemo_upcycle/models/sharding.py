@@ -116,7 +116,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def float32_names(arch: Architecture) -> frozenset[str]:
-    """Return the names of the balancing biases, which are float32 whatever the type of the weights."""
+    """Return the names of the balancing biases, which are float32 whatever the type of the weights is."""
     templates = mapping_of("balancing_bias", arch).hf if arch.balancing_bias else ()
     layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
     return frozenset(template.format(layer=layer) for template in templates for layer in layers)
@@ -132,7 +132,7 @@ def shard_shape(
         mapping: mapping of the parameter.
         arch: architecture of the model.
         shard: the rank's place.
-        padded_vocab: V after padding, for a parameter with rows of the vocabulary; None: no padding.
+        padded_vocab: V after padding, for a parameter with rows of the vocabulary; None for no padding.
     """
     first = hf_shape(mapping, 0, arch)
     if mapping.sharding is Sharding.VOCABULARY:
@@ -165,7 +165,7 @@ def source_slices(
         local_shape: shape of the shard.
         first_neuron: neuron of the Hugging Face network at which the (unsharded) parameter begins, if the parameter
             holds only a part of the network.
-        interleaved: block size (rows) of interleaved gate and up rows; None: gate is above up.
+        interleaved: block size (rows) of interleaved gate and up rows; None if all gate rows are above the up rows.
 
     Returns:
         Slices whose rows do not overlap. They cover the shard, except for padding rows at the end of a vocabulary.
@@ -219,7 +219,7 @@ def source_slices(
 def _part_of_group(
     mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...]
 ) -> Iterator[SourceSlice]:
-    """Yield the slices for a rank that gets only a part of a key-value group, split evenly over several ranks.
+    """Yield the slices for a rank that gets only a part of a key-value group. Several ranks split the group evenly.
 
     Megatron-Core 0.16 and later cut the rows of the whole parameter in this way, and gather the ranks' results.
     """

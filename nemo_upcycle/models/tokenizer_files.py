@@ -38,7 +38,7 @@ def _open(path: Path, size_bytes: int, modified_ns: int) -> None:
     """Open a tokenizer.json. The result is cached until the file changes."""
     try:
         from tokenizers import Tokenizer
-    except ImportError:  # not installed: then nothing here can use the tokenizer, either
+    except ImportError:  # without this library, nothing here can use the tokenizer
         read_json(path)
         return
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints in which a text model is one part among others, as in vision-language models.
+"""Checkpoints with a text model and further parts, as in vision-language models.
 
 The family describes the text model itself. This file describes the names and settings that the class around it adds.
 """
@@ -16,8 +16,8 @@ from nemo_upcycle.utils.files import read_json
 
 
 #: Prefix of the text model's tensor names in the files -> prefix in a folder with only a text model. The first match
-#: counts. transformers 5 has the first prefix in memory. transformers 4 wrote the next two, and transformers 5 still
-#: writes them for some classes.
+#: counts. transformers 5 has the first prefix in memory. transformers 4 wrote the next two prefixes, and transformers
+#: 5 still writes them for some classes.
 PREFIXES = {
     "model.language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
@@ -25,7 +25,7 @@ PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "model.text_model.": "model.",
 }
-#: Name of the index that says which file holds which tensor, and name of the file if there is only one.
+#: Name of the index that lists the file of each tensor, and name of the weight file if there is only one file.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTPUT = "lm_head.weight"
 #: `model_type` of a text part -> `model_type` of the text-only class that computes the same on text.
@@ -84,13 +84,13 @@ class Wrapper:
     Args:
         hf_class: class in `architectures`.
         model_type: `model_type` in `config.json`.
-        text_type: `model_type` of the text model, if the text settings do not say it.
+        text_type: `model_type` of the text model, if the text settings do not contain it.
         parts: prefixes of the tensor names of the other parts.
         takes_experts: whether the class builds its text model by the `model_type` in the text settings, so that an
             MoE text model works, too.
-        moe_class: class around an MoE text model, if it is another class.
+        moe_class: class around an MoE text model, if this class differs from `hf_class`.
         scales_logits: whether the class applies the text model's `logits_scaling`.
-        head: prefix of the output layer's name in the files, if it is not the usual one.
+        head: prefix of the output layer's name in the files, if the prefix is not the usual prefix.
     """
 
     hf_class: str
@@ -195,7 +195,7 @@ def text_settings(config: Any, where: str) -> Any:
     if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
         unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}
         unsaid |= {"rope_parameters": _YARN} if kind == "ministral3" and not text.get("rope_scaling") else {}
-    # If the text settings lack these, take them from the top level, where transformers reads them.
+    # If the text settings lack the following settings, use the top-level settings, as transformers does.
     unsaid |= {key: config[key] for key in ("quantization_config", *_TOKENS) if config.get(key) is not None}
     text |= {key: value for key, value in unsaid.items() if text.get(key) is None}
     if config.get("tie_word_embeddings") is not None:
@@ -215,7 +215,7 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
     old, config = str(whole.get("model_type")), whole | {"architectures": [wrapper.hf_class]}
     said = whole.get("text_config", whole)
     axes = {key: rope[key] for rope in map(said.get, _ROPES) if rope for key in _OF_PICTURES if key in rope}
-    text |= {key: said[key] for key in _UNREAD if key in said}  # a server may read them
+    text |= {key: said[key] for key in _UNREAD if key in said}  # a server may read these settings
     text |= {key: {"rope_type": "default"} | (text.get(key) or {}) | axes for key in _ROPES if axes}
     if text["architectures"] == config["architectures"]:
         del text["architectures"]
@@ -258,7 +258,7 @@ def read_config(folder: Path) -> Any:
 
 
 def tensor_names(folder: Path) -> Iterable[str] | None:
-    """Return the tensor names from a folder's index or from the header of its only file; None if there is neither."""
+    """Return the tensor names from a folder's index or from the header of its only file; None if both are missing."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None

@@ -84,7 +84,8 @@ def calibrate(
     """Compute the router rows of a spec's MoE layers, and write them into a calibration file.
 
     Args:
-        dense: open dense model, whose folder has a `config.json`; if several are mixed, only the first model runs.
+        dense: open dense model, whose folder has a `config.json`; if several models are mixed, only the first model
+            runs.
         output: file to write.
         spec: how the dense model will be upcycled.
         sample: tokens to run the model on.
@@ -92,7 +93,8 @@ def calibrate(
 
     Raises:
         SpecError: the spec needs no calibration file.
-        CheckpointError: the dense model cannot run layer by layer, or the sample has tokens outside its vocabulary.
+        CheckpointError: the dense model cannot run layer by layer, or the sample has tokens outside the model's
+            vocabulary.
         UpcycleError: the prompts do not tell the copies apart, or the output is a file that was made from other
             inputs.
 

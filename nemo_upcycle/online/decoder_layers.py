@@ -68,7 +68,8 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
         rope_theta: base of the model's rotary embedding; None if the layers do not change the rotary embedding.
         rope_scaling: scaling of the rotary frequencies in layers without a window, and in layers with a window if
             `local_rope_theta` is None.
-        local_rope_theta: base of the rotary embedding in layers with a window; their frequencies are not scaled.
+        local_rope_theta: base of the rotary embedding in layers with a window. The frequencies of these layers are not
+            scaled.
         max_positions: longest sequence, see `Architecture`.
         rotary_percent: rotated share of a head, see `Architecture`.
         shared_gate: whether the shared experts have a gate, which Megatron's own modules compute.
@@ -120,7 +121,7 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
         if not pre_norm:
             layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
             attention.linear_qkv = backend.column_parallel_linear()
-            if hasattr(network, "linear_fc1"):  # experts' layers never have the norm
+            if hasattr(network, "linear_fc1"):  # experts' first matrices never contain the norm
                 network.linear_fc1 = backend.column_parallel_linear()
         if rope:
             attention.core_attention = _scaled(attention.core_attention, rope)

@@ -1,6 +1,6 @@
 """GPTModel layers with a gated delta net in place of attention, as in Qwen3.5.
 
-The net is Megatron-Core's own module, which Megatron-Core has from 0.19 on. It needs flash-linear-attention.
+The net is a module of Megatron-Core 0.19 and later. This module needs flash-linear-attention.
 Megatron's own function for layers with this net is not used, because that function needs Transformer Engine and has no
 places for the norms and factors of `decoder_layers`.
 """
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_upcycle.models.delta_nets import VARIANT, has_nets, net_layers
 
 
-#: Name under which Megatron's local layers save the norm before attention, and Transformer Engine's name.
+#: Names of the saved norm before attention: the name in Megatron's local layers, and the name in Transformer Engine.
 _LOCAL_NORM, _SAVED_NORM = "input_layernorm.", "self_attention.in_proj.layer_norm_"
 
 

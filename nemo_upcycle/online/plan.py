@@ -75,10 +75,10 @@ class ParamPlan:
 
 
 def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPlan]:
-    """Plan the fill of one model chunk, every parameter exactly once.
+    """Plan how to fill every parameter of one model chunk exactly once.
 
     Args:
-        model: Megatron's `GPTModel` or `HybridModel`, also on the meta device.
+        model: Megatron's `GPTModel` or `HybridModel`, which may be on the meta device.
         plan: plan of the whole model.
         coords: coordinates of the rank.
 
@@ -175,7 +175,7 @@ def _checked_shape(
 
 
 def _biases(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the routers' buffers that bias the choice of experts, and protect them from later casts of the model."""
+    """Yield the router buffers that bias the choice of experts, and protect these buffers from later casts."""
     for name, module in model.named_modules():
         if name.endswith(".mlp.router") and (bias := getattr(module, "expert_bias", None)) is not None:
             bias.data = bias.data.float()

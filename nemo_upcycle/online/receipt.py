@@ -33,7 +33,7 @@ class ParameterRecord:
 
 @dataclass(frozen=True)
 class ActingCoefficient:
-    """The coefficient of a router's auxiliary loss, as set and as it acts on this layout, with the reason."""
+    """A router's auxiliary loss: configured coefficient, effective coefficient under this layout, and the reason."""
 
     name: str
     coefficient: float
@@ -45,16 +45,17 @@ class ActingCoefficient:
 class UpcycleReceipt:
     """The result of `upcycle_into` on one rank. `merge` combines the receipts of all ranks.
 
-    `*_params` count parameters of the whole model. `dense_params` counts the parameters of its parent, whose layers
-    have `parent_experts` experts.
-    Bytes, seconds and `peak_rss_gib` (over the whole life of the process) are this rank's. After a merge, bytes are
-    the sum over the ranks, and seconds and `peak_rss_gib` are the largest of any rank.
+    The fields `*_params` are numbers of parameters of the whole model. `dense_params` is the number of parameters of
+    the parent, whose layers have `parent_experts` experts. Bytes, seconds and `peak_rss_gib` (over the whole life of
+    the process) are this rank's. After a merge, bytes are the sum over the ranks, and seconds and `peak_rss_gib` are
+    the largest of any rank.
 
-    `exact_masters` says whether master weights that are made from now on equal the values that were filled in. It is
-    False if a parameter is in FP8 or FP4 and its values before quantization do not exist any more. They were then not
-    kept, or an optimizer has already taken them. `auxiliary_losses` are the auxiliary losses of the training.
-    `balancing_bias` has the settings by which the training changes the routers' biases, with Megatron's names as keys.
-    `left_out` counts the `tensors` and `bytes` of each part of the source that does not belong to the text model.
+    `exact_masters` says whether master weights created later equal the filled values. `exact_masters` is False
+    if a parameter is in FP8 or FP4 and its values before quantization do not exist any more. In this case the values
+    were not kept, or an optimizer has already taken the values. `auxiliary_losses` are the auxiliary losses of the
+    training. `balancing_bias` has the settings by which the training changes the routers' biases, with Megatron's
+    names as keys. `left_out` gives the numbers of `tensors` and `bytes` for each part of the source outside the text
+    model.
     """
 
     source: str
@@ -124,13 +125,13 @@ def read_receipt(path: Path) -> dict[str, Any]:
 def recorded_spec(
     fields: dict[str, Any] | None, path: Path | None, given: dict[str, Any], unsaid: dict[str, Any] | None = None
 ) -> UpcycleSpec | None:
-    """Return the spec from a receipt or from options, or None if there is neither.
+    """Return the spec from a receipt or from options, or None if both are missing.
 
     Args:
         fields: spec fields from the receipt; None without a receipt.
         path: file of the receipt, for error messages.
         given: spec fields that options set.
-        unsaid: spec fields that are known from elsewhere, used only without a receipt.
+        unsaid: spec fields that are known from elsewhere, used only if there is no receipt.
 
     Raises:
         SpecError: an option contradicts the receipt, or a value is invalid.

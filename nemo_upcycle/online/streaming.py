@@ -29,7 +29,7 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
     """Check that a dense model can run layer by layer and has these tokens in its vocabulary.
 
     Args:
-        dense: open dense model; if several are mixed, only the first model is checked.
+        dense: open dense model; if several models are mixed, only the first model is checked.
         batches: token ids.
 
     Raises:
@@ -61,7 +61,7 @@ class StreamedModel:
     """A model of transformers that reads the weights of a layer only when the layer computes.
 
     Args:
-        dense: open dense model, not a mix of several.
+        dense: open dense model, not a mix of several models.
 
     Example:
         >>> model = StreamedModel(dense)  # doctest: +SKIP
@@ -135,9 +135,9 @@ def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
 def several_at_a_time() -> Iterator[Run]:
     """Yield a function that applies another function to items, several at a time, and yields the results in order.
 
-    If several threads compute one matrix product, the number of threads changes the order of the sums. Here one thread
-    computes each item, and torch's number of threads is the number of items that run at a time. So the results do not
-    depend on the number of threads.
+    If several threads compute one matrix product, the number of threads changes the order of the sums. Here each item
+    is computed by one thread, and torch's number of threads is the number of items that run at a time. So the results
+    do not depend on the number of threads.
     """
     count = torch.get_num_threads()
     torch.set_num_threads(1)

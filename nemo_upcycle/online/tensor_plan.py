@@ -67,7 +67,7 @@ class TensorPlan:
         shard: the rank's part of the tensor.
         branch: which of several dense models a routed expert comes from; None for all other tensors.
         factors: factors on the tensor, applied in turn; each product is rounded to the tensor's type.
-        offset: number that is added to the slices before the factors, in the slices' own type.
+        offset: number that is added to the slices in their own type, before the factors are applied.
         method: init method that changes each expert's copy afterwards; None leaves the copies as they are.
     """
 
@@ -131,11 +131,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How a model is made, decided once. The plan of each of its tensors follows from this.
+    """The plan of a whole model. The plans of the model's tensors follow from it.
 
     Args:
         dense: architecture of the dense model.
-        moe_arch: architecture of the upcycled model; the dense one if nothing is upcycled.
+        moe_arch: architecture of the upcycled model; the dense architecture if nothing is upcycled.
         spec: how the dense model is upcycled; None to keep it dense.
         parents: number of dense models; the copies come from these models in turn.
     """
@@ -147,7 +147,7 @@ class ModelPlan:
 
     @staticmethod
     def of(dense: DenseSource, spec: UpcycleSpec | None) -> ModelPlan:
-        """Plan the upcycling of an open dense checkpoint. Without a spec, plan its own model unchanged.
+        """Plan the upcycling of an open dense checkpoint. Without a spec, plan the unchanged dense model.
 
         Raises:
             SpecError: the spec does not fit, does not name the calibration file that it needs, or leaves out a parent.
@@ -300,7 +300,7 @@ def change_copies(
     Args:
         plan: plan of the tensors; without a method nothing happens.
         spec: spec of the upcycling, with the strength and the seed of the change.
-        source: checkpoint to read again if tensor parallelism left only a part of the matrix on this rank.
+        source: checkpoint to read again if this rank holds only a part of the matrix because of tensor parallelism.
         experts: numbers of the experts over all ranks; 0 for a router.
         tensors: copies of these experts.
 
@@ -322,7 +322,7 @@ def change_copies(
 
 
 def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the matrices [F, D] that a tensor stacks, as views, or as copies if they interleave."""
+    """Return the matrices [F, D] that a tensor stacks, as views, or as copies if their rows interleave."""
     if plan.is_router:
         return [tensor]
     if plan.slices[0].piece.blocks == 1:
@@ -333,7 +333,7 @@ def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
 def _whole_matrix(
     plan: TensorPlan, dense_slice: DenseSlice, source: DenseSource, local_FD: torch.Tensor
 ) -> torch.Tensor:
-    """Return all neurons of an expert's matrix, including those on other ranks."""
+    """Return all neurons of an expert's matrix, including the neurons on other ranks."""
     if plan.shard.size == 1:
         return local_FD.clone()
     count, axis = local_FD.shape[0], int(plan.is_down)

@@ -57,15 +57,15 @@ def upcycle_into(
 ) -> UpcycleReceipt:
     """Fill the local chunks of an MoE model from a dense checkpoint, in place.
 
-    Works under any `parallel_state`. For one seed, the gathered model is bit-identical under every layout. If
-    parameters are in FP8 or FP4, their values before quantization are bit-identical. If an optimizer keeps master
-    weights, create it after this call, or let it reload the weights. With FP8 or FP4 parameters, an optimizer gets
-    exact master weights only if it is created after this call (`exact_masters` in the receipt).
+    This function works under any `parallel_state`. For one seed, the gathered model is bit-identical under every
+    layout. If parameters are in FP8 or FP4, their values before quantization are bit-identical. If an optimizer keeps
+    master weights, create the optimizer after this call, or let it reload the weights. With FP8 or FP4 parameters, an
+    optimizer gets exact master weights only if it is created after this call (`exact_masters` in the receipt).
 
     Args:
         chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
         dense: the open dense checkpoint.
-        spec: how to upcycle it; None loads it unchanged into a dense model.
+        spec: how to upcycle the checkpoint; None to load it unchanged into a dense model.
         progress: called after every parameter.
         hashes: whether to record the sha256 of every parameter in the receipt, which takes longer than the upcycling.
 
@@ -122,7 +122,7 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     Args:
         chunks: chunks of the model on this rank, see `upcycle_into`.
         dense: the open dense checkpoint.
-        spec: how to upcycle it; None for a dense model.
+        spec: how to upcycle the checkpoint; None for a dense model.
 
     Raises:
         SpecError, CheckpointError: see `upcycle_into`.
@@ -183,11 +183,11 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
         first.copy_(made_of.drawn(spec, dense.architecture.hidden_size))
         return
     source = made_of.source(dense)
-    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # then copy the whole first expert
+    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # True: expand the first expert as a whole, then copy it
     held: object = None
     slice_ = first
     for name, piece in made_of.slices:
-        if held != (name, piece.source):  # a parent's router rows come once for each copy
+        if held != (name, piece.source):  # read a slice once if several copies need it in turn (router rows)
             held, slice_ = (name, piece.source), source.read(name, piece.source)
         whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in plan.tensors[: 1 if at_once else None]))
         for part, *experts in [whole] if at_once else _blocks(whole):
@@ -283,7 +283,7 @@ def fill_chunks(
     Args:
         chunks: chunks of the model on this rank, see `upcycle_into`.
         paths: the dense checkpoint, followed by its branches.
-        spec: how to upcycle it; None loads it unchanged.
+        spec: how to upcycle the checkpoint; None to load it unchanged.
         non_expert_weights: "first" or "mean", see `open_dense`.
 
     Returns:
@@ -307,7 +307,7 @@ def fill_chunks(
 
 
 def merge_receipts(receipt: UpcycleReceipt) -> UpcycleReceipt | None:
-    """Return the merged receipt of all ranks on the first rank, and None on the others. This is a collective call.
+    """Return the merged receipt of all ranks on the first rank, and None on all other ranks. This is collective.
 
     Args:
         receipt: receipt of this rank.

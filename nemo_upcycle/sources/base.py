@@ -67,7 +67,7 @@ class DenseSource(Protocol):
         """Read a slice, given as (start, stop) along every axis, and read nothing else."""
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
-        """Start to fetch a slice that will be read soon, if that helps. The slice does not count as read."""
+        """Start to fetch a slice that will be read soon, if early fetching helps. The slice does not count as read."""
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where the bytes of a slice are, if they lie in one file, contiguous and in the order of `read`."""

@@ -29,7 +29,7 @@ from nemo_upcycle.utils.files import read_json
 _Type = TypeVar("_Type")
 _KEEP = "keep the model in NeMo, which can train and evaluate it"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
-#: PyTorch's or Megatron's function -> its name in the architecture.
+#: PyTorch's or Megatron's activation function -> its name in the architecture.
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_tanh"}
 #: Setting -> value to assume if a checkpoint omits the setting.
 _UNSAID = {

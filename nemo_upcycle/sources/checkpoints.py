@@ -104,10 +104,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
-    """Return the error of a training run that a full disk ended, or None if something else ended it.
+    """Return the error to raise if a full disk ended a training run, or None if the run ended for another reason.
 
     Torch and Megatron hide a full disk behind other messages (`unexpected pos 704 vs 598`). Therefore the disk itself
-    is checked, too. It counts as full if a checkpoint has been started and the disk has less free space than the
+    is checked, too. The disk counts as full if a checkpoint has been started and the disk has less free space than the
     checkpoint still needs.
 
     Args:
@@ -142,7 +142,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
 
 
 def _told_full(error: BaseException | None) -> str | None:
-    """Return the operating system's message about a full disk or quota behind an error, or None without one."""
+    """Return the operating system's message if a full disk or quota caused an error, or None."""
     while error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error.strerror

@@ -159,10 +159,10 @@ def rounded_because(
     Args:
         dense: open checkpoint.
         dtype: type of the result.
-        spec: gives the factors on the weights and biases after an expert's activation. A factor that is not a power of
-            two rounds the weights, which changes the logits in 16-bit types. A factor below 1 makes the smallest
-            numbers of a type lose digits. This matters only in float16, because the numbers are below 1e-38 in every
-            other type.
+        spec: spec with the factors that scale the weights and biases after an expert's activation. A factor that is
+            not a power of two rounds the weights, which changes the logits in 16-bit types. A factor below 1 makes the
+            smallest numbers of a type lose digits. This matters only in float16, because the numbers are below 1e-38
+            in every other type.
         folded: `mapping.folded_scale` of a Hugging Face folder's model.
 
     Example:
@@ -178,7 +178,7 @@ def rounded_because(
 
 
 def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
-    """Yield a reason for every factor that rounds weights of a type. It says which weights and numbers are rounded.
+    """Yield a reason for every factor that rounds weights of a type. A reason says which weights are rounded.
 
     Args:
         factors: name of the scaled weights -> factor.

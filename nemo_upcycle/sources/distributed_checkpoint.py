@@ -80,7 +80,8 @@ class DistributedCheckpoint(TensorFiles[Any]):
         """Read a slice, given as (start, stop) along every axis.
 
         If one piece holds the slice, the result is a view; otherwise the slice is assembled from several pieces. Copy
-        it; never write to it. Only the slice is read. The first access to a piece also reads some hundred bytes.
+        the result; never write to it. Only the slice is read. The first access to a piece also reads some hundred
+        bytes.
 
         Raises:
             CheckpointError: there is no such tensor, a piece is damaged, or the pieces do not cover the slice.

@@ -36,8 +36,8 @@ def on_this_machine(
     Args:
         parent: address of the model.
         wanted: patterns of the files to download from the hub.
-        offline: whether to use the hub's cache without asking the hub if the cache is complete.
-        cache: folder of the hub's cache; None: the folder that the environment sets.
+        offline: whether to use a complete cache of the hub without asking the hub.
+        cache: folder of the hub's cache; None means the folder that the environment sets.
 
     Raises:
         UpcycleError: the model cannot be converted or downloaded.
@@ -63,7 +63,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
             folder, plain or as `hf:///absolute/path` (used in place).
         output: folder for a converted model; untouched if nothing is converted.
         sampled: whether to read only samples of the weights, see `check_source`.
-        offline: whether to use the hub's cache without asking the hub if the cache is complete.
+        offline: whether to use a complete cache of the hub without asking the hub.
 
     Returns:
         A folder with `config.json`, safetensors and tokenizer files. The folder was checked: it holds a complete dense
@@ -209,7 +209,7 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
         answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), None)
         token = "give this machine a token that has access: `hf auth login`, or HF_TOKEN in the environment"
-        if status in (401, 403):  # a gated or private model; the hub says that a private one does not exist
+        if status in (401, 403):  # a gated or private model; the hub says that a private model does not exist
             fix = f"check the name. If the model is gated, accept the terms on its page, then {token}"
         else:
             fix = (

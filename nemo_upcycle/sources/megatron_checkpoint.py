@@ -1,8 +1,8 @@
 """A dense NeMo 2 or Megatron distributed checkpoint, read by slice under Hugging Face's names.
 
 Megatron fuses tensors that Hugging Face keeps apart. Query, key and value are interleaved by key-value group, and the
-gate lies above the up projection. The mapping table says which rows of a Megatron tensor form a Hugging Face tensor,
-and only these rows are read.
+gate projection lies above the up projection. The mapping table says which rows of a Megatron tensor form a Hugging
+Face tensor, and only these rows are read.
 """
 
 from __future__ import annotations
@@ -101,16 +101,17 @@ def _embedding_rows(checkpoint: DistributedCheckpoint, prefix: str) -> int:
 class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
-    If a slice is one run of rows inside one saved piece, `read` returns a view of the mapped file. Otherwise `read`
-    assembles the slice in new memory of the slice's size. `bytes_read` counts only the slices. In addition, some
-    hundred bytes of each piece that a slice touches are read once. Optimizer states and other layers are not read.
+    If a slice consists of consecutive rows inside one saved piece, `read` returns a view of the mapped file. Otherwise
+    `read` assembles the slice in new memory of the slice's size. `bytes_read` counts only the slices. In addition,
+    some hundred bytes of each piece that a slice touches are read once. Optimizer states and other layers are not
+    read.
 
     Args:
         path: checkpoint folder. A Hugging Face `config.json` in it takes precedence over the settings in `context/`.
 
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, is not a dense model of a known kind, has an unknown
-            configuration, or its configuration and weights disagree.
+            configuration, or has a configuration that disagrees with the weights.
 
     Example:
         >>> with MegatronCheckpoint(Path("checkpoints/llama3-8b")) as dense:  # doctest: +SKIP
@@ -220,12 +221,12 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             self._checkpoint.prefetch(self._entry(name).key, run)
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Yield the runs of rows of a slice in the Megatron tensor. A query, key or value has one run per group."""
+        """Yield each range of Megatron rows that a slice needs. A query, key or value has one range per group."""
         fused, end = self._entry(name), 0
         layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
         for slice_ in fused.slices:
             rows, block = slice_.rows[1] - slice_.rows[0], fused.shape[0] // slice_.blocks
-            begin, end = end, end + rows * slice_.blocks  # its rows in the Hugging Face tensor
+            begin, end = end, end + rows * slice_.blocks  # rows of `slice_` in the Hugging Face tensor
             start, stop = max(bounds[0][0], begin) - begin, min(bounds[0][1], end) - begin
             for number in range(start // rows, -(-stop // rows) if start < stop else 0):
                 first, last = max(start, number * rows), min(stop, (number + 1) * rows)

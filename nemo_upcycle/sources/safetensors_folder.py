@@ -182,7 +182,7 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         return self._entry(name).dtype
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a slice as a view of the mapped file. Copy it; never write to it.
+        """Return a slice as a view of the mapped file. Copy the view; never write to it.
 
         For a slice of columns, whole rows are fetched, because the other ranks of the machine need the rest.
 

@@ -1,4 +1,4 @@
-"""Check that a calibration file belongs to a dense model and a spec, before anything is read or written for it."""
+"""Check that a calibration file belongs to a dense model and a spec, before any parameter is written."""
 
 from __future__ import annotations
 

@@ -73,10 +73,10 @@ def _nemo_settings(path: Path) -> dict[str, Any]:
 
 
 def _bridge_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of Bridge's model under Megatron's names, which are also NeMo's."""
+    """Return the settings of Bridge's model under Megatron's names, which NeMo also uses."""
     described = read_yaml(path)
     model = dict(described["model"])
-    settings = model | dict(model.get("transformer") or {})  # a builder has a section for these
+    settings = model | dict(model.get("transformer") or {})  # a builder keeps these in a section
     if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # other classes compute differently
         settings["_target_"] = "megatron.GPTModel"
     # A builder's configuration omits the activation. Assume silu, which nearly every parent has.

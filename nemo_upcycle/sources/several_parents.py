@@ -20,7 +20,7 @@ from nemo_upcycle.utils.streams import ByteRange
 
 #: Source of all weights except the experts: the first model, or the mean of all models.
 NON_EXPERT_WEIGHTS = ("first", "mean")
-#: The longest sequence does not change the weights, and checkpoint formats store it differently.
+#: The maximum sequence length does not change the weights, and checkpoint formats store this length differently.
 _MAY_DIFFER = ("max_positions",)
 
 
@@ -46,8 +46,8 @@ def require_copies(dense: DenseSource, copies: int) -> None:
 class Branches:
     """Dense models of one architecture. Copy c of the feed-forward network comes from model c % (number of models).
 
-    The step-0 model computes the function of none of its parents. Reading a mean reads every parent, and `bytes_read`
-    counts the slices of all of them.
+    The step-0 model does not compute the function of any parent. A mean is computed from slices of every parent, and
+    `bytes_read` counts all these slices.
 
     Args:
         sources: open sources, two or more; the first one names the result. Closing this source closes all of them.

@@ -42,8 +42,8 @@ DAMAGE = (
 class Inert:
     """Stand-in for a class or function that a pickle names. It keeps its arguments and does nothing with them.
 
-    A pickle can set attributes of every object that it imports, but not of this class. To set them, pickle calls
-    `__setstate__`, and on a class without an instance this call fails. If a pickle builds a list or dict of another
+    A pickle can set attributes of every object that it imports, but not of this class. To set attributes, pickle calls
+    `__setstate__`, and this call fails on a class without an instance. If a pickle builds a list or dict of another
     class, the items are ignored.
     """
 
@@ -118,7 +118,7 @@ def read_saved(path: Path) -> Any:
 class FileSpan:
     """The bytes of a file that hold a piece of a tensor.
 
-    `transforms` says how the bytes are compressed; None if they are not.
+    `transforms` says how the bytes are compressed; None if the bytes are not compressed.
     """
 
     file: str
@@ -212,7 +212,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
         description = description.args[0]
     (_, _, key, _, count), offset, shape, stride = description.args[:4]
     start, stop = _record(window, records[f"data/{key}"])
-    if stop - start not in (count * dtype.itemsize, count):  # an untyped storage counts bytes
+    if stop - start not in (count * dtype.itemsize, count):  # an untyped storage gives its size in bytes
         raise ValueError("of another type")
     # Torch itself checks that the layout is valid and has the shape from the metadata.
     layout = torch.empty_strided(shape, stride, dtype=dtype, device="meta").view(sizes)

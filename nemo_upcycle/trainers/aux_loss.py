@@ -172,7 +172,7 @@ def gradient_of_losses(router: TopKRouter, logits: torch.Tensor) -> torch.Tensor
     """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
         scores, _ = router.routing(logits)
-        # A schedule makes this call after every forward step. Here it acts as for a stage that computes no loss.
+        # A schedule makes this call after every forward step. Here the call acts as for a stage without a loss.
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]

@@ -17,7 +17,7 @@ from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.trainers.settings import STEPS, by_class, free_settings, step0_settings
 
 
-#: Environment variable that NVIDIA's `ft_launcher` sets for the ranks it watches: the socket of the watching process.
+#: Environment variable that `ft_launcher` sets for the ranks that it watches: the socket of the watching process.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
@@ -28,7 +28,7 @@ class TrainingSettings:
     Attributes:
         fixed: override -> value of the settings that the result depends on; they may not change.
         steps: number of optimizer steps, which may grow; 0 if only the recipe knows it.
-        free: settings that do not affect the result: logs, interval and retention of checkpoints, nodes, workers.
+        free: settings that do not affect the result, such as logs, checkpoint intervals, nodes and workers.
         step0: fixed settings that the step-0 check depends on.
     """
 
@@ -136,7 +136,7 @@ class Training(ABC):
         Args:
             stage: name of the stage, see `check`.
             parent: the dense parent.
-            remote: whether to fetch a parent that is missing here, and to fail if that is impossible.
+            remote: whether to fetch a parent that is missing here, and to fail if it cannot be fetched.
 
         Raises:
             UpcycleError: the training cannot start from this parent.
@@ -184,12 +184,12 @@ class Training(ABC):
 
         Raises:
             StageStopped: a signal stopped the training, which can be resumed.
-            StageError: the training left no checkpoint.
+            StageError: the training wrote no checkpoint.
         """
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint with the highest step that a training left in its stage's folder.
+    """Return the checkpoint with the highest step in the folder of a training's stage.
 
     Raises:
         StageError: the folder has no checkpoint.

@@ -11,7 +11,7 @@ from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
-#: The planner's name of a precision -> the name of the FP8 recipe in Megatron and in this package's recipes.
+#: Maps the planner's name of a precision to the name of the FP8 recipe in Megatron and in this package's recipes.
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 
 
@@ -84,7 +84,7 @@ class Commands(ABC):
 
     @abstractmethod
     def why_not(self, work: Workload) -> str:
-        """Explain which other settings of a plan no recipe has; "" if a recipe has all of them."""
+        """Explain which other settings of a plan are missing from all recipes; "" if a recipe has all of them."""
 
     @abstractmethod
     def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:

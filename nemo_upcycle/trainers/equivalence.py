@@ -1,13 +1,13 @@
 """Step-0 equivalence: does the upcycled Megatron model compute the same function as its dense parent?
 
 Three models are compared on real text, on one rank, before any training: the parent in Hugging Face's implementation,
-the parent in Megatron, and the upcycled model in Megatron. Comparing the parent in Hugging Face with the upcycled
-model crosses two implementations, in float32.
+the parent in Megatron, and the upcycled model in Megatron. The parent in Hugging Face is compared with the
+upcycled model in float32, across two implementations.
 
 Comparing the two Megatron models isolates upcycling, so this comparison is done in float64 as well. In float32 the
 combine weights sum to one only up to rounding, which disturbs every layer by one unit in the last place. Thirty layers
-amplify this as much as they amplify any reordering of a sum in the parent itself. To show the size of this effect, the
-parent's float32 result is also compared with its float64 result.
+amplify this error as much as they amplify any reordering of a sum in the parent itself. To show the size of this
+effect, the parent's float32 result is also compared with its float64 result.
 
 No model is ever in memory as a whole: the weights of an embedding, a layer or an output layer are filled when
 this part computes (`paging.py`). Memory does hold five tensors of logits at a time, [B, S, V] each, and the output of

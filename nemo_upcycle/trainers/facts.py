@@ -48,7 +48,7 @@ class Profile:
         Args:
             sizes: object with `tensor_model_parallel_size` and its siblings.
             model: a `TransformerConfig`.
-            ddp: a `DistributedDataParallelConfig`, or any object without these fields.
+            ddp: a `DistributedDataParallelConfig`, or an object that lacks its fields.
             accelerator: device that the recipe asks for.
             precision: the planner's name of the precision.
         """
@@ -154,7 +154,7 @@ class Saving:
         weight_bytes: bytes per parameter in a checkpoint.
         every_n_steps: steps between two checkpoints.
         setting: override that sets this interval.
-        keeps: number of checkpoints left at the end of the training; None: all.
+        keeps: number of checkpoints that remain at the end of the training; None: all.
     """
 
     weight_bytes: int
@@ -196,7 +196,7 @@ class TrainingFacts:
         computation: how a step is computed.
         saving: size, interval and retention of checkpoints.
         rate: learning rate.
-        evaluations: evaluations during training; None: none.
+        evaluations: evaluations during training; None: no evaluations.
         uses_wandb: whether the training sends its metrics to Weights & Biases.
         positions: longest sequence that the parent was trained on (tokens); None: unknown.
     """

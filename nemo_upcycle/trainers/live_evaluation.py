@@ -28,8 +28,8 @@ class LiveEvaluation:
     that two steps or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation`
     (metric -> value, stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts
     are held out by the run's blend, and cut into pieces of at most one training sequence. No token is dropped,
-    whatever the capacity factor. Evaluations do not change the training's state: a run gives the same bits with and
-    without them.
+    whatever the capacity factor. Evaluations do not change the training's state: a run gives the same weights with and
+    without evaluations.
 
     Args:
         evaluations: settings of the evaluations; one evaluation comes before the first step, and one after the last
@@ -79,7 +79,7 @@ class LiveEvaluation:
         return step % self._evaluations.every_n_steps == 0 or step == self._max_steps
 
     def _prepare(self, step: int) -> bool | None:
-        """Build the suite on the first rank, and delete scores that an abandoned start left for later steps.
+        """Build the suite on the first rank, and delete the scores of later steps that an abandoned start wrote.
 
         Returns:
             On all ranks, whether to score the step that the training starts from. This step has no scores if an

@@ -19,13 +19,13 @@ LEAST = 20
 class LossSpikes:
     """Finds spikes by comparing each loss with the last losses of a training.
 
-    A spike is a loss above `median + threshold * spread` of the last losses. The spread is their median distance from
-    the median, scaled to a standard deviation, and at least 1 % of the median. A resumed run starts with an empty
-    window.
+    A spike is a loss above `median + threshold * spread` of the last losses. The spread is the median distance of
+    these losses from their median, scaled to a standard deviation, and at least 1 % of the median. A resumed run
+    starts with an empty window.
 
     Args:
-        window: number of last losses to compare with.
-        threshold: number of spreads above the median.
+        window: number of previous losses that a loss is compared with.
+        threshold: number of spreads above the median that a spike exceeds.
     """
 
     def __init__(self, window: int = 128, threshold: float = 8.0) -> None:
@@ -47,7 +47,7 @@ class LossSpikes:
         if limit is None or loss <= limit:
             self._losses.append(loss)
             return None
-        self._losses.append(limit)  # a lasting rise moves the window, a single spike does not
+        self._losses.append(limit)  # a lasting rise moves the window, but a single spike does not
         if folder:
             show_messages().warning("step %d: loss spike: %.4f, above %.4f", step, loss, limit)
             line = {"step": step, "loss_spike": round(loss, 6), "limit": round(limit, 6)}

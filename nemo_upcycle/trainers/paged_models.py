@@ -53,7 +53,7 @@ _ONE_RANK: dict[str, Any] = ON_META | {
 }
 
 
-#: The names that transformers 5 gives the parts of a layer's experts, in every class.
+#: Names of a layer's router and experts in transformers 5, the same in every class.
 _OF_5 = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<what>gate\.weight|experts\.(gate_up|down)_proj)")
 _ROLES = {"gate.weight": "router", "experts.gate_up_proj": "expert_fc1", "experts.down_proj": "expert_fc2"}
 
@@ -78,7 +78,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         fill([replace(plan, tensors=tuple(tensors[name] for name in plan.names)) for plan in mine], dense, spec, None)
         dense.release()
 
-    fill([plan for plan in plans if plan.made_of.mapping.role in BALANCING_BIASES], dense, spec, None)  # stay filled
+    fill([plan for plan in plans if plan.made_of.mapping.role in BALANCING_BIASES], dense, spec, None)  # these stay
     layers = [f"decoder.layers.{number}" for number in range(len(model.decoder.layers))]
     norm = "decoder.final_norm" if hybrid_of(model) else "decoder.final_layernorm"
     ends = [norm, *([] if arch.tied_embeddings else ["output_layer"])]
@@ -90,7 +90,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
 def _built(config: Any, arch: Architecture) -> Any:
     if hasattr(config, "configure_model"):
         model = config.configure_model(tokenizer=None)
-        if arch.scaled_embedding:  # NeMo scales in its class GemmaModel, not in the configuration
+        if arch.scaled_embedding:  # NeMo scales it in the class GemmaModel, not by a setting
             from nemo.collections.common.parts.utils import extend_instance
             from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
 

@@ -86,7 +86,7 @@ class PagedModel:
             self._set(name, tensors.pop(name).to(self.dtype))
 
     def only(self, name: str) -> Any:
-        """Return a parameter, and release all other parts except those that stay."""
+        """Return a parameter, and release all other parts except the parts in `stay`."""
         part = next(part for part, names in self._names.items() if name in names)
         for other in self._here - {part}:
             self.drop(other)

@@ -18,7 +18,7 @@ HIGH = 1e-4
 
 
 def high_rate(peak: float | None) -> str:
-    """Return a warning about a learning rate that trained weights may not survive; "" for any other.
+    """Return a warning about a learning rate that trained weights may not survive; "" for any other rate.
 
     Args:
         peak: peak of the learning rate; None if it is not known.

@@ -17,7 +17,7 @@ from nemo_upcycle.utils.validation import check_capacity
 
 #: The dispatchers of NeMo 2.7. The planner knows later dispatchers as well.
 DISPATCHERS = ("alltoall", "deepep")
-#: Megatron's name of a Transformer Engine FP8 recipe -> NeMo's precision.
+#: Maps Megatron's name of a Transformer Engine FP8 recipe to NeMo's precision.
 FP8_RECIPES = {
     "delayed": "bf16_with_fp8_mixed",
     "tensorwise": "bf16_with_fp8_current_scaling_mixed",

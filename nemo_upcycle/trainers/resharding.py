@@ -55,7 +55,7 @@ def regrouped(states: Any, count: int) -> Any:
     if len(saved) in (0, count):
         return states
     groups = [group for one in saved for group in one["optimizer"]["param_groups"]]
-    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # if two are alike, the later counts
+    others = [group | {_OF_EXPERTS: not group[_OF_EXPERTS]} for group in groups]  # if two are alike, the later wins
     settings = {name: value for name, value in saved[0].items() if name != _TENSORS and not isinstance(name, int)}
     settings["optimizer"] = settings["optimizer"] | {"param_groups": [*others, *groups]}
     if count == 1:

@@ -1,7 +1,7 @@
 """The table of training settings: each row has NeMo's name, Bridge's name, and the meaning in this package.
 
-For both trainers, a row says whether a result or the step-0 check depends on the setting, whether people look at it,
-what the planner calls a size, and which values are valid.
+For both trainers, a row says whether a result or the step-0 check depends on the setting, whether people look at the
+setting, which name the planner uses for a size, and which values are valid.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _optimizer(name: str, rule: Rule) -> Setting:
 
 
 def _callback(nemo: str, bridge: str, rule: Rule | None = None) -> Setting:
-    """Make the row of a setting of a NeMo callback, addressed by its class, and of Bridge's node `upcycle`."""
+    """Make the row of a setting that belongs to a NeMo callback (by its class) and to Bridge's node `upcycle`."""
     return Setting(f"trainer.callbacks.{nemo}", f"upcycle.{bridge}", rule, free=True)
 
 

@@ -35,7 +35,7 @@ from nemo_upcycle.utils.attributes import temporarily_set
 ON_META: dict[str, Any] = {
     "perform_initialization": False,
     "init_model_with_meta_device": True,
-    "use_cpu_initialization": True,  # then Megatron names no other device
+    "use_cpu_initialization": True,  # so that Megatron uses no other device
     "context_parallel_size": 1,  # Megatron's own attention supports no other size
     "fp8": None,
     "fp4": None,

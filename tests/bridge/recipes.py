@@ -1,4 +1,4 @@
-"""Recipes as a user would write them, for a model that trains fast. One is named `tests.bridge.recipes:tiny`."""
+"""Recipes as a user would write them, for a fast model. Commands name a recipe as `tests.bridge.recipes:tiny`."""
 
 from __future__ import annotations
 

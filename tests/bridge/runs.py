@@ -135,7 +135,7 @@ def train(
         dense: dense checkpoint.
         folder: folder for the checkpoints.
         fields: fields of the spec, None for the dense model.
-        load: folder to resume from, if it is not named as in `folder`.
+        load: folder to resume from, in another spelling than `folder`; None uses `folder`.
         async_save: whether checkpoints are written in the background.
         save_later: folder that replaces `folder` after everything is configured, as on a command line.
         starts: number of starts; each trains one more step. The dense weights are deleted before the second start.
@@ -193,7 +193,7 @@ def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **o
         dense: dense checkpoint.
         run: folder for the checkpoints.
         fields: fields of the spec. None for the dense model, whose export must be bit-identical to its checkpoint.
-        options: arguments of `train`; `parent` is the folder to start from, if that is not `dense`.
+        options: arguments of `train`; `parent` replaces `dense` as the folder to start from.
     """
     ranks = max(options.get("tp", 1) * options.get("pp", 1), options.get("ep", 1))
     train_on_ranks(ranks, options.pop("parent", dense), run, fields, **options)
@@ -203,7 +203,7 @@ def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **o
 
 
 def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
-    """Check that 2 + 2 steps give the same bits as 4 steps and that 2 steps do not; return the exported folder."""
+    """Check that 2 + 2 steps give the same bits as 4 steps and other bits than 2 steps; return the exported folder."""
     train_on_ranks(2, dense, folder / "whole", SPEC, steps=4, **options)
     for steps in (2, 4):
         train_on_ranks(2, dense, folder / "twice", SPEC, steps=steps, **options)
@@ -214,7 +214,7 @@ def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Return the names of tensors that differ between two folders, or that only one of them has."""
+    """Return the names of tensors that differ between two folders, or that only one folder has."""
     with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
         both = set(one.names()) & set(other.names())
         changed = {name for name in both if not torch.equal(one.read(name), other.read(name))}
@@ -271,7 +271,7 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
 
     config = hooked(parent, folder, fields, **options)
     prepare(config)
-    config._checkpoint_load_required = False  # set by Bridge's pretrain otherwise
+    config._checkpoint_load_required = False  # in a real run, Bridge's pretrain sets this
     config.model.finalize()
     config.model.initialize_model_parallel(seed=1)
     (chunk,) = config.model.provide_distributed_model(wrap_with_ddp=False)

@@ -66,7 +66,7 @@ def test_the_receipt_says_how_the_global_loss_acts(dense: Path, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """Four steps on two ranks with quantile balancing: the run's folder, and the values seen by each rank."""
+    """The folder of a run with quantile balancing (four steps, two ranks), and the values that each rank saw."""
     folder = tmp_path_factory.mktemp("quantiles") / "run"
     return folder, _trained(dense, folder, steps=4, model=QUANTILES)
 

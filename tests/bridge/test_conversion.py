@@ -1,4 +1,4 @@
-"""This package adds classes to Bridge's conversion. Their models are imported and exported bit by bit."""
+"""This package adds classes to Bridge's conversion. Import and export change no bit of their models."""
 
 from __future__ import annotations
 

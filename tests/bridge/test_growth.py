@@ -1,4 +1,4 @@
-"""Grow a parent with experts in Megatron-Bridge. The result has the same bits as from `convert`, and so from NeMo."""
+"""Grow a parent with experts in Megatron-Bridge. The result has the same bits as in `convert` and in NeMo."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_a_resumed_training_has_the_same_bits(dense: Path, tmp_path: Path) -> No
 
 
 def test_an_optimizer_in_bf16_of_weights_in_float32_is_refused(dense: Path, tmp_path: Path) -> None:
-    """Otherwise optimizer states are saved for no parameter, and Megatron fails only at the first checkpoint."""
+    """Without this refusal, Megatron finds no optimizer states to save, and fails only at the first checkpoint."""
     said = refusal(dense, tmp_path / "run", SPEC, {f"optimizer.{name}": value for name, value in MUON.items()})
     assert "config.optimizer.bf16 cannot be set: weights are in float32" in said
 

@@ -1,4 +1,4 @@
-"""Our recipes for Bridge have the same numbers as those for NeMo, and fit on their GPUs according to the planner."""
+"""Our Bridge recipes have the numbers of our NeMo recipes, and fit on their GPUs according to the planner."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
     from transformers import Qwen3MoeConfig
 
     model = AutoBridge.from_hf_config(Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
-    monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # the original would ask the hub
+    monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # the original function asks the hub
     ours, theirs = (
         bridge_functions()[name](str(parent)),
         qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config(),
@@ -173,7 +173,7 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
         assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
         assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == experts
         assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
-    config.env_vars = {}  # otherwise, these variables would be set in this process
+    config.env_vars = {}  # keeps the recipe's variables out of this process
     runtime_config_update(config)
     assert config.data_parallel_size * config.model.tensor_model_parallel_size <= int(_part(name, "gpus"))
     assert config.model.delay_wgrad_compute == (name in FAST)

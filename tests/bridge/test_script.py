@@ -34,7 +34,7 @@ def _script(form: str, dense: str, folder: str, settings: list[str]) -> None:
     from nemo_upcycle.bridge import with_upcycling
 
     of_folder = AutoBridge.from_hf_pretrained
-    AutoBridge.from_hf_pretrained = lambda name, **options: of_folder(dense, **options)  # would ask the hub otherwise
+    AutoBridge.from_hf_pretrained = lambda name, **options: of_folder(dense, **options)  # instead of asking the hub
     config = llama32_1b_pretrain_1gpu_h100_bf16_config()
     if form == "builder":
         config.model = as_builder(config.model)

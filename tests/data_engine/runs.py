@@ -22,7 +22,7 @@ from tests.waiting import HANG_S
 
 
 def clear(plan: Path) -> None:
-    """Remove everything that runs of a plan wrote beside the plan."""
+    """Remove all files that the runs of a plan wrote beside the plan."""
     subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
 
 
@@ -114,7 +114,7 @@ def everything(work: Path) -> dict[str, bytes]:
         counts = json.loads(path.read_text(encoding="utf-8"))
         del counts["seconds"]
         for file in counts["files"].values():
-            file.pop("modified_ns", None)  # remote files have no such time
+            file.pop("modified_ns", None)  # only local files have this time
         found[path.name] = json.dumps(counts).encode()
     return found
 

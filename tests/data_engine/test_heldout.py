@@ -108,7 +108,7 @@ def test_one_removes_nothing_and_counts(tmp_path: Path) -> None:
 
 
 def test_duplicate_of_a_training_document_goes_alone(tmp_path: Path) -> None:
-    """The training document comes first and must stay: the comparison ignores documents removed as duplicates."""
+    """The training document comes first and must stay, because the comparison ignores removed duplicates."""
     first = write_jsonl(tmp_path / "1.jsonl", HELD[0], OTHER)
     second = write_jsonl(tmp_path / "2.jsonl", HELD[0].replace(" ", "  "), HELD[3])
     tasks = [{"files": [first]}, {"files": [second], "split": "heldout"}]

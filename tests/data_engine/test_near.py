@@ -42,7 +42,7 @@ def test_first_of_a_pair_stays(tmp_path: Path, kind: str) -> None:
 
 
 def test_first_of_a_chain_stays_though_others_have_more_pairs(tmp_path: Path) -> None:
-    """Each document lacks a tenth of the previous one, so only the others connect the last documents to the first."""
+    """Each document lacks a tenth of the previous document. The first and the last are not near duplicates."""
     chain = [document(1, paragraphs=10)]
     while len(chain) < 6:
         chain.append("\n\n".join([*chain[-1].split("\n\n")[1:], document(100 + len(chain), paragraphs=1)]))

@@ -25,8 +25,8 @@ from nemo_upcycle.pipeline.executors.local import held_port
 from tests.waiting import HANG_S
 
 
-#: Modules that the server imports. The first makes the others importable without CUDA. An environment has only one
-#: of the last two.
+#: Modules that the server imports. The first module makes the others importable without CUDA. An environment has
+#: only one of the last two modules.
 _PRELOAD = ["nemo_upcycle.trainers", "torch", "nemo.collections.llm", "megatron.bridge.training.pretrain"]
 
 
@@ -81,7 +81,8 @@ def server() -> ForkServerContext:
     """Return the context that forks processes from a server that has imported NeMo."""
     if "nemo" in sys.modules and sys.modules["nemo"] is None:  # hidden: see tests/without_nemo.py
         raise ModuleNotFoundError("the ranks import NeMo", name="nemo")
-    # Set them before the server starts: its children inherit the values that it reads at import.
+    # The server reads these variables at import, and its children inherit the values.
+    # So set the variables before the server starts.
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

@@ -1,7 +1,7 @@
-"""An upcycled checkpoint evaluates as its dense parent does: this is the check that an engineer trusts.
+"""An upcycled checkpoint gets the same answers as its dense parent: the check that an engineer trusts.
 
 The reference is the parent in Hugging Face's own implementation, not the export. Export and evaluation read a
-checkpoint through the same table of parameters, and could be wrong together. With copied experts, the upcycled model
+checkpoint through the same table of parameters, and could share a mistake. With copied experts, the upcycled model
 computes the parent's function. `tests/unit/models/test_parents.py` tests the export.
 """
 

@@ -193,5 +193,5 @@ def test_parameters_in_an_optimizers_buffers_are_filled(folder: Path, reference:
     assert before.keys() == after.keys() == reference["shared"].keys()
     for key, value in before.items():
         assert torch.equal(value, after[key]), key
-        if "experts" not in key:  # experts are scaled, or redrawn from bfloat16 statistics, and round differently
+        if "experts" not in key:  # experts round differently: they are scaled, or redrawn from bfloat16 statistics
             assert torch.equal(value, reference["shared"][key].bfloat16().float()), key

@@ -36,7 +36,7 @@ class Strike:
 
 
 def arm(strike: Strike) -> None:
-    """Kill this process when the moment comes, here or in a forked process; the forked process is killed, too."""
+    """Kill this process when the moment comes in this process or in a fork of it; the fork is killed, too."""
     if int(os.environ.get("RANK", "0")) != strike.rank:
         return
     victim, seen, removing = os.getpid(), 0, not strike.inside_removal

@@ -52,7 +52,7 @@ TRAINING_AIMS = (
 
 
 def aims(aimed: Sequence[Strike], latest_s: float, ranks: int = 1) -> Iterator[Strike]:
-    """Yield kills without end: every second one is aimed, the others come at a random time."""
+    """Yield kills without end: every second kill is aimed, the others come at a random time."""
     numbers = random.Random(ranks)
     for aim in itertools.cycle(aimed):
         yield aim

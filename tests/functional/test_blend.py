@@ -107,7 +107,7 @@ def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the small blend; a test that changes the folder must copy it.
 
-    Before that, another blend was started in the same folder, and stopped before it read a text.
+    Before the build, another blend was started in this folder, and stopped before it read a text.
     """
     output = tmp_path_factory.mktemp("small") / "data"
     (output / "build").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The chain as jobs of a real Slurm with two nodes: stopped in every way that a scheduler can, and resumed.
+"""The chain as jobs of a real Slurm with two nodes: a scheduler stops the jobs in every way, and they resume.
 
 `make test-in ENV=slurm` runs both of these commands:
 

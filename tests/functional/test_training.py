@@ -45,7 +45,7 @@ def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, 
 
 
 def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]) -> None:
-    """The disk has room for one checkpoint of 11 MiB, but not for a second one beside it."""
+    """The disk has room for one checkpoint of 11 MiB, but not for two checkpoints."""
     disk = runs.folder / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "disk", disk], check=False).returncode:
@@ -66,14 +66,14 @@ def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]
 
 @pytest.mark.parametrize("options", [{"validate_every": 2000}, {}], ids=["a longer interval", "no validation"])
 def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, options: dict[str, int]) -> None:
-    """Lightning would refuse a longer interval after building everything; without validations, NeMo saves no end."""
+    """Alone, Lightning refuses a longer interval after building everything; NeMo saves no end without validations."""
     name = f"trial {len(options)}"
     lines = runs.train(name, 1, steps=3, every=2, **options)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert steps_in(last_checkpoint(runs.folder / name)) == 3
 
 
-#: Sources that have about as many tokens together as ten sequences.
+#: Sources that together have about as many tokens as ten sequences.
 SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {"train": [6], "validation": [8]})}
 
 

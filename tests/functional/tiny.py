@@ -22,7 +22,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "seq_length": SEQUENCE,
-    # Padding rows count in the loss, so every layout must have the same number: pad to one size under TP1 and TP2.
+    # The loss includes padding rows, so every layout needs equally many of them: pad to one size under TP1 and TP2.
     "make_vocab_size_divisible_by": PADDED_VOCAB // 2,
 }
 #: A suite that evaluates WINDOWS windows of held-out text.
@@ -92,7 +92,7 @@ def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None) -> Any:
-    """Shrink a recipe of the demo to the tiny model, in place; with `checkpoint_every` None, save none."""
+    """Shrink a recipe of the demo to the tiny model, in place; `checkpoint_every=None` saves no checkpoint."""
     import nemo_run as run
     from nemo import lightning as nl
 

@@ -1,6 +1,6 @@
-"""Check that transformers loads every tensor that `convert` writes, and that models called exact equal the parent.
+"""Check that transformers loads every tensor that `convert` writes, and that exact models equal the parent.
 
-`make test-all` uses the transformers release of the main environment, and `make test-in ENV=tf5` uses the newest one.
+`make test-all` uses the main environment's transformers release, and `make test-in ENV=tf5` uses the newest release.
 The environment variable CASES sets the number of random models, and PARENTS sets which parents they have
 (`SmolLM3,EXAONE 4`). `make test` runs four random models.
 """

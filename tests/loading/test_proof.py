@@ -90,7 +90,7 @@ def test_an_unknown_class_is_not_run(
 
 
 def _as_it_was(change: Any, changes: dict[str, Any], folder: Path) -> Any:
-    """Open a folder, and change its settings only then, as a class would look that this package already knows."""
+    """Open a folder, then change its files: the package reads the original, transformers reads the change."""
     from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 
     opened = SafetensorsFolder(folder)

@@ -2,7 +2,7 @@
 
     python -m tests.mutants                          all of mutants.yaml
     python -m tests.mutants --sample 5 --seed 3      a sample, the same for the same seed
-    python -m tests.mutants jackknife_of_one_seed    only the named ones
+    python -m tests.mutants jackknife_of_one_seed    only the named mutants
 
 A test file that passes with every wrong edit protects nothing. Tests marked `weekly` do not run, because a mutant
 must make a test of `make test-all` fail. Before any edit, the tests of the chosen mutants must pass in an unchanged

@@ -64,7 +64,7 @@ def continuation(model: Any, prompt: list[int]) -> tuple[list[int], float]:
     """Return the likeliest tokens after a prompt, and their smallest lead over a rival.
 
     Returns:
-        The tokens, and the smallest lead of a token over the second-best one, in standard deviations of the logits.
+        The tokens, and the smallest lead of a token over the second-best token, in standard deviations of the logits.
     """
     tokens, lead = list(prompt), float("inf")
     for _ in range(COUNT):
@@ -78,8 +78,8 @@ def continuation(model: Any, prompt: list[int]) -> tuple[list[int], float]:
 def clear_prompt(folder: Path) -> tuple[list[int], list[int]]:
     """Return a random prompt and its continuation by transformers in float32.
 
-    Of 300 prompts, keep those whose continuation cannot change by rounding to 16 bits. Then take the one with the most
-    different tokens, because small random models tend to repeat themselves.
+    Of 300 prompts, keep those whose continuation cannot change by rounding to 16 bits. Then take the prompt with the
+    most different tokens, because small random models tend to repeat themselves.
     """
     draw, model = random.Random(0), load_model(folder, dtype=torch.float32).eval()
     prompts = [[draw.randrange(3, 200) for _ in range(5)] for _ in range(300)]

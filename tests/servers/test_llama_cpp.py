@@ -49,7 +49,7 @@ def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Parents:
             shutil.copyfile(smollm2 / name, folder / name)
         if (
             parent == "Granite 4"
-        ):  # llama.cpp uses the experts' width for the network; in granite-4.0-micro, both are equal
+        ):  # llama.cpp uses the experts' width for the network; in granite-4.0-micro, both widths are equal
             config = read_json(folder / "config.json")
             write_json(folder / "config.json", config | {"intermediate_size": config["shared_intermediate_size"]})
         made[parent, tied] = folder

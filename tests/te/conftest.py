@@ -1,7 +1,7 @@
 """Lets real Transformer Engine modules be built without a GPU, in the environment of `make test-in ENV=te`.
 
-The modules cannot compute there. But their names, shapes, shards and filled values do not depend on computing. So it
-is enough to simulate an H100 while the modules are built.
+Without a GPU, the modules cannot compute. But their names, shapes, shards and filled values do not depend on
+computing. So it is enough to simulate an H100 while the modules are built.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _cuda_seems_to_be_there() -> Iterator[None]:
             patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # Megatron-Core compiles an extension when it is imported
             for name, stand_in in _CUDA.items():
                 patch.setattr(torch.cuda, name, stand_in)
-            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # tied embeddings call it before a sum
+            patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # called by tied embeddings before a sum
         yield
 
 

@@ -17,7 +17,7 @@ MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class OnCpu(TorchFunctionMode):
-    """Makes tensors on the CPU although Transformer Engine wants them on CUDA: scales, and tensors in quantizers."""
+    """Makes scales and the tensors of quantizers on the CPU, although Transformer Engine wants them on CUDA."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

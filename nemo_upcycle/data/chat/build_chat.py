@@ -132,7 +132,7 @@ def _made_by(config: ChatConfig) -> dict[str, Any]:
 def _read(
     paths: Sequence[Path], special_tokens: Sequence[str], problems: list[Problem], strict: bool
 ) -> list[Conversation]:
-    """Return the valid conversations, each once, and add the other lines to `problems`."""
+    """Return each valid conversation once, and add all other lines to `problems`."""
     taken: dict[str, Conversation] = {}
     are_apart = len({path.name for path in paths}) == len(paths)
     for path in paths:
@@ -151,7 +151,7 @@ def _note(problem: Problem, problems: list[Problem], strict: bool) -> None:
 
 
 def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem]) -> dict[str, list[Conversation]]:
-    """Return the conversations of each split; conversations that are equal before the first answer share a split."""
+    """Return the conversations of each split; conversations that start with the same question stay together."""
     config = chat.config
     together: dict[str, list[Conversation]] = {}
     for conversation in conversations:

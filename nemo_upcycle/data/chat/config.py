@@ -26,7 +26,7 @@ class ChatConfig:
     """A set of conversations; `conf/chat/messages.yaml` explains every key.
 
     Attributes:
-        files: paths, patterns, or `asset://NAME` of files of JSON lines; each line is a conversation.
+        files: JSON lines files, as paths, patterns or `asset://NAME`; each line is a conversation.
         tokenizer: address of the dense model whose tokenizer and chat template are used.
         seq_length: tokens in a sequence, into which several conversations are packed.
         validation: share of the conversations held back for the validation loss.
@@ -94,7 +94,7 @@ class Chat:
         return list(dict.fromkeys(found))
 
     def template_text(self) -> str | None:
-        """Return the chat template that replaces the tokenizer's, or None.
+        """Return the chat template that replaces the tokenizer's own template, or None.
 
         Raises:
             UpcycleError: the file cannot be read.

@@ -55,7 +55,7 @@ class FinishedChat(Finished):
             yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
 
     def require_length(self, seq_length: int) -> None:
-        """Check that the pack length that a run expects equals the pack length of this folder.
+        """Check that the packs in this folder have the length that a run expects.
 
         Raises:
             UpcycleError: the lengths differ.

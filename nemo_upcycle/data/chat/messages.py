@@ -1,6 +1,7 @@
 """Read conversations from JSON lines and check each; an invalid line is reported by file, line and field.
 
-A conversation has OpenAI's format (`messages`) or ShareGPT's (`conversations`). Both become the same messages.
+A conversation has OpenAI's format (`messages`) or ShareGPT's (`conversations`). Both formats are converted to the same
+messages.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from nemo_upcycle.errors import UpcycleError
 ANSWER = "assistant"
 ROLES = ("system", "user", ANSWER, "tool")
 _MESSAGES, _SHAREGPT = "messages", "conversations"
-#: ShareGPT's roles -> ours, and our field names -> ShareGPT's.
+#: ShareGPT's role -> our role, and our field name -> ShareGPT's field name.
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": ANSWER}
 _SHAREGPT_NAMES = {"role": "from", "content": "value"}
 _CALLS = ("tool_calls", "function_call")
-#: Fields that an answer may have beside its content, under the names that model APIs use.
+#: Fields that an answer may have besides its content, under the names that model APIs use.
 BESIDE = (*_CALLS, "reasoning_content", "reasoning", "thinking")
 Messages = list[dict[str, Any]]
 
@@ -35,7 +36,7 @@ class Conversation:
         place: file and line, `mine.jsonl:17`.
         messages: dicts with `role`, `content` and other fields that a template reads; `weight` 0 excludes a message
             from the loss.
-        tools: tools that the line names, for templates that show tools; None if the line names no tools.
+        tools: tools that the line lists, for templates that show tools; None if the line lists no tools.
         field: field of the line that holds the messages: `messages`, or `conversations` in ShareGPT's form.
     """
 
@@ -66,7 +67,7 @@ class Problem:
 
     Attributes:
         place: file and line.
-        field: field of the line, as `messages[1].content`.
+        field: field of the line, such as `messages[1].content`.
         reason: short description of the mistake; all lines with this mistake have the same description.
         fix: remedy.
     """
@@ -93,7 +94,7 @@ def read_conversations(
             `conversations` (objects with `from` and `value`).
         special_tokens: names that no content may contain. The tokenizer would read these names as special tokens, so
             that a name inside a text could end the turn.
-        called: file name to use in places; empty means the file's own name.
+        called: file name to show in each `place`; empty means the file's own name.
 
     Raises:
         UpcycleError: the file cannot be read.

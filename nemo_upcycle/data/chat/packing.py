@@ -1,8 +1,8 @@
 """Pack sequences of different lengths into packs of one length, in the format of NeMo and Megatron-Bridge.
 
-Both read a `.npy` file of dicts with `input_ids`, `loss_mask` (shifted by one place, like the labels) and
-`seq_start_id`. A sequence of n tokens takes n - 1 places, because its last token is only a label. Attention does not
-cross sequences.
+NeMo and Megatron-Bridge read a `.npy` file of dicts with `input_ids`, `loss_mask` (shifted by one place, like the
+labels) and `seq_start_id`. A sequence of n tokens takes n - 1 places, because its last token is only a label.
+Attention does not cross sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_upcycle.data.chat.template import Tokens
 
 
 def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Assign sequences to packs: longest first, each into the pack with the least sufficient room.
+    """Assign sequences to packs: the longest first, each to the fullest pack that still has room for it.
 
     Args:
         lengths: places that each sequence takes, at most `size`.
@@ -34,9 +34,9 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
     """
     numbers = np.random.default_rng(seed).permutation(len(lengths))
     packs: list[list[int]] = []
-    # Packs are grouped by the room left in them, and bit r of `rooms` tells whether there is a pack with room r. So a
-    # pack with the least sufficient room is found at once. A search through all packs would take a day for a million
-    # sequences.
+    # Packs are grouped by their number of free places, and bit r of `rooms` tells whether a pack with r free places
+    # exists. So the fullest pack with enough free places is found at once. A search through all packs would take a day
+    # for a million sequences.
     with_room: dict[int, list[int]] = defaultdict(list)
     rooms = 0
     for number in sorted(map(int, numbers), key=lambda number: -lengths[number]):

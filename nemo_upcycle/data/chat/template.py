@@ -45,7 +45,7 @@ class Tokens:
     ends: tuple[int, ...]
 
     def cut(self, length: int) -> Tokens | None:
-        """Keep the tokens up to the last answer that ends within `length`; return None if no answer does."""
+        """Keep the tokens up to the last answer that ends within `length`; return None if there is no such answer."""
         ends = tuple(end for end in self.ends if end <= length)
         return Tokens(self.place, self.ids[: ends[-1]], self.is_answer[: ends[-1]], ends) if ends else None
 
@@ -160,7 +160,7 @@ class ChatTemplate:
         return text
 
     def tokens(self, conversations: Iterable[Conversation]) -> Iterator[Tokens | Problem]:
-        """Yield the sequences to train on, or the problem, of each conversation in order."""
+        """Yield, for each conversation in order, the sequences to train on or the problem."""
         rest = iter(conversations)
         while batch := list(islice(rest, _BATCH)):
             rendered = [(conversation.place, self.conversations(conversation)) for conversation in batch]
@@ -208,11 +208,11 @@ class ChatTemplate:
         return Tokens(place, np.array(ids, np.int32)[: ends[-1]], np.array(is_answer)[: ends[-1]], tuple(ends))
 
     def _scored(self, answer: Sequence[int]) -> int:
-        """Count the tokens that the model must write: up to the answer's last special token, or 0 without one."""
+        """Count the tokens that the model must write, up to the answer's last special token; 0 if none exists."""
         return next((number + 1 for number in reversed(range(len(answer))) if answer[number] in self.special_ids), 0)
 
     def asked(self, conversation: Conversation) -> list[Turn] | Problem:
-        """Return each answer of a conversation, with the whole text that the model is given before it.
+        """Return each answer of a conversation, with the whole text that the model is given before this answer.
 
         The text of an answer ends where the model has to stop.
         """

@@ -1,6 +1,6 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
-    --slurm PARTITION [--time T]   run the tasks as Slurm jobs, N at a time; start it on a login node
+    --slurm PARTITION [--time T]   run the tasks as Slurm jobs, N at a time; start the engine on a login node
     --ray                          run the tasks on a running Ray cluster
 
 A rerun resumes where the engine was stopped or killed. The output is the same, byte for byte.
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(
             f"error: {error.name} is not installed. Run `nemo-upcycle doctor`, which prints how to add it.\n"
         )
-    except CalledProcessError as error:  # its own message is shown already
+    except CalledProcessError as error:  # Slurm's own message is shown already
         sys.stderr.write(
             f"error: {error.cmd[0]}: it failed with status {error.returncode}."
             f" Check --slurm {arguments.slurm}, and --time; `sinfo` lists the partitions.\n"

@@ -28,7 +28,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
 
-#: Characters that the text on either side of a cut must have to become a document.
+#: Minimum number of characters that the text on one side of a cut needs to become a document.
 SHORTEST_PIECE = 200
 #: Reason -> files in the plan's folder that hold the numbers of duplicate documents.
 DUPLICATES = {
@@ -82,12 +82,12 @@ class RemoveListed(RemoveDocuments):
 
 
 def compared_text(document: Document) -> str:
-    """Return the text to compare: characters composed (NFC), and one blank for each run of blanks and line ends."""
+    """Return the text to compare, with composed characters (NFC); blanks and line ends in a row become one blank."""
     return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
 def deduplication() -> ExactDedupConfig:
-    """Return the configuration that all of datatrove's steps share."""
+    """Return the configuration that all of datatrove's deduplication steps share."""
     return ExactDedupConfig(content_getter=compared_text)
 
 

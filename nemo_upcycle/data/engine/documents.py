@@ -100,5 +100,5 @@ class ReadDocuments(LedgerStep):
 
 
 def _modified(file: str) -> dict[str, int]:
-    """Return when a local file was last changed, so that later commands can tell whether it is the same."""
+    """Return the time of a local file's last change, so that later commands can tell whether the file is the same."""
     return {} if "://" in file else {"modified_ns": Path(file).stat().st_mtime_ns}

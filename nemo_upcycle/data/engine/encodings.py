@@ -16,11 +16,11 @@ COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 #: Largest share of bad characters in a document; with more, the document is not text.
 MOST_BAD = 0.02
 #: Largest share of control characters at the start of a file in an unknown encoding; with more, the file is not text.
-#: Random bytes have 11 %.
+#: Random bytes contain 11 % control characters.
 _MOST_CONTROL = 0.05
 
 _GZIP, _BZIP2, _XZ = rb"\x1f\x8b\x08", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", rb"\xfd7zXZ\0"
-_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a skippable frame, as pzstd writes first
+_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # second pattern: pzstd's skippable frame
 _CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # logs of terminals contain \b and \x1b
 _C1 = re.compile(rb"\xc2[\x80-\x9f]")
 _RUNS = re.compile(rb"[\x80-\xff]{3,}")
@@ -28,7 +28,7 @@ _ASCII = bytes(range(0x80))
 
 
 def decompressor(head: bytes) -> Any:
-    """Return a function that makes a decompressor for a stream with these first bytes; None if not compressed."""
+    """Return a function that makes a decompressor for a stream with these first bytes; None for plain streams."""
     if re.match(_GZIP, head):
         return lambda: zlib.decompressobj(wbits=31)
     if re.match(_ZSTANDARD, head):
@@ -67,8 +67,8 @@ def decode(content: bytes) -> str:
     """Decode UTF-8, or Latin-1 as Windows writes it.
 
     Raises:
-        UnicodeDecodeError: the content is neither UTF-8 nor Latin-1. Runs of bytes beyond ASCII indicate another
-            script, and fragments of UTF-8 indicate damaged UTF-8.
+        UnicodeDecodeError: the content is neither UTF-8 nor Latin-1. Several bytes in a row that are not ASCII
+            indicate another script, and fragments of UTF-8 indicate damaged UTF-8.
     """
     try:
         return content.decode()

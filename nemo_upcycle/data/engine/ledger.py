@@ -62,7 +62,7 @@ class Ledger:
         self.bytes_in = self.records_in = 0
         self.text = {"documents": 0, "bytes": 0}  # training text read so far
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
-        self.contamination: Any = None  # counts of the decontamination, if there is one
+        self.contamination: Any = None  # counts of the decontamination, if the plan has one
         self.report: Any = None  # counts of short n-grams in the remaining documents
         self.cut: Counter[str] = Counter()  # documents that were cut into pieces
         self.pii: Counter[str] = Counter()  # kind -> number of replacements

@@ -26,10 +26,10 @@ NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 NOT_TEXT, ARCHIVE = "not text", "zip archive, to be unpacked"
 _CHUNK_BYTES = 1 << 16
-_COMPRESSED_BYTES = 1 << 12  # read at a time, so damage loses at most this many bytes
+_COMPRESSED_BYTES = 1 << 12  # size of one read; damage loses at most this many bytes
 #: Longest line that is read: a file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
-_WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts to read a file from a server
+_WAITS_S = (0.5, 1.0, 2.0, 4.0)  # waits between attempts to read a file from a server
 
 
 class _DamagedError(Exception):
@@ -42,7 +42,7 @@ class OtherFormatError(Exception):
 
 @dataclass(frozen=True)
 class Damage:
-    """An unreadable line, or an unreadable rest of a file, with the number of lost bytes (None: all that remain)."""
+    """An unreadable line or rest of a file, with the number of lost bytes (None: all remaining bytes)."""
 
     reason: str
     number: int
@@ -97,7 +97,7 @@ class _Input(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         try:
             data = _patiently(self._url, lambda: self._tried(size))
-        except (*NOT_THERE, ValueError) as error:  # it was found before, so its server cannot start at a position
+        except (*NOT_THERE, ValueError) as error:  # the file exists, so its server cannot start at a position
             raise _unreadable(self._url, error) from error
         self._place += len(data)
         return data
@@ -175,12 +175,12 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
 
 
 def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
-    """Yield the number (from 1) and the bytes of every line with its line end, and any damage.
+    """Yield the number (from 1) and the bytes of every line, line end included, and yield any damage.
 
     The bytes of the file tell its compression and whether it is UTF-16. Lines in UTF-16 become UTF-8. A compressed
     file that is damaged or ends too early gives the lines before that point. For a damaged file, the lost text is
-    estimated from the compression ratio so far. A file that ends too early gives no hint, so half of it counts as
-    lost.
+    estimated from the compression ratio so far. If a file ends too early, the size of the lost part is unknown, so
+    half of the text counts as lost.
 
     Args:
         url: a path or fsspec URL.

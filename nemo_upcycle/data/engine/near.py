@@ -73,7 +73,7 @@ class KeepFirst(LedgerStep):
             write_numbers(self.folder / "near" / f"{task:05d}.remove", numbers)
 
     def _pairs(self) -> Iterator[list[int]]:
-        """Yield pairs of documents; a document is its task (high 32 bits) and its number (low 32 bits)."""
+        """Yield pairs of documents, each encoded as its task (high 32 bits) and its number (low 32 bits)."""
         for path in sorted((self.folder / "near_pairs").glob("*.dups")):
             quadruples = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.uint64)
             pairs = (quadruples[:, ::2] << np.uint64(32)) | quadruples[:, 1::2]

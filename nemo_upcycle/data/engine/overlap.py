@@ -1,8 +1,8 @@
-"""Find text that is in both held-out and training documents, and remove it from one of the two.
+"""Find text that is in a held-out and in a training document, and remove one of the two documents.
 
 After deduplication, documents are searched for the short n-grams that decontamination uses. As in decontamination, the
 overlap is the number of words that the n-grams cover together. In a copy with one word in ten changed, most words
-still match, but few n-grams do.
+still match, but few n-grams match.
 
 A training document with most of its words in held-out text is a copy or a part of this text, and is removed. Then a
 held-out document with most of its words in the remaining training text is removed.
@@ -88,7 +88,7 @@ class _Documents:
         return np.where(self.sizes, self.sizes + self.spans - 1, 0)
 
     def covered(self, chosen: np.ndarray) -> np.ndarray:
-        """Return how many words of every document the chosen n-grams cover."""
+        """Return, for every document, the number of words that the chosen n-grams cover."""
         more = np.cumsum(self.spans - 1) - (self.spans - 1)  # words of earlier documents that begin no n-gram
         starts = np.flatnonzero(chosen)
         counts = np.zeros(len(chosen), np.int64)

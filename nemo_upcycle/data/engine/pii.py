@@ -25,7 +25,7 @@ def has_check_digit(number: str) -> bool:
     return (sum(digits[::2]) + sum(digit - 9 if digit > 9 else digit for digit in doubled)) % 10 == 0
 
 
-_FORMATTER = PIIFormatter()  # only for its patterns: its replacements depend on earlier replacements
+_FORMATTER = PIIFormatter()  # used only for its patterns: its replacements depend on earlier replacements
 #: Visa, Mastercard and Discover have four groups of four digits; American Express has groups of 4, 6 and 5.
 _CARD = re.compile(
     r"(?<![\d.,-])(?:(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6011|65\d\d)([ -]?)\d{4}\1\d{4}\1\d{4}"

@@ -29,7 +29,7 @@ from nemo_upcycle.utils.files import write_json
 
 @dataclass(frozen=True)
 class EngineStage:
-    """A pipeline and its number of tasks; under `name`, datatrove records which tasks are complete."""
+    """A pipeline and its number of tasks; datatrove records under `name` which tasks are complete."""
 
     name: str
     pipeline: list[Any]
@@ -47,7 +47,8 @@ class RunOn:
         ray: whether the tasks run on a Ray cluster.
         sbatch: other options of sbatch: name -> value.
         srun: other options of srun, as words.
-        task_python: Python of the tasks' environment, which Slurm's nodes must see; None means this Python.
+        task_python: Python of the tasks' environment; Slurm's nodes must be able to read it. None means the Python of
+            this process.
     """
 
     workers: int = 1
@@ -192,7 +193,7 @@ class _Slurm(SlurmPipelineExecutor):
         return self.jobs[-1]
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        """Return the batch script; it starts tasks by their full path, because a container has its own PATH."""
+        """Return the batch script; it starts datatrove by its full path, because a container has its own PATH."""
         srun, _, task = run_script.partition("launch_pickled_pipeline")
         srun = srun.replace("srun", shlex.join(["srun", *self.srun]), 1)
         started = shlex.quote(f"{self.folder}/launch_pickled_pipeline")

@@ -1,4 +1,4 @@
-"""End every process of the engine with its parent, because otherwise datatrove's workers would continue to write."""
+"""End every process of the engine when its parent ends; otherwise datatrove's workers would continue to write."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Choose which documents to take if a source has more tokens than its `tokens` setting, ordered by a hash of the id.
+"""Choose which documents to take if a source has more tokens than its `tokens` setting; a hash of the id decides.
 
-The tokens left after all removals are counted first, so a source with enough tokens gives as many tokens as its
-`tokens` setting asks for. The order depends only on the ids and the seed.
+First, the tokens that remain after all removals are counted. So a source with enough tokens gives as many tokens as
+its `tokens` setting asks for. The order depends only on the ids and the seed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class CountTokens(LedgerStep):
                 places.extend(map(xxh64_intdigest, ids))
                 _, offsets = encode([document.text for document in batch])
                 sizes.frombytes((np.diff(offsets) + 1).tobytes())
-        # Decontamination may cut a document into pieces. They are taken together, in the place of the first piece.
+        # Decontamination may cut a document into pieces. All pieces are taken together, at the place of the first
+        # piece.
         documents, first = np.unique(np.array(numbers, np.uint32), return_index=True)
         tokens = np.add.reduceat(np.array(sizes, np.int64), first) if len(first) else np.empty(0, np.int64)
         path = plan.path("quotas", rank, "npz")
@@ -72,7 +73,7 @@ class TakeDocuments(LedgerStep):
 
 
 def taken(places: NDArray[np.uint64], tokens: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Go through the documents in the order of their places, and return the indices of all that still fit.
+    """Go through the documents in the order of their places, and return the indices of all documents that fit.
 
     Example:
         >>> taken(np.array([9, 1, 5, 7], np.uint64), np.array([2, 4, 8, 1]), 7).tolist()

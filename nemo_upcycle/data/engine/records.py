@@ -14,7 +14,7 @@ from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 def records_of(
     file: str, name: str, format: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, int | None, dict[str, Any] | str]]:
-    """Yield the place, the id, the bytes, and the object or the mistake of every record of a file.
+    """Yield, for every record of a file, its place, its id, its bytes, and its object or its mistake.
 
     Bytes of None mean all the rest of the file.
 

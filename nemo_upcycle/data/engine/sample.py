@@ -1,4 +1,4 @@
-"""Read the first documents of files as the engine will: `python -m nemo_upcycle.data.engine.sample < REQUEST`.
+"""Read the first documents of files as the engine does: `python -m nemo_upcycle.data.engine.sample < REQUEST`.
 
 The request and the answer are JSON. The module runs in the data environment, which has the packages that the readers
 need.
@@ -146,7 +146,7 @@ def _tokens_per_byte(tokenizer: str | None, texts: list[str]) -> float | None:
     from tokenizers import Tokenizer
 
     encoded = Tokenizer.from_file(tokenizer).encode_batch(texts, add_special_tokens=False)
-    return (sum(map(len, encoded)) + len(texts)) / size_bytes  # with an end-of-text token each
+    return (sum(map(len, encoded)) + len(texts)) / size_bytes  # one end-of-text token for each text
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from nemo_upcycle.utils.progress import ProgressLine
 _KILLED = "A worker was killed, perhaps for lack of memory. Use fewer --workers, then run the command again."
 _LOCK = ".engine.lock"
 _UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for a job that ended a while ago
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, unless nohup ignores it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each signal stops the engine, unless nohup ignores it
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
 _PATIENCE_S = 10.0  # time for the workers of a killed engine to end, and for a shared disk to show new files
 
@@ -132,7 +132,7 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 def _cancel_jobs(plan: EnginePlan) -> None:
     """Cancel the jobs of this engine, or of an engine that was killed.
 
-    If that fails, the job numbers are kept and the next run tries again.
+    If Slurm does not answer, the job numbers are kept and the next run tries again.
     """
     jobs = slurm_jobs(plan)
     if jobs.is_file() and _ask_slurm("scancel", *read_json(jobs)) is not None:

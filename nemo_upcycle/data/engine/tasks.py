@@ -17,9 +17,9 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 
 #: Maximum number of tasks, because each task has its own priority, and datatrove stores priorities in 16 bits.
 MAX_TASKS = 65_535
-#: File in the folder of the plan: `EnginePlan.fingerprint` of the work that the engine began.
+#: File in the plan's folder that holds `EnginePlan.fingerprint` of the work that the engine began.
 BEGUN = "engine.json"
-#: Format version of the files that one stage writes for another.
+#: Format version of the files that one stage writes for another stage.
 _FORMAT = 2
 
 
@@ -31,7 +31,7 @@ class Task:
         source: name of the source.
         reader: key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
-        split: split of the documents; None divides them among the splits, see `EnginePlan.hold_out`.
+        split: split of the documents; None divides the documents among the splits, see `EnginePlan.hold_out`.
         options: options of the reader, which are `text_key`, `id_key`, `bucket` (one name or several), `duplicates`
             (file -> list of its duplicates) and `part` (part of the only file, see `read_lines`).
         max_tokens: maximum number of training tokens to take from all tasks of the source together; None takes all.
@@ -68,8 +68,8 @@ class EnginePlan:
         min_characters: length of the shortest document to keep (characters).
         hold_out: shares of `validation` and `heldout`, for tasks without a split.
         near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash; None keeps near duplicates.
-        heldout_overlap: largest fraction of its words that a held-out document may share with training documents. The
-            same limit applies to the words that a training document shares with held-out documents. None skips the
+        heldout_overlap: largest fraction of a held-out document's words that may be in training documents, too. The
+            same limit applies to the words of a training document that are in held-out documents. None skips the
             search.
     """
 

@@ -1,7 +1,8 @@
 """The last step: turn texts into the .bin and .idx files that Megatron reads.
 
 Text is data: a literal `<|endoftext|>` in a text becomes ordinary tokens, never the token that ends a document. Added
-tokens that are not special, such as GPT-NeoX's runs of blanks, are recognised, as in every other use of the tokenizer.
+tokens that are not special, such as GPT-NeoX's tokens for several blanks, are recognised, as in every other use of the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nemo_upcycle.data.engine.tasks import EnginePlan, aside, outputs
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: Texts -> the ids of all texts, and the offsets where each text begins and the last text ends.
+#: Type of a function that returns the token ids of texts, and the offsets where each text begins and the last text
+#: ends.
 Encode = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
 FASTOKENS, TOKENIZERS = "fastokens", "tokenizers"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 10_000
@@ -169,14 +171,14 @@ class Tokenise(LedgerStep):
         for file in self.files.values():
             file.close()
         written = {path for file in self.files.values() for path in file.final.values()}
-        for path in outputs(plan, rank):  # files of an interrupted run with other input
+        for path in outputs(plan, rank):  # an interrupted run with other input may have written more files
             if path not in written:
                 path.unlink(missing_ok=True)
         self.ledger.finish()
 
     def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> None:
         start = 0
-        while start < len(batch):  # write each run of documents of one split
+        while start < len(batch):  # write neighbouring documents of one split together
             split = batch[start].metadata["split"]
             stop = next((n for n in range(start, len(batch)) if batch[n].metadata["split"] != split), len(batch))
             self._write_run(split, batch[start:stop], ids[offsets[start] : offsets[stop]], offsets[start : stop + 1])

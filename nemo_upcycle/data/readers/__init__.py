@@ -35,7 +35,7 @@ class InputFile:
     Attributes:
         path: absolute path, or address that fsspec opens.
         reader: key of `FORMATS`.
-        size_bytes: size on disk; None if only opening the file would tell it.
+        size_bytes: size on disk; None if the size is unknown until the file is opened.
         options: options of the format.
     """
 
@@ -81,7 +81,7 @@ class Reader(ABC):
         """
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """Return the paths, patterns and addresses to read; none for a reader that renders texts."""
+        """Return the paths, patterns and addresses to read; an empty list for a reader that renders texts."""
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:

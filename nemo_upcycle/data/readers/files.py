@@ -62,7 +62,7 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
             got="cannot be reached (" + f"{type(error).__name__}: {error}".splitlines()[0] + ")",
             fix="check the address and the network, or give a folder with a copy of the files",
         ) from None
-    # A link has another type than a file, and its size is not the file's.
+    # A link has another type than a file, and its size is not the size of the file.
     names = {
         name: entry.get("size") if entry["type"] == "file" else system.size(name)
         for name, entry in matches.items()

@@ -44,7 +44,7 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     except ValueError:
         try:
             value = json.loads(decode(line))  # Python writes NaN, which orjson refuses
-            orjson.dumps(value)  # refuses half of a surrogate pair
+            orjson.dumps(value)  # fails for half of a surrogate pair
         except UnicodeDecodeError:
             return "not UTF-8"
         except (ValueError, TypeError, RecursionError):

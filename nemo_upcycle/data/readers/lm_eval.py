@@ -33,11 +33,11 @@ class LmEval(Reader):
         return [input_file(path, "jsonl") for path in paths]
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """See `Reader.paths`: only the files of the user's own tasks."""
+        """Return only the files of the user's own tasks; see `Reader.paths`."""
         return [f"{own}/*"] if (own := options.get("include_path")) else []
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """See `Reader.needs`; it does not know the needs of the user's own tasks."""
+        """See `Reader.needs`; the needs of the user's own tasks are unknown."""
         return [] if options.get("include_path") else [task_need(name) for name in entries]
 
 

@@ -34,7 +34,7 @@ class Text(Format):
             except UnicodeDecodeError:
                 kept[number], other[number] = "", content
         try:
-            decode(b"".join(other.values()))  # together, as a single line may look like another encoding
+            decode(b"".join(other.values()))  # all lines together, because one line may look like another encoding
             kept |= {number: decode(content) for number, content in other.items()}
         except UnicodeDecodeError:
             for number, content in other.items():

@@ -29,8 +29,8 @@ _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
 #: Task of instructions that code can check (`lm_eval/tasks/ifeval`), and its instruction that counts sentences.
 IFEVAL, _SENTENCES = "ifeval", "length_constraints:number_sentences"
-#: Task -> packages that its code imports beyond lm-eval's own requirements; lm-eval's extra with the name of the task
-#: installs them.
+#: Task -> packages that its code imports beyond lm-eval's own requirements; `pip install "lm-eval[TASK]"` installs
+#: these packages.
 _IMPORTED = {IFEVAL: ("langdetect", "immutabledict", "nltk")}
 #: `datasets` calls the only split of a single file `train`.
 _ASKED_OF_A_FILE = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
@@ -77,7 +77,7 @@ class LoadedTask:
 def load_tasks(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> dict[str, list[Any]]:
-    """Load tasks, groups or tags of lm-eval, with their data, which are then in the cache of the Hugging Face hub.
+    """Load tasks, groups or tags of lm-eval, and keep their data in the cache of the Hugging Face hub.
 
     Args:
         names: tasks, groups or tags. They are defined by lm-eval, by the user's files or by this package's files;
@@ -145,7 +145,7 @@ def load_available_tasks(
 
 
 def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
-    """Check that this machine has the packages and files that the code of tasks needs besides their data.
+    """Check that this machine has the packages and files that tasks need besides their data.
 
     Args:
         names: names of tasks.

@@ -110,7 +110,7 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
 
 
 def _with_examples(prompt: str, answer: str) -> str:
-    """Return a prompt template with worked examples before it, because lm-eval would mix examples of all subjects."""
+    """Put worked examples before a prompt template, because lm-eval would mix examples of all subjects."""
     names = "question, choices, answer"
     values = ", ".join(f"example.{name}" for name in names.split(", "))
     return f"{{% for example in examples %}}{{% set {names} = {values} %}}{prompt} {answer}\n\n{{% endfor %}}{prompt}"

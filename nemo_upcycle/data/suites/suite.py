@@ -113,7 +113,7 @@ class SuiteTasks:
 
 
 def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
-    """Load the tasks that a suite's folder names, before any model is loaded, so that missing data show early.
+    """Load the tasks that a suite's folder names, before any model is loaded, so that missing data are noticed early.
 
     Args:
         suite: folder that `build_suite` wrote.
@@ -159,7 +159,7 @@ def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfi
 def choose_examples(
     questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the questions of each subject that are shown with their answers and never asked."""
+    """Return, for each subject, the questions that serve as worked examples and are never asked."""
     groups = _by_subject(questions, config, seed)
     return {
         subject: [question for _, question in group[len(group) - config.examples :]]

@@ -1,4 +1,4 @@
-"""The init methods. Each one changes the experts' copies of the dense network, and is one function in its own file.
+"""Init methods change the experts' copies of the dense network. Each method is one function in its own file.
 
 Every module in this folder is imported, so a new method is a new file here. A method of another package registers
 itself when its module is imported. No method imports torch at the top, because the planner needs only the names.
@@ -30,9 +30,9 @@ class Method:
         name: the value of `UpcycleSpec.method` that selects the method.
         summary: half a line for the command's help.
         change: function that changes the copies.
-        strength: spec field that sets how much the method changes; "" if it has none.
+        strength: spec field that sets how much the method changes; "" if the method has no such field.
         inexact: reason why the resulting models do not compute the dense function, as a sentence without a subject;
-            "" if they compute it.
+            "" if the models compute this function.
         computes: whether the method changes the copies at all.
     """
 
@@ -69,9 +69,9 @@ def init_method(
 
     Args:
         summary: half a line for the command's help.
-        strength: spec field that sets how much the method changes; "" if it has none.
+        strength: spec field that sets how much the method changes; "" if the method has no such field.
         inexact: reason why the resulting models do not compute the dense function, as a sentence without a subject;
-            "" if they compute it.
+            "" if the models compute this function.
         computes: whether the method changes the copies at all.
 
     Raises:

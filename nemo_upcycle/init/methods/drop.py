@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @init_method("copies with some neurons redrawn", strength="drop_ratio", inexact="redraws some neurons")
 def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
-    """Redraw floor(drop_ratio * F) neurons as m + s * n in float64, the same neurons in gate, up and down.
+    """Redraw floor(drop_ratio * F) neurons as m + s * n in float64, with the same neurons in gate, up and down.
 
     n comes from N(0, 1). m and s are the mean and standard deviation of these neurons' old weights in the same matrix.
     The new weights are meant to make the experts differ.
@@ -40,9 +40,9 @@ def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
 def dropped_neurons(spec: UpcycleSpec, layer: int, expert: int, neurons: int) -> torch.Tensor:
     """Return the sorted indices of the neurons to redraw in one expert: floor(drop_ratio * neurons) indices.
 
-    Gate, up and down share one set, because a neuron with a new gate row and an old down column computes neither the
-    old nor the new function. (The code published with the paper draws three sets. With a drop_ratio of 0.5, only an
-    eighth of the neurons then keeps all old weights.)
+    The gate, up and down projections share one set of neurons, because a neuron with a new gate row and an old down
+    column computes neither the old nor the new function. (The code published with the paper draws three sets. With a
+    drop_ratio of 0.5, only an eighth of the neurons then keeps all old weights.)
     """
     import torch
 

@@ -27,7 +27,7 @@ _Kind = TypeVar("_Kind", bound="type[RouterKind]")
 
 
 def register(kind: _Kind) -> _Kind:
-    """Register a router kind by its score and order. Use it as a class decorator.
+    """Register a router kind by its score and order. Use this function as a class decorator.
 
     Raises:
         SpecError: another kind has the same score and order.

@@ -1,4 +1,4 @@
-"""Router initialisation from prompts: each row comes from the mean MoE input over the prompts of its copy.
+"""Router initialisation from prompts: each row is computed from the mean MoE input of one copy's prompts.
 
 mergekit's MoE merges call this initialisation "hidden".
 """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @register
 class SoftmaxTopk(RouterKind):
-    """A router with softmax before top-k. Exact with a zero router, or if every expert is chosen."""
+    """A router with softmax before top-k. The model is exact if the router is zero or every expert is chosen."""
 
     score, order = "softmax", "softmax_topk"
     pre_softmax = True

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register
 class TopkSoftmax(RouterKind):
-    """A router with softmax after top-k. Exact for any router weights."""
+    """A router with softmax after top-k. The model is exact for any router weights."""
 
     score, order = "softmax", "topk_softmax"
     pre_softmax = False

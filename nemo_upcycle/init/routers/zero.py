@@ -1,4 +1,4 @@
-"""Router initialisation with zeros: all experts are equally likely, and chance decides which ones top-k takes."""
+"""Router initialisation with zeros: all experts are equally likely, and chance decides which experts top-k chooses."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from nemo_upcycle.models.families.base import Family, MoeFamily
 from nemo_upcycle.spec import ROUTER_KINDS, UpcycleSpec
 
 
-#: Modules of this package, each with its `FAMILY`. If several targets can hold a model, the first one is taken.
+#: Modules of this package, each with its `FAMILY`. If several targets can hold a model, the first of these targets is
+#: used.
 _MODULES = (
     "llama",
     "mistral",
@@ -185,7 +186,7 @@ _OPEN = (
 
 
 def _changes_that_help(moe_arch: Architecture, near: list[MoeFamily]) -> list[str]:
-    """List the smallest changes of the spec or of the parent's window that let a class hold the model.
+    """List the smallest changes of the spec or of the parent's window with which a class can hold the model.
 
     Args:
         moe_arch: architecture of the model.

@@ -14,7 +14,7 @@ from nemo_upcycle.models.architecture_parts import MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
-#: What `layer_types` calls a layer with windowed attention, and what it calls a layer with full attention.
+#: Names in `layer_types` for a layer with windowed attention and for a layer with full attention.
 WINDOW, FULL = "sliding_attention", "full_attention"
 #: Setting for a separate base of the rotary embedding in layers with a window. Only classes that have a default for
 #: this setting read it.
@@ -27,13 +27,14 @@ SQUARED_RELU = {"relu2": "squared_relu"}
 _NUMBERED = re.compile(r"model\.(?P<mtp>mtp_)?layers\.(?P<number>\d+)\.")
 #: Fields of an `Architecture` that say which layers have a feature. Only a few classes support such fields.
 _PATTERNS = ("rope_pattern", "window_pattern")
-#: Key that this package adds to `config.json`. It lists the parts that the class requires and the model lacks:
-#: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`. The folder holds zeros for them.
+#: Key that this package adds to `config.json`. Its value lists the parts that the class requires and the model lacks:
+#: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`. The folder holds zeros for these
+#: parts.
 ZERO_FILLED = "zero_filled"
 #: Key that this package adds to `config.json`, with the `MoeFamily.folded_scale` of the model.
 FOLDED_SCALE = "folded_routed_scaling_factor"
-#: Defaults that transformers' configuration classes of the Llama family share. If a class has no other defaults, it
-#: has as many key-value heads as heads, and the head dim is the hidden size divided by the number of heads.
+#: Defaults that transformers' configuration classes of the Llama family share. By default, there are also as many
+#: key-value heads as heads, and the head dim is the hidden size divided by the number of heads.
 COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -110,9 +111,9 @@ class Family:
         model_type: `model_type` in `config.json`.
         names: role in the mapping table -> names of the tensors, one name for each part of the role's `ParamMapping`.
             Parts in the same tensor have the same name. `{layer}` and `{expert}` stand for numbers. `[{expert}]` at
-            the end marks one expert's slice of a tensor with all experts, `[{expert}].T` a transposed slice.
-        defaults: values of settings that `config.json` omits, under Llama's names: the defaults of transformers'
-            configuration class, and values that the class fixes (`qkv_bias`, `zero_centered_norm`,
+            the end marks one expert's slice of a tensor with all experts, and `[{expert}].T` marks a transposed slice.
+        defaults: values of settings that `config.json` omits, under Llama's names. These values are defaults of
+            transformers' configuration class, or fixed by the class (`qkv_bias`, `zero_centered_norm`,
             `scaled_embedding`).
         spelling: the class's name of a setting -> Llama's name, if the names differ.
         pre_norm: whether there are norms before attention and network (`attention_norm`, `ffn_norm`).
@@ -123,12 +124,14 @@ class Family:
         has_partial_rotary: whether the class reads `partial_rotary_factor`, the rotated share of each head.
         has_multipliers: whether settings of the class multiply embedding, scores, residual branches and logits.
         layer_patterns: fields of an `Architecture` that the class supports for features of only some layers.
-        nemo_module: NeMo's module with the configuration of such models, or this package's module if NeMo has none.
-        hf_factors: role -> factor that turns the Megatron parameter into the Hugging Face tensor, if it is not 1.
-            Ignored if the model's shared experts have a gate.
-        hf_offsets: role -> number to add to the Megatron parameter to get the Hugging Face tensor, if it is not 0.
+        nemo_module: NeMo's module with the configuration of such models, or this package's module if NeMo has no such
+            module.
+        hf_factors: role -> factor that turns the Megatron parameter into the Hugging Face tensor, if the factor is not
+            1. Ignored if the model's shared experts have a gate.
+        hf_offsets: role -> number to add to the Megatron parameter to get the Hugging Face tensor, if the number is
+            not 0.
         has_mtp: whether checkpoints may hold layers for multi-token prediction, which this package omits.
-        constant_values: end of a constant's name -> value of the constant, if it is not zero.
+        constant_values: end of a constant's name -> value of the constant, if the value is not zero.
         own_settings: settings that `config.json` of an MoE omits, because another class would misread them.
         saved_as: class in `architectures`, if a dense and an MoE family share the class.
         computed_as: transformers class that computes the model, if transformers has no class `hf_class`. The newest
@@ -178,7 +181,7 @@ class Family:
         return config.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        """Return the `Architecture` fields in which attention differs from Llama's.
+        """Return the `Architecture` fields in which attention differs from Llama's attention.
 
         Raises:
             CheckpointError: a layer has an unknown type of attention.
@@ -194,7 +197,7 @@ class Family:
 
     @staticmethod
     def _layer_types(config: ConfigValues, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
-        """Return the type of attention of each layer; None if the file does not say."""
+        """Return the type of attention of each layer; None if the file does not give the types."""
         kinds = config.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
@@ -209,7 +212,7 @@ class Family:
         return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
 
     def is_mtp(self, name: str, num_layers: int) -> bool:
-        """Return whether a tensor is for multi-token prediction, as the number or the name of its layer shows.
+        """Return whether a tensor is for multi-token prediction, judged by the number or the name of its layer.
 
         Args:
             name: the tensor's name in the checkpoint.
@@ -219,7 +222,7 @@ class Family:
         return bool(layer and (layer["mtp"] or int(layer["number"]) >= num_layers))
 
     def mamba(self, config: ConfigValues) -> MambaLayers | None:
-        """Return the Mamba layers; None if the class has none.
+        """Return the Mamba layers; None if the class has no Mamba layers.
 
         Raises:
             CheckpointError: Megatron-Core has no layer with these settings.
@@ -266,7 +269,7 @@ def multipliers(config: ConfigValues) -> dict[str, float]:
 
 
 def zero_filled(config: ConfigValues) -> list[str]:
-    """Return the names, as in `ZERO_FILLED`, of the parts that a model lacks and its folder fills with zeros."""
+    """Return the parts that a model lacks and its folder fills with zeros, under their names in `ZERO_FILLED`."""
     names = config.values.get(ZERO_FILLED, [])
     if not isinstance(names, list):
         raise config.wrong(ZERO_FILLED, "a list of names")
@@ -281,7 +284,8 @@ class MoeFamily(Family, ABC):
         router_score: function that the class applies to the router's logits, as in `UpcycleSpec`.
         has_attention_bias: whether the class reads `attention_bias`, which adds biases to query, key, value and output
             together.
-        no_parent_because: reason why a model of the class cannot get more experts; "" if it can.
+        no_parent_because: reason why a model of the class cannot get more experts; "" if the model can get more
+            experts.
         only_among_others: whether the class exists only as the text model inside a class that also has other parts.
     """
 
@@ -331,10 +335,10 @@ class MoeFamily(Family, ABC):
     def folded_scale(self, arch: Architecture) -> float:
         """Return the factor on the experts' outputs that is folded into their down projections.
 
-        It is r = routed_scaling_factor if the class has no such setting, else 1. The routed output is linear in the
-        down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router do not change. A
-        power of two is exact in every type. Any other r rounds each weight once, and `sources.checks.rounded_because`
-        reports this for 16-bit types.
+        The factor is r = routed_scaling_factor if the class has no such setting, else 1. The routed output is linear
+        in the down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router do not
+        change. A power of two is exact in every type. Any other r rounds each weight once, and
+        `sources.checks.rounded_because` reports this for 16-bit types.
 
         Args:
             arch: architecture of the MoE model.

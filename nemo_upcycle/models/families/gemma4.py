@@ -28,7 +28,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-#: Rotary embeddings of a model whose file gives none.
+#: Rotary embeddings of a model whose file has no settings for rotary embeddings.
 _UNSAID = {"local_rope_theta": 1e4, "rope_scaling": {"rope_type": PROPORTIONAL}, "rotary_percent": 0.25}
 
 
@@ -41,7 +41,7 @@ class Gemma4(gemma.Gemma):
         return family
 
     def computes(self, arch: Architecture) -> bool:
-        """Return False: no Megatron model computes this class."""
+        """Return False, because no Megatron model computes this class."""
         return False
 
     def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
@@ -66,7 +66,8 @@ class Gemma4(gemma.Gemma):
     def _global_heads(config: ConfigValues, windowed: list[bool]) -> GlobalHeads:
         """Read the heads of layers without a window.
 
-        transformers 5.24 writes a setting for each of these layers. Older releases write one setting for all of them.
+        transformers 5.24 writes a setting for each of these layers. Older releases write one setting for all these
+        layers.
         """
         same, heads = config.flag("attention_k_eq_v"), config.whole("num_attention_heads")
         groups = config.whole("num_key_value_heads")

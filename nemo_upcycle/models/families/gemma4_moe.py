@@ -3,8 +3,8 @@
 A layer adds N(N1(f(x)) + N2(sum of p f_e(x2))). Here f is the dense network, N is the norm after f in the parent, and
 N1 and N2 are new norms. Upcycling sets the weights of N1 and N2 to one, and uses the same norm before the experts as
 before f. It makes the experts copies of f whose combine weights sum to one. Then both terms are f(x) / rms(f(x)). N of
-their sum is N(f(x)), because a norm ignores the scale of its input. Only `rms_norm_eps` changes the result, because N1
-and N2 add this number once more. Experts and network both get gradients.
+the sum of the two terms is N(f(x)), because a norm ignores the scale of its input. Only `rms_norm_eps` changes the
+result, because N1 and N2 add this number again. Experts and network both get gradients.
 """
 
 from __future__ import annotations

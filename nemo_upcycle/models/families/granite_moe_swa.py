@@ -22,7 +22,7 @@ from nemo_upcycle.models.families.routed import experts_everywhere
 
 _MOE = llama.LAYER + "block_sparse_moe."
 _SINKS = "self_attn.sinks"
-#: Value of a sink, which enters the softmax beside the scores. It is so low that the sink's share is zero.
+#: Value of a sink, which enters the softmax beside the scores. The value is so low that the sink's share is zero.
 _NO_SINK = -1e4
 _THETAS = "layer_rope_theta"
 

@@ -45,7 +45,7 @@ def attention(config: ConfigValues, kinds: list[str] | None, num_layers: int) ->
 
     Args:
         config: values of the class's `config.json`.
-        kinds: kind of each layer, as in `layer_types`; None if the file does not say.
+        kinds: kind of each layer, as in `layer_types`; None if the file does not list the kinds.
         num_layers: L.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Real text that a Debian or Ubuntu machine can get: documentation and dictionaries from their packages."""
+"""Fetch real text from packages of Debian or Ubuntu: documentation and dictionaries."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ FITS, NEWER, TOO_OLD = "fits", "newer", "too old"
 
 
 def fit_of(release: str) -> str:
-    """Return how a release of Megatron-Bridge fits: `FITS`, `NEWER` (it is used, with a warning) or `TOO_OLD`.
+    """Return how a release of Megatron-Bridge fits: `FITS`, `NEWER` (used with a warning) or `TOO_OLD`.
 
     Args:
         release: version; a local part (+b558c98) is ignored.

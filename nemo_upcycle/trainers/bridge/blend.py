@@ -29,7 +29,7 @@ class BlendDataset(DatasetProvider):
     Args:
         folder: a finished folder of `nemo-upcycle data`; all nodes must share it.
         seq_length: sequence length (tokens).
-        seed: seed of the order of the sequences; None: the manifest's.
+        seed: seed of the order of the sequences; None: the manifest's seed.
         indices: folder, shared by all nodes, in which the first rank writes the order of the samples; None: `indices`
             in the data folder.
 
@@ -44,10 +44,10 @@ class BlendDataset(DatasetProvider):
     dataloader_type: Any = "single"
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """Return the training sequences and, if wanted, validation sequences; the first rank logs the token count.
+        """Return the training sequences and, if requested, validation sequences; the first rank logs the token count.
 
         Raises:
-            UpcycleError: the folder is not finished or damaged, or a split is shorter than one sequence.
+            UpcycleError: the folder is unfinished or damaged, or a split is shorter than one sequence.
         """
         blend = open_blend(self.folder)
         paths = blend.paths(self.seq_length)
@@ -69,7 +69,7 @@ class BlendDataset(DatasetProvider):
             eod_mask_loss=False,
             create_attention_mask=False,  # attention is causal
         )
-        # One step more than the run has, because a finished run that is started again must find samples.
+        # Build samples for one more step, because a finished run that is started again must find samples.
         wanted = [context.train_samples + batch, once or None, None]
         builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
@@ -82,7 +82,7 @@ class BlendDataset(DatasetProvider):
 
 
 class Repeated(torch.utils.data.Dataset[Any]):
-    """The first sequences of a dataset, over and over, because Bridge reads on where the last validation ended.
+    """Repeats the first sequences of a dataset, because Bridge continues reading where the last validation ended.
 
     Args:
         dataset: dataset to repeat.

@@ -28,7 +28,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     Args:
         config: configuration of the run; changed in place if FP8 statistics are wanted.
         folder: folder for `metrics.jsonl`, `training.json` and evaluations.
-        evaluations: evaluations during training; None: those of `config.upcycle`.
+        evaluations: evaluations during training; None: the evaluations of `config.upcycle`.
 
     Raises:
         SpecError: a setting is out of range, or contradicts another setting.
@@ -50,7 +50,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
 
 
 def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
-    """Make Bridge turn on Transformer Engine's FP8 statistics, on a GPU, unless the run has a `tensor_inspect`."""
+    """Make Bridge turn on Transformer Engine's FP8 statistics, on a GPU, unless the run sets `tensor_inspect`."""
     require_inspect(every, "config.upcycle.fp8_statistics_every")
     if every and torch.cuda.is_available() and not config.tensor_inspect:
         asked = features(every, mixed_precision_of(config))

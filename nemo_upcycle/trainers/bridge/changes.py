@@ -15,7 +15,7 @@ from megatron.bridge.utils.activation_map import callable_to_str
 def changed_settings(before: Any, after: Any) -> list[str]:
     """List the settings that differ between two configurations, as `KEY=VALUE` for Bridge's command line.
 
-    Functions and classes are left out, except the activation function, because no command line can set them.
+    Functions and classes are omitted, because no command line can set them. The activation function is listed.
 
     Args:
         before: configuration to compare with.

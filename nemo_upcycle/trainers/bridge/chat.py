@@ -32,7 +32,7 @@ class ChatDataset(DatasetProvider):
     Args:
         folder: a finished folder of `nemo-upcycle chat`; all nodes must share it.
         seq_length: length of a pack (tokens); must match the folder.
-        seed: seed of the order of the packs; None: the manifest's.
+        seed: seed of the order of the packs; None: the manifest's seed.
 
     Example:
         >>> config.dataset = ChatDataset(folder="data/mine", seq_length=4096)  # doctest: +SKIP
@@ -42,7 +42,7 @@ class ChatDataset(DatasetProvider):
     seq_length: int
     seed: int | None = None
     dataloader_type: Any = "single"
-    #: Bridge reads both fields: with them, middle pipeline stages get the borders of the conversations, too.
+    #: With these two fields, Bridge passes the borders of the conversations to middle pipeline stages, too.
     enable_offline_packing: bool = True
     pad_to_max_length: bool = True
 
@@ -61,18 +61,18 @@ class ChatDataset(DatasetProvider):
         return open_chat(self.folder)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
-        """Return the training packs and, if any are wanted, the validation packs; the first rank logs a description.
+        """Return the training packs and, if requested, the validation packs; the first rank logs a description.
 
         Raises:
-            UpcycleError: the folder is not finished, damaged, or made for another length.
+            UpcycleError: the folder is unfinished, damaged, or made for another length.
         """
         chat, batch = self.chat, get_current_global_batch_size()
         chat.require_length(self.seq_length)
         if torch.distributed.get_rank() == 0:
             show_messages().info("%s", chat.describe(context.train_samples // batch, batch))
-        # One step more than the run has: a finished run may be started again, and must find samples.
+        # Build samples for one more step, because a finished run that is started again must find samples.
         train = _packs(chat, "train", self.seed, context.train_samples + batch)
-        once = context.test_samples  # samples of one validation: as many as for one test
+        once = context.test_samples  # a validation has as many samples as a test
         if not once:
             return train, None, None
         packs = _packs(chat, "validation", self.seed)
@@ -83,7 +83,7 @@ class _Packs(GPTSFTPackedDataset):
     """Bridge's packs, with a loss on every token of an answer."""
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return packs as a batch, with their whole loss mask: Bridge drops the loss after an end of text."""
+        """Return packs as a batch, with the whole loss mask, because Bridge drops the loss after an end of text."""
         made: dict[str, Any] = super().collate_fn(batch)
         masks = [self._build_loss_mask(pack) for pack in batch]
         made["loss_mask"] = torch.tensor(self._collate_item(masks, max_length=self.max_seq_length, pad_id=0))
@@ -105,7 +105,7 @@ def _packs(chat: FinishedChat, split: str, seed: int | None, samples: int | None
 
 
 class _RepeatedPacks(Repeated):
-    """Packs that repeat over and over; packs without a loss fill the last batch of each repetition."""
+    """Repeats packs; packs without a loss fill the last batch of each repetition."""
 
     def __init__(self, packs: _Packs, once: int, total: int) -> None:
         super().__init__(packs, once, total)
@@ -122,7 +122,7 @@ def check_balancing(model: Any) -> None:
     Raises:
         SpecError: `seq_aux_loss` is set, which counts these tokens.
     """
-    if "seq_aux_loss" in (kinds := model.moe_router_load_balancing_type):  # a name, or a list of them
+    if "seq_aux_loss" in (kinds := model.moe_router_load_balancing_type):  # one name or a list of names
         raise SpecError(
             field="config.model.moe_router_load_balancing_type",
             kind="refused",

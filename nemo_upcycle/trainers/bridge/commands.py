@@ -12,7 +12,7 @@ from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.commands import Commands, parallelism, recomputation, steps_of
 
 
-#: Whether parameters stay in FP8 or FP4 -> a dict: the planner's precision -> Bridge's mixed precision.
+#: Bridge's mixed precision, by whether parameters stay in FP8 or FP4, and then by the planner's precision.
 BRIDGE_PRECISIONS = {
     False: {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"},
     True: {

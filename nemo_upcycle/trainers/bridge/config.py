@@ -81,7 +81,7 @@ def load_config(
     Args:
         recipe: see `find_recipe`.
         settings: overrides `KEY=VALUE`, as Bridge's command line takes them.
-        dense: dense checkpoint that replaces the recipe's own.
+        dense: dense checkpoint that replaces the recipe's own checkpoint.
         changes: fields of the node `upcycling` that are to differ; None: train the parent itself with the recipe.
 
     Raises:
@@ -149,7 +149,7 @@ def _made(recipe: str, dense: Path) -> Any:
 
 
 def tunes(recipe: str) -> bool:
-    """Return whether a recipe trains on conversations, as `on_gpus` states or else as the configured data show."""
+    """Return whether a recipe trains on conversations, as `on_gpus` states or, without this, as the data show."""
     make = find_recipe(recipe)
     if (said := job_of(make).tunes) is not None:
         return said
@@ -216,11 +216,11 @@ def run_config(
     Args:
         config: configuration that `place_config` has changed.
         folder: folder of the stage.
-        evaluations: evaluations during training; None: the configuration's.
+        evaluations: evaluations during training; None: the configuration's evaluations.
         verbose: whether Bridge prints to the console instead of to `bridge.log`.
 
     Returns:
-        Whether the training ended by itself; False if a signal stopped it and it has saved.
+        Whether the training ended by itself; False if a signal stopped it and a checkpoint is saved.
     """
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain

@@ -40,7 +40,7 @@ from nemo_upcycle.trainers.bridge.models import provider_fields
 
 
 class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
-    """Gate and up projection that the folder has as one tensor, gate rows above up rows; see `GatedMLPMapping`."""
+    """Maps gate and up projection that the folder has as one tensor, gate rows first; see `GatedMLPMapping`."""
 
     def __init__(self, megatron_param: str, hf_param: str) -> None:
         super().__init__(megatron_param, hf_param)
@@ -118,7 +118,7 @@ class UpcycledExport(MegatronModelBridge):
                 yield HFWeightTuple(other, constants[other].to(weight.device).contiguous())
         (output,) = self.family.names["output"]
         if output not in made and embedding is not None and not arch.tied_embeddings:
-            yield HFWeightTuple(output, embedding.clone())  # a builder's model has one tensor for both
+            yield HFWeightTuple(output, embedding.clone())  # a builder's model shares the tensor
 
     def _lacks_gate(self, absent: list[str]) -> bool:
         """Return whether a factor makes up for a missing gate; always true if the class has no gate."""
@@ -155,7 +155,7 @@ def require_unfolded(hf_class: str, scale: float) -> None:
 
 
 def _factors(family: Family, arch: Architecture) -> dict[str, float]:
-    """Return the factors that are not 1: Hugging Face tensor -> factor on its Megatron parameter."""
+    """Return the factors on Megatron parameters that are not 1, by the names of the Hugging Face tensors."""
     return {
         name.format(layer=layer): factor
         for role, factor in family.hf_factors.items()
@@ -210,11 +210,11 @@ def _register(family: Family) -> None:
 
 
 for _family in (*parents(), *targets()):
-    # Bridge's mappings support no factor. Qwen2-MoE's factor replaces the gate, and Bridge's model has the gate
-    # itself.
+    # Bridge's mappings support no factor. In Qwen2-MoE a factor replaces the gate, but Bridge's model has the
+    # gate itself, so no factor is lost.
     _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
     _is_known = _family.hf_class in AutoBridge.list_supported_models()
     if any(is_stacked(_name) for _names in _family.names.values() for _name in _names):
-        continue  # Bridge's mappings do not support one tensor for all experts either
+        continue  # Bridge's mappings do not support one tensor for all experts
     if isinstance(_family, MoeFamily) if _is_known else not _loses_factor:
         _register(_family)

@@ -32,8 +32,8 @@ def pre_wrap_hooks(model: Any) -> list[Any]:
 def add_pre_wrap_hook(model: Any, hook: Callable[[list[Any]], list[Any]]) -> None:
     """Make Bridge call a function with a rank's chunks, after the functions that it already calls."""
     if isinstance(model, ModelConfig):
-        # Not a list: when a command line changes settings, Bridge empties lists of functions but keeps other
-        # sequences.
+        # A UserList is used because Bridge empties lists of functions when a command line changes settings. Bridge
+        # keeps other sequences.
         model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
     else:
         model.register_pre_wrap_hook(hook)
@@ -42,9 +42,9 @@ def add_pre_wrap_hook(model: Any, hook: Callable[[list[Any]], list[Any]]) -> Non
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
     """Make newly built chunks refuse their first pass if nothing has given them weights by then.
 
-    Until then, the norms and biases of the chunks are NaN. Any code that fills or loads a model replaces the NaNs. A
-    computation that does not call the chunk itself, such as a schedule that runs the chunk's layers one by one, ends
-    with a loss of NaN.
+    Before the chunks get weights, their norms and biases are NaN. Any code that fills or loads a model replaces the
+    NaNs. A computation that does not call the chunk itself, such as a schedule that runs the chunk's layers one by
+    one, ends with a loss of NaN.
 
     Args:
         dense: checkpoint that should fill the chunks.

@@ -8,11 +8,11 @@ from typing import Any
 
 
 def store_contiguous() -> None:
-    """Make Bridge store gate rows above up rows, as it claims to, in this process.
+    """Make Bridge store gate rows above up rows in this process, as Bridge itself claims to do.
 
-    Bridge 0.6.2 interleaves the rows that it loads, and undoes this in the rows that it saves, except in a
-    `ShardedTensorFactory`. In a `torch_dist` checkpoint, fc1 of every model is such a factory: its rows are saved
-    interleaved, and a resumed run interleaves them twice. A function that is already wrapped is left unchanged.
+    Bridge 0.6.2 interleaves rows when it loads them, and separates them when it saves them, except in a
+    `ShardedTensorFactory`. In a `torch_dist` checkpoint, fc1 of every model is such a factory. Its rows are therefore
+    saved interleaved, and a resumed run interleaves them twice. A function that is already wrapped is left unchanged.
     """
     from megatron.bridge.training import checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory

@@ -34,12 +34,12 @@ _LAYOUT = ("online.plan.split_name", "online.plan.RankCoords", "online.quantized
 
 
 def model_like(given: Any, origin: Origin, **changes: Any) -> Any:
-    """Return the model of a parent and a spec in the form of another model, with its layout, precision and kernels.
+    """Return the model of a parent and a spec, with the form, layout, precision and kernels of another model.
 
     Args:
         given: Bridge's provider or builder's configuration; it stays unchanged. None: a default provider.
         origin: parent and spec of the model.
-        changes: fields that are to differ, which take precedence over the other model's.
+        changes: fields that are to differ, which take precedence over the other model's fields.
 
     Raises:
         SpecError: Bridge's model class cannot represent the model.
@@ -112,7 +112,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def kept_settings(model: Any, origin: Origin) -> dict[str, Any]:
-    """Return the settings of a model's configuration that stay with another parent: layout, precision, kernels.
+    """Return the settings that a model's configuration keeps with another parent: layout, precision, kernels.
 
     Kernel settings always stay. Other settings stay if they differ from Bridge's default. If the model is dense, its
     kernel settings for experts are treated like other settings.

@@ -67,7 +67,7 @@ def upcycled_provider(
     Args:
         dense: folder of the dense checkpoint, or its architecture; a model made from an architecture may start from
             random weights.
-        spec: how to upcycle it; None for the dense model itself.
+        spec: how to upcycle the checkpoint; None for the dense model itself.
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
     Raises:
@@ -92,7 +92,7 @@ def upcycled_config(
 
     Args:
         dense: see `upcycled_provider`.
-        spec: how to upcycle it; None for the dense model itself.
+        spec: how to upcycle the checkpoint; None for the dense model itself.
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
     Raises:
@@ -110,7 +110,7 @@ class Origin:
 
     Args:
         parent: architecture of the dense checkpoint.
-        spec: how it is upcycled; None for the dense model itself.
+        spec: how the checkpoint is upcycled; None for the dense model itself.
     """
 
     parent: Architecture
@@ -123,7 +123,7 @@ class Origin:
 
 
 def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridModelProvider:
-    """Return a provider that fills nothing and refuses nothing; see `upcycled_provider`."""
+    """Return a provider without hooks that fill the model or refuse a step; see `upcycled_provider`."""
     model: GPTModelProvider | HybridModelProvider
     arch = origin.arch
     if not (arch.mamba or "hybrid_layer_pattern" in changes):
@@ -141,7 +141,7 @@ def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridMode
 
 
 def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelConfig:
-    """Return a builder's configuration that fills nothing and refuses nothing; see `upcycled_config`."""
+    """Return a builder's configuration without hooks that fill the model or refuse a step; see `upcycled_config`."""
     arch = origin.arch
     _refuse_scaled_embedding(arch)
     hybrid = bool(arch.mamba or "hybrid_layer_pattern" in changes)
@@ -171,7 +171,7 @@ def made_of(model: Any) -> Origin | None:
 
 
 class _SavedWithSizes:
-    """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint.
+    """A builder's configuration that saves TP and PP at the place in a checkpoint where Bridge 0.6 looks for them.
 
     A deep copy copies all parts. In Bridge 0.6.2, a deep copy would copy only the `TransformerConfig`. The sequence
     length is stored in both parts, because the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
@@ -235,7 +235,7 @@ def _architecture(dense: str | Path | Architecture) -> Architecture:
 
 
 def _refuse_scaled_embedding(arch: Architecture) -> None:
-    """Refuse a Gemma for those Bridge classes that do not multiply the embedding."""
+    """Refuse a Gemma model, because some of Bridge's classes do not multiply the embedding."""
     if arch.scaled_embedding:
         raise SpecError(
             f"{arch.hf_class}",
@@ -288,7 +288,7 @@ def _model(arch: Architecture) -> dict[str, Any]:
 
 
 def _hybrid_model(arch: Architecture) -> dict[str, Any]:
-    """Return the same arguments for a HybridModel."""
+    """Return the arguments of Bridge's HybridModel besides its `TransformerConfig`."""
     settings = _model(arch)
     if settings.pop("rope_scaling"):
         raise SpecError(

@@ -51,7 +51,7 @@ class Upcycling(_SpecFields):  # type: ignore[valid-type, misc]
         return UpcycleSpec(**{one.name: getattr(self, one.name) for one in fields(UpcycleSpec)})
 
     def change(self, spec: UpcycleSpec) -> None:
-        """Set all fields to those of a spec."""
+        """Set all fields to the values of a spec."""
         for name, value in asdict(spec).items():
             setattr(self, name, value)
 
@@ -89,7 +89,7 @@ class UpcyclingConfig(ConfigContainer):
         return self.upcycling.spec if self.upcycling else None
 
     def validate(self) -> None:
-        """Complete and check the run, and register the hook that fills it. Bridge calls this as each rank starts."""
+        """Complete and check the run, and register the hook that fills it. Bridge calls this when a rank starts."""
         from nemo_upcycle.trainers.bridge.upcycling import prepare
 
         if self.parents:

@@ -45,7 +45,7 @@ def fit_layout(config: ConfigContainer) -> None:
     load_other_chains()
     checkpoint = config.checkpoint
     if not checkpoint_exists(checkpoint.load) or "://" in checkpoint.load:
-        return  # the checkpoint is non-persistent, so only this job reads it, or is in an object store
+        return  # the checkpoint is non-persistent (only this job reads it), or is in an object store
     step = (
         checkpoint.ckpt_step or read_train_state(get_checkpoint_train_state_filename(checkpoint.load, "latest")).step
     )

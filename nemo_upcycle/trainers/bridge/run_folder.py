@@ -49,7 +49,7 @@ def save_receipt(receipt: UpcycleReceipt, folder: str) -> None:
 
 
 def load_receipt(folder: str) -> dict[str, Any] | None:
-    """Return the receipt beside a run's checkpoints; None if there is none.
+    """Return the receipt beside a run's checkpoints; None if there is no receipt.
 
     Raises:
         UpcycleError: the file is not a receipt.

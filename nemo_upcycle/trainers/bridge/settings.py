@@ -19,13 +19,13 @@ class UpcycleSettings:
     """Settings of a training of an upcycled model that act through `upcycle_callbacks`.
 
     Args:
-        spike_window: number of last losses to compare with; see `LossSpikes`.
-        spike_threshold: a loss is a spike if it is more than this number of spreads above their median.
+        spike_window: number of previous losses that a loss is compared with; see `LossSpikes`.
+        spike_threshold: a loss is a spike if it is more than this number of spreads above the median of these losses.
         stop_on_spike: whether a spike ends the run; otherwise it is a warning and a line in `metrics.jsonl`.
-        evaluate_every: steps between two evaluations of the live model; 0: none.
+        evaluate_every: steps between two evaluations of the live model; 0: no evaluations.
         evaluate_suite: suite of these evaluations: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: number of items to take from the start of each task; None: all.
-        fp8_statistics_every: steps between two FP8 statistics of Transformer Engine, only on GPUs; 0: none.
+        fp8_statistics_every: steps between two FP8 statistics of Transformer Engine, only on GPUs; 0: off.
 
     Example:
         >>> config.upcycle.stop_on_spike = True  # doctest: +SKIP
@@ -40,7 +40,7 @@ class UpcycleSettings:
     fp8_statistics_every: int = 0
 
     def evaluations(self) -> Evaluations | None:
-        """Return the settings of the evaluations during training; None if there are none."""
+        """Return the settings of the evaluations during training; None if nothing is evaluated."""
         if not self.evaluate_every:
             return None
         return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)

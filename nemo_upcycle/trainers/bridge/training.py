@@ -45,7 +45,7 @@ class BridgeTraining(Training):
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
         nodes: number of machines.
         ranks_per_node: number of GPUs on each machine.
-        evaluations: evaluations during training; None: the recipe's.
+        evaluations: evaluations during training; None: the recipe's evaluations.
         changes: fields of the recipe's spec that differ, as JSON; `null`: the recipe's dense baseline, without a spec.
     """
 
@@ -171,7 +171,7 @@ class BridgeTraining(Training):
             _check_config(self, stage, folder)
 
     def check_here(self, stage: str) -> None:
-        """See `Training.check_here`; checks nodes, and the package that takes statistics."""
+        """See `Training.check_here`; checks nodes, and the package for FP8 statistics."""
         from nemo_upcycle.trainers.monitoring.fp8_statistics import require_inspect
 
         name = "upcycle.fp8_statistics_every"
@@ -190,7 +190,7 @@ class BridgeTraining(Training):
         return _problems(self, stage, parent)
 
     def config(self, dense_folder: Path) -> Any:
-        """Return the recipe's configuration with the overrides; the same object every time."""
+        """Return the recipe's configuration with the overrides; every call returns the same object."""
         return _config(self, dense_folder)
 
     def seq_length(self, dense_folder: Path) -> int:
@@ -274,7 +274,7 @@ def parent_configuration(parent: Parent) -> Path | None:
         return None
     try:
         return tokenizer_folder(parent.address)
-    except UpcycleError as error:  # the parent is on the hub: `Parent` has already opened any folder
+    except UpcycleError as error:  # the parent is on the hub, because `Parent` has already opened any folder
         sys.stderr.write(f"Not checked against the dense parent: {error}\n")
         return None
 
@@ -326,7 +326,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     from nemo_upcycle.trainers.bridge.upcycling import check
 
     check_values(config, training.name, f"{stage}.")
-    if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # an arm may do either
+    if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # arms may upcycle or not
         wanted = "a recipe of a dense baseline" if stage == "dense_ct" else "a recipe that upcycles"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another recipe")

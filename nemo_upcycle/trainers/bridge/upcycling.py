@@ -294,7 +294,7 @@ def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
 
 
 def _check_template(source: str | None, spec: UpcycleSpec) -> None:
-    """Check that Bridge's own exports have a folder of the upcycled model's class, and register their conversions."""
+    """Check that Bridge's exports have a Hugging Face folder of the model's class, and register the conversions."""
     from nemo_upcycle.trainers.bridge.conversion import require_unfolded
 
     experts = read_architecture(Path(source)).num_experts if source and Path(source).is_dir() else spec.num_experts

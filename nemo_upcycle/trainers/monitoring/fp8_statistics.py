@@ -16,7 +16,7 @@ import torch
 from nemo_upcycle.errors import SpecError
 
 
-#: Transformer Engine's kind of tensor -> the name of the kind in `cpu.fp8_losses`.
+#: Maps Transformer Engine's kind of tensor to the name of the kind in `cpu.fp8_losses`.
 _KINDS = {"activation": "input", "weight": "weight", "gradient": "gradient"}
 #: Extremes that are kept for each kind of tensor, by Transformer Engine's names.
 _EXTREMES = {"cur_amax": max, "scale_inv_min": min, "scale_inv_max": max}
@@ -82,7 +82,7 @@ def require_inspect(every: int, field: str) -> None:
     """Check that this machine can take the requested statistics; without a GPU, nothing is checked.
 
     Args:
-        every: steps between two statistics; 0: none.
+        every: steps between two statistics; 0: no statistics.
         field: path of the setting, for error messages.
 
     Raises:
@@ -102,7 +102,7 @@ def features(every: int, precision: Any) -> dict[str, Any]:
 
     Args:
         every: steps between two statistics; the first step has statistics.
-        precision: NeMo's or Bridge's precision settings; for weights kept in FP8, Transformer Engine has only scales.
+        precision: NeMo's or Bridge's precision settings; for weights in FP8, Transformer Engine provides only scales.
     """
     keeps_fp8 = any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp8_params"))
     kinds = [kind for kind in _KINDS if not (kind == "weight" and keeps_fp8)]

@@ -26,14 +26,14 @@ from nemo_upcycle.models.mapping_table import BY_ROLE
 
 #: An expert that gets less than this fraction of a balanced share counts as dead.
 DEAD_BELOW = 0.01
-#: Kind of balancing -> name of the loss in Megatron's tracker; the z-loss can be combined with each of the others.
+#: Maps the kind of balancing to the loss's name in Megatron's tracker; any kind can be combined with the z-loss.
 _LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
     "z_loss": "z_loss",
 }
-#: Names of a router's buffers that hold the biases that balance its experts.
+#: Names of a router's buffers for the biases that balance its experts.
 _BIASES = tuple(BY_ROLE[role].megatron[0].rpartition(".")[2] for role in BALANCING_BIASES)
 #: Number of neurons and of model dimensions that are sampled from an expert. With 3 x 32 x 32 weights a distance is
 #: known to a few percent, and the samples of all experts of Llama 3 8B E8T2 fit into 6 MiB.
@@ -169,12 +169,12 @@ class RouterHealth:
 
         Returns:
             `load_min`, `load_max`: smallest and largest share of the processed token slots; `load_cv`: standard
-            deviation of the shares over their mean; `load_entropy`: entropy of the shares over the entropy of perfect
-            balance (1 is balanced); `dead_experts`: number of experts that get less than 1 % of a balanced share;
-            `dropped`: share of the requested slots that exceeded the capacity; the auxiliary losses without their
-            coefficients (balancing losses: 1 in perfect balance; `z_loss`: mean squared logsumexp of the logits);
-            `balancing_bias_range`: highest minus lowest of the biases that balance the experts; `expert_distance`, if
-            the experts were sampled: see `_distance`.
+            deviation of the shares, divided by their mean; `load_entropy`: entropy of the shares, divided by the
+            entropy of perfect balance (1 is balanced); `dead_experts`: number of experts that get less than 1 % of a
+            balanced share; `dropped`: share of the requested slots that exceeded the capacity; the auxiliary losses
+            without their coefficients (balancing losses: 1 in perfect balance; `z_loss`: mean squared logsumexp of the
+            logits); `balancing_bias_range`: highest minus lowest of the biases that balance the experts;
+            `expert_distance`, if the experts were sampled: see `_distance`.
         """
         shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
         is_moe_L = summed["slots"] > 0
@@ -199,8 +199,8 @@ class RouterHealth:
 
         The mean of the experts is used as the origin. The mean is the common part of copies of one network. It needs
         no dense checkpoint in memory, and exists after a restart and in models that were never dense. If all experts
-        drift together, the mean drifts with them. So the number says how much the experts differ: 0 for copies. With
-        granularity G the experts of a layer hold G different shards, and each shard has its own mean.
+        drift together, the mean drifts with them. The number says how much the experts differ from each other (0 for
+        copies). With granularity G the experts of a layer hold G different shards, and each shard has its own mean.
         """
         config, experts = self.config, experts_LEW.shape[1]
         parts, rest = divmod(config.ffn_hidden_size, config.moe_ffn_hidden_size)

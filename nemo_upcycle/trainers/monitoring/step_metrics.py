@@ -9,7 +9,7 @@ lower half, as newer NVIDIA pages do. Only model FLOPs count: recomputation, pad
 
 The true numbers for Llama 3 8B with eight experts, top-2, and the numbers that the paper prints in its Table 1:
 
-    parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; an extra expert counts as two of three matrices
+    parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; counts two of an extra expert's three matrices
     FLOPs a sequence   7.515e14                 printed: 7.5e14; forward and backward of 8192 tokens, full attention
     the dense parent   8.03B, 4.744e14          printed: 8B, 4.7e14
 """
@@ -75,9 +75,10 @@ class StepMetrics:
     """Writes a line for every step on the first rank; every rank of the job needs an instance and calls its methods.
 
     A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens` and `seconds`; the rates of `Throughput.of`;
-    `memory_gib` (the most that any rank has held) and `memory_share` (its share of that rank's GPU); for an MoE model
-    `expert_load` ([L][E], each expert's share of its layer's token slots) and `router` (`RouterHealth.describe`, one
-    number per layer); and the values of the probe. A validation's line holds `step` and `validation_loss`.
+    `memory_gib` (the most memory that any rank has held) and `memory_share` (this memory as a share of its GPU); for
+    an MoE model `expert_load` ([L][E], each expert's share of its layer's token slots) and `router`
+    (`RouterHealth.describe`, one number per layer); and the values of the probe. A validation's line holds `step` and
+    `validation_loss`.
 
     Args:
         training: facts about the training.
@@ -195,7 +196,7 @@ def _mean(given: torch.Tensor) -> float | None:
 
 
 def _own_memory() -> torch.Tensor:
-    """Return [ranks, 2] (GiB): this rank's row has the memory held and the GPU's memory; other rows are zero."""
+    """Return [ranks, 2] (GiB): this rank's row has its peak memory and its GPU's memory; other rows are zero."""
     memory = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
     held, total = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, total or 0.0])

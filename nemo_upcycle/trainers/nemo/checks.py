@@ -180,7 +180,7 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
     """Check that a LoRA run can be resumed, exported and reproduced under every layout.
 
     Raises:
-        SpecError: a setting prevents one of these.
+        SpecError: a setting prevents resuming, exporting or reproducing.
     """
     from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
@@ -278,7 +278,7 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
 
 
 def check_calibration(recipe: run.Partial, *, here: bool) -> None:
-    """Check that a recipe trained without a chain names the calibration file that its spec needs.
+    """Check the calibration file that a recipe's spec needs, for a recipe that is trained without a chain.
 
     Args:
         recipe: recipe of a training job.
@@ -298,7 +298,7 @@ def check_calibration(recipe: run.Partial, *, here: bool) -> None:
 def check_data(recipe: run.Partial) -> None:
     """Check the data folder of a recipe if it has one: its files, its tokenizer and the length of its sources.
 
-    If the dense model is still to be fetched, its tokenizer is compared when the run starts.
+    If the dense model has not been fetched yet, its tokenizer is compared when the run starts.
 
     Raises:
         UpcycleError: the folder is unfinished, damaged or made with another tokenizer, or a source is shorter than a

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 
 def seed_random_states() -> None:
-    """Seed Megatron's named random states as well.
+    """Let NeMo seed Megatron's named random states.
 
     Without this patch these states are never seeded: NeMo seeds them only if it finds a CUDA device.
     """
@@ -48,8 +48,8 @@ def print_progress_alone() -> None:
 def adapt_layers_of_megatron() -> None:
     """Let NeMo's LoRA compare a layer's class with Transformer Engine's classes if Transformer Engine is missing.
 
-    Without this patch, LoRA raises an UnavailableError, "transformer_engine.pytorch could not be imported". After that
-    `isinstance` raises a TypeError, because Megatron sets its classes for grouped experts to None.
+    Without this patch, LoRA raises an UnavailableError, "transformer_engine.pytorch could not be imported". With that
+    error fixed, `isinstance` raises a TypeError, because Megatron sets its classes for grouped experts to None.
     """
     from nemo.collections.llm.peft import lora, utils
 

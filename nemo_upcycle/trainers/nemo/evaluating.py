@@ -1,7 +1,7 @@
 """Score the live model while NeMo trains it."""
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses overrides like
-# `trainer.callbacks[5].every_n_steps=100` with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse overrides like
+# `trainer.callbacks[5].every_n_steps=100`.
 
 from pathlib import Path
 from typing import Any, Optional

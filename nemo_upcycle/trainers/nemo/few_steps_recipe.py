@@ -42,7 +42,7 @@ def few_steps_trainer(schedule: Schedule, num_nodes: int, num_gpus_per_node: int
     config.accelerator = "auto"
     config.log_every_n_steps = 1
     validate(config, times=2)
-    # On a CPU an asynchronous save forks this process, which keeps changing its memory: that takes twice the memory.
+    # On a CPU an asynchronous save forks this process. The process then changes its memory, which doubles the use.
     config.strategy.ckpt_async_save = False
     if not torch.cuda.is_available():
         in_float32_if_faster(config)

@@ -1,6 +1,6 @@
 """Stop a training when its loss or gradient norm is not finite, and report loss spikes."""
 
-# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[0].stop_on_spike=true` with them.
+# Do not postpone annotations here: NeMo-Run needs them to parse `trainer.callbacks[0].stop_on_spike=true`.
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ class LossGuard(Callback):
 
     Args:
         window: number of recent losses that a loss is compared with.
-        threshold: a loss is a spike if it is more than this number of spreads above their median.
+        threshold: a loss is a spike if it is more than this number of spreads above the median of these losses.
         stop_on_spike: whether a spike ends the run as a non-finite loss does. By default the run continues, because
             most spikes pass.
 

@@ -1,6 +1,6 @@
 """One line of metrics per training step: on the console, as JSON lines for the report, and in TensorBoard."""
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses `trainer.callbacks[0].gpu=h100` with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs them to parse `trainer.callbacks[0].gpu=h100`.
 
 from pathlib import Path
 from typing import Any, Optional

@@ -1,6 +1,6 @@
 """OLMo 2 for NeMo, which lacks this model: a configuration whose layers have their norms in OLMo 2's places."""
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse settings of the model.
 
 from collections.abc import Callable
 from dataclasses import dataclass

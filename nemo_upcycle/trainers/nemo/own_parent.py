@@ -168,7 +168,7 @@ def fit_cpu(recipe: run.Partial) -> run.Partial:
         recompute_layers(config)  # weights and Adam's states leave a laptop little memory
     recipe.data.num_workers = 0
     trainer.log_every_n_steps = 1
-    # An asynchronous save forks this process, which keeps changing its memory: that takes twice the memory.
+    # An asynchronous save forks this process. The process then changes its memory, which doubles the use.
     trainer.strategy.ckpt_async_save = False
     in_float32_if_faster(trainer)
     return recipe

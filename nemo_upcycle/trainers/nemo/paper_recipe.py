@@ -10,11 +10,11 @@ The recipes differ from `performance_mode` of NeMo's own recipes:
   sequences with 8 bits of mantissa may lose them (derived, not measured). The plain layouts have room for float32.
 - Overlap of tensor-parallel communication stays off, because it is experimental and its tuned buffers are for other
   shapes.
-- `resilient` is added so that a long run survives.
+- `resilient` is added so that a long run survives failures.
 
-The recipes share with `performance_mode`: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in
-the model's configuration so that overrides find them), manual garbage collection, and overlap of pipeline and
-data-parallel communication.
+The recipes and `performance_mode` share these settings: capacity factor 1 with padding (the values of
+`MegatronTokenDropCallback`, set in the model's configuration so that overrides find them), manual garbage collection,
+and overlap of pipeline and data-parallel communication.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nemo_upcycle.trainers.recipe_arguments import adjust
 #: Vocabulary size of Llama 3 and 3.1, whose NeMo configurations do not set it; the mock tokenizer uses the last id as
 #: end of document.
 VOCABULARY = 128_256
-#: Steps that the fresh routers get to find balance before the activations of the MoE layers are kept.
+#: Number of first steps in which MoE layers are recomputed, because fresh routers are not balanced yet.
 RECOMPUTE_MOE_STEPS = 500
 #: Number of checkpoints to keep: the last checkpoint and the one before it. A bad loss is often noticed only after the
 #: next save, and a run must survive if the storage loses a file. Keeping more checkpoints needs room: a
@@ -82,7 +82,7 @@ def resilient(recipe: run.Partial) -> run.Partial:
 
     - `LossGuard`: if the loss is not finite, all ranks end at once with a message, before a checkpoint is saved.
     - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone, and the others wait until NCCL gives up.
-    - `hang_detection`: under `ft_launcher`, restarts all ranks if one is silent for too long. Otherwise does nothing.
+    - `hang_detection`: under `ft_launcher`, restarts all ranks if one rank is silent for too long.
     - `straggler_report`: reports a slow GPU, which slows all others. It does not end the run: a person has to judge.
     - `SaveOnSignal`: a preempted job saves after its current step and loses no step.
     - `RetainedCheckpoints`: see `KEEP_LAST`.
@@ -196,7 +196,7 @@ def dense_recipe(
     performance_mode: bool = False,
     **named: Any,
 ) -> run.Partial:
-    """Make the recipe of a dense baseline: the dense model, trained as the upcycled model is.
+    """Make the recipe of a dense baseline: the dense model, trained in the same way as the upcycled model.
 
     Args:
         nemo_recipe: NeMo's recipe module; supplies the trainer, the optimizer, the log and the callbacks.

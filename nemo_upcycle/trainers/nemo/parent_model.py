@@ -4,7 +4,7 @@ If NeMo has no configuration for a family, its configuration of Llama (dense) or
 layers of this package.
 """
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse settings of the model.
 
 from typing import Any
 
@@ -34,7 +34,7 @@ from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 
 
-#: Family's `nemo_module`, and whether the family has experts -> configuration and model. Other families: `_FURTHER`.
+#: Configuration and model, by a family's `nemo_module` and whether it has experts. `_FURTHER` has other families.
 _CLASSES: dict[tuple[str, bool], tuple[type, type]] = {
     ("llama", False): (LlamaConfig, LlamaModel),
     ("mistral", False): (MistralConfig7B, MistralModel),
@@ -46,9 +46,9 @@ _CLASSES: dict[tuple[str, bool], tuple[type, type]] = {
     ("phi3mini", False): (Phi3Config, Phi3Model),
     ("mixtral", True): (MixtralConfig, MixtralModel),
 }
-#: Whether there are experts -> configuration and model for families that NeMo has no class for.
+#: Configuration and model for families that NeMo has no class for, by whether there are experts.
 _FURTHER = {False: (LlamaConfig, LlamaModel), True: (MixtralConfig, MixtralModel)}
-#: Configuration and kind of scaled rotary frequencies -> the configuration that scales them.
+#: Configurations that scale rotary frequencies, by the unscaled configuration and the kind of scaling.
 _SCALED = {(LlamaConfig, "llama3"): Llama31Config, (Phi3Config, LONGROPE): LongRopePhi3Config}
 
 

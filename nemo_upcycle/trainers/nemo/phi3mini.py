@@ -1,6 +1,6 @@
 """Phi-3.5 and Phi-4-mini for NeMo: NeMo's Phi-3 with LongRoPE and partially rotated heads."""
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses settings of the model with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse settings of the model.
 
 from dataclasses import dataclass, field, replace
 from typing import Any

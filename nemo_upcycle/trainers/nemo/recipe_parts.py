@@ -53,7 +53,7 @@ def recompute_layers(config: run.Config) -> None:
 
 
 def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:
-    """Make a checkpoint callback that keeps only the newest checkpoint, or the few newest.
+    """Make a checkpoint callback that keeps only the newest `keep_last` checkpoints.
 
     NeMo's default saves every 15 minutes and keeps the ten best: 6.6 TB for an upcycled 8B model.
 

@@ -20,7 +20,7 @@ from nemo_upcycle.trainers.nemo.imports import quiet_imports
 
 #: Parts of a recipe whose settings a run derives from its folder, its parent and its data.
 PLACED_PARTS = ("log", "resume", "data")
-#: Part of a recipe -> reason why its setting has no effect, and the fix.
+#: Maps a part of a recipe to the reason why the part's settings have no effect, and to the fix.
 _DECIDES = {
     "log": ("the run's folder decides it", "omit it, or change dir"),
     "resume": ("the run's folder and its parent decide it", "omit it, or change dir or dense"),
@@ -65,7 +65,7 @@ def _plain(value: Any) -> str:
 
 
 def recipe_spec(recipe: run.Partial) -> Any:
-    """Build the upcycling spec of a recipe, which also checks it, and return it."""
+    """Build and return the upcycling spec of a recipe; this also checks the spec."""
     try:
         return fdl.build(recipe.resume.restore_config.spec)
     except SpecError as error:  # fiddle wraps the error and adds the whole configuration to its text

@@ -1,6 +1,6 @@
 """Recompute the MoE layers in the first steps only, while the routers are still unbalanced."""
 
-# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[0].steps=500` with them.
+# Do not postpone annotations here: NeMo-Run needs them to parse `trainer.callbacks[0].steps=500`.
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class RecomputeFirstSteps(Callback):
     An expert keeps its tokens' activations for the backward pass, so an unbalanced router can need many times
     the memory of a balanced router. Fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2).
     Recomputation repeats the forward pass of the MoE layers and changes no result. Whether a step recomputes depends
-    only on its number, so a resumed run continues as if it had not stopped.
+    only on the step's number, so a resumed run continues as if it had not stopped.
 
     Args:
         steps: number of first steps that recompute. The model's configuration must enable recomputation:

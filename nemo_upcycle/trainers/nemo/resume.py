@@ -57,8 +57,8 @@ class UpcycleResume(nl.AutoResume):
         found = by_step(folder)
         if not found or any(step_of(path) is None for path in found):
             # NeMo itself handles checkpoints at msc:// addresses.
-            # A checkpoint without a step in its name overwrites the checkpoint before it. If this checkpoint is
-            # unfinished, the training is lost, and NeMo is right to refuse a new start.
+            # A checkpoint without a step in its name overwrites the checkpoint before it. If the new checkpoint
+            # is unfinished, the training is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
         chosen = newest_checkpoint(folder)
         if chosen is None:
@@ -104,7 +104,7 @@ def _require_never_saved(found: list[Path]) -> None:
     """Check that starting from the dense checkpoint loses no training.
 
     Raises:
-        CheckpointError: a checkpoint that once was complete is damaged, and no other is complete.
+        CheckpointError: a checkpoint that was complete is now damaged, and no other checkpoint is complete.
     """
     damaged = [path for path in found if was_saved(path) and not is_marked(path)]
     if damaged:

@@ -1,6 +1,6 @@
 """The checkpoints that a run keeps: the newest few, and one every N steps for good."""
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses `log.ckpt.keep_every=5000` with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse `log.ckpt.keep_every=5000`.
 
 from pathlib import Path
 from typing import Any, Optional
@@ -21,8 +21,8 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
 
     The last checkpoint is named `...-last`, as in NeMo. When a newer checkpoint is complete, the earlier one loses
     this suffix. A checkpoint is removed when it is no longer among the `keep_last` newest, unless `keep_every` keeps
-    it. It is removed only after the newer checkpoint is complete, so a run that keeps one checkpoint needs room for
-    two, and a run that keeps two needs room for three.
+    it. The removal starts only after the newer checkpoint is complete, so a run that keeps one checkpoint needs room
+    for two, and a run that keeps two needs room for three.
 
     Args:
         keep_last: number of newest checkpoints to keep, including the last one.
@@ -58,7 +58,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
 
     def nemo_topk_check_previous_run(self) -> None:
-        """Do nothing: no best checkpoints are kept, and NeMo would take every name without `-last` for a best one."""
+        """Do nothing, because NeMo would treat every checkpoint without `-last` as one of the best checkpoints."""
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
         """Rename the checkpoint that was the last, and remove the checkpoints that need not be kept."""

@@ -27,7 +27,7 @@ from nemo_upcycle.utils.children import shield_children
 class StopOnSignal(Callback):
     """Ends this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
 
-    If the disk is full, the error says so and names that checkpoint.
+    If the disk is full, the error says so and names the same checkpoint.
 
     Without this callback Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended.
     `SaveOnSignal` and NeMo's `PreemptionCallback` save before they end the run. They set their own SIGTERM handler
@@ -77,8 +77,8 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
 
     It differs from NeMo's `PreemptionCallback` in four ways:
 
-    - A signal to any rank counts. NeMo's callback obeys only rank 0, so if only another node is preempted, the steps
-      since the last checkpoint are lost.
+    - A signal to any rank counts. NeMo's callback obeys only a signal to rank 0, so the steps since the last
+      checkpoint are lost if only another node is preempted.
     - Data loaders survive the signal, which a scheduler sends to all processes of a job.
     - The handler stays until training is torn down. NeMo removes its handler before the last checkpoint is written.
     - The exit status is 75, not 0, so that a scheduler does not take an early end for a finished training.

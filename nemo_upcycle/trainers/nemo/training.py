@@ -102,7 +102,7 @@ class NeMoTraining(Training):
         """See `Training.facts`; a recipe states every fact except the vocabulary of an unknown parent."""
         arch, knows_vocabulary = _model_of(self.recipe, parent)
         recipe = copy.deepcopy(self.recipe)
-        train_on(recipe, "", parent.address)  # as the stage will do
+        train_on(recipe, "", parent.address)  # the stage makes the same change
         trainer, config, data, nodes_and_ranks = recipe.trainer, recipe.model.config, recipe.data, self.ranks
         callbacks = getattr(trainer, "callbacks", None) or []
         first_steps = next((item.steps for item in callbacks if _is(item, "RecomputeFirstSteps")), 0)
@@ -294,7 +294,7 @@ def _model_of(recipe: Any, dense: Parent) -> tuple[Architecture, bool]:
 
 
 def _gradients(recipe: Any) -> str:
-    """Return the planner's name of the gradients' type; the precision's setting overrides the strategy's."""
+    """Return the planner's name of the gradients' type; the precision's setting overrides the strategy's setting."""
     names = ("trainer.plugins.grad_reduce_in_fp32", "trainer.strategy.ddp.grad_reduce_in_fp32")
     values = [value for name in names if (value := setting(recipe, name)) is not None]
     return "bf16" if values and not values[0] else "fp32"

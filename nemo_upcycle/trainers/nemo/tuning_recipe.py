@@ -1,4 +1,4 @@
-"""NeMo recipes that fine-tune on conversations: their data, their schedule, and the checkpoint they start from."""
+"""NeMo recipes that fine-tune on conversations: data, schedule, and the checkpoint that a recipe starts from."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-#: Part of a recipe -> NeMo's class, and this package's class that replaces it and takes the same settings.
+#: Maps a part of a recipe to NeMo's class and to this package's class, which replaces it and has the same settings.
 _REPLACEMENTS = {
     "trainer.strategy": (nl.MegatronStrategy, UpcycleStrategy),
     "resume": (nl.AutoResume, UpcycleResume),
 }
-#: A setting in NeMo's recipes of Mistral and Qwen that no NeMo class takes, so it has no effect.
+#: A setting in NeMo's recipes of Mistral and Qwen that no NeMo class accepts, so the setting has no effect.
 _LEFT_OVER = "ckpt_include_optimizer"
 _FAMILIES = ", ".join(family.title for family in parents() if family.nemo_module)
 
@@ -240,10 +240,10 @@ def _complete(recipe: run.Partial) -> None:
 
 
 def _take_ours(recipe: run.Partial, name: str) -> None:
-    """Replace a part's NeMo class with this package's class and keep its settings, unless the part has this class.
+    """Replace a part's NeMo class with this package's class, unless it has been replaced; keep the part's settings.
 
     Raises:
-        SpecError: the part has another class.
+        SpecError: the part has a third class.
     """
     theirs, ours = _REPLACEMENTS[name]
     part = setting(recipe, name)

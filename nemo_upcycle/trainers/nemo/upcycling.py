@@ -5,7 +5,7 @@ So a restarted run resumes and never upcycles twice. Model and config classes st
 checkpoints that the run writes.
 """
 
-# Do not postpone annotations here, and use Optional: NeMo-Run parses `resume.restore_config.path=...` with them.
+# Do not postpone annotations here, and use Optional: NeMo-Run needs them to parse `resume.restore_config.path=...`.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -49,10 +49,9 @@ class UpcycleConfig(RestoreConfig):
 
     Args:
         path: dense checkpoint: a folder, `hf://organisation/model`, `asset://smollm2-135m`, or
-            `nemo:///absolute/path` (NeMo 2, Megatron). If it is not on this machine yet, it is fetched into the cache
-            before the weights are read.
-        spec: how to upcycle the dense checkpoint; None: load it into a dense model as it is (continued training of the
-            parent).
+            `nemo:///absolute/path` (NeMo 2, Megatron). If the checkpoint is not on this machine yet, it is fetched
+            into the cache before the weights are read.
+        spec: how to upcycle the dense checkpoint; None: train the dense model itself further.
         branches: further dense checkpoints of the same architecture, named like `path`. The experts are copies of the
             first checkpoint, the second, and so on in turn (Branch-Train-MiX).
         checkpoint: checkpoint of a training of the same model, or the folder of such a run, to start from instead of
@@ -179,7 +178,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         """Load the optimizer states, and fit the schedulers' parameter groups to this expert parallelism.
 
-        A run with another expert parallelism had more or fewer parameter groups.
+        The number of parameter groups depends on whether there is expert parallelism.
         """
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer, scheduler in zip(self.optimizers, checkpoint.get("lr_schedulers", ()), strict=False):
@@ -190,10 +189,10 @@ class UpcycleStrategy(nl.MegatronStrategy):
 
 
 def _check_gather(ddp: Any) -> None:
-    """Refuse to overlap the gathering of MXFP8 parameters with computation: in NeMo 2.7 all parameters would be zero.
+    """Refuse to overlap gathering of MXFP8 parameters with computation, because NeMo 2.7 then zeroes all parameters.
 
     The parameters are gathered through the gradient buffer. Megatron-Core 0.15 expects the training loop to copy the
-    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`), and NeMo's loop does not.
+    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`), but NeMo's loop does not copy them.
     """
     if setting(ddp, "reuse_grad_buf_for_mxfp8_param_ag") and setting(ddp, "overlap_param_gather"):
         raise SpecError(

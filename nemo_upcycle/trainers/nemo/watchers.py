@@ -1,6 +1,6 @@
 """Make callbacks of NVIDIA's resiliency extension, or callbacks that do nothing if a requirement is missing."""
 
-# Do not postpone annotations here: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` with them.
+# Do not postpone annotations here: NeMo-Run needs them to parse `trainer.callbacks[4].every_s=60.0`.
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from nemo_upcycle.utils.progress import show_messages
 def hang_detection() -> Callback:
     """Return the callback that tells `ft_launcher` after each step that this rank is alive.
 
-    The launcher ends and restarts all ranks if one is silent for longer than its timeouts, which
+    The launcher ends and restarts all ranks if one rank is silent for longer than its timeouts, which
     `pipeline.executors.ft.ft_command` sets. Under another launcher the extension's callback would fail, so a callback
     that does nothing is returned.
 

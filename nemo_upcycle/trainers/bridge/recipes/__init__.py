@@ -10,7 +10,7 @@ def register(recipes: Mapping[str, Callable[..., Any]]) -> None:
     """Add recipes to `megatron.bridge.recipes`, where Bridge looks them up by name.
 
     Args:
-        recipes: name -> function.
+        recipes: functions of the recipes, by name.
     """
     import megatron.bridge.recipes
 

@@ -26,7 +26,7 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import check_named, check_whole
 
 
-#: Sources of the rates, schedule, steps and batch size of `upcycled`: the paper, or the configuration itself.
+#: Where `upcycled` takes rates, schedule, steps and batch size from: the paper, or the configuration itself.
 RATES = ("paper", "keep")
 
 
@@ -34,8 +34,8 @@ def with_upcycling(config: ConfigContainer, hf_model_path: str | Path, **node: A
     """Let a Bridge training start from a dense checkpoint that a spec upcycles.
 
     The node `upcycling` of the result holds the parent and the spec. Bridge's overrides change the node
-    (`upcycling.top_k=4`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders stay.
-    Change the result as you would change Bridge's own configuration.
+    (`upcycling.top_k=4`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders do
+    not change. Change the result as you would change Bridge's own configuration.
 
     Args:
         config: Bridge's recipe, or a configuration of your own; it stays unchanged, and the result shares its parts.
@@ -76,10 +76,10 @@ def _start_from(
     """Return a configuration with a parent and a node, and the model that follows from both.
 
     Args:
-        given: configuration to start from. If this package made its model, only that model's parent and spec change.
+        given: configuration to start from. If this package made its model, only the model's parent and spec change.
         hf_model_path: dense checkpoint.
         node: fields of the node; None: the parent is trained as it is.
-        settings: settings of the model, which take precedence over its present settings.
+        settings: settings of the model, which take precedence over the model's present settings.
     """
     check_named("hf_model_path", hf_model_path)
     config = UpcyclingConfig.of(given)
@@ -116,7 +116,7 @@ def upcycled_pretraining(
 
     Args:
         dense: dense checkpoint; see `with_upcycling`.
-        spec: how to upcycle it; None trains the dense model as it is.
+        spec: how to upcycle the checkpoint; None trains the dense model as it is.
         seq_length: sequence length S (tokens).
         data: see `upcycled`.
         settings: further settings of the model: layout and kernels.
@@ -149,11 +149,11 @@ def upcycled(
     Args:
         config: Bridge's recipe, or a configuration of your own; it stays unchanged.
         dense: dense checkpoint; see `with_upcycling`.
-        spec: how to upcycle it; None trains the dense model as it is: the dense baseline.
+        spec: how to upcycle the checkpoint; with None, the run is the dense baseline.
         data: a finished folder of `nemo-upcycle data`; None keeps the configuration's data.
         rates: `paper`, or `keep` for the configuration's own rates, schedule, steps and batch size.
         seq_length: sequence length S (tokens); None: the sequence length of the configuration's data.
-        settings: further settings of the model, which take precedence over the configuration's.
+        settings: further settings of the model, which take precedence over the configuration's settings.
 
     Raises:
         SpecError: Bridge's model class cannot represent the model, or `rates` is unknown.
@@ -185,7 +185,7 @@ def upcycled(
             "train.global_batch_size": max(1, paper.TOKENS_A_STEP // seq_length),
             "validation.eval_interval": 2000,
             "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
-            "checkpoint.most_recent_k": 2,  # Bridge keeps all by default
+            "checkpoint.most_recent_k": 2,  # Bridge keeps all checkpoints by default
             "optimizer.lr": paper.PEAK,
             "optimizer.min_lr": paper.END,
             "optimizer.adam_eps": 1e-5,  # NeMo's value
@@ -193,7 +193,7 @@ def upcycled(
             "scheduler.lr_decay_iters": None,
             "scheduler.lr_warmup_iters": paper.WARMUP_STEPS,
             "scheduler.lr_warmup_fraction": None,
-            # Bridge's scheduler has 0.033, which would replace the optimizer's 0.1.
+            # Bridge's scheduler has a weight decay of 0.033, which would replace the optimizer's 0.1.
             "scheduler.start_weight_decay": config.optimizer.weight_decay,
             "scheduler.end_weight_decay": config.optimizer.weight_decay,
         }

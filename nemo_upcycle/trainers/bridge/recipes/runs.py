@@ -1,6 +1,6 @@
 """Build the trainings of the Megatron-Bridge recipes in `recipes/`, with the numbers of the NeMo recipes.
 
-A recipe's file and `trainers/nemo/paper_recipe.py` give the reasons for the numbers, and say which of them arXiv
+A recipe's file and `trainers/nemo/paper_recipe.py` give the reasons for the numbers, and say which numbers arXiv
 2412.09952 states.
 """
 
@@ -21,7 +21,7 @@ from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
 #: Number of GPUs that NVLink joins in a GB200 rack.
 NVL72 = 72
-#: Precision in the name of a fast run -> Bridge's mixed precision.
+#: Maps the precision in the name of a fast run to Bridge's mixed precision.
 PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_with_fp8_subchannel_scaling_mixed"}
 
 
@@ -39,7 +39,7 @@ def upcycled_run(
         schedule: steps, batches and learning rates.
         spec: how to upcycle.
         data: a finished folder of `nemo-upcycle data`; None: Bridge's mock data.
-        settings: model settings that differ.
+        settings: model settings to change.
     """
     own: dict[str, Any] = {
         "recompute_granularity": "selective",
@@ -84,10 +84,10 @@ def hybridep_run(
 def mxfp8_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
 ) -> UpcyclingConfig:
-    """Make the fast MXFP8 run on GB200 racks: HybridEP, no capacity limit, no recomputation. It has not been run.
+    """Make the fast MXFP8 run on GB200 racks: HybridEP, no capacity limit, no recomputation. Nobody has run it yet.
 
-    Apart from the layout, it has the settings of Bridge's own Qwen3-MoE recipe for GB200 (`recipes/qwen/gb200`), with
-    one difference: parameters stay in BF16, because filling MXFP8 parameters has not been tried on a GPU yet.
+    Apart from the layout, the run has the settings of Bridge's own Qwen3-MoE recipe for GB200 (`recipes/qwen/gb200`),
+    with one difference: parameters stay in BF16, because filling MXFP8 parameters has not been tried on a GPU yet.
 
     Args:
         dense: see `upcycled_run`.
@@ -130,7 +130,7 @@ def mxfp8_run(
 def fast_run(
     dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
 ) -> UpcyclingConfig:
-    """Make the fast FP8 run: capacity factor 1 with padding, no recomputation. FP8 has not been run.
+    """Make the fast FP8 run: capacity factor 1 with padding, no recomputation. Nobody has run it yet.
 
     Parameters stay in BF16, because filling FP8 parameters (`fp8_param_gather`) has not been tried on a GPU yet.
     Gradients are reduced in BF16, as in Bridge's `perf_recipes`.
@@ -176,9 +176,9 @@ def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: st
     config.train.micro_batch_size = 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
-    # Saving for other layouts gathers the optimizer's state in memory: 8 GB more for SmolLM2-135M with 8 experts.
+    # Saving for other layouts gathers the optimizer's state in memory (8 GB more for SmolLM2-135M with 8 experts).
     config.checkpoint.dist_ckpt_optim_fully_reshardable = False
-    config.dataset.num_workers = 0  # on a CPU, each loader process keeps the weights from before the first step
+    config.dataset.num_workers = 0  # on a CPU, a loader process would keep a copy of the initial weights
     return config
 
 
@@ -235,5 +235,5 @@ def _paper_run(
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
     config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data, **model)
     _train_by(config, schedule)
-    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send much more often
+    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # hides the many sends of virtual stages
     return config
