@@ -24,7 +24,7 @@ from nemo_upcycle.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "benchmarks/results/answers.md"
-#: OURS is the package whose time has a separate column. LONG_S is the shortest import that is named (seconds).
+#: OURS is the package whose time has a separate column. Imports of LONG_S seconds or more are named.
 OURS, LONG_S = "nemo_upcycle", 0.05
 HEADINGS = ("command", "status", "processor s", "this package", "imports of others", "the longest of them")
 CHAIN = "nemo upcycle pipeline --factory"

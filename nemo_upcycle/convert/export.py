@@ -48,7 +48,7 @@ from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart,
 from nemo_upcycle.utils.streams import StreamedFile
 
 
-#: Maker of a folder, as recorded in the folder's marker. The next export may replace a folder that has this maker.
+#: Maker of a folder, as recorded in the folder's marker. An export replaces only folders with this maker.
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
     "the checkpoint does not describe its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"

@@ -69,8 +69,8 @@ class Proof:
         picture: whether a random picture was among the tokens.
         difference: norm of the difference between the logits of the model and its parent in float32, divided by the
             norm of the parent's logits; None without a comparison.
-        own_difference: like `difference`, but with the model in the folder's type.
-        parent_difference: like `difference`, but between the parent in the folder's type and the parent in float32.
+        own_difference: like `difference`, but the model computes in the dtype of the folder's weights.
+        parent_difference: like `difference`, but between the parent in this dtype and the parent in float32.
     """
 
     outcome: Outcome

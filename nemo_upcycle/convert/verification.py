@@ -195,7 +195,7 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 def _count_torn(
     folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, network_E: list[int]
 ) -> TornTokens:
-    """Count the tokens for which the top-k of transformers does not choose whole networks in some layer.
+    """Count the tokens for which transformers' top-k chooses only a part of a network in at least one layer.
 
     Args:
         folder: folder of the MoE model.

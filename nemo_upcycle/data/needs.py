@@ -79,7 +79,7 @@ def asset_need(name: str) -> Need:
 
 
 def task_need(name: str, include_path: str | None = None) -> Need:
-    """Return the need for the data of an lm-eval task, which only lm-eval can find in the cache of the hub."""
+    """Describe the data that an lm-eval task needs. Only lm-eval can find these data in the hub's cache."""
     what = f"lm-eval's {name}"
 
     def fetch() -> None:

@@ -331,7 +331,7 @@ def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered:
     """Return the n-grams of texts, each with the hash of its first words.
 
     Args:
-        groups: size of an n-gram -> numbers of items, and their texts.
+        groups: size of an n-gram -> pairs of an item's number and its text.
         prefix: number of words at the start of an n-gram by which a search finds it.
         lettered: minimum number of words with two or more letters in an n-gram; 0 accepts every n-gram that is not
             only digits.

@@ -15,7 +15,7 @@ from nemo_upcycle.spec import RouterKind, find_router_kind
 
 @dataclass(frozen=True, kw_only=True)
 class MambaLayers:
-    """Mamba-2 layers of a model like Nemotron-H, in which attention and network are also separate layers.
+    """Mamba-2 layers of a model like Nemotron-H, whose layers are Mamba, attention or feed-forward network.
 
     Args:
         pattern: kind of each layer of the dense model: `M` (Mamba-2), `*` (attention) or `-` (network).

@@ -37,7 +37,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
 
 
 def of_another_trainer(name: str) -> UpcycleError | None:
-    """Return the error for an upcycling recipe that is not registered here; None if no trainer has the recipe.
+    """Return the error for an upcycling recipe that only another trainer has; None if no trainer has the recipe.
 
     Args:
         name: name of the recipe, as `--factory` takes it.

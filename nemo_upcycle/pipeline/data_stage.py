@@ -38,7 +38,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
         raise StageError(
             f"Folder {folder}",
             kind="missing",
-            got="holds out no documents, and perplexity is measured on them",
+            got="has no held-out documents, on which perplexity is measured",
             fix="name heldout files in the blend, or raise hold_out.heldout",
         )
     return made_data(folder, data.manifest)

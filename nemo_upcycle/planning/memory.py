@@ -81,7 +81,7 @@ class LayerBytes:
     """The activations of one layer and one micro-batch (bytes).
 
     Args:
-        kept: bytes kept for the backward pass, by term; a term names the tensor or the module that needs the tensor.
+        kept: tensor, or module that needs a tensor -> bytes kept for the backward pass.
         working: bytes that exist only while the layer runs: recomputed tensors and their gradients.
     """
 

@@ -141,7 +141,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         return _saved_context(self.path).dense_model(_embedding_rows(self._checkpoint, self._prefix))
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
-        """Yield every Hugging Face tensor by name. Refuse tensors that the table does not know in a dense model."""
+        """Yield every Hugging Face tensor by name. Refuse a checkpoint with tensors that the table does not have."""
         keys = list(model_tensors(self._checkpoint, self._prefix))
         hybrid = stored_hybrid([key.removeprefix(self._prefix) for key in keys])
         for key in keys:

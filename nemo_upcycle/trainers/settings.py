@@ -320,8 +320,8 @@ def check_masters(precision: Any, optimizer: Any, field: str) -> None:
         raise SpecError(
             field=field,
             got=True,
-            expected="False with fp8_param_gather under delayed scaling, because its master weights would have 8 bits",
-            fix="set it to False, or use another fp8_recipe",
+            expected="False with fp8_param_gather under delayed scaling, because the master weights would have 8 bits",
+            fix=f"set {field} to False, or use another fp8_recipe",
         )
 
 

@@ -74,7 +74,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     Args:
         kind: folder of `conf/` with the package's own files (`data`, `evaluation`, ...).
         name: name of a file in this folder without its suffix, or the path of a `.yaml` or `.yml` file.
-        what: word for the file's content in errors ("suite").
+        what: name of the kind of file in error messages, for example "suite".
 
     Raises:
         UpcycleError: the file is missing, unreadable or not a YAML mapping.

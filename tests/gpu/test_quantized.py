@@ -37,7 +37,7 @@ from tests.te.test_quantized import (
 
 pytestmark = NEEDS_CARD
 SPEC, ONE_RANK = UpcycleSpec(num_experts=4, top_k=2), Layout(gpus=1)
-#: Format -> two shares. The largest error is a share of the value plus a share of the largest value in its tensor.
+#: Format -> (a, b). The allowed error is a times the value, plus b times the largest value of the tensor.
 TOLERANCES = {"nvfp4": (0.25, 0.1)}
 FP8_TOLERANCES = (1 / 16, 1 / 448 / 2**8)
 

@@ -57,7 +57,7 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", [1, 2, 16])
 @pytest.mark.parametrize("margin", [0, 2])
 def test_delayed_scaling_moves_as_theirs(margin: int, length: int, algorithm: str, monkeypatch: Any) -> None:
-    """Compare with Transformer Engine's update in Python, although its default is a kernel.
+    """Compare with the update that Transformer Engine has in Python. By default, it uses a kernel instead.
 
     The kernel does not change the scales of unseen tensors. The kernel divides a number by a tensor. Torch multiplies
     the number by the tensor's reciprocal, which rounds once more. In float64, this rounding makes no difference.

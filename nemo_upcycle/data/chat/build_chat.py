@@ -170,7 +170,7 @@ def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem
                 f"Conversations of {chat.name}",
                 kind="state",
                 got=f"are too few: {len(conversations)} can be used ({most}), and none is left for {split}",
-                fix=f"{fix}, so that three or more with different questions remain",
+                fix=f"{fix}, so that three or more conversations with different questions remain",
             )
     return splits
 

@@ -130,7 +130,7 @@ def _rows_of(sequences: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
 
 
 def _batches_of(lengths: Sequence[int], batch_size: int | str) -> Iterator[list[int]]:
-    """Yield the numbers of rows that go through the model together, the longest first."""
+    """Yield groups of row indices. A group goes through the model together, and the longest rows come first."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     start = 0
     while start < len(order):

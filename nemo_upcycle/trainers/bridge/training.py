@@ -46,7 +46,7 @@ class BridgeTraining(Training):
         nodes: number of machines.
         ranks_per_node: number of GPUs on each machine.
         evaluations: evaluations during training; None: the recipe's evaluations.
-        changes: fields of the recipe's spec that differ, as JSON; `null`: the recipe's dense baseline, without a spec.
+        changes: JSON with new values for fields of the recipe's spec; `null` trains the dense baseline, without spec.
     """
 
     name = "bridge"

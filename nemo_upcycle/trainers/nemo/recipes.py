@@ -102,7 +102,7 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
 
 
 def placed_settings(recipe: run.Partial) -> list[str]:
-    """List the settings of a recipe that a run replaces, or that would hide a stage's checkpoints from the stage."""
+    """List a recipe's settings that a run would replace, or that would hide a stage's checkpoints from the stage."""
     placed = copy.deepcopy(recipe)
     place_recipe(placed, Path("STAGE"), Path("DENSE"), Path("DATA"))
     given, after = dict(every_setting(recipe)), dict(every_setting(placed))

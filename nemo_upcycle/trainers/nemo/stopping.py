@@ -105,7 +105,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     @contextmanager
     def _preemption_handler(self) -> Iterator[None]:
         def note(signum: int, frame: FrameType | None) -> None:
-            self._interrupted = True  # has no effect in a forked checkpoint writer, which inherits the handler
+            self._interrupted = True  # a forked checkpoint writer sets only its own copy
 
         before = signal.signal(self.sig, note)
         try:

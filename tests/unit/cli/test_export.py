@@ -84,7 +84,7 @@ def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "more", "hf_class", "note"),
     [
-        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "not tried: experts in a vision-language model"),
+        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "llama.cpp, SGLang: not tried"),
         ("Mistral3", ("--text-only",), "MixtralForCausalLM", ""),
         ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "only the text model: no known class has both visual and experts"),
     ],

@@ -95,7 +95,7 @@ def _set_place(name: str, **changes: Any) -> Callable[[Any], None]:
 
 
 def _set(**changes: Any) -> Callable[[Any], None]:
-    """Return a change that describes "a" as another tensor; `sizes` changes the sizes of its chunk."""
+    """Return a function that replaces the description of the tensor "a". `sizes` are the new sizes of a chunk."""
 
     def change(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["a"]
