@@ -1,1 +1,1 @@
-"""The chain, a NeMo-Run experiment: import, data, upcycle, pretrain, dense_ct, export, evaluate, report."""
+"""The stages of the chain: import, data, upcycle, pretrain, dense_ct, export, evaluate, report."""

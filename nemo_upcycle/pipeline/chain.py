@@ -18,7 +18,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
-#: File with the jobs that were submitted last: the cluster, and the jobs' ids by stage. The file is deleted when all
+#: File that records the last submitted jobs: the cluster, and the id of each stage's job. The file is deleted when all
 #: jobs have ended well.
 JOBS = "jobs.json"
 #: Seconds between two looks at markers and logs, and seconds until the marker of an ended job must be visible through
@@ -53,7 +53,7 @@ class Chain:
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # asked now, as it may not answer later
+        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # it may not answer later
         self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
@@ -91,7 +91,7 @@ class Chain:
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
 
     def _say_adopted(self, job: Job, identity: str) -> None:
-        """Report that a job keeps the settings it was submitted with, and how to give the job other settings."""
+        """Report that a job keeps the settings of its submission, and how to give the job other settings."""
         sys.stderr.write(f"[{job.name}] was submitted before: {identity}\n")
         kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
         if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
@@ -103,11 +103,11 @@ class Chain:
     def submit(self) -> list[str]:
         """Submit the jobs that are neither done nor submitted, and return their ids.
 
-        A scheduler may be unable to hold a job back until earlier jobs have succeeded. Then a job is submitted only
-        when the stages before it are done.
+        Some schedulers cannot hold a job back until earlier jobs have succeeded. On such a scheduler, this call
+        submits only jobs whose earlier stages are done.
 
         Raises:
-            UnreachableError: the scheduler does not answer; the next call submits the rest.
+            UnreachableError: the scheduler does not answer; the next call submits the remaining jobs.
             UpcycleError: the scheduler refuses a job; the jobs that this call has submitted are cancelled.
         """
         done = self.done()
@@ -201,9 +201,9 @@ class Chain:
     def _submit_again(self, job: Job, state: JobState) -> None:
         """Forget a job that has to be submitted again: an orphan, or a training that made progress.
 
-        If the scheduler holds jobs back, a training requeues itself as long as it makes progress. An orphan waits for
-        a stage that is done, but whose job counts as failed in the scheduler. For example, that job ended by itself
-        just after its time limit.
+        If the scheduler holds jobs back, a training requeues itself as long as it makes progress. An orphan is a job
+        that the scheduler gave up because an earlier job counts as failed, although the stage of the earlier job is
+        done. For example, the earlier job ended by itself just after its time limit.
 
         Raises:
             UnfinishedError: the job made no progress, or is not a training.

@@ -61,10 +61,10 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnChecks:
-    """Additional checks of one kind of run; each raises an UpcycleError.
+    """Additional checks of one kind of run; each check raises an UpcycleError if it fails.
 
     Args:
-        first: checks that can run at once.
+        first: checks that need no other check before them.
         then: checks that need correct inputs and recipes.
     """
 
@@ -87,17 +87,17 @@ def check_work(
 
     `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. A dry run and
     `--render` only show the work, so they need neither a network nor the cluster's storage. After the checks, all
-    three also refuse a run that the forecast calls hopeless (`forecast.run.hopeless`). Only `--yes` asks the scheduler
-    (`Cluster.check`), which knows partitions, accounts and limits. With `--render`, a disk that is too small is only a
-    warning, because the jobs may run elsewhere.
+    three options refuse a run that the forecast calls hopeless (`forecast.run.hopeless`). Only `--yes` asks the
+    scheduler (`Cluster.check`), which knows partitions, accounts and limits. With `--render`, a disk that is too small
+    causes only a warning, because the jobs may run elsewhere.
 
     Args:
         run_dir: the run's folder.
         plan: plan of the run.
         stages: stages that were asked for.
-        cluster: scheduler that runs them; None: this machine.
+        cluster: scheduler that runs the stages; None for this machine.
         own: additional checks of this kind of run.
-        places: stage of each training to check -> prefix of the training's settings in errors.
+        places: prefix of the settings of each training in errors, by stage; only these trainings are checked.
         starting: names of the stages whose inputs are checked.
         shown: whether the work is only shown, by a dry run or `--render`.
     """
@@ -164,7 +164,7 @@ def check_run(
         run_dir: the run's folder.
         plan: plan of the run.
         stages: stages that were asked for.
-        cluster: scheduler that runs them; None: this machine.
+        cluster: scheduler that runs the stages; None for this machine.
         detach: whether the launcher leaves without waiting for the jobs.
         shown: whether the run is only shown, by a dry run or `--render`.
     """
@@ -319,7 +319,7 @@ def check_asked(inputs: Inputs) -> None:
 
 
 def check_data(inputs: Inputs, *, remote: bool) -> None:
-    """Check the training data: a finished folder, or a blend or conversations and their files.
+    """Check the training data: a finished folder, a blend with its files, or conversations with their files.
 
     Args:
         inputs: inputs of the run.

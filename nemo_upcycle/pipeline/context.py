@@ -29,23 +29,23 @@ from nemo_upcycle.trainers.settings import class_name, of_class
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: Option of the pipeline -> argument that it sets.
+#: Argument that each option of the pipeline sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
 
 
 class CheckedContext(run.cli.RunContext):
     """Command line that answers a mistake with one message and status 2."""
 
-    #: Options in addition to NeMo-Run's own, with the argument that each sets, and names of additional executors.
+    #: Options that NeMo-Run does not have, with the argument that each option sets, and names of additional executors.
     options: ClassVar[Mapping[str, str]] = {}
     executors: ClassVar[frozenset[str]] = frozenset()
-    #: Facts about the typed command: whether it has `--verbose`, and each argument -> its value.
+    #: Facts about the typed command: whether it has `--verbose`, and the value of each argument.
     verbose = False
     typed: Mapping[str, str] = types.MappingProxyType({})
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
-        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # NeMo-Run does not pass it on
+        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # NeMo-Run hides this option
         self.typed = dict(word.partition("=")[::2] for word in args)
         with answered():
             args = self.arguments(args)
@@ -104,7 +104,7 @@ class CheckedContext(run.cli.RunContext):
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
-#: Sentence in the help that tells the package's two commands apart.
+#: Sentence in the help that explains the difference between the package's two commands.
 _TOOLS = "(For runs with NeMo or Megatron-Bridge. Quick tools: nemo-upcycle --help.)"
 
 
@@ -156,7 +156,7 @@ class PipelineContext(CheckedContext):
         return rest
 
     def without_settings(self, beginnings: tuple[str, ...]) -> Any:
-        """Parse the command line again without its YAML file and some settings; None if the line has neither.
+        """Parse the command line again without its YAML file and some settings; return None if it has neither.
 
         Args:
             beginnings: prefixes of the settings to omit.
@@ -296,7 +296,7 @@ def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> 
 
 
 def _override_error(config: Any, key: str, value: str, error: Exception, where: str) -> UpcycleError:
-    """Return the error of an override: about the first name that does not exist, or about the value if all exist."""
+    """Return the error of an override: about the first name that does not exist, or else about the value."""
     at, so_far = config, ""
     parts = key.split(".")
     for part in parts:

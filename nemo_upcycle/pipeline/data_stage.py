@@ -16,7 +16,7 @@ from nemo_upcycle.trainers.settings import SEQUENCE
 
 
 logger = logging.getLogger(__name__)
-#: Real text for the step-0 check: number of windows B, and tokens per window S.
+#: Size of the text sample for the step-0 check: number of windows B, and tokens per window S.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
@@ -33,7 +33,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
         _say_changes(plan.inputs, folder)
     data = open_data(folder)
     data.require_tokenizer_of(str(dense_folder))
-    data.require_length(seq_length or data.manifest["seq_length"])  # checked before hours of other work
+    data.require_length(seq_length or data.manifest["seq_length"])  # fail before hours of other work
     if not any(data.held_out.values()):
         raise StageError(
             f"Folder {folder}",
@@ -136,7 +136,7 @@ def sample_tokens(folder: Path) -> Any:
 
 
 def require_data(plan: WorkPlan, folder: Path) -> None:
-    """Check that data made by a run are complete, and warn about files that changed since.
+    """Check that a run's data are complete, and warn about files that changed after the data were made.
 
     Raises:
         UpcycleError: a file is missing, or has another size.

@@ -24,7 +24,7 @@ class DiskUse:
     Args:
         stage: name of the stage.
         what: name of the files.
-        kept_bytes: bytes that stay, without the part of unknown size.
+        kept_bytes: bytes that stay after the stage, without the part of unknown size.
         peak_bytes: bytes on the disk while the stage writes.
         present_bytes: bytes that exist already; `new_kept_bytes` and `new_peak_bytes` do not count them.
         unknown: name of the part whose size is unknown.

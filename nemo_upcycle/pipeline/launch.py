@@ -70,7 +70,7 @@ def launch_chain(
 
     Raises:
         UpcycleError: an argument is invalid, a training would not start, or a stage did not finish.
-        SystemExit: a run that is only shown would not start, or would not fit.
+        SystemExit: the run is only shown, and would not start or would not fit.
     """
     run_dir = Path(dir).expanduser().absolute()
     folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
@@ -105,7 +105,7 @@ def launch_chain(
 
 
 def _check_render(render: str | None, cluster: Cluster | None) -> None:
-    """Check that `--render` names a local folder, and that the run has a cluster whose jobs can be written there."""
+    """Check that `--render` names a local folder, and that the run has a cluster whose jobs can be rendered."""
     if render and cluster is None:
         fix = f"add run.executor={' or run.executor='.join(KINDS)}"
         raise UpcycleError("--render", kind="refused", got="needs a cluster", fix=fix)

@@ -37,7 +37,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
 
     Args:
         run_dir: the run's folder.
-        price: price of a GPU-hour; None: the report names no cost.
+        price: price of a GPU-hour; if None, the report names no cost.
 
     Raises:
         UpcycleError: `REPORT_EVERY` is not a number of seconds.

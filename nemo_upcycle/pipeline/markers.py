@@ -1,11 +1,11 @@
 """The marker of a finished stage, which tells the next run whether the stage has to run again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, records everything that the stage depends on. It contains the stage's
-own settings. For each earlier stage whose results the stage reads, it contains a hash of the earlier stage's settings
-(`stage NAME`) and a hash of the results (`content NAME`). If a stage runs again with the same settings and the same
-result, the stages that read it need not run again. Settings that change no result (how often a training logs or saves,
-how many nodes it runs on) are not in the marker. A started run can resume with other values of these settings, and
-records the change.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, records everything that the stage depends on. The marker contains the
+stage's own settings. For each earlier stage whose results the stage reads, the marker contains a hash of the earlier
+stage's settings (`stage NAME`) and a hash of the results (`content NAME`). If a stage runs again with the same
+settings and the same result, the stages that read the result need not run again. Settings that change no result (how
+often a training logs or saves, how many nodes it runs on) are not in the marker. A started run can resume with other
+values of these settings, and the run records the change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from nemo_upcycle.utils.schema import numbered, require_known
 STOPPED, FAILED = "stopped", "failed"
 #: Suffix of the setting that holds the number of steps of a training. In a started run, the number may grow.
 STEPS = " steps"
-#: Characters up to which a setting's text is kept (a longer text is kept as its hash), and changes listed at most.
+#: Largest number of characters of a setting's text (a longer text is stored as its hash), and largest number of
+#: changes that a message lists.
 _SHORT, _LISTED = 200, 5
 #: Pieces of a file that are hashed: their number, and the size of each (bytes).
 _PIECES, _PIECE_BYTES = 16, 1 << 16
@@ -72,10 +73,10 @@ def sha256(text: str) -> str:
 def content_hash(files: Iterable[Path]) -> str:
     """Hash files by name, size, and pieces spread over each file, so that different contents get different hashes.
 
-    Different weights differ everywhere, so pieces are enough. A checkpoint of hundreds of GiB takes seconds.
+    Different weights differ everywhere, so pieces are enough. Hashing a checkpoint of hundreds of GiB takes seconds.
 
     Args:
-        files: files in their order; of each path, only the file's name is hashed.
+        files: files in their order; the hash includes the name of each file, but not the name of its folder.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -114,7 +115,7 @@ def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of changed inputs that keep started work from resuming: all changes except more steps."""
+    """Return the names of the changed inputs that forbid started work to resume: all except a larger number of steps."""
     return [
         name
         for name in changed_inputs(before, inputs)
@@ -173,7 +174,7 @@ class StageFolder:
         """List the inputs of the stage.
 
         Args:
-            settings: name of the stage itself, or of a stage that it reads -> `setting_texts` of that stage.
+            settings: `setting_texts` of the stage itself and of each stage that it reads, by the stage's name.
         """
         inputs = dict(settings[self.name])
         for before in self.reads:
@@ -193,11 +194,11 @@ class StageFolder:
         return done is not None and not changed_inputs(done, inputs)
 
     def done_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage finished from; None if it has not finished or its marker is damaged."""
+        """Return the inputs of the finished stage; None if the stage has not finished or its marker is damaged."""
         return (self._done() or {}).get("inputs")
 
     def started_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage last started from; None if it never started.
+        """Return the inputs of the stage's last start; None if the stage never started.
 
         Raises:
             StageError: the note of the start is damaged.
@@ -244,7 +245,7 @@ class StageFolder:
         return notes | {"inputs": _plain(inputs)}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:
-        """Return why work that was started in the folder may not resume with these inputs; empty if it may resume.
+        """Return why the folder's started work may not resume with these inputs; empty if the work may resume.
 
         Raises:
             StageError: the note of the work's start is damaged.
@@ -324,7 +325,7 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
     """Check that no folder holds work that was started from other inputs. More steps are allowed.
 
     Args:
-        folders: folder of each stage that resumes its work -> inputs with which it would resume.
+        folders: inputs with which each stage would resume its work, by the stage's folder.
 
     Raises:
         StageError: a folder has work that was started from other inputs. The text names all such folders, because

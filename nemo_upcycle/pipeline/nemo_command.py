@@ -1,8 +1,8 @@
 """The entry point `upcycle` of the command `nemo`, which NeMo-Run imports.
 
-The import of NeMo takes longest, so this module first makes the checks that do not need NeMo. All parts must belong to
-one checkout, and the words must name a recipe and stages of the installed trainer. The plain `import nemo_upcycle`
-makes no checks.
+The import of NeMo takes longest, so this module first makes the checks that do not need NeMo. All modules of the
+package must belong to one checkout, and the command line must name a recipe and stages of the installed trainer. The
+plain `import nemo_upcycle` makes no checks.
 """
 
 import importlib
@@ -28,6 +28,6 @@ if find_spec("nemo"):
 elif find_spec("megatron"):
     if find_spec("megatron.bridge"):
         with collector_paused():
-            importlib.import_module("megatron.bridge")  # NeMo-Run imports it next, as a separate entry point
+            importlib.import_module("megatron.bridge")  # NeMo-Run would import it later, without the pause
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     importlib.import_module("nemo_upcycle.pipeline.bridge.pipeline")

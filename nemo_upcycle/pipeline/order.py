@@ -26,8 +26,9 @@ def read_plan(run_dir: Path) -> WorkPlan:
 def before(plan: WorkPlan, *names: str) -> tuple[Stage, ...]:
     """Return the stages that must be done before the named stages, in order and without the named stages themselves.
 
-    These are the stages in `after`, and every stage whose result is read, directly or not, by the named stages or by
-    the stages in `after`. A lost result of a check therefore stops only the training right after the check.
+    The result contains every stage in a named stage's `after`. The result also contains every stage whose result a
+    named stage, or a stage in `after`, reads directly or indirectly. If the result of a check is lost, this therefore
+    stops only the training right after the check.
     """
     needed: set[str] = set()
     for stage in (plan.stage(name) for name in names):
@@ -62,7 +63,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that the stages needed by a part of the chain are done, and that their results still exist.
+    """Check that the stages that a part of the chain needs are done, and that their results still exist.
 
     Raises:
         UpcycleError: a stage is not done, was done from other inputs, or its result is missing.
@@ -102,7 +103,7 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that resumable stages would resume from the same inputs from which their work was started.
+    """Check that resumable stages would resume with the inputs with which their work was started.
 
     Raises:
         StageError: some work has other inputs, or a note of a start is damaged.

@@ -20,10 +20,10 @@ _parse_in_order = TypeParser.parse_union
 
 
 def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
-    """Parse the value of a setting with several types, as a number if one of the types is a number.
+    """Parse the value of a setting that allows several types; prefer a number if one of the types is a number.
 
-    NeMo-Run tries the types in order, and accepts every word as a text. The 2 of `trainer.devices=2` would stay a
-    text.
+    NeMo-Run tries the types in order, and accepts every word as a text. Without this function, the 2 of
+    `trainer.devices=2` would stay a text.
     """
     numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
     return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
@@ -43,15 +43,15 @@ def _parse_class(attribute: str, nested: Any) -> Any:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """While the block runs, let NeMo-Run parse numbers first, `int | None`, and classes in lists, and silence its log.
+    """Let NeMo-Run parse numbers first, `int | None`, and classes in lists in the block, and silence NeMo-Run's log.
 
-    NeMo-Run has no setting for any of these. A process has only one parser, which is restored after the block.
-    NeMo-Run logs the whole configuration before it raises an error.
+    NeMo-Run has no setting for any of these changes. A process has only one parser, which is restored after the block.
+    Without the silence, NeMo-Run would log the whole configuration before it raises an error.
     """
     known = type_parser.custom_parsers  # a user's module that the block imports may add parsers
     before = dict(known)
     known[types.UnionType] = functools.partial(_parse_numbers_first, type_parser)
-    TypeParser.get_parser.cache_clear()  # it caches the function for each type
+    TypeParser.get_parser.cache_clear()  # the class caches the function for each type
     try:
         with (
             temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True),

@@ -28,13 +28,13 @@ from nemo_upcycle.utils.schema import KEY, numbered, require_known
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Trainer -> module and class of its trainings. A trainer is imported only when it is needed.
+#: Module and class of the trainings of each trainer. A trainer is imported only when it is needed.
 _TRAININGS = {
     "nemo": ("nemo_upcycle.trainers.nemo.training", "NeMoTraining"),
     "bridge": ("nemo_upcycle.trainers.bridge.training", "BridgeTraining"),
 }
 PLAN = "pipeline.json"
-#: Folder of a run with copies of the user's YAML files, as they were when the run started.
+#: Folder inside a run's folder, with copies of the user's YAML files as they were when the run started.
 KEPT = "config"
 
 
@@ -45,7 +45,7 @@ class WorkPlan(ABC):
     #: File of the plan in a run's folder, and the name of this kind of run in messages.
     file: ClassVar[str]
     kind: ClassVar[str]
-    #: Field that may name a user's YAML file -> folder of `conf/` that holds the package's own files.
+    #: Fields that may name a user's YAML file, each with the folder of `conf/` that contains the package's own files.
     files: ClassVar[Mapping[str, str]] = {}
     trainer = "nemo"
 
@@ -53,7 +53,7 @@ class WorkPlan(ABC):
         """Write the plan to a run's folder for the stages to read, together with the settings of its trainings.
 
         With the settings, a stage that only checks whether trainings are done need not load a recipe. Loading a recipe
-        imports the trainer.
+        would import the trainer.
         """
         texts = {stage.name: self.training_text(stage.name) for stage in self.stages}
         known = {sha256(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
@@ -76,7 +76,7 @@ class WorkPlan(ABC):
 
     @cached_property
     def _known(self) -> dict[str, TrainingSettings]:
-        """Hash of a training's text -> settings of the training."""
+        """Settings of each training, by the hash of the training's text."""
         return {}
 
     def with_copies(self, run_dir: Path) -> tuple[Self, dict[Path, str]]:
@@ -106,8 +106,8 @@ class WorkPlan(ABC):
         """Return a setting as the markers hash it: YAML files and data folders by content, not by name.
 
         Args:
-            name: name of a field, or of a training's stage. The stage gives the training's fixed settings; the stage
-                with STEPS appended gives the number of steps.
+            name: name of a field, or of a training's stage. The stage's name stands for the training's fixed settings;
+                the name with STEPS appended stands for the number of steps.
         """
         if name.endswith(STEPS):
             return self.training_settings(name.removesuffix(STEPS)).steps
@@ -140,12 +140,12 @@ class WorkPlan(ABC):
 
     @cached_property
     def trainings(self) -> dict[str, Training]:
-        """Stage -> its training."""
+        """Trainings, by the names of their stages."""
         return {stage.name: found for stage in self.stages if (found := self.training(stage.name))}
 
     @cached_property
     def facts(self) -> dict[str, TrainingFacts | None]:
-        """Stage -> facts of its training; None if they are unknown before the parent is fetched."""
+        """Facts of each training, by stage; None if they are unknown until the parent is fetched."""
         return {name: training.facts(self.inputs.parent) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
@@ -160,7 +160,7 @@ class WorkPlan(ABC):
     def content_of(self, name: str) -> Any:
         """Return a field as the markers hash it: a finished folder by its hash, a user's YAML file by its content.
 
-        A file is read once, so later changes of the file do not change this plan.
+        Each file is read only once, so later changes of a file do not change this plan.
         """
         if name not in self._contents:
             value = getattr(self, name)
@@ -183,12 +183,12 @@ class WorkPlan(ABC):
 
     @cached_property
     def own_settings(self) -> dict[str, dict[str, str]]:
-        """Stage -> its settings, as markers name them."""
+        """Settings of each stage, by stage, as markers name the settings."""
         return {stage.name: setting_texts(stage.settings_of(self)) for stage in self.stages}
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
-        """Stage -> stages whose results it reads, directly or not, in the plan's order."""
+        """For each stage, the stages whose results it reads directly or indirectly, in the plan's order."""
         reads: dict[str, tuple[str, ...]] = {}
         for stage in self.stages:
             direct = stage.after if stage.reads is None else stage.reads
@@ -233,21 +233,23 @@ class Stage:
 
     Args:
         name: name of the stage and of its folder.
-        work: function that does the work; takes the run's folder and plan, returns the values that the marker reports.
+        work: function that does the work. It takes the run's folder and plan, and returns the values that the marker
+            reports.
         after: stages that must be done before this stage.
         settings: fields of the plan that the stage depends on.
         parallel: whether the stage runs on all ranks of the training job.
-        resumable: whether a new start resumes the work of a stopped one.
-        computes: whether the stage computes with the models of the run. Then it needs a GPU if a training of the run
-            needs a GPU.
-        reads: stages whose outputs this stage opens; None: the stages in `after`.
-        content: function that lists the result files by which other stages identify the stage's result; takes the
-            run's folder, the plan and the return value of `work`. None: the stage has no result for other stages.
-        outputs: function that opens the stage's results, and raises an UpcycleError if a result is missing; takes the
-            run's folder and the plan. None: no other stage opens a result of this stage.
-        disk: function that lists the files that the stage writes into the run's folder, for the forecast; takes the
-            folder, the plan, and the mapping stage -> architecture of its training (None before the parent is
-            fetched). None: the stage writes almost nothing, or only a training's checkpoints.
+        resumable: whether a new start resumes the work of a stopped start.
+        computes: whether the stage computes with the models of the run. Such a stage needs a GPU if a training of the
+            run needs a GPU.
+        reads: stages whose outputs this stage opens; if None, the stages in `after`.
+        content: function that lists the result files by which other stages identify the stage's result; the function
+            takes the run's folder, the plan and the return value of `work`. None if the stage has no result for other
+            stages.
+        outputs: function that opens the stage's results, and raises an UpcycleError if a result is missing; the
+            function takes the run's folder and the plan. None if no other stage opens a result of this stage.
+        disk: function that lists the files that the stage writes into the run's folder, for the forecast. The function
+            takes the folder, the plan, and the architecture of each training by stage (None before the parent is
+            fetched). None if the stage writes almost nothing, or only a training's checkpoints.
     """
 
     name: str
@@ -283,5 +285,5 @@ class Stage:
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
-        """Return the hash of the stage's results for other stages; empty if none. `outputs` is the stage's report."""
+        """Return the hash of the stage's results for other stages; empty without results. `outputs` is the stage's report."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

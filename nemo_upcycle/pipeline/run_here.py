@@ -57,15 +57,15 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
     """Run each stage as soon as the stages that it needs are done. If a stage does not finish, start no more.
 
-    On a terminal, or if several stages run at once, their output goes to `logs/STAGE-rank0.log`. A terminal shows one
-    line per running stage. If several run at once, the console shows which stages have started, and how many trainings
-    are left.
+    On a terminal, or if several stages run at once, the output of a stage goes to `logs/STAGE-rank0.log`. A terminal
+    shows one line per running stage. If several stages run at once, the console shows which stages have started, and
+    how many trainings are left.
 
     Args:
         jobs: jobs of the stages, each after the jobs that it needs.
         run_dir: the run's folder.
         plan: plan of the run.
-        executor: NeMo-Run's local executor, whose variables the stages get; None: they get none.
+        executor: NeMo-Run's local executor, whose variables the stages get; None if the stages get no variables.
         at_once: number of stages that may run at the same time.
 
     Raises:
@@ -145,7 +145,7 @@ def _say(text: str) -> None:
 
 
 def _exit_status(name: str, status: int, run_dir: Path) -> int:
-    """Return the launcher's exit status for a failed stage. Report a kill, because a killed stage cannot do so."""
+    """Return the launcher's exit status for a failed stage. If the stage was killed, report this."""
     if status < 0:
         signal_name = signal.Signals(-status).name
         hint = " (out of memory?)" if signal_name == "SIGKILL" else ""

@@ -43,7 +43,7 @@ def run_stage(name: str, dir: str) -> None:
         with sifted(libraries_log(run_dir, name)) if quiet and is_first_rank() else nullcontext():
             plan = read_plan(run_dir)
             _run(plan.stage(name), run_dir, plan)
-    except UpcycleError as error:  # refused before its start; another job may use the folder, so record nothing
+    except UpcycleError as error:  # the stage did not start; another job may use its folder, so record nothing
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(error.exit_status) from None
 

@@ -21,7 +21,7 @@ def needs_gpus(facts: TrainingFacts | None) -> bool:
     """Return whether a training cannot run without GPUs: its accelerator is `gpu`, or `auto` for a large model.
 
     Args:
-        facts: facts of the training; None: unknown, and the answer is False.
+        facts: facts of the training; if they are None (unknown), the answer is False.
     """
     if facts is None:
         return False

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class RunPlan(WorkPlan):
     """Everything that the stages of a run need, as plain values.
 
-    Recipes are texts (NeMo's in NeMo-Run's serialised form). A stage builds its recipe only after the check that the
-    stage may start.
+    Recipes are texts; a recipe for NeMo is in NeMo-Run's serialised form. A stage builds its recipe only after the
+    check that the stage may start.
 
     Args:
         recipe: name of the upcycling recipe, for titles.
@@ -100,7 +100,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.models.hf_model import require_known
     from nemo_upcycle.trainers.equivalence import check_step0
 
-    use_cpu_backend()  # first of all, because Megatron checks it when the model's configuration is built
+    use_cpu_backend()  # must be first, because Megatron checks it when the model's configuration is built
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
     spec = training.spec(dense_folder)
     spec = with_calibration(spec, run_dir / "upcycle", dense_folder, started=False) or spec
@@ -256,7 +256,7 @@ def _export_disk(_: Path, __: RunPlan, models: Mapping[str, Architecture | None]
     return [model_use("export", f"exported model of {name}", arch) for name, arch in models.items()]
 
 
-#: All stages of the chain, each after the stages that it needs. This is the only list of them.
+#: All stages of the chain, each after the stages that it needs. This is the only list of the chain's stages.
 STAGES = (
     Stage(
         "import",

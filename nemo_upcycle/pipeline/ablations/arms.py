@@ -13,7 +13,8 @@ from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.facts import Evaluations
 
 
-#: Key that names an arm's recipe -> module and class of the arm. A trainer is imported only when it is needed.
+#: Module and class of each kind of arm, by the key that names the arm's recipe in a grid. A trainer is imported only
+#: when it is needed.
 _ARMS = {
     "factory": ("nemo_upcycle.pipeline.nemo.arms", "NeMoArm"),
     "recipe": ("nemo_upcycle.pipeline.bridge.arms", "BridgeArm"),
@@ -27,11 +28,11 @@ class ArmRequest:
     Args:
         where: place of the arm in the grid, for error messages.
         recipe: name of the recipe in the trainer's command.
-        fields: fields of the spec that differ from the recipe's.
+        fields: fields of the spec whose values differ from the recipe's values.
         settings: overrides, by name.
         parent: dense parent; the parent's address is empty if the grid trains the parent.
-        steps: training steps; None: the number in the recipe and the settings.
-        gpus: ranks that train the arm; None: the number in the recipe.
+        steps: training steps; if None, the recipe and the settings decide.
+        gpus: ranks that train the arm; if None, the recipe decides.
     """
 
     where: str

@@ -49,9 +49,9 @@ class ParentConfig:
 class ArmConfig:
     """One arm: its recipe in NeMo (`factory`, or a file that names a factory) or in Bridge, and its own settings.
 
-    `parent` is UNTRAINED, or the dense training of an earlier arm with the same seed: ARM or ARM-STEPS. None: the
-    grid's parent. For each number in `lengths`, a separate training runs for this number of steps. `seeds` replace the
-    grid's seeds.
+    `parent` is UNTRAINED, or the dense training of an earlier arm with the same seed: ARM or ARM-STEPS. If it is None,
+    the arm starts from the grid's parent. Each number in `lengths` is the number of steps of a separate training.
+    `seeds` replace the grid's seeds.
     """
 
     factory: str | None = None
@@ -206,7 +206,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 def _trainings(
     path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, parent: Parent, evaluations: Evaluations
 ) -> dict[str, tuple[str, Arm]]:
-    """Build the trainings of one seed: name of the training -> name of the arm, and the built `Arm`.
+    """Build the trainings of one seed. Return the arm's name and the built `Arm`, by the training's name.
 
     Raises:
         UpcycleError: recipes cannot be built; the text lists the mistakes of every recipe.
@@ -223,7 +223,7 @@ def _trainings(
                 built[training] = name, open_arm(key, request)
             except UpcycleError as error:
                 wrong.append(error)
-    if wrong:  # list all mistakes of the other arms at once; `ablate` would find them only later
+    if wrong:  # also list the mistakes of the arms that were built
         for name, one in dict(built.values()).items():
             tried = open_training(one.trainer, one.cell(0, name, evaluations))
             wrong += tried.problems(f"{path}: arms.{name}", parent)
@@ -270,12 +270,12 @@ def _check(path: str, grid: GridConfig) -> None:
 
 
 def _from_here(name: str, folder: Path) -> str:
-    """Return the absolute path of a YAML file named by a grid; leave names of the package's own files unchanged."""
+    """Return the absolute path of a YAML file that a grid names; return the name of a package file unchanged."""
     return str((folder / Path(name).expanduser()).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
 def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
-    """Return an arm with its recipe, and with the settings of the arm's own file."""
+    """Return an arm with the recipe and the settings from the arm's own file, and check that it has one recipe."""
     if arm.file:
         content, *_ = read_conf("ablations", folder / arm.file, f"{where}: file")
         run = content.pop("run", None)

@@ -80,7 +80,7 @@ def _check(run_dir: Path, plan: GridPlan, cluster: Cluster | None, *, detach: bo
     """Check everything that a grid's unfinished stages need: parent, data, cluster, and one training of each arm."""
     left = [stage.name for stage in plan.stages if not stage.is_done(run_dir, plan)]
     arms = {cell: f"arms.{about['arm']}" for cell, about in plan.described["cells"].items()} | {"parent": "parent"}
-    # One training per arm is enough: neither seed nor length decides whether an arm can start.
+    # Check one training per arm, because the seed and the length do not change whether an arm can start.
     places = {f"{plan.name}: {arms[name]}": name for name in left if name in arms}
     return check_work(
         run_dir,

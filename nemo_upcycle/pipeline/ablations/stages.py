@@ -35,13 +35,13 @@ class GridPlan(WorkPlan):
             starts from this parent, only the recipe's model sizes are used.
         vocabulary: vocabulary size of the parent's tokenizer, which is trained on the blend.
         suite: suite that scores all trainings: a name in `conf/evaluation`, or a YAML file.
-        cells: name of each training -> its serialised recipe.
-        described: facts for the table. For each cell: arm, seed, tokens per step, steps and learning-rate schedule;
-            for a cell with its own parent also the facts that `read_grid` adds. Also the references, the margin, and
-            the description of each arm.
+        cells: serialised recipe of each training, by the training's name.
+        described: facts for the table: the references, the margin, the description of each arm, and facts of each
+            cell. The facts of a cell are its arm, seed, tokens per step, steps and learning-rate schedule. If a cell
+            has its own parent, `read_grid` adds further facts.
         trainer: trainer of all cells, `nemo` or `bridge`.
-        parents: name of a training -> UNTRAINED, or the training whose result is its parent; the other trainings start
-            from the grid's parent.
+        parents: the training whose result is a training's parent, or UNTRAINED, by the training's name. A training
+            that is not listed starts from the grid's parent.
     """
 
     file: ClassVar[str] = GRID
@@ -123,7 +123,7 @@ def _start_of(plan: GridPlan, cell: str) -> str:
 
 
 def _exported(cell: str) -> str:
-    """Return the name of the stage that exports a training which is the parent of others."""
+    """Return the name of the stage that exports a training from which other trainings start."""
     return f"{cell}-hf"
 
 
@@ -149,7 +149,7 @@ def _parent(name: str) -> Callable[[Path, GridPlan], None]:
 
 
 def _train(name: str, work: Callable[[Path, Any], dict[str, Any]], after: tuple[str, ...], *, is_read: bool) -> Stage:
-    """Return the stage of a training. With `is_read`, the checkpoint's files identify the result."""
+    """Return the stage of a training. If `is_read`, other stages identify the result by the checkpoint's files."""
     stage = Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
     if not is_read:
         return stage

@@ -13,8 +13,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import output_folder
 
 
-#: Number of characters of the blend that train the tokenizer, divided among the sources by weight. Training takes
-#: seconds.
+#: Number of characters on which the tokenizer is trained. Each source of the blend gives a share by its weight. The
+#: training takes seconds.
 _CHARACTERS = 20_000_000
 _FIRST, _LAST, _PAD = "<s>", "</s>", "<pad>"
 _SEED = 1234
@@ -34,7 +34,7 @@ def write_untrained(folder: Path, config: Any, blend: Blend, vocabulary: int, wo
         `folder`.
 
     Raises:
-        UpcycleError: the blend's files cannot be found, or hold too little text.
+        UpcycleError: the blend's files cannot be found, or contain too little text.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,7 +90,7 @@ def _trained_tokenizer(blend: Blend, vocabulary: int, work: Path) -> Any:
 
 
 def _texts(blend: Blend, work: Path) -> Iterator[str]:
-    """Yield training texts of every source, up to a number of characters in proportion to its weight."""
+    """Yield training texts of every source, up to a number of characters that is proportional to its weight."""
     sources = blend.config.sources
     weights = {name: source.weight or 1.0 for name, source in sources.items()}
     for name in sources:

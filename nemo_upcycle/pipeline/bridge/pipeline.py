@@ -75,11 +75,12 @@ def pipeline(
         dense_ct: recipe of the dense baseline; None omits the baseline. If `dense_ct` equals `recipe`, the recipe
             trains the parent without upcycling the parent.
         data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`; for
-            fine-tuning recipes, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
-            speeches, only without GPUs.
+            fine-tuning recipes, conversations (a name in conf/chat, a YAML file, or JSON lines); if None, the demo's
+            speeches are used, but never to train on GPUs.
         evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
-        gpus: ranks of each training; None: the number that the recipe is made for.
-        gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
+        gpus: ranks of each training; if None, the number for which the recipe is made.
+        gpus_per_node: ranks per node; if None, the number of GPUs in a node with the recipe's GPU, or 8 if the recipe
+            names no GPU.
         from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
         until_stage: `--until STAGE`: last stage to run.
         only_stage: `--only STAGE`: the only stage to run.
@@ -121,8 +122,9 @@ def training_of(
     Args:
         recipe: name of the recipe.
         settings: `KEY=VALUE`, as Bridge's command line takes it; `upcycling.FIELD=VALUE` for the UpcycleSpec.
-        gpus: ranks; None: the number that the recipe is made for.
-        gpus_per_node: ranks per node; None: as many GPUs as a node with the recipe's GPU has, else 8.
+        gpus: ranks; if None, the number for which the recipe is made.
+        gpus_per_node: ranks per node; if None, the number of GPUs in a node with the recipe's GPU, or 8 if the recipe
+            names no GPU.
 
     Raises:
         UpcycleError: the number of ranks is unknown, or does not fill whole nodes.
@@ -173,10 +175,10 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
 
 
 def chain(known: KnownRecipe) -> Callable[..., run.Partial]:
-    """Register and return the chain of an upcycled model and its dense baseline, under the name and inputs in NeMo.
+    """Register and return the chain of an upcycled model and its dense baseline, with the name and inputs as in NeMo.
 
     Args:
-        known: recipe, which Bridge must have.
+        known: description of a recipe that Bridge has.
     """
     name, inputs = known.name, known.inputs
 

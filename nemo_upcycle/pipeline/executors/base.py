@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: GPU of an executor that names no GPU. The recipes are written for this GPU.
 USUAL_CARD = "h100"
-#: End of an error's subject if a key does not exist.
+#: Text at the end of an error's subject if a key does not exist.
 _UNKNOWN_KEY = ": key"
 #: Settings that must be the same for all stages of a run.
 _OF_ALL_STAGES = ("price_per_gpu_hour", "write_gib_s")
@@ -41,7 +41,7 @@ def is_local(executor: Any) -> bool:
     """Return whether the stages run on this machine."""
     if executor is None:
         return True
-    from nemo_run import LocalExecutor  # takes seconds, which a stage's process must not lose
+    from nemo_run import LocalExecutor  # this import takes seconds, so a stage avoids it
 
     return isinstance(executor, LocalExecutor)
 
@@ -80,7 +80,7 @@ class Cluster(ABC):
 
     @property
     def identity(self) -> str:
-        """Unique identity of the scheduler, because jobs of another scheduler may have the same ids."""
+        """Unique identity of the scheduler. Jobs of two schedulers may have the same ids."""
         return self.label
 
     @abstractmethod
@@ -94,11 +94,11 @@ class Cluster(ABC):
     def wrong_settings(self, jobs: Sequence[Job]) -> list[UpcycleError]:
         """List settings that are missing, would be ignored, or do not fit these jobs, without asking the scheduler."""
         found = self.wrong_for_all()
-        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # no stage's settings can be made
+        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # then no stage has settings
             return found
         for job in jobs:
             of_job = self.wrong_for(job) or failures([partial(self.render, job)])
-            found += [error for error in of_job if MISSING not in str(error)]  # listed already
+            found += [error for error in of_job if MISSING not in str(error)]  # already in `found`
         return found
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
@@ -120,7 +120,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
-        """Render the files of a job, by name, without asking the scheduler."""
+        """Return the text of each file of a job, by the file's name, without asking the scheduler."""
 
     def masked(self) -> Self:
         """Return a copy of this scheduler that masks secrets in the files it renders, for display."""
@@ -160,7 +160,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Ask the scheduler for the states of jobs. A job that the scheduler does not know has ended."""
+        """Ask the scheduler for the states of jobs. A job counts as ended if the scheduler does not know it."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the paths of a job's log files. The files may be missing, or lie on another machine."""
+        """Return the paths of a job's log files. The files may be missing, or may be on another machine."""
 
     @abstractmethod
     def resources(self, job: Job) -> dict[str, str]:
@@ -230,11 +230,12 @@ def asks_for_gpus(resources: Mapping[str, str]) -> bool:
 
 
 def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
-    """Put the Hugging Face cache of a stage in a container into the run's folder, where later stages find it.
+    """Keep a containerised stage's Hugging Face cache in the run's folder, where later stages find it.
 
     Args:
         job: job of the stage.
-        given: variables that the site sets; if HF_HOME or HF_HUB_CACHE is among them, this variable decides instead.
+        given: variables that the site sets; if they include HF_HOME or HF_HUB_CACHE, that variable sets the place of
+            the cache.
     """
     return {} if {"HF_HOME", "HF_HUB_CACHE"} & set(given) else {"HF_HUB_CACHE": str(job.run_dir / "hub")}
 
@@ -245,7 +246,7 @@ def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[Upcycl
     Args:
         executor: executor with the fields of its class, and `stages`.
         where: file that the user may change, for the message.
-        why: required field -> its meaning.
+        why: meaning of each required field.
     """
     found = []
     for name, what in why.items():
@@ -305,7 +306,7 @@ def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
 
     Args:
         job: job of the stage.
-        per_node: GPUs per node that the job asks for; None: some GPUs, but their number is unknown.
+        per_node: GPUs per node that the job asks for; None if the job asks for an unknown number of GPUs.
         fix: fix in the message if the job asks for no GPUs.
 
     Raises:

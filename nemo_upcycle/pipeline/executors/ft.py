@@ -10,13 +10,13 @@ USUAL_GIB_S = 2.0
 #: Seconds until a rank's first sign of life: time to read the dense checkpoint, upcycle it, and compile for the first
 #: time.
 START_S = 1800.0
-#: Seconds between two signs of life. A step takes seconds, but saving before an early end blocks: 619 GiB at 2 GiB/s
-#: take 5 minutes.
+#: Largest number of seconds between two signs of life. A step takes seconds, but a save before an early end takes
+#: minutes (619 GiB at 2 GiB/s take 5 minutes), and gives no sign of life.
 SILENCE_S = 600.0
-#: Seconds that ranks have to save a checkpoint after the launcher was told to stop.
+#: Time limit (seconds) for the ranks to save a checkpoint after the launcher was told to stop.
 SAVE_S = 1800.0
-#: Seconds that healthy ranks have to end when another rank must be restarted. They cannot save, because they wait for
-#: that rank.
+#: Time limit (seconds) for healthy ranks to end if another rank must be restarted. Healthy ranks cannot save a
+#: checkpoint, because they wait for the other rank.
 RESTART_S = 15.0
 #: Restarts within a job. If a fault returns at the same step, the job ends after this number of restarts.
 RESTARTS = 3
@@ -33,7 +33,7 @@ def ft_command(
     save_s: float = SAVE_S,
     restarts: int = RESTARTS,
 ) -> tuple[str, ...]:
-    """Return the command for each node that runs `command` on the node's ranks and restarts all ranks when one fails.
+    """Return a node's command, which runs `command` on the node's ranks and restarts all ranks if one rank fails.
 
     Start this command once per node, not once per rank. The command sets the variables of torchrun. The launcher
     numbers the nodes by `SLURM_PROCID`, or by `GROUP_RANK` outside Slurm. The recipe needs `hang_detection` among its
@@ -45,10 +45,10 @@ def ft_command(
         nodes: number of nodes; no node may drop out, since a layout fits only one number of ranks.
         ranks_per_node: processes per node.
         endpoint: host and port of the first node, where the launchers meet; a shell expands the default.
-        job: id that the launchers of one job share, and no other job has.
-        silence_s: seconds between two signs of life of a rank.
-        save_s: seconds to save a checkpoint after SIGTERM to the launcher; the scheduler must wait equally long before
-            SIGKILL.
+        job: id that all launchers of one job share, and that no other job has.
+        silence_s: largest number of seconds between two signs of life of a rank.
+        save_s: time limit (seconds) for a save after SIGTERM to the launcher. The scheduler must not send SIGKILL
+            before.
         restarts: number of restarts.
 
     Example:

@@ -23,8 +23,8 @@ class Job:
         is_training: whether the stage saves checkpoints, stops on SIGTERM, and resumes from the last checkpoint.
         reads: folders and files outside the run's folder that the stage reads: the dense model, the data, the suite.
         is_resumable: whether a new start resumes the work of an earlier start, as trainings do.
-        profile: how a training uses its GPUs; None for other stages, or if it is unknown.
-        gpus: GPUs that each node must have; 0 if the stage needs none, or if the number is unknown.
+        profile: how a training uses its GPUs; None for other stages, or if this use is unknown.
+        gpus: GPUs that each node must have; 0 if the stage needs no GPUs, or if the number is unknown.
     """
 
     name: str
@@ -61,8 +61,7 @@ class JobState:
         phase: phase of the job.
         reason: the scheduler's text about why the job waits or how the job ended.
         is_abandoned: whether the job counts as ended although it may still start, so that it has to be cancelled.
-        is_orphaned: whether the job ended because, according to the scheduler, an earlier job that it needs has
-            failed.
+        is_orphaned: whether the job ended because the scheduler regards an earlier job as failed.
     """
 
     phase: Phase

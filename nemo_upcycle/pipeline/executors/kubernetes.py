@@ -32,11 +32,11 @@ _LEAST_REPORT_S = 60
 
 
 class KubernetesScheduler(Cluster):
-    """Kubeflow jobs in a namespace. This client submits the stages in turn: nothing in the cluster holds a stage back.
+    """Kubeflow jobs in a namespace. This client submits stages in turn, because the cluster cannot hold a stage back.
 
     Args:
         executor: the user's settings.
-        api: connection; None: connect when it is needed.
+        api: connection to the API server; if None, the connection is made at the first request.
     """
 
     name, label, settings_class = "kubernetes", "Kubernetes", KubernetesExecutor
@@ -95,7 +95,7 @@ class KubernetesScheduler(Cluster):
         api = self._connected()
         for job in jobs:
             settings = self.settings_for(job.name)
-            api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # needs the right to look
+            api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # may be forbidden
             document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
             with contextlib.suppress(TakenError):  # `submit` chooses another name
                 api.create(resource_of(settings), document, dry_run=True)
@@ -132,8 +132,8 @@ class KubernetesScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
         """See `Cluster.submit`: return the name of the created job, and keep its manifest in the job's folder.
 
-        If the job of the last manifest exists and has not ended, this call returns the existing job. The server may
-        have accepted an earlier request although its answer was lost.
+        If the job of the last manifest exists and has not ended, this call returns the name of this existing job. The
+        server may have accepted an earlier request although its answer was lost.
         """
         settings, number = self.settings_for(job.name), _next_number(job)
         last = f"{manifests.base_name(job)}-{number - 1}"
@@ -146,7 +146,7 @@ class KubernetesScheduler(Cluster):
             write_private(job.folder / f"{name}.yaml", yaml_text(document, width=119), private=holds_secret)
             try:
                 self._connected().create(resource_of(settings), document)
-            except TakenError:  # an earlier run at the same path has this name
+            except TakenError:  # an earlier run at the same path uses this name
                 continue
             except UnreachableError:
                 self._api = None  # the next request reads the credentials anew
@@ -164,7 +164,7 @@ class KubernetesScheduler(Cluster):
         return state is None or state.phase is not Phase.ENDED
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """See `Cluster.states`. If the server does not answer, the last state stays, with the error as its reason."""
+        """See `Cluster.states`. If the server does not answer, the last known state gets the error as its reason."""
         return {identity: self._state(identity) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -223,7 +223,7 @@ class KubernetesScheduler(Cluster):
         resource, namespace = resource_of(self.executor), self.executor.namespace
         try:
             found = self._connected().get(resource, namespace, identity)
-        except UpcycleError as error:  # an expired token or lost connection must not end hours of work
+        except UpcycleError as error:  # an expired token must not end hours of work
             self._api = None  # the next request reads the credentials anew
             last = self._last.get(identity, JobState(Phase.WAITING))
             return JobState(last.phase, f"not known: {error}")

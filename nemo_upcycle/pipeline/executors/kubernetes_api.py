@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resou
 
 
 _TIMEOUT_S = 30
-#: Words in a refusal of the server -> what to change.
+#: Fix for the user, by the words in the server's refusal.
 _FIXES = {
     'unknown field "spec.runtimePatches"': "update Trainer to 2.2 or newer, or set run.executor.kind=pytorchjob",
     "terminationGracePeriodSeconds": (
@@ -32,8 +32,8 @@ class KubernetesApi:
     """A connection to an API server, with the credentials of a kubeconfig or of the pod that runs this process.
 
     Args:
-        kubeconfig: path of the file; empty: $KUBECONFIG or ~/.kube/config, then the pod's service account.
-        context: context in the kubeconfig; empty: the current context.
+        kubeconfig: path of the file; if empty, use $KUBECONFIG or ~/.kube/config, or else the pod's service account.
+        context: context in the kubeconfig; if empty, the current context.
 
     Raises:
         UpcycleError: the client is not installed, or there are no credentials.
@@ -100,11 +100,11 @@ class KubernetesApi:
             self._ask(delete, resource, namespace, name, propagation_policy="Background")
 
     def lacks_claim(self, namespace: str, name: str) -> bool:
-        """Return whether the server says that a PersistentVolumeClaim is missing; False without the right to look."""
+        """Return whether the server says that a PersistentVolumeClaim is missing; False if the user may not look."""
         return self._is_absent(self._core.read_namespaced_persistent_volume_claim, name, namespace)
 
     def lacks_queue(self, namespace: str, name: str) -> bool:
-        """Return whether the server says that a LocalQueue of Kueue is missing; False without the right to look."""
+        """Return whether the server says that a LocalQueue of Kueue is missing; False if the user may not look."""
         address = ("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
         return self._is_absent(self._objects.get_namespaced_custom_object, *address)
 

@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.executors.site import SiteSettings
 
 @dataclass(kw_only=True)
 class NodeResources:
-    """Resources of a node. 0 leaves a resource to the cluster or the runtime.
+    """Resources of a node. If a resource is 0, the cluster or the runtime decides.
 
     Args:
         cpus: CPUs.
@@ -38,7 +38,7 @@ class NodeResources:
 
 @dataclass(kw_only=True)
 class PodSettings:
-    """The pods of a job: image, volumes, placement, user and secrets. Empty texts omit a field.
+    """The pods of a job: image, volumes, placement, user and secrets. An empty text omits its field.
 
     Args:
         image: image of the containers; it must have this package, torch, bash and tee.
@@ -47,18 +47,19 @@ class PodSettings:
         python: Python interpreter of the image.
         claim: PersistentVolumeClaim (ReadWriteMany) that holds the runs.
         mount_path: mount path of the claim, in the pods and on the launching machine.
-        volumes: further claims -> their mount paths.
+        volumes: mount path of each further claim.
         tolerations: tolerations of the pods.
         node_selector: node selector of the pods.
         affinity: affinity of the pods.
         priority_class: priority class of the pods (PyTorchJob; with Kueue set the label
             `kueue.x-k8s.io/priority-class`).
         service_account: service account of the pods.
-        run_as: `UID:GID` of the pods; their group owns new files on the claims. None: user and group of the launching
-            process, which owns the run's folder. "": the image or the cluster decides.
+        run_as: `UID:GID` of the pods; the pods' group owns new files on the claims. If None, the pods run as the user
+            and group of the launching process, which owns the run's folder. If empty, the image or the cluster
+            decides.
         security_context: security context of the container, such as `{capabilities: {add: [IPC_LOCK]}}` for
             InfiniBand.
-        secret_env_vars: variable -> place of its value: `{"HF_TOKEN": "SECRET/KEY"}`.
+        secret_env_vars: place of each variable's value, as in `{"HF_TOKEN": "SECRET/KEY"}`.
         overrides: further fields of a pod's spec, merged last: mappings key by key, lists of named entries by name,
             other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
     """
@@ -82,12 +83,12 @@ class PodSettings:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Claims of the pods -> their mount paths."""
+        """Mount path of each claim of the pods."""
         return {self.claim: self.mount_path, **self.volumes}
 
     @property
     def user(self) -> tuple[int, int] | None:
-        """User and group of the pods; None: the image or the cluster decides."""
+        """User and group of the pods; None if the image or the cluster decides."""
         named = f"{os.getuid()}:{os.getgid()}" if self.run_as is None else self.run_as
         if not named:
             return None
@@ -101,7 +102,7 @@ class PodSettings:
 
 @dataclass(kw_only=True)
 class JobSettings:
-    """The jobs, their controllers and time limits. 0 and empty texts leave a setting to the cluster or the runtime.
+    """The jobs, their controllers and time limits. If a setting is 0 or empty, the cluster or runtime decides.
 
     Args:
         namespace: namespace of the jobs.
@@ -116,8 +117,8 @@ class JobSettings:
             runtime of a TrainJob sets this number).
         report_within_s: seconds after which a job counts as ended if no controller reports on it. If an operator's
             node is lost, the operator starts elsewhere after 5 minutes.
-        kubeconfig: path of the kubeconfig; empty: $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: context in the kubeconfig; empty: the current context.
+        kubeconfig: path of the kubeconfig; if empty, $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: context in the kubeconfig; if empty, the current context.
     """
 
     namespace: str = "default"
@@ -139,10 +140,10 @@ class KubernetesExecutor(PodSettings, NodeResources, JobSettings, SiteSettings, 
     """The executor for Kubernetes: where and how its stages run.
 
     NeMo-Run's own `KubeflowExecutor` is not used, for four reasons. Constructing `KubeflowExecutor` needs a
-    kubeconfig, even for a dry run. It writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently,
-    together with the volumes, tolerations and pull secrets in it. It starts the next stage after a failed one. It
-    never stops waiting for a job that was deleted. This executor also copies nothing into the pods: the plan of a run
-    lies in the run's folder, on a claim that the pods mount.
+    kubeconfig, even for a dry run. `KubeflowExecutor` writes `podTemplateOverrides`, which Trainer 2.2 and later drop
+    silently, and with this field the volumes, tolerations and pull secrets. `KubeflowExecutor` starts the next stage
+    even if a stage has failed. `KubeflowExecutor` waits forever for a job that was deleted. The executor here copies
+    nothing into the pods, because the plan of a run is in the run's folder, on a claim that the pods mount.
 
     Args:
         env_vars: variables of all stages; None removes a variable of `conf/performance.yaml`.
@@ -166,7 +167,7 @@ class Resource:
         kind: name of the kind in manifests.
         pods: label of a job's pods that holds the job's name.
         operator: operator that must run in the cluster, with its oldest suitable release.
-        lacks: setting for which this kind has no field -> place where a user sets the value instead.
+        lacks: settings for which this kind has no field, each with the place where a user sets the value instead.
     """
 
     group: str

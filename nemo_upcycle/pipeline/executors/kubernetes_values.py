@@ -20,7 +20,7 @@ _TOLERATION: dict[str, tuple[str, ...]] = {
     "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
     "tolerationSeconds": (),
 }
-#: Settings that count something; 0 leaves a setting to the cluster.
+#: Settings that are numbers; if a number is 0, the cluster decides.
 _COUNTS = (
     *("cpus", "memory_gib", "gpus_per_node", "shared_memory_gib"),
     *("termination_grace_s", "active_deadline_s", "restarts"),

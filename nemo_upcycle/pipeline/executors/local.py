@@ -1,7 +1,8 @@
 """Run a stage on this machine with one process per rank. No rank outlives the launcher.
 
-NeMo-Run's local executor is not enough. It starts the next stage after a failed one, ends torchrun but not torchrun's
-workers, and obeys only the second Ctrl-C. Also, torchrun prints its own traceback below the stage's message.
+NeMo-Run's local executor is not enough. NeMo-Run's executor starts the next stage even if a stage has failed, ends
+torchrun but not torchrun's workers, and obeys only the second Ctrl-C. Also, torchrun prints its own traceback below
+the stage's message.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from nemo_upcycle.errors import StageStopped
 
 #: Exit status of a stage that found a user's mistake.
 USERS_MISTAKE = 2
-#: Seconds that ranks have to end by themselves after SIGTERM, and after another rank failed.
+#: Time limits (seconds) for ranks to end by themselves after SIGTERM, and after another rank failed.
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
 #: Number of lines from the end of the log that are shown if a stage failed without an explanation.
 _TAIL = 40
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
 #: Variables that tell a process which rank of which job it is. A shell in a Slurm allocation, or a job script, may
-#: have set them, but a process that is started here is not a rank of that job.
+#: have set these variables, but a process that is started here is not a rank of that job.
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
@@ -40,7 +41,7 @@ _OF_A_RANK = (
 
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end this process while the block runs: OmegaConf can turn KeyboardInterrupt into another error."""
+    """Let Ctrl-C end this process in the block, because OmegaConf can turn KeyboardInterrupt into another error."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -82,8 +83,8 @@ def run_ranks(
     Args:
         command: program and its arguments.
         ranks: number of processes, which get torchrun's variables; None: one plain process.
-        environment: variables in addition to this process's own.
-        logs: prefix of the log files of all ranks but the first.
+        environment: variables in addition to this process's own variables.
+        logs: prefix of the log files of all ranks except the first.
         stop: the launcher's signals.
         is_quiet: whether the first rank also writes into `logs`.
     """
@@ -164,11 +165,11 @@ def _rank_variables(ranks: int, port: int) -> list[dict[str, str]]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | None:
-    """Return the index of the first process found to have failed, 0 on a stop signal, None if all have finished."""
+    """Return the index of the first process that failed, 0 after a stop signal, or None if all processes finished."""
     while not stop.signum:
         statuses = [process.poll() for process in processes]
         if bad := [rank for rank, status in enumerate(statuses) if status]:
-            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # if all ranks have the same mistake, each may report it
+            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # let each rank report a mistake that all have
             while time.monotonic() < deadline_s and any(process.poll() is None for process in processes):
                 time.sleep(_POLL_S)
             return bad[0]
@@ -189,7 +190,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
-    """Send a signal to a rank and all processes it started. Return whether any of them still exists."""
+    """Send a signal to a rank and all processes that it started. Return whether any of them still exists."""
     process.poll()  # otherwise the group's leader would still count after it has ended
     try:
         os.killpg(process.pid, signum)

@@ -16,7 +16,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
 
-#: Path of the table, as people know it.
+#: Path of the table, as messages name it.
 TABLE = "conf/performance.yaml"
 ENVIRONMENT, SLURM = "environment", "slurm"
 NUMACTL, SEGMENT = "numactl", "--segment"
@@ -47,16 +47,16 @@ def performance_settings(
     container: bool = False,
     changed: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Look up the performance settings of a job by name: a variable, an srun option such as `--mpi`, or `numactl`.
+    """Look up a job's performance settings. A name is a variable, an srun option such as `--mpi`, or `numactl`.
 
-    An option without a value has an empty text. Only trainings have performance settings.
+    The value of an option without a value is an empty text. Only trainings have performance settings.
 
     Args:
         job: job of the stage.
         card: kind of GPU of the job's nodes.
         scheduler: part of the table whose settings are added to the variables; empty if nothing is added.
         container: whether the job runs in a container.
-        changed: setting -> the user's value, which replaces the table's; None removes the setting.
+        changed: the user's value of each changed setting, which replaces the table's value; None removes the setting.
 
     Raises:
         UpcycleError: `changed` has a name that is not in the table.
@@ -139,7 +139,7 @@ def performance_settings_here(job: Job) -> dict[str, str]:
 
 
 def option_name(word: str) -> str:
-    """Return the option that an srun word sets or, like `--no-container-mount-home`, resets.
+    """Return the option that an srun word sets, or that a word such as `--no-container-mount-home` resets.
 
     Example:
         >>> option_name("--mpi=none"), option_name("--container-mount-home")

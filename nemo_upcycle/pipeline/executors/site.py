@@ -15,10 +15,10 @@ class SiteSettings:
 
     Args:
         card: kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: setting -> value that replaces the value in `conf/performance.yaml`; None removes the setting.
+        performance: new value of each setting that differs from `conf/performance.yaml`; None removes the setting.
         price_per_gpu_hour: price of a GPU-hour, for --dryrun; None if it is unknown.
         write_gib_s: speed (GiB/s) at which all nodes together write to the file system of `dir`, for --dryrun.
-        stages: stage -> fields that differ for this stage.
+        stages: fields that differ for a stage, by the stage's name.
     """
 
     card: str = "h100"

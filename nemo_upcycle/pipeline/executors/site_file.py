@@ -32,9 +32,9 @@ CLUSTERS: tuple[type[Cluster], ...] = (
     SlurmScheduler,
     KubernetesScheduler,
 )
-#: Name after `executor:` in a YAML file -> class of the scheduler's settings.
+#: Class of a scheduler's settings, by the name after `executor:` in a YAML file.
 KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
-#: Field that the chain sets itself -> what a user does instead of setting the field.
+#: Fields that the chain sets itself. A value says what a user does instead of setting the field.
 _OWN = {
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
@@ -119,7 +119,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
 
 @dataclass
 class _Stages:
-    """The table of stages: stage -> fields of the executor that are set for the stage."""
+    """The table of stages. For each stage, it has the fields of the executor that are set for this stage."""
 
     stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 

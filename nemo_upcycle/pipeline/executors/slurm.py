@@ -1,7 +1,8 @@
 """Slurm: NeMo-Run writes the batch script of a stage, and this module checks, submits, watches and requeues it.
 
-NeMo-Run's `Experiment` is not used. It reports a preempted training that ended with status 0 as finished. On a cluster
-without `sacct` it reports every job as failed. It also retries jobs that make no progress.
+NeMo-Run's `Experiment` is not used, for three reasons. `Experiment` reports a preempted training as finished if the
+training ended with status 0. On a cluster without `sacct`, `Experiment` reports every job as failed. `Experiment`
+retries jobs even if they make no progress.
 """
 
 # Do not postpone annotations in this module, and write Optional[...]: NeMo-Run reads them to parse the executor's
@@ -73,14 +74,15 @@ class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
 
     Attributes:
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one per node, which restarts hung ranks.
-        silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
+        silence_s: largest number of seconds between two signs of life of a rank. A save before an early end gives no
+            sign.
         counts_gpus: whether Slurm hands out GPUs; False if Slurm does not know the GPUs (no GRES), so that jobs ask
             for no GPUs.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like that of a single
             machine.
-        python: interpreter of the stages; None: the container's `python`; without a container, this process's
+        python: interpreter of the stages; if None, the container's `python`, or without a container this process's
             interpreter.
-        packager: packager of code for the nodes; sends nothing, because the package is installed there.
+        packager: packager of code for the nodes. The default sends nothing, because the nodes have the package.
     """
 
     account: str = MISSING
@@ -93,7 +95,7 @@ class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
     python: Optional[str] = None  # noqa: UP045
 
 
-#: Field that is "???" in a site's file until the site fills it in -> its meaning.
+#: Meaning of each field that is "???" in a site's file until the site sets the field.
 REQUIRED = {
     "account": "the account that jobs are charged to",
     "partition": "a partition of GPU nodes; `sinfo` lists them",
@@ -142,7 +144,7 @@ class SlurmScheduler(Cluster):
         return f"{self.label}, cluster {found[1]}"
 
     def python_of(self, stage: str) -> str:
-        """Return the interpreter of a stage: the container's, or this process's, which nodes find at the same path."""
+        """Return a stage's interpreter: the container's, or this process's, which nodes have at the same path."""
         mine = self.settings_for(stage)
         return getattr(mine, "python", None) or ("python" if mine.container_image else sys.executable)
 
@@ -192,8 +194,8 @@ class SlurmScheduler(Cluster):
         # The script exports these variables, because NeMo-Run would write `env_vars` without quotes and with names in
         # capitals.
         fast = self.performance(job)
-        # Without a container, a job starts in the folder where sbatch was typed, which may hold another clone.
-        # PYTHONSAFEPATH (from Python 3.11 on) keeps Python from importing that clone.
+        # Without a container, a job starts in the folder where sbatch was typed, which may contain another clone of
+        # the package. PYTHONSAFEPATH (from Python 3.11 on) keeps Python from importing that clone.
         usual = hub_variables(job, mine.env_vars) if mine.container_image else {"PYTHONSAFEPATH": "1"}
         variables = usual | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
@@ -273,7 +275,7 @@ class SlurmScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
         (path,) = self.write(job, job.folder)
-        in_vain(job).unlink(missing_ok=True)  # left by an earlier job; its cause may be gone
+        in_vain(job).unlink(missing_ok=True)  # an earlier job left this file
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
         done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
@@ -284,7 +286,7 @@ class SlurmScheduler(Cluster):
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """Ask `squeue` for the states of jobs, and the controller or the accounting about jobs that have ended."""
         asked = ask("squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N")
-        if asked.returncode and "Invalid job id" not in asked.stderr:  # no answer from the controller: nothing ended
+        if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller gave no answer
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():

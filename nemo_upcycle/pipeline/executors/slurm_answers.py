@@ -14,10 +14,10 @@ from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 NO_ANSWER = ("Unable to contact", "timed out")
 #: Slurm's variables that name the controller. All its other variables describe an allocation.
 OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-#: Reason of a job that will never start, because Slurm believes that a job it waits for has failed.
+#: Slurm's reason for a job that never starts, because Slurm regards an earlier job as failed.
 ORPHANED = "DependencyNeverSatisfied"
-#: Reason (a pattern for Slurm's whole text) -> what to do; the first match counts. Reasons that pass when other jobs
-#: end, such as Priority, Resources and the limits of a group, are omitted.
+#: Advice for Slurm's reasons, by a pattern for a reason's whole text. The first match is used. Reasons that pass when
+#: other jobs end, such as Priority, Resources and the limits of a group, are omitted.
 _PERSONS_END_IT = {
     "JobHeldUser": "let it go with `scontrol release {job}`",
     "JobHeldAdmin": "an administrator holds it: ask them for `scontrol release {job}`",
@@ -34,7 +34,7 @@ _PERSONS_END_IT = {
         "it starts when other jobs of yours, or of the account, have ended"
     ),
 }
-#: Reason -> remedy, for a job that asks for something it cannot get.
+#: Advice for a job that asks for something that it cannot get, by the reason.
 _NEVER_STARTS = {
     "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
         "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
@@ -124,7 +124,7 @@ def ending(identity: str) -> str:
 
 
 def waiting(job: str, reason: str, partition: str = "") -> JobState:
-    """Return the state of a waiting job, with a remedy if the reason does not pass by itself.
+    """Return the state of a waiting job, with advice if the reason is in one of the two tables.
 
     Args:
         job: id of the job.

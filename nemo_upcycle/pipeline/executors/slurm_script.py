@@ -26,9 +26,9 @@ _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/de
     } | sort -n | tail -n 1"""
 #: Progress of the data stage: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
-#: Replaces NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. This line also unsets
-#: a variable. Through the variable, Slurm would pass SBATCH_EXPORT=NONE on to every srun, and no rank would even have
-#: a PATH.
+#: Line that replaces NeMo-Run's `set -evx`, which prints every line of the script and hides why the script failed. The
+#: line unsets a variable through which Slurm would pass SBATCH_EXPORT=NONE on to every srun. With that setting, no
+#: rank would even have a PATH.
 PROLOGUE = "unset SLURM_EXPORT_ENV"
 #: The batch shell outlives the ranks, because the ranks are told to stop before the time limit. The shell then decides
 #: by the stage's marker whether the job has succeeded. Exit codes cannot decide: srun reports only one of several
@@ -55,8 +55,9 @@ touch {job}/started
 trap finish EXIT
 trap : TERM
 """
-#: Lines for a resumable stage: before it starts, and after it has ended without a marker. A cancelled job is no longer
-#: RUNNING. If a partition requeues preempted jobs, Slurm requeues the job itself, so the script must not.
+#: Lines of the script before a resumable stage starts, and lines after the stage has ended without a marker. A
+#: cancelled job is no longer RUNNING. If a partition requeues preempted jobs, Slurm requeues the job itself, so the
+#: script must not requeue the job.
 _BEFORE = r"""progress() {{
     {progress}
 }}
@@ -86,10 +87,10 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and resumed from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
-#: Lines for a training, whose ranks write a file when they are set up. A job that spends most of its time on setup
-#: gets only a step or two further, and would be requeued without end. The script reports such a job as a job without
-#: progress. One such job is allowed, since a file system may have been slow. `limit` excludes the time after the
-#: signal.
+#: Lines for a training. The training's ranks write a file when their setup is done. A job that spends most of its time
+#: on setup makes only a step or two of progress, and would be requeued without end. The script reports such a job as a
+#: job without progress. One such job is allowed, since a file system may have been slow. `limit` excludes the time
+#: after the signal.
 _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
         awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
     ready=$(date +%s)
@@ -125,7 +126,7 @@ def in_vain(job: Job) -> Path:
 
 
 def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
-    """Return the lines of the batch script before a stage. They also decide what happens after its end.
+    """Return the lines of the batch script before a stage. These lines also decide what happens after its end.
 
     Args:
         job: job of the stage; a resumable stage is requeued as long as it makes progress.

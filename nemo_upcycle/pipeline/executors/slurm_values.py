@@ -33,9 +33,10 @@ _FORMS = {
 }
 #: Signals at which the ranks of a resumable stage save and stop. With `B:`, only the batch shell would get the signal.
 _STOPS = re.compile(r"(R:)?(SIG)?(TERM|15)(@\d+)?")
-#: Setting that counts something -> its least value.
+#: Settings that are numbers, each with its smallest allowed value.
 _COUNTS = {"cpus_per_task": 1, "cpus_per_gpu": 1, "gpus_per_node": 0, "gpus_per_task": 0, "segment": 1}
-#: Field of NeMo-Run's executor that does not fit a job of one stage with one process per rank -> what to do instead.
+#: Fields of NeMo-Run's executor that do not fit a job of one stage with one process per rank. A value says what a user
+#: does instead of setting the field.
 _UNSUPPORTED = {
     "array": "omit it: a stage is one job",
     "heterogeneous": "omit it: all nodes of a stage are alike; differences between stages belong in `stages`",

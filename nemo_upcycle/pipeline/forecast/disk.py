@@ -22,7 +22,7 @@ class DiskForecast:
 
     Args:
         folder: the run's folder, or the nearest existing folder above it.
-        free_bytes: bytes that are free there; None: this machine does not see the disk.
+        free_bytes: free bytes on this folder's disk; None if this machine does not see the disk.
         uses: disk use of the stages, in their order.
         at_once: stages that may write at the same time.
     """
@@ -64,8 +64,9 @@ def forecast_disk(
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
         stages: forecasts of the stages.
-        models: stage -> architecture of its model, for both trainings; None if unknown before the parent is fetched.
-        trainings: stage -> forecast of its training, for the trainings among the stages.
+        models: architecture of the model of each training, by stage; None if the architecture is unknown until the
+            parent is fetched.
+        trainings: forecast of each training among the stages, by stage.
         is_parallel: whether both trainings may run at the same time.
         is_here: whether the stages run on this machine; a cluster's folder may lie on storage that is not mounted
             here.
@@ -89,5 +90,5 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     size_bytes = training.facts.checkpoint_bytes
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
-    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # old ones go after a save
+    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a save precedes deletion
     return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

@@ -31,11 +31,11 @@ class NetworkForecast:
     """Items that stages fetch from networks because their caches lack them.
 
     Attributes:
-        stages: stage -> place -> items fetched from that place, in the order of the stages. Stages that need no
+        stages: items that the stages fetch, by stage and by place, in the order of the stages. Stages that need no
             network are omitted.
         command: command that fetches everything beforehand; several commands are joined by &&.
-        offline: stage -> items that the stage lacks and cannot fetch, because a variable keeps the stage off the
-            Hugging Face hub.
+        offline: items that a stage lacks and cannot fetch, by stage. A variable keeps such a stage off the Hugging
+            Face hub.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -67,9 +67,9 @@ def forecast_network(
     Args:
         stages: stages that run.
         plan: plan of the run.
-        cluster: cluster that runs the stages; None: this machine.
-        jobs: stage -> its job.
-        facts: stage -> facts of its training, as far as they are known.
+        cluster: cluster that runs the stages; None for this machine.
+        jobs: job of each stage, by stage.
+        facts: known facts of each training, by stage.
     """
     found, offline, needs = {}, {}, plan.needs
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]

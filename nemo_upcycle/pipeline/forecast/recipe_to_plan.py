@@ -45,7 +45,7 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
 
 
 def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEstimate]:
-    """Return the plan of a training's first steps and the plan of its later steps. Mostly the two plans are equal.
+    """Return the plan of a training's first steps and the plan of its later steps. Usually, both plans are equal.
 
     Args:
         facts: facts of the training.
@@ -107,11 +107,11 @@ def _dispatcher(facts: TrainingFacts) -> str:
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:
-    """Plan a training that ran, to compare the plan with the measurements.
+    """Plan a finished training, to compare the plan with the measurements.
 
     Args:
-        facts: facts of the training; None: unknown.
-        device: name of its GPUs according to the driver; empty without GPUs.
+        facts: facts of the training; None if they are unknown.
+        device: the driver's name for the training's GPUs; empty without GPUs.
 
     Returns:
         `memory_gib` of the fullest GPU and `tokens_per_s` of all GPUs; None if the planner does not know the GPU or

@@ -50,11 +50,11 @@ class Forecast:
         run_dir: the run's folder.
         recipe: name of the recipe.
         stages: forecasts of the chain's stages or of a part of them, in order.
-        trainings: stage -> forecast of its training.
+        trainings: forecast of each training, by stage.
         disk: disk space of the run.
         network: items that the stages fetch from networks.
         settings: all settings of the run.
-        performance: stage -> NVIDIA's performance settings of its training.
+        performance: NVIDIA's performance settings of each training, by stage.
         unchecked: things that were not checked, one line each.
         problems: errors that would stop the run before its end, found by the checks and by `hopeless`.
         read_too_often: one warning for each source of finished data that a training reads more often than allowed.
@@ -113,10 +113,10 @@ def forecast(
         stages: stages that were asked for: the chain or a part of it.
         run_dir: the run's folder; need not exist.
         plan: checked plan of the run.
-        cluster: cluster that runs the stages; None: this machine. The cluster's executor may have a
+        cluster: cluster that runs the stages; None for this machine. The cluster's executor may have a
             `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: jobs of the stages.
-        typed: each typed argument or setting -> its value.
+        typed: value of each typed argument or setting.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
@@ -160,12 +160,12 @@ def _read_too_often(plan: RunPlan, folder: Path, trainings: Mapping[str, Trainin
 
 
 def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[RunSetting]:
-    """Yield the settings of a run and its trainings; for the second training, only those that differ from the first.
+    """Yield the settings of a run and its trainings; for the second training, only its differences.
 
     Args:
         plan: plan of the run.
         stages: names of the stages that train.
-        typed: each typed argument or setting -> its value.
+        typed: value of each typed argument or setting.
     """
     for name in ("dense", "data", "evaluation"):
         if value := getattr(plan, name):
@@ -278,6 +278,6 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
 def _memory_text(training: TrainingForecast, what: str) -> str:
     """Describe how full a GPU is, and name the command that searches for another layout."""
     gib = f"{training.memory_gib:.1f} of {training.gpu.memory_gib if training.gpu else 0} GiB"
-    recipe = training.facts.recipe.partition("_pretrain_")[0]  # drops the end of Bridge's longer names
+    recipe = training.facts.recipe.partition("_pretrain_")[0]  # Bridge's names have a longer end
     search = f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
     return f"memory {what} ({gib} a GPU); search a layout: `{search}`"

@@ -1,4 +1,4 @@
-"""Forecast which stages of a run are done, resume or start, and why, and which resources each asks for."""
+"""Forecast which stages of a run are done, resume or start, with the reasons and the resources of each stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
-#: Text for a stage without an executor: this machine, or no executor if the stage needs several nodes, because such a
-#: stage cannot run here.
+#: Texts in place of an executor's name, if a stage has no executor. The second text is for a stage that needs several
+#: nodes, because such a stage cannot run on this machine.
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
 #: Reason given for a stage that has left no trace yet.
 NOT_RUN = "not run yet"
@@ -62,7 +62,7 @@ class StageForecast:
         executor: name of its executor, or this machine.
         nodes: number of nodes.
         ranks_per_node: processes per node.
-        resources: resource -> amount that the stage asks the executor for.
+        resources: amount of each resource that the stage asks the executor for, by the resource's name.
         save_limits: time limits within which a training must save.
         is_requeued: whether the stage continues in another job when the time of its job is over.
         time_setting: field of the executor that sets the time of a job.
@@ -99,8 +99,8 @@ def forecast_stages(
         stages: the chain or a part of it, in order; the stages before this part are done.
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
-        cluster: scheduler of the stages; None: this machine.
-        jobs: stage -> its job.
+        cluster: scheduler of the stages; None for this machine.
+        jobs: job of each stage, by stage.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:
@@ -133,7 +133,7 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         stage: the stage.
         run_dir: the run's folder.
         plan: plan of the run.
-        before: earlier stage -> its forecast; an earlier stage without a forecast is done.
+        before: forecast of each earlier stage, by stage; an earlier stage without a forecast is done.
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]

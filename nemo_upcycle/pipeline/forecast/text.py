@@ -115,7 +115,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _training_cells(training: TrainingForecast) -> dict[str, str]:
-    """Return the rows of the table for a training, in order: row -> text, which is empty if the row does not apply."""
+    """Return the text of each table row for a training, in order; the text is empty if the row does not apply."""
     facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
@@ -192,7 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
-    """Split a table row into several if a cell is wider than its column. Too long words, such as paths, are cut."""
+    """Split a table row into several rows if a cell is wider than its column. Long words, such as paths, are cut."""
     cells = [
         textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
     ]
@@ -231,7 +231,7 @@ def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
-    """Yield the stages that fetch, their sources (with `verbose`, the items), and a command that fetches all first."""
+    """Yield each stage that fetches items, the sources (with `verbose`, the items), and a command to fetch all items."""
     if not network.stages:
         return
     width = max(map(len, network.stages))

@@ -31,12 +31,12 @@ class TrainingForecast:
     Args:
         stage: forecast of its stage.
         facts: facts of the training.
-        gpu: the planner's GPU; None if there is none or the planner does not know it.
-        gpu_origin: how the kind of GPU was found, or why there is none.
+        gpu: the planner's GPU; None if the training has no GPU or the planner does not know the GPU.
+        gpu_origin: how the kind of GPU was found, or why `gpu` is None.
         first, later: plans of the first steps and of the later steps; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
-        price: price of a GPU-hour, in the user's currency; None: unknown.
-        limit_s: time limit of a job (seconds); None: unknown.
+        price: price of a GPU-hour, in the user's currency; None if it is unknown.
+        limit_s: time limit of a job (seconds); None if it is unknown.
         write_gib_s: write speed of the run folder's file system (GiB/s).
     """
 
@@ -73,7 +73,7 @@ class TrainingForecast:
         return self.fullest.memory.total / GIB if self.fullest else 0.0
 
     def _time_s(self, steps: int, first_steps: int) -> float | None:
-        """Return the seconds of `steps`, including `first_steps`, without evaluation, checkpoints and failures."""
+        """Return the time (seconds) of `steps` steps, of which the first `first_steps` follow the plan of the first steps."""
         if self.first is None or self.later is None:
             return None
         return first_steps * self.first.time.total + (steps - first_steps) * self.later.time.total
@@ -121,8 +121,8 @@ class TrainingForecast:
             return None
         if not self.stage.is_requeued:
             return self.seconds_left if self.seconds_left > WORST_ERROR * limit_s else None
-        # The job is told to stop some seconds before its end (the save limit), and needs time for one step before
-        # this.
+        # A signal tells the job to stop some seconds before its end (the save limit). The job also needs time for one
+        # step before this signal.
         needed_s = min((limit.seconds for limit in self.stage.save_limits), default=0) + self.slowest_step_s
         return needed_s if needed_s >= limit_s else None
 

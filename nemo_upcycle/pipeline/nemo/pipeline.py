@@ -58,7 +58,7 @@ def pipeline(
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits the baseline.
         data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
-            None: the demo's speeches, only without GPUs.
+            if None, the demo's speeches are used, but never to train on GPUs.
         evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
         from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
         until_stage: `--until STAGE`: last stage to run.

@@ -59,7 +59,7 @@ def _register_model(name: str, make: Callable[[], Any]) -> None:
 
 
 def chains(model: str, recipe: ModuleType) -> dict[str, Callable[..., run.Partial]]:
-    """Make the chains of a model's file: name on the command line -> chain.
+    """Make the chains of a model's file, and return them by their names on the command line.
 
     Args:
         model: name of the model.
@@ -128,8 +128,8 @@ def _few_steps_chain(name: str, recipe: ModuleType) -> Callable[..., run.Partial
         Args:
             dir (str): Folder of the run.
             dense (str): Dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-            processes (int | None): Ranks of each training; the experts are spread over the ranks. None: one rank. The
-                demo uses two ranks, or one rank on a machine with one GPU.
+            processes (int | None): Ranks of each training; the experts are spread over the ranks. If None, each
+                training has one rank; the demo has two ranks, or one rank on a machine with one GPU.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -168,7 +168,7 @@ def _tuning_chain(name: str, recipe: ModuleType, on_laptops: bool) -> Callable[.
             dir (str): Folder of the run.
             dense (str): Dense parent, whose chat template is used.
             data (str): Conversations: a name in conf/chat, a YAML file, JSON lines, or a finished folder.
-            peft_scheme (str | None): lora: train adapters and routers in both tunings; none: train all weights.
+            peft_scheme (str | None): `lora` trains adapters and routers in both tunings; `none` trains all weights.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
