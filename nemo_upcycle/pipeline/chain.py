@@ -53,7 +53,7 @@ class Chain:
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # it may not answer later
+        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # the cluster may not answer later
         self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}

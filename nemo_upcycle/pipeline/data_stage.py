@@ -65,7 +65,7 @@ def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> N
         data: name or path of the blend or the conversations.
         dense: dense model whose tokenizer is used.
         folder: folder to write.
-        seq_length: tokens per sequence; None: the number in the data's configuration.
+        seq_length: tokens per sequence; if None, the number in the data's configuration.
 
     Raises:
         StageStopped: a signal stopped the build; it can resume.

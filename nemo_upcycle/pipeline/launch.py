@@ -143,7 +143,7 @@ def launch(
         run_dir: the run's folder.
         plan: plan of the run.
         jobs: jobs to run.
-        forecast: forecast of the run, for the check of disk space; None: no check.
+        forecast: forecast of the run, for the check of disk space; if None, the disk space is not checked.
         at_once: jobs that may run at the same time on this machine.
 
     Returns:

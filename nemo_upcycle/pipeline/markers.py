@@ -115,7 +115,7 @@ def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the changed inputs that forbid started work to resume: all except a larger number of steps."""
+    """Return the names of changed inputs that do not allow a resume: all except a larger number of steps."""
     return [
         name
         for name in changed_inputs(before, inputs)

@@ -27,8 +27,8 @@ def before(plan: WorkPlan, *names: str) -> tuple[Stage, ...]:
     """Return the stages that must be done before the named stages, in order and without the named stages themselves.
 
     The result contains every stage in a named stage's `after`. The result also contains every stage whose result a
-    named stage, or a stage in `after`, reads directly or indirectly. If the result of a check is lost, this therefore
-    stops only the training right after the check.
+    named stage, or a stage in `after`, reads directly or indirectly. Therefore, a lost result of a check stops only
+    the training right after the check.
     """
     needed: set[str] = set()
     for stage in (plan.stage(name) for name in names):
@@ -40,8 +40,8 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     """Return the stages of a part of the chain.
 
     Args:
-        first: name of the first stage; None: the first of the chain.
-        last: name of the last stage; None: the last of the chain.
+        first: name of the first stage; if None, the first stage of the chain.
+        last: name of the last stage; if None, the last stage of the chain.
         only: name of the only stage, in place of first and last.
 
     Raises:

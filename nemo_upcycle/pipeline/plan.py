@@ -285,5 +285,5 @@ class Stage:
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
-        """Return the hash of the stage's results for other stages; empty without results. `outputs` is the stage's report."""
+        """Return the hash of the stage's results for other stages, or "". `outputs` is the stage's report."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

@@ -46,30 +46,30 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The fractions of its peaks that an H100 reaches, and its launch times. `Gpu.reached` has values of other GPUs.
+    """The fractions of its peak speeds that an H100 reaches, and launch times. `Gpu.reached` has other GPUs' values.
 
     `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements. The other values are chosen by hand.
 
     Args:
-        gemm: fraction of the peak that large matrix products reach, at the clock that they run at.
-        gemm_fp8: `gemm` for FP8, including scaling and transposing. For MXFP8 it does not include casts, which are
+        gemm: fraction of the peak that large matrix products reach, at their actual clock rate.
+        gemm_fp8: `gemm` for FP8, including scaling and transposing. For MXFP8, the value excludes casts, which are
             counted separately.
         gemm_fp4: `gemm` for NVFP4, without casts.
         ragged: factor on the three values above for a matrix whose sides are not multiples of 128.
         attention: fraction of the BF16 peak that flash attention reaches over forward and backward.
         memory: fraction of the HBM bandwidth.
         link: fraction of the bandwidth of NVLink and of the network.
-        tp_hidden: fraction of tensor parallelism's traffic that products hide if the traffic is overlapped.
+        tp_hidden: fraction of tensor parallelism's traffic that matrix products hide if the traffic is overlapped.
         ep_hidden: fraction of the experts' traffic that another micro-batch's computation hides if the traffic is
             overlapped.
         layer_us: kernel launches and host work of one layer and micro-batch (microseconds).
         moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert
             (microseconds).
-        expert_us: time of every expert after the rank's first, because grouped products are launched expert by expert
-            (microseconds).
+        expert_us: time of every expert of a rank except the first (microseconds), because grouped products are
+            launched expert by expert.
         uneven_expert_us: `expert_us` if experts are not padded. The host has then waited for the numbers of tokens, so
             no earlier kernel hides the host's work.
-        uneven_fp8_expert_us: `uneven_expert_us` in FP8, which measures, casts and transposes each expert's tensors.
+        uneven_fp8_expert_us: `uneven_expert_us` in FP8, where each expert's tensors are measured, cast and transposed.
         uneven_mx_expert_us: `uneven_expert_us` in MXFP8 and NVFP4, whose scales need no second pass.
         imbalance: token slots of the busiest expert rank divided by the mean over the ranks, if experts are not padded
             to a capacity and routing is balanced, as in benchmarks. The other ranks wait for the busiest rank.
@@ -105,14 +105,15 @@ class Machine:
 
         Args:
             experts: experts of a layer.
-            natural: whether the router chooses the experts, as in training; if not, it is forced to balance them.
+            natural: whether the router chooses the experts, as in training; if False, the router is forced to balance
+                the experts.
         """
         added = self.uneven * max(0.0, math.log2(max(experts, 1) / 4)) if natural else 0.0
         return self.imbalance * (1 + added)
 
 
-#: Version of Megatron-Core -> values of `Machine` that differ. From 0.17 on, the host neither waits for the numbers of
-#: tokens nor works expert by expert.
+#: Values of `Machine` that differ between versions of Megatron-Core, by version. From 0.17 on, the host neither waits
+#: for the numbers of tokens nor works expert by expert.
 SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
     "mcore-0.16": {"uneven_fp8_expert_us": 650.0, "uneven_mx_expert_us": 200.0},
@@ -179,7 +180,7 @@ def gpu_of_device(device: str) -> Gpu | None:
 
 @cache
 def parents() -> dict[str, tuple[list[str], Architecture]]:
-    """Read the dense parents of `conf/planning/parents.yaml`: name -> addresses and architecture."""
+    """Read the addresses and the architecture of each dense parent in `conf/planning/parents.yaml`, by name."""
     return {name: (row["addresses"], _shape(dict(row["shape"]))) for name, row in read_data("parents.yaml").items()}
 
 

@@ -36,15 +36,15 @@ class Layout:
     Args:
         gpus: number of ranks.
         tp: tensor parallelism of everything except the routed experts; if it is above 1, sequence parallelism is on,
-            because MoE needs it.
+            because MoE needs sequence parallelism.
         pp: pipeline stages.
         vp: virtual stages (chunks) of each pipeline stage; 1 without interleaving.
         cp: context parallelism.
         ep: expert parallelism.
         etp: tensor parallelism of the routed experts, which may differ from tp.
         micro_batch: sequences of one micro-batch.
-        first: layers of the first pipeline stage, if it has another number (`num_layers_in_first_pipeline_stage`).
-        last: layers of the last pipeline stage, if it has another number.
+        first: layers of the first pipeline stage, if they are set separately (`num_layers_in_first_pipeline_stage`).
+        last: layers of the last pipeline stage, if they are set separately.
         embedding: 1 if the embedding counts as a layer when layers are divided (`account_for_embedding_in_...`).
         loss: 1 if the output layer counts as a layer (`account_for_loss_in_pipeline_split`).
 
@@ -98,7 +98,7 @@ class Layout:
         return self.dp * self.cp
 
     def node_gpus(self, per_node: int) -> int:
-        """Return the largest number of GPUs per node that divides the job and holds whole tensor-parallel groups.
+        """Return the largest number of GPUs per node that divides the job evenly and splits no tensor-parallel group.
 
         Example:
             >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
@@ -152,7 +152,8 @@ SIZES = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"}
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
     """Parse a layout such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1`, separated by commas or blanks.
 
-    An omitted size is 1. But an omitted etp equals tp if ep is 1, because Megatron-Core supports no other value then.
+    An omitted size is 1. But an omitted etp equals tp if ep is 1, because Megatron-Core supports only this value if ep
+    is 1.
 
     Args:
         text: the layout.

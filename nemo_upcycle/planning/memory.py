@@ -104,13 +104,13 @@ def layer_bytes(
 ) -> LayerBytes:
     """Sum up the activations that one layer keeps for one micro-batch.
 
-    The elements kept for each token of a rank's part of the sequence (s / cp):
+    The layer keeps these elements for each token of a rank's part of the sequence (s / cp):
 
     - Norms: inputs and outputs of two norms, 4 D / tp.
     - Attention: query, key, value and output, (2 H + 2 R) K / tp. A Mamba mixer keeps its inputs and outputs instead.
     - Dense network: (2 F + F) / tp.
     - MoE layer: (2 F + F) / etp and the experts' input, D, for every token slot; 16 bytes for each of the router's
-      logits, half of them for the order of the slots.
+      logits. Of these 16 bytes, 8 are for the order of the slots.
 
     In FP8 the inputs of linear layers take one byte, all other elements two.
 
@@ -153,7 +153,8 @@ def layer_bytes(
             ),
         }
     # Experts have fused kernels for two gated activations, and for the squared ReLU in NVIDIA's recipes of models with
-    # Mamba layers. Without a fused kernel, both factors are kept a second time, and so is the unweighted product.
+    # Mamba layers. Without a fused kernel, both factors are kept a second time, and the unweighted product is kept
+    # too.
     is_fused = arch.mamba or (arch.gated and arch.activation in ("silu", "quick_gelu"))
     unfused = 2 if arch.num_experts and not is_fused else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
@@ -182,7 +183,7 @@ def layer_bytes(
     if work.recompute == "full":
         freed = set(terms) - {next(iter(terms))}  # only the input of the first norm is kept
     freed &= set(terms)
-    # A layer's tensors and their gradients exist together, but only for attention or for the network at a time.
+    # A layer's tensors exist together with their gradients, but never for attention and the network at once.
     working = sum(terms[term] for term in freed)
     working += max(sum(attention.values()), sum(network.values()))
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
@@ -213,8 +214,9 @@ def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
     """Return the number of micro-batches that each chunk of a stage keeps at the peak.
 
-    1F1B keeps pp - stage micro-batches. With interleaving, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp
-    chunks and works on one more. Chunks take turns every pp micro-batches, so the first chunks are the fullest.
+    1F1B keeps pp - stage micro-batches. With interleaving, a stage keeps the 2 (pp - stage - 1) + (vp - 1) pp chunks
+    of its warm-up, and one more. After every pp micro-batches, a stage goes on to its next chunk, so the first chunks
+    are the fullest.
     """
     count = layout.micro_batches(work.global_batch)
     if layout.vp == 1:
@@ -333,8 +335,8 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
 
 
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
-    """Return the pipeline stage whose ranks hold the most memory, and that memory."""
-    # Among equal stages, the first keeps the most micro-batches, and only the last has the logits.
+    """Return the pipeline stage whose ranks use the most memory, and the memory of these ranks."""
+    # Among equal stages, the first stage keeps the most micro-batches, and only the last stage has logits.
     stages: Iterable[int] = {0, 1, layout.pp - 1}
     if layout.first or layout.last or arch.moe_pattern or arch.mamba or arch.delta:
         firsts = {_contents(arch, layout, work, stage): stage for stage in reversed(range(layout.pp))}

@@ -53,7 +53,7 @@ class Param(NamedTuple):
 
     @property
     def muon_bytes(self) -> int:
-        """Bytes of the states under Muon. Embeddings, output layer and everything except matrices use Adam."""
+        """Bytes of the states under Muon. Embeddings, output layer and parameters that are no matrices use Adam."""
         is_matrix = self.layer is not None and len(self.shape) == 2
         return self.numel * (MUON_BYTES if is_matrix else OPTIMIZER_BYTES)
 
@@ -64,7 +64,7 @@ class Param(NamedTuple):
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
-    """List the parameters that a rank holds of a chunk, in the order of Megatron's modules."""
+    """List a rank's parameters in a chunk, in the order of Megatron's modules."""
     first = ["embedding"] if chunk.has_embedding else []
     last = ["final_norm"] if chunk.has_output else []
     last += ["output"] if chunk.has_output and not (arch.tied_embeddings and chunk.has_embedding) else []
@@ -99,7 +99,7 @@ def _kind(arch: Architecture, layer: int) -> tuple[bool, str]:
 def _layer_shapes(
     arch: Architecture, moe: bool, parts: str, tp: int, etp: int, ep: int
 ) -> list[tuple[ParamMapping, tuple[int, ...]]]:
-    """Return mapping and shard shape of every parameter in a kind of layer; the rank's experts follow each other."""
+    """Return the mapping and the shard shape of every parameter in a kind of layer, one expert after the other."""
     layer = next(n for n in range(arch.num_layers) if _kind(arch, n) == (moe, parts))
     # Balancing biases are left out, because they are buffers.
     mappings = [mapping for mapping in layer_mappings(arch, layer) if mapping.role not in BALANCING_BIASES]
@@ -245,10 +245,10 @@ class StageBuffers:
 
 
 def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[list[int], list[int]]:
-    """Sum up the bytes of Muon's states: per rank that shares the dense part, and per rank that shares experts.
+    """Return the bytes of Muon's states on each rank that shares the dense part, and on each that shares experts.
 
-    `muon` keeps all states on every rank. `dist_muon` sorts the parameters by size, smallest first, and deals them out
-    to the ranks as a whole, back and forth.
+    `muon` keeps all states on every rank. `dist_muon` sorts the parameters by size, smallest first. It assigns each
+    whole parameter to the next rank, from the first rank to the last and back.
     """
     spreads = work.optimizer == "dist_muon" and layout.dense_shards > 1
     found = []

@@ -13,7 +13,8 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Default conversations and evaluation suite of a fine-tuning chain. They are the demo's, and meant for a first try.
+#: Default conversations and evaluation suite of a fine-tuning chain. Both come from the demo and are meant for a first
+#: try.
 CONVERSATIONS, ANSWERS = "chatterbot", "answers"
 _Recipe = TypeVar("_Recipe", bound=Callable[..., Any])
 #: Default rank of LoRA adapters.
@@ -84,7 +85,7 @@ class Tuning:
         parent: address of the dense checkpoint, which must have a chat template.
         schedule: batches, steps and learning rates.
         gpus: number of ranks, which is one or a multiple of eight.
-        lora: whether the recipe trains LoRA adapters by default; only NeMo supports it.
+        lora: whether the recipe trains LoRA adapters by default; only NeMo's recipes can.
     """
 
     parent: str

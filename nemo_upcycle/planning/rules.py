@@ -84,7 +84,7 @@ def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
 def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[RuleViolation]:
     """Yield the rule of attention: each rank has whole key-value heads, or several ranks share a head.
 
-    Sharing a head needs Megatron-Core 0.16 or later. It does not work with this package's norms over all heads
+    Sharing a head needs Megatron-Core 0.16 or later. Sharing does not work with this package's norms over all heads
     (OLMo 2), which count each head once.
     """
     tp, groups = layout.tp, arch.num_kv_heads  # the key-value heads divide the heads
@@ -126,7 +126,7 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     elif layout.ep > 1:
         yield RuleViolation("ep", layout.ep, "1 for a dense model")
     if layout.ep == 1 and layout.etp != layout.tp:
-        # Megatron-Core then treats experts as dense parameters, and sums their gradients over dp x cp.
+        # If ep is 1, Megatron-Core treats experts as dense parameters, and sums their gradients over dp x cp.
         why = "Megatron-Core would sum gradients over the wrong ranks" if arch.num_experts else "there are no experts"
         yield RuleViolation("etp", layout.etp, f"<tp> ({layout.tp}) if <ep> is 1, because {why}")
 
@@ -227,7 +227,8 @@ def _listed(numbers: Iterable[int]) -> str:
 def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software: str) -> str:
     """Return the nearest change of one setting that makes the layout valid.
 
-    The settings that the rule names are tried first, then the layout's sizes that are not the default, then the rest.
+    The settings that the rule names are tried first, then the layout's sizes that differ from the default, then all
+    other settings.
     """
     chosen = [field.name for field in fields(layout) if getattr(layout, field.name) != field.default]
     chosen = [key for key in chosen if key != "gpus"]
@@ -246,7 +247,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software
 def _changes(
     key: str, layout: Layout, arch: Architecture, work: Workload, software: str
 ) -> Iterator[tuple[str, RuleViolation | None]]:
-    """Yield changes of a setting, the nearest first, each with the rule that it still breaks (or None)."""
+    """Yield changes of a setting, the nearest first, each with the rule that the changed layout breaks (or None)."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         text = f"train in {value}" if key == "precision" else text

@@ -102,7 +102,7 @@ class PlanRequest:
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The kinds of recomputation to choose from: none first, the kind that needs the least memory last.
+        """The allowed kinds of recomputation. The first kind recomputes nothing; the last kind needs the least memory.
 
         Core attention is excluded: with flash attention, recomputing it costs more memory than keeping it.
         """
@@ -132,7 +132,7 @@ class LayoutEstimate:
 
     @cached_property
     def worst(self) -> tuple[int, Memory]:
-        """The pipeline stage whose ranks hold the most memory, and that memory."""
+        """The pipeline stage whose ranks use the most memory, and the memory of these ranks."""
         return worst_memory(self.request.arch, self.layout, self.work)
 
     @property
@@ -157,7 +157,7 @@ class LayoutEstimate:
         return self.work.global_batch * self.work.seq_length / self.time.total / self.request.gpus
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
-        """Return model TFLOP/s of a GPU, without recomputation, with causal or with full attention."""
+        """Return model TFLOP/s of a GPU for causal or full attention. Recomputation does not count."""
         flops = flops_per_token(self.request.arch, self.work.seq_length, causal=causal)
         return self.tokens_per_s_per_gpu * flops / 1e12
 
@@ -350,15 +350,15 @@ def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
 
 
 def _speed(plan: LayoutEstimate) -> tuple[float, int]:
-    """Return the sort key of a plan: its time, then its context parallelism, because less of it is simpler."""
+    """Return the sort key of a plan: its time, then its context parallelism, of which less is simpler."""
     return plan.time.total, plan.layout.cp
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
     """Yield every valid layout with equal pipeline stages; tensor parallelism stays within NVLink.
 
-    Newer releases of Megatron-Core let ranks share a key-value head. This was not measured, so such layouts are
-    omitted.
+    Newer releases of Megatron-Core let ranks share a key-value head. The speed of sharing was not measured, so layouts
+    that share a head are omitted.
     """
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)

@@ -13,7 +13,8 @@ from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.utils.console import in_columns
 
 
-#: Header -> function that writes a plan's cell, in the order of the table; `row_values` has more values.
+#: Functions that write the cells of a plan, by the column's header, in the order of the table. `row_values` has more
+#: values.
 _CELLS: dict[str, Callable[[LayoutEstimate], str]] = {
     "layout": lambda plan: plan.layout.sizes,
     "GiB": lambda plan: _gib(plan.memory.total),

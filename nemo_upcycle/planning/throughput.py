@@ -1,8 +1,8 @@
 """The estimated time of a step: work and traffic of every part of a layer, divided by the machine's speed.
 
 The result is a sum of times, each with a physical meaning. Work and traffic are counted. `Machine` has the fractions
-of the peaks that kernels reach. They are fitted to published measurements (`benchmarks/throughput.py`; table and
-errors in benchmarks/results/planner.md). All times are for one GPU, forward and backward together.
+of the peaks that kernels reach. These fractions are fitted to published measurements (`benchmarks/throughput.py`;
+table and errors in benchmarks/results/planner.md). All times are for one GPU, forward and backward together.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class ThroughputModel:
         network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
         layer.add(network, 1 + (1 / 3 if network_again else 0.0))
         if moe and work.recomputes("moe_act"):
-            # The busiest rank reads gate and up and writes their product once more.
+            # The busiest rank reads the gate and up outputs again, and writes their product again.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
@@ -185,7 +185,7 @@ class ThroughputModel:
         """Add a Mamba-2 mixer: two projections, and the scan over chunks (arXiv 2405.21060, section 6)."""
         inner, states = mamba.rows("x"), mamba.rows("B")
         rows = 2 * (inner + states) + mamba.rows("dt")
-        # Within a chunk: the causal half of C B and of its product with x. Two products write and read the states.
+        # A chunk needs the causal half of C B and of its product with x. Two products write and read the states.
         chunk = _CHUNK / 2 * (states + inner) + 2 * inner * mamba.state_size
         kept = 2 * 2 * inner * mamba.state_size / _CHUNK
         self._scan(layer, (rows, inner), chunk, kept, tokens, layout, work)
@@ -251,7 +251,7 @@ class ThroughputModel:
         return times
 
     def _slots_per_token(self, layout: Layout, work: Workload) -> float:
-        """Return the token slots per token on the busiest expert rank, which the others wait for."""
+        """Return the token slots per token on the busiest expert rank, because the other ranks wait for it."""
         busiest = self.machine.waits_for(self.arch.num_experts or 0, natural=work.routing == "natural")
         room = work.capacity_factor if work.capacity_factor is not None else busiest
         waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(busiest, room))
@@ -273,7 +273,7 @@ class ThroughputModel:
         self._link(times, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
     def _expected_places(self, places: int) -> float:
-        """Return the expected number of distinct ranks or nodes holding a token's experts, under uniform routing."""
+        """Return the expected number of distinct ranks or nodes with experts of a token, under uniform routing."""
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
@@ -299,11 +299,11 @@ class ThroughputModel:
         # Roofline: the longer of the two times hides the shorter.
         times.gemm += compute_s
         times.memory += max(0.0, memory_s - compute_s)
-        # The input and the output's gradient are cast here. The weight is cast only once per step, so it is left out.
+        # Input and output gradient are cast here. The weight is cast only once per step, so its cast is omitted.
         times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
     def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
-        """Add the traffic of 16-bit elements outside matrix products; FP8 casts that are not counted add a quarter."""
+        """Add the traffic of 16-bit elements outside matrix products, plus 25 % if FP8 casts are not counted."""
         casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
         times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 

@@ -54,9 +54,10 @@ PRECISIONS = {
     "mxfp8": Precision(8, 2 * 33 / 32, 33 / 32, cast_bytes=2 + 2 * 33 / 32, rows=32, blackwell=True),
     "nvfp4": Precision(4, 2 * 9 / 16, 9 / 16, cast_bytes=2 + 2 * 9 / 16, blackwell=True),
 }
-#: Type in which data parallelism sums gradients (`grad_reduce_in_fp32`) -> bytes of a gradient.
+#: Bytes of a gradient, by the type in which data parallelism sums gradients (`grad_reduce_in_fp32`).
 GRADIENTS = {"fp32": 4, "bf16": 2}
-#: `adam` has Megatron's distributed optimizer. `muon` keeps all states on every rank; `dist_muon` deals them out.
+#: `adam` has Megatron's distributed optimizer. `muon` keeps all states on every rank; `dist_muon` spreads the states
+#: over ranks.
 OPTIMIZERS = ("adam", "muon", "dist_muon")
 #: Modules that can be recomputed in the backward pass, by Megatron-Core's names: the norm before the experts, core
 #: attention, the experts' activation function, the network of a dense layer, the network of an MoE layer. `full` in
@@ -65,8 +66,9 @@ MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Largest value of a setting; larger values are taken for mistakes.
 _MOST = 10**9
-#: Dispatchers of tokens. `alltoall` sends a message for each expert of a token. The others send one for each rank or
-#: node with experts of the token. HybridEP needs Megatron-Core 0.16, and NCCL EP needs 0.19, so NeMo 2.7 has neither.
+#: Dispatchers of tokens. `alltoall` sends a message for each expert of a token. The other dispatchers send a message
+#: for each rank or node that has experts of the token. HybridEP needs Megatron-Core 0.16, and NCCL EP needs 0.19, so
+#: NeMo 2.7 has neither.
 DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
 #: Routing of tokens: benchmarks force the router to balance the experts (`moe_router_force_load_balancing`), training
 #: does not.
@@ -75,7 +77,8 @@ ROUTINGS = ("balanced", "natural")
 FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
 #: Work that can overlap with computation: tensor parallelism's traffic with its products (`tp_comm_overlap`), the
 #: experts' traffic with another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's
-#: launches, if one CUDA graph has a whole step (`cuda_graph_impl=full_iteration`). This package's recipes use none.
+#: launches, if one CUDA graph contains a whole step (`cuda_graph_impl=full_iteration`). Most of this package's recipes
+#: use none of these overlaps.
 OVERLAPS = ("tp", "ep", "launch")
 
 
@@ -87,7 +90,7 @@ class Workload:
         seq_length: tokens of a sequence.
         global_batch: sequences of a step.
         capacity_factor: largest number of token slots of an expert, as a multiple of a balanced share; further tokens
-            are dropped (`moe_expert_capacity_factor`). None: no token is dropped.
+            are dropped (`moe_expert_capacity_factor`). If None, no token is dropped.
         pad: whether every expert is padded up to its capacity (`moe_pad_expert_input_to_capacity`).
         imbalance: token slots of the busiest rank divided by the mean, for the memory if no token is dropped.
         precision: one of `PRECISIONS`.

@@ -76,7 +76,7 @@ def pipeline(
             trains the parent without upcycling the parent.
         data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`; for
             fine-tuning recipes, conversations (a name in conf/chat, a YAML file, or JSON lines); if None, the demo's
-            speeches are used, but never to train on GPUs.
+            speeches are used, which is refused if a training is for GPUs.
         evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
         gpus: ranks of each training; if None, the number for which the recipe is made.
         gpus_per_node: ranks per node; if None, the number of GPUs in a node with the recipe's GPU, or 8 if the recipe

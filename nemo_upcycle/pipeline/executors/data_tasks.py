@@ -38,7 +38,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
     Args:
         file: path of the YAML file, as `run.executor` takes it.
         output: folder that the tasks write to.
-        time: time limit of a task (D-HH:MM:SS); None: the limit of the file's data stage.
+        time: time limit of a task (D-HH:MM:SS); if None, the limit of the file's data stage.
 
     Raises:
         UpcycleError: the file describes another scheduler, lacks a value, or has a value that sbatch refuses.

@@ -223,7 +223,7 @@ class KubernetesScheduler(Cluster):
         resource, namespace = resource_of(self.executor), self.executor.namespace
         try:
             found = self._connected().get(resource, namespace, identity)
-        except UpcycleError as error:  # an expired token must not end hours of work
+        except UpcycleError as error:  # an expired token or lost connection must not end hours of work
             self._api = None  # the next request reads the credentials anew
             last = self._last.get(identity, JobState(Phase.WAITING))
             return JobState(last.phase, f"not known: {error}")

@@ -82,7 +82,7 @@ def run_ranks(
 
     Args:
         command: program and its arguments.
-        ranks: number of processes, which get torchrun's variables; None: one plain process.
+        ranks: number of processes, which get torchrun's variables; if None, one plain process without these variables.
         environment: variables in addition to this process's own variables.
         logs: prefix of the log files of all ranks except the first.
         stop: the launcher's signals.

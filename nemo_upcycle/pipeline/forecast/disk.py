@@ -90,5 +90,5 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     size_bytes = training.facts.checkpoint_bytes
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
-    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a save precedes deletion
+    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a save comes before a deletion
     return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

@@ -22,8 +22,8 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
 
     Args:
         accelerator: accelerator in the recipe.
-        executor: executor of the training; its field `card` may name the GPU as in `nemo-upcycle plan`. None: this
-            machine.
+        executor: executor of the training; its field `card` may name the GPU as in `nemo-upcycle plan`. None stands
+            for this machine.
         resources: resources that the training asks the executor for.
 
     Returns:

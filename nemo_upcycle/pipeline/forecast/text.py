@@ -231,7 +231,7 @@ def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
-    """Yield each stage that fetches items, the sources (with `verbose`, the items), and a command to fetch all items."""
+    """Yield the stages that fetch items, the sources (with `verbose`, the items), and a command to fetch all items."""
     if not network.stages:
         return
     width = max(map(len, network.stages))

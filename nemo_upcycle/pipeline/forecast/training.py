@@ -73,7 +73,7 @@ class TrainingForecast:
         return self.fullest.memory.total / GIB if self.fullest else 0.0
 
     def _time_s(self, steps: int, first_steps: int) -> float | None:
-        """Return the time (seconds) of `steps` steps, of which the first `first_steps` follow the plan of the first steps."""
+        """Return the time of `steps` (seconds); the first `first_steps` of them take the time of the plan `first`."""
         if self.first is None or self.later is None:
             return None
         return first_steps * self.first.time.total + (steps - first_steps) * self.later.time.total
@@ -171,8 +171,8 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
     Args:
         facts: facts of the training.
         stage: forecast of its stage.
-        executor: executor of the training; may have a `price_per_gpu_hour`, a `write_gib_s` and a `card`. None: this
-            machine.
+        executor: executor of the training; may have a `price_per_gpu_hour`, a `write_gib_s` and a `card`. None stands
+            for this machine.
 
     Raises:
         SpecError: `write_gib_s` is not a speed.

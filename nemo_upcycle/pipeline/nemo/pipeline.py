@@ -58,7 +58,7 @@ def pipeline(
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits the baseline.
         data: training data: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
-            if None, the demo's speeches are used, but never to train on GPUs.
+            if None, the demo's speeches are used, which is refused if a training is for GPUs.
         evaluation: evaluation suite: a name in conf/evaluation, or a YAML file.
         from_stage: `--from STAGE`: first stage to run; earlier stages must be finished.
         until_stage: `--until STAGE`: last stage to run.
@@ -83,7 +83,7 @@ def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator
 
     Args:
         ctx: NeMo-Run's context of the command.
-        recipes: stage -> recipe of its training.
+        recipes: recipe of each training, by stage.
     """
     usual = ctx.without_settings(tuple(f"{stage}.{part}" for stage in recipes for part in PLACED_PARTS))
     for stage, recipe in recipes.items() if usual else ():
