@@ -3,7 +3,7 @@
     python -m benchmarks.answers          all commands, in 3 minutes; writes the table into results/answers.md
     python -m benchmarks.answers plan     prints the commands that begin with `nemo-upcycle plan` or `nemo plan`
 
-Processor time depends less on other work on the machine than wall time does. Still, measure on a quiet machine. NeMo's
+Other work on the machine changes processor time less than wall time. Still, measure on a quiet machine. NeMo's
 commands import NeMo before they read their arguments.
 """
 
@@ -24,7 +24,7 @@ from nemo_upcycle.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "benchmarks/results/answers.md"
-#: OURS is the package whose time has a separate column. LONG_S is the shortest import that is named (seconds).
+#: The time of the package OURS has a separate column. Only imports of at least LONG_S seconds are named.
 OURS, LONG_S = "nemo_upcycle", 0.05
 HEADINGS = ("command", "status", "processor s", "this package", "imports of others", "the longest of them")
 CHAIN = "nemo upcycle pipeline --factory"
@@ -49,8 +49,8 @@ ASKED = (
 class Taken(NamedTuple):
     """The result of a command: its exit status and its processor seconds.
 
-    `own_s` are the seconds of this package, and `imports_s` the seconds of importing other packages. `imports` has the
-    longest of these imports.
+    `own_s` are the seconds of this package, and `imports_s` the seconds of importing other packages. `imports` lists
+    the longest imports of other packages.
     """
 
     status: int

@@ -124,7 +124,7 @@ def class_rows() -> Iterator[tuple[Any, ...]]:
 def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
     """List the limits of a class, without the limits on scores.
 
-    A limit on shared experts is omitted if it applies to no model, with or without shared experts.
+    A limit on shared experts is omitted if it applies to no model of the class.
     """
     shared = replace(arch, shared_ffn_size=arch.ffn_size)
     never = {name for name in ("shared experts", "no shared experts") if name in family.limits(arch)}
@@ -138,12 +138,12 @@ def tool_rows() -> Iterator[tuple[Any, ...]]:
         yield f"`{name}`", what, f"`{examples_of(name)[0]}`"
 
 
-#: Result in the table of runtimes -> its word on the page.
+#: Result in the table of runtimes -> word for this result on the page.
 RESULTS = {"same": "same", "option": "option", "other": "**other tokens**", "refused": "refused", "not run": "not run"}
 
 
 def runtime_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield a row for each class of MoE models, and one for properties of any class, with a cell for each runtime."""
+    """Yield a row for each class of MoE models, and a row for all classes together, with a cell for each runtime."""
     shown = [(family.title, family.hf_class) for family in families.targets()]
     for title, hf_class in (*shown, ("any class", ANY)):
         yield title, *(_cell([row for row in one.rows if row.hf_class == hf_class], hf_class) for one in runtimes())
@@ -199,7 +199,7 @@ def with_tables(text: str) -> str:
 def words(page: Path) -> int:
     """Count the words of a page, including commands and code, without the generated tables.
 
-    A word has at least one letter or digit, so bars of tables and bullets do not count.
+    A word has at least one letter or digit, so bullets and the bars of tables are not words.
     """
     return len(re.findall(r"\S*[^\W_]\S*", TABLE.sub("", page.read_text(encoding="utf-8"))))
 

@@ -62,7 +62,7 @@ def dense_ct(
     recipe = few_steps_recipe(dense_model(), TRAINING, dense, data, **named)
     recipe.data.micro_batch_size = TRAINING.global_batch
     recipe.trainer.limit_val_batches, recipe.trainer.num_sanity_val_steps = 0, 0  # held-out scores say more
-    recipe.trainer.val_check_interval = 1.0  # a whole number that divides max_steps would save no last checkpoint
+    recipe.trainer.val_check_interval = 1.0  # with a divisor of max_steps, no last checkpoint is saved
     recipe.log.ckpt.every_n_train_steps = 500
     return recipe
 
