@@ -2,8 +2,8 @@
 
     python -m benchmarks.bytes_read         # writes benchmarks/results/bytes_read.md
 
-The layout is the paper's: TP2 PP4 VPP8 EP8 on 512 ranks. The checkpoint is a sparse safetensors file, which has the
-shapes of Llama 3 8B but takes no space on the disk. Megatron's own modules are built on the meta device, for every
+The layout comes from the paper: TP2 PP4 VPP8 EP8 on 512 ranks. The checkpoint is a sparse safetensors file, which has
+the shapes of Llama 3 8B but takes no space on the disk. Megatron's own modules are built on the meta device, for every
 rank under a fake process group. Then the slices of each rank's plan (`online/plan.py`) are read from the file.
 
     needed     bytes of the distinct slices

@@ -1,11 +1,11 @@
-"""Run every class in every release and server that can run here, and write the results to `conf/compatibility`.
+"""Run every model class in each release and server that works here; write results to `conf/compatibility`.
 
     python -m benchmarks.compatibility            all runtimes
     python -m benchmarks.compatibility vllm       only the runtime of conf/compatibility/vllm.yaml
 
 The command of a runtime installs it and runs small random models: `tests/loading` in transformers, `tests/servers` in
-servers. A row whose models ran gets the result and today's date. Other rows stay as they are. A row without a date was
-never run here.
+servers. A row whose models ran gets the result and today's date. Other rows stay as they are. The models of a row
+without a date never ran here.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def measured(runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def updated(rows: Iterable[Row], records: list[dict[str, Any]], today: str) -> list[Row]:
-    """Return the rows with the results of the models that ran, and a new row for each class without one.
+    """Return the rows with the results of the models that ran, and a new row for each class without a row.
 
     A row with a property gets the result of the models with this property. A row without a property gets the result of
-    the models that no other row of the class is about.
+    the models that belong to no other row of the class.
 
     Args:
         rows: rows of the table.
@@ -62,7 +62,7 @@ def _updated(row: Row, rows: list[Row], records: list[dict[str, Any]], today: st
     about = [record for record in records if row.hf_class in (ANY, record["hf_class"])]
     if row.where:
         about = [record for record in about if row.where in record["where"]]
-    # Models with only this property come first, because another property may explain the result of the others.
+    # Models with only this property come first. Another property of a model may explain the result.
     alone = [record for record in about if special.intersection(record["where"]) <= {row.where}]
     found = {record["result"] for record in (alone or (about if row.where else []))}
     if not found:

@@ -1,14 +1,15 @@
-"""Compare offline conversion with `cp` of its output and with mergekit-moe: time and peak memory.
+"""Compare the time and peak memory of offline conversion, of `cp` of its output, and of mergekit-moe.
 
     python -m benchmarks.convert            # writes benchmarks/results/convert.md; needs 60 GB of disk
     python -m benchmarks.convert smollm2    # one of the models
 
 Every run starts with its input in the page cache and ends with its output on the disk (`sync -f`). The competitors
 take turns. `smollm2` is the real model. `llama1b` has the shapes of Llama 3.2 1B and random weights. `llama8b` has the
-shapes of Llama 3 8B in a sparse file. The output of `llama8b` is larger than the memory of most laptops. So the
-page cache could not hold the input of `cp`, and `cp` is not measured. On a virtual disk, the zeros of this output may
-cost less than weights. mergekit is installed in a separate environment on first use. It gets the same parent for every
-expert, and random gates, because its other kinds of gates read prompts.
+shapes of Llama 3 8B in a sparse file. The output of `llama8b` is larger than the memory of most laptops. So the page
+cache cannot hold the input of `cp`, and `cp` is not measured for `llama8b`. On a virtual disk, writing the zeros of
+this output may take less time than writing weights. mergekit is installed in a separate environment on first use.
+mergekit gets the same parent for every expert. The gates are random, because mergekit's other kinds of gates need
+prompts.
 """
 
 from __future__ import annotations

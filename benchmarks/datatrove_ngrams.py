@@ -1,8 +1,8 @@
 """Run datatrove's n-gram filter on documents, in a separate environment: `python datatrove_ngrams.py WORK.json`.
 
-The index is built from our renderings of the items, with n-grams of 13 words like ours. Words are split at blanks,
-which is faster than any tokenizer of datatrove. Prints JSON: for each list of documents, the removed documents and the
-CPU seconds.
+The index holds the n-grams of 13 words from our renderings of the items, as in our own search. Texts are split into
+words at blanks, which is faster than any tokenizer of datatrove. The program prints the removed documents and the CPU
+seconds of each list of documents as JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 
 class Blanks(WordTokenizer):
-    """Word tokenizer that splits at blanks, because the text has no punctuation any more."""
+    """Word tokenizer that splits at blanks, because the text contains no punctuation."""
 
     def word_tokenize(self, text: str) -> list[str]:
         """Split a text at blanks."""
@@ -34,7 +34,7 @@ def main() -> None:
     config = NGramsDecontConfig(n_grams=13)
     with tempfile.TemporaryDirectory() as folder:
         chosen = NGramsDecontFilter(folder, config=config, language=Blanks())
-        hashes = set()  # made as datatrove's indexer does; the indexer itself would need lighteval
+        hashes = set()  # the same steps as in datatrove's indexer, which needs lighteval
         for text in work["renderings"]:
             words = chosen.tokenizer.word_tokenize(simplify_text(text, config.norm_config))
             hashes.update(chosen.hash_func(" ".join(gram)) for gram in ngrams(words, config.n_grams))

@@ -3,11 +3,11 @@
     python -m benchmarks.decontaminate   # writes benchmarks/results/decontaminate.md; needs apt-get and 1 GB of disk
 
 300 questions of MMLU are planted in speeches, each verbatim and in twelve changed forms. Prose, manuals and
-code (10,000 documents each) are searched for all of MMLU. Each hit is listed with its words, so that it can be judged
-by eye. The texts come from Debian packages (`apt-get download`) and from the Python that runs this benchmark. A
+code (10,000 documents each) are searched for all of MMLU. Each hit is listed with its words, so that a reader can
+judge the hit. The texts come from Debian packages (`apt-get download`) and from the Python that runs this benchmark. A
 package that is not available is omitted and named. datatrove's n-gram filter reads the same documents, and uses the
-same renderings and also 13 words. It runs in a separate environment, which is made on first use. The share of
-decontamination in the writing step is measured in the data environment (`make venv`).
+same renderings and the same n-gram length (13 words). The filter runs in a separate environment, which is made on
+first use. The share of decontamination in the writing step is measured in the data environment (`make venv`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PACKAGES = {
     "prose": ("anarchism", "dict-gcide"),
     "manuals": ("vim-doc", "perl-doc", "git-doc", "python3.13-doc", "postgresql-doc-17", "debian-handbook"),
 }
-#: Files of a package to read, so that each text is read only once.
+#: Files to read from a package, chosen so that each text is read only once.
 FILES = re.compile(
     r"\.dict\.dz$|/anarchism/html/.*\.html$|/vim-doc/.*\.html$|\.pod$|/git-doc/.*\.txt$|\.rst\.txt$|"
     r"/postgresql-doc-17/html/.*\.html$|/en-US/.*\.html$"
@@ -55,7 +55,7 @@ FILES = re.compile(
 #: datatrove 0.10.1 passes text to xxhash, and xxhash 4 no longer accepts text.
 DATATROVE = ("datatrove==0.10.1", "xxhash<4", "regex", "orjson")
 PLANTED, REPEATS, LISTED_WORDS = 300, 3, 30
-DOCUMENTS = 10_000  # of each kind
+DOCUMENTS = 10_000  # documents of each kind
 AROUND_CHARACTERS = 600
 DOCUMENT_CHARACTERS = 4000
 LETTERS = "ABCD"
@@ -216,7 +216,7 @@ def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Pa
 def planted_table(
     planted: dict[str, list[tuple[str, int, int]]], indices: list[NgramIndex], theirs: dict
 ) -> list[str]:
-    """Return a table of planted items: found by only 13 words, removed, reported, and removed by datatrove."""
+    """Return a table that counts planted items: matched by only 13 words, removed, reported, removed by datatrove."""
     lines = [
         f"| of {PLANTED} items | 13 words alone | removed: 13, or several 8 | share 8 words | datatrove, 13 |",
         "|---|---:|---:|---:|---:|",

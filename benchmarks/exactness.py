@@ -5,7 +5,7 @@
 Both methods fill the same Megatron MoE model from the same random dense parent. The parent's weights have std 0.1, so
 that activations are of order one, as in trained models. The reference is the parent in Megatron. The error is the norm
 of the logits' difference divided by the norm of the reference's logits. Unless a case says otherwise, the router is
-random with std 1, so that a wrong weight shows.
+random with std 1, so that a wrong combine weight changes the logits.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def error(fill: Callable[..., None], network: dict[str, Any], spec: UpcycleSpec)
     source = MemorySource(arch)
     dense, wanted = _dense_logits(arch, source)
     torch.manual_seed(0)
-    moe = build_chunks(arch, **moe_settings(arch, spec), init_method_std=0.1)  # std of weights that `fill` leaves out
+    moe = build_chunks(arch, **moe_settings(arch, spec), init_method_std=0.1)  # std where `fill` sets no weight
     try:
         fill(moe, dense, source, spec)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as raised:

@@ -59,7 +59,7 @@ def error(row: Published, reached: dict[str, float] | None = None) -> float:
 
 
 def error_as_asked(row: Published) -> float:
-    """Return the relative error of the prediction without the source's further settings."""
+    """Return the relative error of `predicted_as_asked`."""
     return row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1
 
 

@@ -7,8 +7,8 @@
 The texts are the training texts of the blend `docs_small`. One page, on kbuild, is omitted. It contains `<filename>`,
 a special token of SmolLM2, which the other writers remove from the text. Each writer has one thread, like a task of
 the data stage. CPU time is counted after the imports. For Megatron's tool, the CPU time of a run over one document is
-subtracted. A floor measures the library alone: it encodes texts in memory and writes nothing. All writers must write
-the same bytes, and the floors must give the same number of ids.
+subtracted. A floor measures only the tokenizer library, which encodes texts in memory and writes nothing. All writers
+must write the same bytes, and the floors must give the same number of ids.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def worker(name: str, path: Path, tokenizer: Path) -> None:
 def _used() -> tuple[float, float]:
     """Return CPU seconds and peak memory (GB) of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    # ru_maxrss of this process would start at the memory of its parent process.
+    # Do not use this process's ru_maxrss, because it starts at the memory of the parent process.
     peak_kb = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return sum(each.ru_utime + each.ru_stime for each in used), max(peak_kb, used[1].ru_maxrss) / 1e6
 

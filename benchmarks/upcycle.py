@@ -4,12 +4,13 @@
     python -m benchmarks.upcycle smollm2    # one of the models
 
 The floor copies the dense slices once from the page cache and writes the shard once. `floor` writes the same number
-everywhere. `floor, copying` copies numbers from the processor's cache. This is slower, but real weights need copying.
+everywhere. `floor, copying` copies numbers from the processor's cache. Copying is slower, but real weights need it.
 The competitor is `upcycle_state_dict` of megatron.core. It fills the same MoE model from a dense Megatron model that
-is already loaded; this loading is not counted. The memory is the peak of anonymous memory in addition to the finished
-MoE model (for Megatron-Core, the peak includes the dense model). Memory is measured in separate runs, because watching
-it takes time. Every measurement has a separate process. The models' memory is touched before the measurement, so that
-no worker pays for page faults. The workers take turns, because a machine's speed changes.
+is already loaded. The time to load the dense model is not counted. The reported memory is the peak of anonymous memory
+minus the memory of the finished MoE model. For Megatron-Core, the peak includes the dense model. Memory is measured in
+separate runs, because watching the memory takes time. Every measurement has a separate process. The models' memory is
+touched before the measurement, so that no worker pays for page faults. The workers take turns, because a machine's
+speed changes.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _anonymous_bytes() -> int:
 def timed() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the largest growth of anonymous memory since the start (bytes).
 
-    Inside the block, the CPU's stand-in for CUDA is off. It intercepts every torch call, and is needed only to build
-    models.
+    The CPU's stand-in for CUDA intercepts every torch call and is needed only to build models, so it is off inside the
+    block.
     """
     base, peak, stop = _anonymous_bytes(), [0], threading.Event()
     if os.environ.get(WATCHED) == "0":

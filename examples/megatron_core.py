@@ -36,7 +36,7 @@ on_gpu = not use_cpu_backend()
 if on_gpu:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-store = None if "RANK" in os.environ else torch.distributed.HashStore()  # torchrun's store, or one for this process
+store = None if "RANK" in os.environ else torch.distributed.HashStore()  # torchrun provides a store
 torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=ranks)
 parallel_state.initialize_model_parallel(expert_model_parallel_size=arguments.expert_parallel)
 tensor_parallel.model_parallel_cuda_manual_seed(0)
@@ -67,11 +67,11 @@ with open_dense(arguments.dense) as dense:
         position_embedding_type="rope",
         rotary_base=int(arch.rope_theta),
     ).cuda()
-    model.rotary_pos_emb.inv_freq = rope_frequencies(arch).cuda()  # Llama 3.1 and 3.2 scale their frequencies
+    model.rotary_pos_emb.inv_freq = rope_frequencies(arch).cuda()  # Llama 3.1 and 3.2 scale the frequencies
     receipt = upcycle_into([model], dense, spec)
 print(f"rank {rank}: {receipt.bytes_read:,} bytes read, {receipt.bytes_written:,} written, exact: {receipt.exact}")
 
-# A training would now wrap this model in Megatron's DistributedDataParallel and create its optimizer.
+# To train the model, wrap it here in Megatron's DistributedDataParallel, and create an optimizer.
 tokens_BS = torch.randint(arch.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0)).cuda()
 with torch.no_grad():
     loss_BS = model(tokens_BS[:, :-1], position_ids=None, attention_mask=None, labels=tokens_BS[:, 1:])

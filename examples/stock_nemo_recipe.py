@@ -3,12 +3,12 @@
     python examples/stock_nemo_recipe.py --factory "stock_llama32_e8t2(dense='/models/Llama-3.2-1B')" --dryrun
     torchrun --nproc-per-node 8 examples/stock_nemo_recipe.py --factory stock_llama32_e8t2 trainer.max_steps=100 --yes
 
-The words after the factory are NeMo-Run's: any setting of the recipe, `--dryrun`, `--yes`, `run.executor=...`. The
-script prints its changes to NeMo's recipe. Instead of `llm.llama32_1b`, you can use any NeMo recipe of a dense Llama,
-Mistral, Qwen2, Qwen3 or Gemma. A model that cannot be upcycled is refused with the reason.
+NeMo-Run reads the words after the factory. They can be any setting of the recipe, `--dryrun`, `--yes` or
+`run.executor=...`. The script prints its changes to NeMo's recipe. Instead of `llm.llama32_1b`, you can use any NeMo
+recipe of a dense Llama, Mistral, Qwen2, Qwen3 or Gemma. A model that cannot be upcycled is refused with the reason.
 """
 
-from typing import Optional  # NeMo-Run reads the values of a command line by these annotations
+from typing import Optional  # NeMo-Run uses these annotations to parse a command line
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.recipes import upcycled

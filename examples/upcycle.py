@@ -9,7 +9,8 @@ The package can also upcycle inside a training job, and knows many more models a
 THE METHOD ("Llama 3 Meets MoE: Efficient Upcycling", arXiv 2412.09952)
 1. The feed-forward network of every layer becomes E experts. Each expert starts as a copy of that network.
 2. Every layer gets a router: a new matrix [E, D], filled with random numbers. A router gives one logit per expert.
-   A token passes through the k experts with the largest logits. Their outputs are added up with combine weights.
+   A token passes through the k experts with the largest logits. The experts' outputs are added up with combine
+   weights.
 3. Every other tensor is copied. Then training continues. The experts see different tokens and drift apart.
 
 WHY THE NEW MODEL COMPUTES WHAT ITS PARENT COMPUTES
@@ -22,12 +23,13 @@ copy, so expert_i(x) = f(x), and
 
     y = (sum of p_i) f(x) = f(x).
 
-Training thus starts at the parent's loss; only rounding differs. A softmax over all E logits, taken before the top k
-are chosen, would give weights that sum to less than one. The new model would then start with a weaker network.
+Training thus starts at the parent's loss; only rounding differs. A softmax over all E logits, before the top k are
+chosen, gives weights that sum to less than one. The new model then starts with a weaker network.
 
 GRANULARITY: MORE AND SMALLER EXPERTS
-The network is f(x) = down @ (silu(gate @ x) * (up @ x)). Neuron j owns row j of gate, row j of up and column j of
-down. The output is a sum over neurons, so cutting the F neurons into G shards cuts it into G summands:
+The network is f(x) = down @ (silu(gate @ x) * (up @ x)). Neuron j owns row j of the matrices gate and up, and column j
+of the matrix down. The output is a sum over neurons. So cutting the F neurons into G shards cuts the output into G
+summands:
 
     f = f_0 + f_1 + ... + f_(G-1).
 
@@ -38,8 +40,8 @@ shards of copy c have the same weight q_c. All k weights sum to one: G (sum of q
     y = sum of q_c (f_0 + ... + f_(G-1)) over the chosen copies = (sum of q_c) f = f / G.
 
 So the matrix down is multiplied by G, which gives y = f again. Only this matrix is scaled. The network is linear in
-down, so its output gets the same factor. A factor on gate would not scale the output by that factor, because silu(a x)
-is not a silu(x).
+the matrix down, so the factor on this matrix is also the factor on the output. A factor on the matrix gate does not
+scale the output by the same factor, because silu(a x) is not a silu(x).
 """
 
 import ctypes
@@ -56,12 +58,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 
-#: The dense classes that this file reads -> block of the experts in the new model; gate, up and down in an expert.
+#: Dense class -> the new model's names of the block with the experts, and of the matrices gate, up and down.
 NAMES = {
     "LlamaForCausalLM": ("block_sparse_moe", ("w1", "w3", "w2")),
     "Qwen3ForCausalLM": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
-#: Settings that `config.json` may omit, and the values that they then have.
+#: Settings that `config.json` may omit, and their default values.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 QWEN3_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
 #: Settings that change the computation of a dense model in a way that this file does not implement.
@@ -157,7 +159,7 @@ def check_parent(config: dict[str, Any], parent: dict[str, Path]) -> None:
     for name, path in parent.items():
         with safe_open(path, "pt") as file:
             found[name] = tuple(file.get_slice(name).get_shape())
-    if config["tie_word_embeddings"]:  # the output layer is the embedding; some files repeat it
+    if config["tie_word_embeddings"]:  # the output layer is the embedding; some files repeat this tensor
         if HEAD in found and not torch.equal(read_tensor(parent, HEAD), read_tensor(parent, EMBEDDING)):
             raise Mistake(f"{HEAD} is not {EMBEDDING}. Set tie_word_embeddings in config.json to false.")
         found.setdefault(HEAD, expected[HEAD])
@@ -178,7 +180,7 @@ class New(NamedTuple):
     axis: int = 0  # axis of the neurons in the source: 0 for the rows of gate and up, 1 for the columns of down
     shards: int = 1  # number of shards into which the source is cut along this axis
     shard: int = 0  # index of the shard that this tensor takes
-    factor: int = 1  # factor on its numbers
+    factor: int = 1  # factor on the tensor's numbers
 
 
 def plan(config: dict[str, Any], experts: int, granularity: int) -> list[New]:
@@ -190,7 +192,7 @@ def plan(config: dict[str, Any], experts: int, granularity: int) -> list[New]:
         layer, _, matrix = name.partition("mlp.")
         expert_name = f"{layer}{block}.experts.{{}}.{{}}.weight"
         if not matrix:  # outside the feed-forward networks
-            is_tied = name == HEAD and config["tie_word_embeddings"]  # stored nevertheless, because servers need it
+            is_tied = name == HEAD and config["tie_word_embeddings"]  # stored twice, because servers need it
             tensors.append(New(name, shape, source=EMBEDDING if is_tied else name))
         elif matrix == "gate_proj.weight":
             tensors.append(New(f"{layer}{block}.gate.weight", (experts, hidden), source=""))
@@ -236,7 +238,7 @@ def moe_config(config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> d
         raise Mistake(f"Rotary embedding is {kind} on {rotated} of each head; expected {', '.join(ROPES)} on 1.")
     respelled = ("type", "rope_theta", "partial_rotary_factor", "dtype")
     scaling = {key: value for key, value in rope.items() if key not in respelled} | {"rope_type": kind}
-    # The first three name files of code, which are not copied. The others mean nothing to the new class.
+    # The first three settings name files of code, which are not copied. The new class does not use the other settings.
     dropped = ("auto_map", "custom_pipelines", "custom_generate", "attention_bias", "mlp_bias", "layer_types")
     made = {key: value for key, value in config.items() if key not in respelled + dropped} | {
         "num_experts_per_tok": args.top_k,
@@ -289,7 +291,7 @@ def make(new: New, parent: dict[str, Path], dtype: torch.dtype, args: Namespace)
 def write_file(path: Path, tensors: list[New], parent: dict[str, Path], dtype: torch.dtype, args: Namespace) -> None:
     """Write a safetensors file from front to end: the length of its header, the header in JSON, the numbers.
 
-    Copies stand next to each other, so that each is made once and written E / G times.
+    The copies of a tensor follow each other in the file, so that the tensor is made once and written E / G times.
     """
     groups: dict[tuple[str, str, int], list[New]] = {}
     for new in tensors:
@@ -385,7 +387,7 @@ def main() -> None:
     parser.add_argument("--granularity", type=int, default=1, help="shards of each copy (G, default: 1)")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the routers (default: 1234)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up when a batch system stops the job, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up if a batch system stops the job
     try:
         upcycle(args)
     except (Mistake, OSError) as error:

@@ -25,7 +25,7 @@ _OLD = "NEMO_UPCYCLE_DENSE"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name for a user's own script on demand, so that running a script does not import a trainer here."""
+    """Import a name on demand, so that importing this module does not import a trainer."""
     if name not in ("with_upcycling", "with_parent", "upcycled", "upcycled_pretraining"):
         raise AttributeError(name)
     return getattr(importlib.import_module("nemo_upcycle.trainers.bridge.recipes.common"), name)

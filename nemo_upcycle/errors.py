@@ -50,10 +50,11 @@ class UpcycleError(Exception):
     Args:
         subject: the thing that is wrong; if no other argument is given, the whole message.
         kind: the kind of mistake, which decides the form of the sentence.
-        got: wrong value. If the kind is `missing`, `state` or `refused`, it is the rest of the sentence, such as "has
-            no receipt".
-        expected: the valid values. If the kind is `missing`, `state` or `refused`, it is the reason, if any. If the
-            kind is `changed`, it is the event. A tuple, given without a fix, lists all names that exist.
+        got: wrong value. If the kind is `missing`, `state` or `refused`, `got` is the rest of the sentence, such as
+            "has no receipt".
+        expected: the valid values. If the kind is `missing`, `state` or `refused`, `expected` is the reason, if any.
+            If the kind is `changed`, `expected` is the event before the change. A tuple, given without a fix, lists
+            all names that exist.
         fix: what to do, as an imperative, such as "set <top_k>=2".
         field: name of the wrong setting in the code that raises the error, given instead of a subject. `got`,
             `expected` and `fix` then name other settings as `<name>`, so that `renamed` finds them.
@@ -154,7 +155,7 @@ class UpcycleError(Exception):
         error.fix = _renamed(self.fix, name)
         if isinstance(self.expected, str):
             error.expected = _renamed(self.expected, name)
-        if isinstance(self.got, str) and self.kind != "value":  # a wrong value is the user's text
+        if isinstance(self.got, str) and self.kind != "value":  # keep a wrong value, which is the user's text
             error.got = _renamed(self.got, name)
         return error
 
@@ -175,11 +176,11 @@ class UpcycleError(Exception):
 
     @property
     def parts(self) -> tuple[UpcycleError, ...]:
-        """The errors that this error lists; only the error itself if it lists none."""
+        """The errors that this error lists; only the error itself if it lists no errors."""
         return self._parts or (self,)
 
     def within(self, where: str) -> Self:
-        """Return this error with the place of its subject in front."""
+        """Return this error with a place in front of its subject."""
         if self._parts:
             return self.together([part.within(where) for part in self.parts])
         error = copy.copy(self)
@@ -274,7 +275,7 @@ class CheckoutError(UpcycleError, ImportError):
 
 
 class LostError(UpcycleError):
-    """More of the input is unreadable than its settings allow, so nothing was finished."""
+    """A larger share of the input is unreadable than the settings allow, so nothing was finished."""
 
     exit_status = 1
 

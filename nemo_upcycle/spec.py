@@ -1,4 +1,4 @@
-"""`UpcycleSpec`, the settings with which a dense model is upcycled. They are checked when a spec is created."""
+"""`UpcycleSpec`, the settings with which a dense model is upcycled. A new spec checks its settings."""
 
 # Annotations are not postponed, because NeMo-Run reads the fields' annotations for overrides on the command line.
 
@@ -29,7 +29,7 @@ ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
-#: Four times as many experts as in the largest open models. With more, names and headers would already take minutes.
+#: Four times as many experts as in the largest open models. With more experts, names and headers take minutes.
 MAX_EXPERTS = 2048
 #: Largest relative distance between a float32 number and the next one.
 FLOAT32 = 2.0**-23
@@ -65,7 +65,7 @@ class UpcycleSpec:
         router_spread: for `prompts`: standard deviation of a token's logits over the copies (root mean square over the
             prompts' tokens).
         router_prompts: for `prompts`: YAML file with a list of the texts of each copy.
-        calibration: for `prompts`: file with router rows (`nemo-upcycle calibrate`). If omitted, a pipeline makes it.
+        calibration: for `prompts`: file with router rows (`nemo-upcycle calibrate`). Otherwise a pipeline makes it.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: the weights do not sum to one; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
@@ -154,12 +154,12 @@ class UpcycleSpec:
     def down_scale(self) -> float:
         """Factor on every expert's down projection.
 
-        Only this matrix is scaled. The network is linear in it, so the factor acts on the output exactly, whatever the
-        activation. Let f be the sum over the shards of f_g, and let the combine weights p_i be equal within a copy.
-        Then the layer computes down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The
-        weights of the chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1. With a
-        zero router they sum to r k / E for `softmax_topk`, and to r / 2 for sigmoid with k = 1. With a zero router all
-        experts tie. With granularity, chance then decides which shards of a network top-k takes.
+        Only this matrix is scaled. The network is linear in this matrix, so the factor scales the output exactly,
+        whatever the activation. Let f be the sum of f_g over the shards, and let the combine weights p_i be equal
+        within a copy. Then the layer computes down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i)
+        / G * f. The weights of the k chosen experts sum to r = routed_scaling_factor for `topk_softmax` and for
+        sigmoid with k > 1. With a zero router they sum to r k / E for `softmax_topk`, and to r / 2 for sigmoid with
+        k = 1. With a zero router all experts tie, and with granularity, chance decides which shards top-k takes.
         """
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
@@ -230,7 +230,7 @@ class UpcycleSpec:
         """Whether top-k needs router logits in float32 or more to pick whole networks.
 
         The experts of one copy have the same logit. In 16 bits, two copies can have equal logits, too, and top-k then
-        picks parts of both.
+        picks parts of both copies.
         """
         picks_groups = self.granularity > 1 and self.top_k < self.num_experts and self.top_k % self.granularity == 0
         return picks_groups and not self._has_zero_router
@@ -275,7 +275,7 @@ class UpcycleSpec:
 
 
 def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Omit the fields of an `UpcycleSpec` that are at their default, given as values or as the text of markers.
+    """Omit the `UpcycleSpec` fields that have their default value; a value may be the text of a marker.
 
     Example:
         >>> without_defaults({"num_experts": 16, "noise_std": 0.01, "method": '"copy"'})
@@ -312,7 +312,7 @@ class RouterKind(ABC):
         return self.weight_sum(spec) == 1
 
     def check(self, spec: UpcycleSpec) -> None:  # noqa: B027 - most kinds refuse nothing
-        """Check that a model can be trained with such routers.
+        """Check that a model can be trained with routers of this kind.
 
         Raises:
             SpecError: the model cannot be trained.
@@ -331,7 +331,7 @@ def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
     """Return the kind of router with a score. If a score has two kinds, `pre_softmax` decides.
 
     Args:
-        score: Megatron's name of the function of the logits.
+        score: Megatron's name of the function that turns logits into scores.
         pre_softmax: Megatron's `moe_router_pre_softmax`.
 
     Raises:
@@ -396,5 +396,5 @@ def _layers(value: str | Sequence[int]) -> str:
     return ",".join(str(number) for number in sorted(set(numbers)))
 
 
-# A spec checks names that `init` registers. Importing `init` here makes them known whenever this module is imported.
+# A spec checks names that `init` registers. Importing `init` here registers the names when this module is imported.
 importlib.import_module("nemo_upcycle.init")

@@ -104,7 +104,7 @@ def known_recipe(name: str) -> KnownRecipe:
 
 
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
-    """Return the recipe that makes an MoE model from a dense model; None if there is none.
+    """Return the recipe that makes an MoE model from a dense model; None if no recipe does.
 
     The two models of the recipe must compute the same functions as the two given models.
 
@@ -145,7 +145,7 @@ def recipe_file(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `_NEMO`, or return a recipe, by its command-line name, in the form of a NeMo recipe module."""
+    """Import a name of `_NEMO`, or return the recipe with this command-line name in the form of a NeMo module."""
     if name in _NEMO:
         return getattr(importlib.import_module(_NEMO[name]), name)
     if name.startswith("_") or name not in nemo_functions():
@@ -163,7 +163,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _chain(module: ModuleType, name: str, **arguments: Any) -> Any:
-    """Make the chain around an upcycled model. The pipeline is imported late, because it imports this package."""
+    """Make the chain around an upcycled model. The pipeline imports this package, so import it late."""
     chains = importlib.import_module(_NEMO["pipeline"]).chains(module.__name__.rpartition(".")[2], module)
     return chains[name](**arguments)
 

@@ -13,8 +13,8 @@ These are the main run of the paper and the fast run of its Table 2. The paper s
 The paper prints 34.4B and 11.8B parameters, which omit one of the three matrices of every extra expert. Its FLOPs
 (7.5e14 for a sequence of 8192) fit the true sizes. Chosen here:
 
-- sequences of 8192, because the paper's FLOPs fit no other length; 512 of them per step, Adam and clipping as in NeMo;
-- no context parallelism, because the paper's list for the main run has none;
+- sequences of 8192, because the paper's FLOPs fit no other length; 512 per step, Adam and clipping as in NeMo;
+- no context parallelism, because the paper names none for the main run;
 - load-balancing loss 0.01 and no z-loss, as in NeMo's Mixtral and as He et al. found best; router std 0.02;
 - MoE layers recomputed in the first 500 steps, because routers start unbalanced and the paper advises it;
 - communication overlapped, because eight virtual stages instead of one send eight times as many messages.

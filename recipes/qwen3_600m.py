@@ -14,7 +14,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 TITLE = "Qwen3-0.6B"
 PARENT = "hf://Qwen/Qwen3-0.6B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots per expert, as a multiple of the balanced share; None: no limit.
+#: Token slots per expert, as a multiple of the balanced share; None means no limit.
 CAPACITY_FACTOR = None
 #: GPU model -> training -> number of GPUs and layout.
 LAYOUTS = {

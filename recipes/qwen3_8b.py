@@ -23,7 +23,7 @@ CAPACITY_FACTOR = 4.0
 #: By the planner's estimate, the H100 layouts fit 80 GB with room to spare. The planner chose the other layouts, and
 #: none of them has run on Blackwell.
 #: `fast`: capacity factor 1 with padding (on GB200 no capacity limit). NeMo uses only the layout's TP and CP.
-#: `hybridep`: e8t2 with HybridEP, in Bridge.
+#: `hybridep`: the training `e8t2` with HybridEP in Megatron-Bridge.
 LAYOUTS = {
     "h100": {
         "e8t2": Run(gpus=512, tp=2, pp=4, vp=9),

@@ -14,7 +14,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 TITLE = "SmolLM2-135M"
 PARENT = "asset://smollm2-135m"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots per expert, as a multiple of the balanced share; None: no limit.
+#: Token slots per expert, as a multiple of the balanced share; None means no limit.
 CAPACITY_FACTOR = None
 #: GPU model -> training -> number of GPUs and layout.
 LAYOUTS = {

@@ -5,10 +5,11 @@
     nemo upcycle pipeline --factory "my_recipes.chain(dense='/models/Llama-3.2-1B')" data=/data/mine --dryrun
 
 The decorators also register the factories under short names. NeMo-Run knows these names only after it has imported the
-module. It imports a file `workspace.py` in the current folder by itself; then `--factory my_llama32` is enough.
+module. NeMo-Run imports a file `workspace.py` in the current folder by itself. If your recipes are in this file,
+`--factory my_llama32` is enough.
 """
 
-from typing import Optional  # NeMo-Run reads the values of a command line by these annotations
+from typing import Optional  # NeMo-Run uses these annotations to parse a command line
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.recipes import checkpoints, pipeline, start_from, upcycled
@@ -53,6 +54,6 @@ def llama32_dense_ct(
 
 @run.cli.factory(target=pipeline, name="my_llama32")
 def chain(dense: str = DENSE, dir: str = "runs/my_llama32", num_nodes: int = 1) -> run.Partial:
-    """Create the chain of both, from import to report; set your `data=` and `evaluation=` on the command line."""
+    """Create the chain of both trainings; set your `data=` and `evaluation=` on the command line."""
     moe, baseline = llama32(dense, num_nodes=num_nodes), llama32_dense_ct(dense, num_nodes=num_nodes)
     return run.Partial(pipeline, dir=dir, dense=dense, pretrain=moe, dense_ct=baseline)

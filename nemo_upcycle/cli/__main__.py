@@ -1,4 +1,4 @@
-"""`python -m nemo_upcycle.cli`: the same as `nemo-upcycle`, if that program is not on PATH."""
+"""Run `nemo-upcycle` as `python -m nemo_upcycle.cli`, if the program is not on PATH."""
 
 import sys
 

@@ -179,7 +179,7 @@ def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
         sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit Python writes the rest of the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # because Python writes the buffer at exit
         if error.errno == errno.EPIPE:
             return
         done = f"; {args.output} itself is complete" if "output" in args else ""

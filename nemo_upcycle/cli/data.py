@@ -113,7 +113,7 @@ def _require_one(args: argparse.Namespace) -> None:
 
 
 def _blend_of(args: argparse.Namespace) -> Blend:
-    """Read the blend; if texts are given instead of a blend, find their text fields and report them on stderr."""
+    """Read the blend; if texts are given instead, find the text fields and report these fields on stderr."""
     blend = read_blend(args.blend, args.overrides)
     if not only_source(args.blend):
         return blend

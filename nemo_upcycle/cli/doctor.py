@@ -1,4 +1,4 @@
-"""`nemo-upcycle doctor`: list installed libraries, check their versions, and print the command that adds missing ones.
+"""`nemo-upcycle doctor`: list libraries, check versions, and print the command that installs missing libraries.
 
 The command needs only the standard library, because its users may have installed nothing else.
 """
@@ -201,7 +201,7 @@ def _data_command() -> str:
 def _where_from() -> list[str]:
     """Return the pip arguments that install this package from the same source (wheel, folder or git clone)."""
     clone = Path(__file__).parents[2]
-    if (clone / "pyproject.toml").is_file():  # setuptools leaves metadata here that does not name the source
+    if (clone / "pyproject.toml").is_file():  # the metadata in a clone does not name the source
         return ["-e", str(clone)]
     source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
     if not source:

@@ -181,7 +181,7 @@ def _name_of(model: Path) -> str:
 
     try:
         return "trained" if read_architecture(model).num_experts else "dense"
-    except UpcycleError:  # a checkpoint, or a model class that this package does not upcycle
+    except UpcycleError:  # a checkpoint, or an unknown model class
         return "trained"
 
 

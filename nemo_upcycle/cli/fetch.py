@@ -27,7 +27,7 @@ not copied. Models and data sets from the hub go into the hub's own cache format
 to continue. Several recipes can share one DIR.
 exit status: 0 everything is fetched; 1 something could not be fetched; 2 wrong value or file."""
 _INPUTS = ("dense", "data", "evaluation")
-#: Variables that would take precedence over HF_HOME as the cache of the hub.
+#: Variables that take precedence over HF_HOME when the hub's cache is chosen.
 _ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
 
 

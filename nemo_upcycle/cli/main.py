@@ -152,7 +152,7 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
         yield
         return
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # cli/entry.py set this, so that Ctrl-C was silent until now
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by cli/entry.py, to make Ctrl-C silent
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -61,7 +61,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
     arch.require_trained()
-    rope_kind(arch)  # raises for a kind of rotary embedding that training would refuse, too
+    rope_kind(arch)  # refuse a rotary embedding that training refuses too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "needs --experts", "add --experts 8")
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
@@ -72,7 +72,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    # Both orders cost the same; if top_k is 1, only softmax_topk is accepted.
+    # Both router orders cost the same. If top_k is 1, only softmax_topk is accepted.
     order = "softmax_topk" if args.top_k == 1 else "topk_softmax"
     spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
     moe_arch = arch.upcycled(spec)
@@ -153,7 +153,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
 
 
 def _software(args: argparse.Namespace) -> str:
-    """Return the back end's generation of Megatron-Core, or Megatron-Bridge's generation for --model on Blackwell."""
+    """Return the back end's Megatron-Core generation, or Megatron-Bridge's if --model is planned on Blackwell."""
     is_new = args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell
     return hardware.BRIDGE_SOFTWARE if is_new else BACKENDS[args.backend].software
 

@@ -22,7 +22,7 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 #: Sequences in one forward pass on a CPU, where memory is not the limit.
 CPU_BATCH = 8
-#: Tokens of a continuation. They are enough to read, and a small model needs one or two seconds on two CPU cores.
+#: Number of tokens in a continuation. A small model writes this many tokens in one or two seconds on two CPU cores.
 NEW_TOKENS = 24
 
 
@@ -31,7 +31,7 @@ class Backend:
 
     Args:
         lm: lm-eval's object for the model.
-        facts: the model's facts in the result: `class` and `parameters`.
+        facts: facts about the model for the result, such as `class` and `parameters`.
         device: readable name of the device.
         batch_size: sequences in one forward pass, or `auto`.
     """
@@ -70,7 +70,7 @@ class AskedBackend(Backend):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How an evaluation opens a model. None and omitted values come from the suite.
+    """Options for opening a model in an evaluation. An option that is None or omitted has the suite's value.
 
     Args:
         backend: `hf`, `vllm`, `megatron` or `auto`; None for the suite's value.
@@ -98,7 +98,7 @@ def open_model(
         folder: a Hugging Face folder; for Megatron a checkpoint, a folder of checkpoints, or a run.
         backend: `hf`, `vllm`, `megatron`, or `auto`, see `choose_backend`.
         dtype: type to compute in.
-        batch_size: sequences in one forward pass; `auto` fills the GPUs' memory, and is `CPU_BATCH` on a CPU.
+        batch_size: sequences in one forward pass; `auto` fills the GPUs' memory, and means `CPU_BATCH` on a CPU.
         label: name of the model in the progress report.
         megatron: arguments of `MegatronLM`, to open a checkpoint. In a job, all ranks except the first only serve
             the first rank, and end afterwards.
@@ -125,9 +125,9 @@ def open_model(
 def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
     """Return the back end for a folder: `hf`, `vllm` or `megatron`.
 
-    A checkpoint always computes in Megatron, and a Hugging Face folder never does. For 16-bit types, `auto`
-    takes vLLM if vLLM is installed, sees CUDA and supports the model's class. For float32, `auto` takes transformers:
-    float32 is used to compare models item by item, and transformers loads models strictly.
+    Megatron evaluates every checkpoint, and no Hugging Face folder. For 16-bit types, `auto` means vLLM if vLLM is
+    installed, sees CUDA and supports the model's class. For float32, `auto` means transformers, because float32 is
+    used to compare models item by item, and transformers loads models strictly.
 
     Raises:
         UpcycleError: vLLM is asked for, but something that it needs is missing.
@@ -153,7 +153,7 @@ def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
 
 
 def close_model(backend: Backend) -> None:
-    """End other ranks and free GPU memory before the next model is loaded, because vLLM takes most memory at once."""
+    """End the other ranks and free GPU memory before the next model is loaded; vLLM reserves most of the memory."""
     import torch
 
     if backend.name == "megatron":
@@ -202,7 +202,8 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     config, gpus = read_config(folder), torch.cuda.device_count()
-    # Each GPU must get the same number of heads: 9 heads run on one of 8 GPUs, 32 heads on all.
+    # Each GPU must get the same number of heads. On 8 GPUs, a model with 9 heads can use only one GPU, and a model
+    # with 32 heads can use all GPUs.
     tensor_parallel = math.gcd(gpus, config.get("num_attention_heads") or 1)
     with quiet():
         lm = RollingVLLM(
@@ -222,10 +223,11 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
 
     Args:
         folder: folder of the model.
-        dtype: type to compute in. If there are GPUs, the model is spread over all that this process sees.
+        dtype: type to compute in. If there are GPUs, the model is spread over all GPUs that this process sees.
 
     Raises:
-        CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or has another shape.
+        CheckpointError: the folder is not a causal language model, or a tensor is missing, unexpected or has another
+            shape.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -284,7 +286,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             self._line = None
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            # lm-eval adds the first token itself. A first token from the tokenizer would then be predicted, too.
+            # lm-eval adds the first token itself. If the tokenizer adds it too, lm-eval scores it as text.
             with temporarily_set(self, "add_bos_token", False), self._reporting("held-out text", len(requests)):
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 

@@ -1,7 +1,8 @@
-"""Measure how equal two evaluations of the same items are. `paired.py` says whether one of them is better.
+"""Measure how far two evaluations of the same items differ. `paired.py` says whether one model is better.
 
-Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items, or over groups of items.
-For a mean, the jackknife is the usual standard error. It is also valid for perplexities (ratios of sums).
+Pure functions of the results of `evaluate`. Every uncertainty is a jackknife estimate over the items, or over groups
+of items. For a mean, this estimate is the usual standard error. The jackknife is also valid for perplexities (ratios
+of sums).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def value_of(metric: str, total: float, units: float) -> float:
 
 
 def observations(evaluation: dict[str, Any], metric: str) -> int:
-    """Count the independent observations of a metric: documents, subjects, or items that belong to neither.
+    """Count the independent observations of a metric: documents, subjects, or items without a document or subject.
 
     Args:
         evaluation: result of `evaluate`.
@@ -102,7 +103,7 @@ def observations(evaluation: dict[str, Any], metric: str) -> int:
 
 
 def cluster_of(item: dict[str, Any]) -> Hashable:
-    """Return the document or subject that an item belongs to, or the item's own number if it belongs to neither."""
+    """Return the document or subject that an item belongs to, or the item's own number if there is neither."""
     found: Hashable = item.get("cluster", item["id"])
     return found
 
@@ -115,7 +116,7 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         b: the other result, for the same items.
 
     Returns:
-        `items`, `loglikelihoods` (number that was compared), `max_absolute_loglikelihood_difference` (nats),
+        `items`, `loglikelihoods` (number of compared log-likelihoods), `max_absolute_loglikelihood_difference` (nats),
         `max_relative_loglikelihood_difference` (relative to `a`), `largest_at` (task and item id of the largest
         relative difference), `questions`, and `changed_answers` (questions whose preferred answer, or any score,
         differs).

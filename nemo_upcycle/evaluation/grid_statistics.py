@@ -42,7 +42,7 @@ def mean_of_seeds(seeds: Mapping[int, Sums]) -> dict[str, Any]:
 
 
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """Average values: the mean as `value`, with its 95 % t interval `low` to `high`; None for a single value.
+    """Return the mean as `value`, and its 95 % t interval as `low` and `high` (None if there is a single value).
 
     Example:
         >>> mean_of([1.0, 1.2])["value"], mean_of([1.0])
@@ -53,11 +53,11 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Spread | None:
-    """Pool the spread of an arm from seed to seed; None if no family has two arms with two seeds.
+    """Pool the arms' spread from seed to seed; return None if no family has two arms with two seeds.
 
     Args:
-        families: groups of arms on which a seed has the same effect, such as the arms of one parent after equally many
-            tokens. A group maps each arm's name to its sums by seed. Arms with identical bits count once.
+        families: groups of arms on which a seed has the same effect, such as the arms of one parent after the same
+            number of tokens. A group maps each arm's name to its sums by seed. Arms with identical bits count once.
     """
     spreads = []
     for arms in families:
@@ -78,8 +78,8 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
         reference: sums of the other arm, for the same documents and at least one common seed; other seeds are ignored.
 
     Returns:
-        `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`, `seeds`
-        (`seed` and `difference` of each seed), and `documents` (their number). `judge` adds the conclusions.
+        `difference` (bits per byte, arm minus reference; negative if the arm is better), `stderr_documents`, `seeds`
+        (`seed` and `difference` of each seed), and `documents` (number of documents). `judge` adds the conclusions.
     """
     common = sorted(set(arm) & set(reference))
     seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
@@ -102,14 +102,14 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
         found: result of `difference_of_arms`.
         others: result of `pooled_spread` for the arms of the grid.
         margin: largest difference in bits per byte that is too small to matter.
-        tests: number of differences that are judged together; all their intervals hold at once.
+        tests: number of differences that are judged together; the intervals are so wide that all hold at once.
 
     Returns:
-        `found` with further keys: `stderr_seeds`, its degrees of freedom `seed_degrees`, whether it `is_pooled`, the
-        interval `low` to `high`, `resolvable` (the smallest difference that the grid detects with a probability of
-        80 %), `seeds_needed` (seeds that would show a difference of the margin; None if these documents cannot show
-        it), and the `verdict` (`statistics.verdict`). With only one seed or one document, the verdict is `ONE_SEED` or
-        `ONE_DOCUMENT`. If no arm has two seeds, the other new values are None.
+        `found` with further keys: `stderr_seeds`, its degrees of freedom `seed_degrees`, whether this error
+        `is_pooled`, the interval `low` to `high`, `resolvable` (the smallest difference that the grid detects with a
+        probability of 80 %), `seeds_needed` (number of seeds that are needed to detect a difference of the margin;
+        None if more seeds do not help), and the `verdict` (`statistics.verdict`). With only one seed or one document,
+        the verdict is `ONE_SEED` or `ONE_DOCUMENT`. If no arm has two seeds, the other new values are None.
     """
     values = [one["difference"] for one in found["seeds"]]
     of_both = others and Spread(math.sqrt(2) * others.value, others.degrees)
@@ -155,10 +155,10 @@ def _without(sums: Sums) -> list[float]:
 
 
 def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the number of tokens from which on an arm is always better; None if it is not better at the end.
+    """Return the number of tokens after which an arm stays better; None if the arm is not better at the end.
 
-    The points are tested from the end until a point is not better. Tests in an order that is fixed beforehand need no
-    correction for their number. So the result is as certain as one verdict of the table.
+    The points are tested from the end until the arm is not better at a point. Tests in an order that is fixed
+    beforehand need no correction for their number. So the result is as certain as one verdict of the table.
 
     Args:
         along: judged results of `difference_of_arms`, in ascending order of `tokens`.

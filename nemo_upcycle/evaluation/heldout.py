@@ -11,7 +11,7 @@ from nemo_upcycle.evaluation.compare import cluster_sums, jackknife_stderr, left
 
 #: The task of a suite that scores held-out text, and its metric.
 TASK, METRIC = "heldout_perplexity", "bits_per_byte"
-#: Key of this metric in an evaluation's `metrics`.
+#: Key of the metric of held-out text in an evaluation's `metrics`.
 BITS = f"{TASK}/{METRIC}"
 #: Key of the same metric for the answers of conversations.
 ANSWER_BITS = f"heldout_answers/{METRIC}"
@@ -48,8 +48,8 @@ def by_source(sums: Sums) -> dict[str, dict[str, Any]]:
         sums: sums of documents, each named `source/id`.
 
     Returns:
-        Source -> `value`, `stderr` (a jackknife over its documents; None for a single document) and `documents` (their
-        number).
+        Source -> `value`, `stderr` (a jackknife over the source's documents; None for a single document) and
+        `documents` (number of documents).
 
     Example:
         >>> round(by_source({"law/1": (-69.3147, 50), "web/1": (-34.6574, 50)})["law"]["value"], 4)

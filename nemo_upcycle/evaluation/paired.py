@@ -22,13 +22,13 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: 
         a: an evaluation.
         b: another evaluation, of the same items.
         metric: a key of the `metrics` of both evaluations, for example `heldout_perplexity/bits_per_byte`.
-        tests: number of differences that are judged together; all their intervals hold at once.
+        tests: number of differences that are judged together; the intervals are so wide that all hold at once.
 
     Returns:
         `difference` (b minus a), `stderr` (a jackknife over clusters), `low` and `high` (a 95 % t interval; None with
         fewer than two clusters), `items`, `clusters`, `higher_is_better`, `identical` (every item has the same score)
-        and `significant` (the interval excludes 0). Identical scores do not show how far other items would differ, so
-        they have no error and no interval.
+        and `significant` (the interval excludes 0). Identical scores do not show how far the models differ on other
+        items, so the result has no error and no interval.
 
     Raises:
         UpcycleError: the evaluations do not have the same items.

@@ -33,7 +33,7 @@ from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
 
-#: Bootstrap draws for the few hub metrics without a formula for the standard error.
+#: Number of bootstrap draws for the few hub metrics without a formula for the standard error.
 _BOOTSTRAP_DRAWS = 1000
 _AS_THE_SUITE = ModelOptions()
 
@@ -163,8 +163,8 @@ def _run(
 
     own = [(one, one.config.num_fewshot) for task in tasks for one in task.tasks]
     try:
-        # lm-eval's description of the machine takes seconds, and a training may be waiting; `versions` has the
-        # necessary part. lm-eval's Git commit would describe the user's current folder.
+        # lm-eval needs seconds to describe the machine, and a training may be waiting. `versions` has the necessary
+        # facts. lm-eval's Git commit is the commit of the user's current folder.
         with (
             quiet(),
             temporarily_set(evaluator, "add_env_info", lambda results: None),
@@ -173,7 +173,7 @@ def _run(
             return evaluator.simple_evaluate(
                 model=lm,
                 tasks=[one for task in tasks for one in ([task.group] if task.group else task.tasks)],
-                num_fewshot=shots,  # 0 means none, even if a task's own number is 5
+                num_fewshot=shots,  # 0 means no examples, even if a task's own number is 5
                 limit=limit,
                 apply_chat_template=chat_template,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
@@ -184,7 +184,7 @@ def _run(
                 log_samples=True,
             )
     finally:
-        for one, number in own:  # lm-eval changes the number in the task, and a 0 would stay
+        for one, number in own:  # undo lm-eval's change of the task's number
             one.set_config("num_fewshot", number)
 
 
@@ -193,7 +193,7 @@ def _local_task(folder: Path, name: str) -> LoadedTask:
     import datasets
     from lm_eval.tasks import TaskManager
 
-    datasets.disable_progress_bars()  # the suite's own files: there is nothing to wait for
+    datasets.disable_progress_bars()  # local files load at once
     definition = read_yaml(folder / f"{name}.yaml", "suite's task")
     definition |= {"dataset_kwargs": data_files(folder, name)}
     with quiet():
@@ -202,8 +202,8 @@ def _local_task(folder: Path, name: str) -> LoadedTask:
 
 def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
     """Turn lm-eval's results into `metrics`, `items` and `groups`; `suffix` ends every task's name."""
-    # If answers are read in several ways (gsm8k: strict and flexible), the first way counts, as in reports of such
-    # tasks.
+    # If a task reads answers in several ways (gsm8k: strict and flexible), use the first way, as in other reports of
+    # such tasks.
     filters = {task: samples[0]["filter"] for task, samples in results["samples"].items()}
     items = {
         task: [_item(sample) for sample in samples if sample["filter"] == filters[task]]
@@ -253,7 +253,7 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     item: dict[str, Any] = {"id": sample["doc_id"], "hash": sample["doc_hash"], "loglikelihoods": likelihoods}
     if len(likelihoods) > 1:
         item["answer"] = likelihoods.index(max(likelihoods))
-    # The item depends on the other windows of its document, or on the other questions of its subject.
+    # An item is not independent of the other windows of its document, or of the other questions of its subject.
     if (
         cluster := next((sample["doc"][key] for key in ("document", "subject") if key in sample["doc"]), None)
     ) is not None:

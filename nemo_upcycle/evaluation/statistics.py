@@ -1,10 +1,10 @@
-"""How certain is a difference between two trainings? And how small a difference can they show?
+"""How certain is a difference between two trainings? And how small a difference can the trainings show?
 
-Every "better", "worse" and "tie" of this package comes from here. Two errors make an interval: the error over
-documents and the error over seeds. Each error has its own degrees of freedom, so each is multiplied by its own
-quantile before the squares are added. With few seeds, the interval is then too wide rather than too narrow. If an arm
-has few seeds, it is assumed that its spread is like the spread of other arms. benchmarks/results/coverage.md shows how
-well this assumption holds.
+Every "better", "worse" and "tie" of this package comes from here. The width of an interval comes from two errors: the
+error over documents and the error over seeds. Each error has its own degrees of freedom, so each is multiplied by its
+own quantile before the squares are added. With few seeds, the interval is then too wide rather than too narrow. If an
+arm has few seeds, it is assumed that its spread is like the spread of other arms. benchmarks/results/coverage.md shows
+how well this assumption holds.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from functools import cache
 
 #: Confidence of every interval. The number after a ± is half of an interval.
 CONFIDENCE = 0.95
-#: A page says that a grid detects a difference if it does so with this probability.
+#: A page says that a grid detects a difference if the grid detects it with this probability.
 POWER = 0.8
 #: Difference in bits per byte that is too small to matter. A small model needs 2 bits for a byte of English.
 MARGIN = 2e-3
-#: Difference in bits per byte that rounding may cause. 8e-5 was seen between a dense model and its bfloat16 copies.
+#: Difference in bits per byte that rounding may cause. Between a dense model and its bfloat16 copies, it was 8e-5.
 ROUNDING = 2e-4
-#: With fewer seeds, an arm's own spread is too uncertain, so the pooled spread of other arms is used.
+#: With fewer seeds than this, an arm's own spread is too uncertain, so the pooled spread of other arms is used.
 LEAST_SEEDS = 5
-#: Probabilities of wrongly judging a spread to be wider, or narrower, than the spread of other arms. The second is
-#: lower, because a narrower spread makes intervals small.
+#: Probabilities of wrongly judging a spread to be wider, or narrower, than the spread of other arms. The second
+#: probability is lower, because a narrower spread makes intervals small.
 _WIDER, _NARROWER = 0.025, 0.0005
-#: Sum of squares that rounding leaves for equal values.
+#: Largest sum of squares that rounding causes for equal values.
 _NOTHING = 1e-24
-#: A number of seeds that nobody trains.
+#: Upper limit for the number of seeds; nobody trains so many.
 _MOST_SEEDS = 1000
 
 
@@ -53,7 +53,7 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread | None:
-    """Estimate the spread of values; None for fewer than two.
+    """Estimate the spread of values; return None for fewer than two values.
 
     Example:
         >>> spread_of([1.0, 3.0]), spread_of([1.0])
@@ -133,7 +133,7 @@ def half_width(*errors: Spread | None, tests: int = 1) -> float:
     """Return half the width of the interval that several independent errors make together.
 
     Args:
-        errors: standard errors; None and 0 add nothing.
+        errors: standard errors; an error that is None or 0 adds nothing.
         tests: number of intervals that must hold all at once (Bonferroni).
 
     Example:
@@ -190,7 +190,7 @@ def resolvable(*errors: Spread | None, tests: int = 1) -> float:
     """Return the smallest difference that the measurement detects with a probability of `POWER`.
 
     Args:
-        errors: standard errors; None and 0 add nothing.
+        errors: standard errors; an error that is None or 0 adds nothing.
         tests: number of intervals that must hold all at once.
     """
     tail = (1 - CONFIDENCE) / 2 / tests
@@ -203,7 +203,7 @@ def resolvable(*errors: Spread | None, tests: int = 1) -> float:
 
 
 def seeds_to_resolve(difference: float, documents: Spread | None, seeds: Spread, tests: int = 1) -> int | None:
-    """Return the number of seeds that would show a difference; None if these documents cannot show it.
+    """Return the number of seeds needed to detect a difference; None if more seeds on these documents do not help.
 
     Args:
         difference: smallest difference that matters.
@@ -233,8 +233,8 @@ def verdict(difference: float, half: float, could_resolve: float, margin: float)
         margin: largest difference that is too small to matter.
 
     Returns:
-        `tie` if the whole interval lies within the margin and a difference as large as the margin would have been
-        seen; `better` or `worse` if the interval excludes 0; otherwise `not resolved`.
+        `tie` if the whole interval lies within the margin and the measurement can detect a difference as large as the
+        margin; `better` or `worse` if the interval excludes 0; otherwise `not resolved`.
     """
     if abs(difference) + half <= margin and could_resolve <= margin:
         return "tie"

@@ -103,7 +103,7 @@ def _missing(tasks: dict[str, str]) -> str:
 
 
 def _contamination(tasks: dict[str, Any]) -> str:
-    """Return a table of each task's items found in the training texts; nothing if nobody searched for them."""
+    """Return a table of each task's items that were found in the training texts; nothing without a search."""
     if not tasks:
         return ""
     words = next(iter(tasks.values()))["left_words"]
@@ -162,7 +162,7 @@ def _judged(paired: dict[str, Any], a: str, b: str) -> str:
 
 
 def _too_few(results: dict[str, Any]) -> str:
-    """Say which trainings are too short for a verdict; return nothing if none is too short."""
+    """Say which trainings are too short for a verdict; return nothing if all are long enough."""
     steps = {MODELS[TRAINED[stage]]: done["steps"] for stage, done in results["training"].items()}
     short = [f"{title} {count:,}" for title, count in steps.items() if is_trial(count)]
     return f"Below {FEW_STEPS} steps there is no verdict: {', '.join(short)}." if short else ""

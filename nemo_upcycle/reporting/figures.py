@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
-#: Largest number of points of a curve and columns of a heat map; more cannot be distinguished in a page's width.
+#: Largest number of points in a curve, and of columns in a heat map. A page is too narrow for more.
 _COLUMNS = 200
 #: Width of a figure (inches), and font size of small print (points): 10 pixels if the page is 420 pixels wide.
 _WIDE_IN, SMALL = 5.0, 9
@@ -26,8 +26,8 @@ DPI = 200
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
     """Draw validation and training losses of the MoE and the baseline over tokens or FLOPs.
 
-    A horizontal line marks the validation loss before the first step. If there is a baseline, this is the loss of the
-    dense parent.
+    A horizontal line marks the validation loss before the first step. If there is a baseline, this loss is the dense
+    parent's loss.
 
     Args:
         curves: stage -> curve, for `pretrain` and optionally `dense_ct`.
@@ -123,7 +123,7 @@ def averaging_note(columns: Any, steps: Sequence[Any]) -> str:
 def load_figure(curve: Curve) -> Figure | None:
     """Draw the busiest expert's load relative to a balanced load, by layer and step.
 
-    If there are many steps, they are averaged.
+    If there are many steps, their loads are averaged.
 
     Args:
         curve: curve of a training stage.

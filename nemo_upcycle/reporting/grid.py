@@ -26,7 +26,7 @@ from nemo_upcycle.evaluation.statistics import Spread
 
 #: Name of the parent of arms that start from random weights.
 UNTRAINED = "untrained"
-#: If the FLOPs of two trainings differ by less than this share, their ends are compared.
+#: If the FLOPs of two trainings differ by less than this share, the ends of these trainings are compared.
 FLOPS_APART = 0.02
 
 
@@ -42,12 +42,12 @@ class ArmRecord:
         is_rate_constant: whether each point equals the result of a whole training of that length, either because the
             learning rate does not fall, or because each point is the end of a separate training.
         trained_seeds: seeds that were trained.
-        ends: lengths of the arm's trainings (tokens); an arm that varies the length has several.
+        ends: lengths of the arm's trainings (tokens); an arm that varies the length has several lengths.
         scores: tokens -> seed -> sums of the held-out documents; values that were not a number are omitted.
         routers: metric -> tokens -> mean over layers and seeds; empty for a dense arm.
         flops_per_token: training FLOPs per token, with full attention.
-        rank_seconds_per_token: time per token (seconds times ranks); each step counts with its fastest seed, and the
-            first step is excluded.
+        rank_seconds_per_token: time per token (seconds times ranks); the time of a step is the time of its fastest
+            seed, and the first step is excluded.
         parent: model from which the arm starts, in a grid whose arms have different parents.
     """
 
@@ -77,9 +77,10 @@ class ArmRecord:
     def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
         """Return whether a point of this arm's curve may be compared with a point of another arm's curve.
 
-        No other rule decides this. A falling learning rate makes the end of a training better than its middle. So two
-        points are comparable only in two cases. Either each point equals the end of a whole training of its length. Or
-        both come after the same number of tokens in trainings with the same length and schedule.
+        No other rule decides whether points are comparable. A falling learning rate makes the end of a training better
+        than its middle. So two points are comparable only in two cases. Either each point equals the end of a whole
+        training of its length. Or both points come after the same number of tokens in trainings with the same length
+        and schedule.
         """
         schedules = [(arm.steps, arm.tokens_per_step, arm.schedule) for arm in (self, other)]
         are_ends = self._is_end(tokens) and other._is_end(its_tokens)
@@ -165,8 +166,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     """Compute every number of the table.
 
     Points of two curves are compared only if `ArmRecord.is_comparable` allows it. No key is a number, so that writing
-    and reading JSON changes nothing. Every mean is a result of `mean_of_seeds`, and every difference a result of
-    `judge`.
+    and reading JSON changes nothing. Every mean comes from `mean_of_seeds`, and every difference comes from `judge`.
 
     Args:
         arms: result of `arms_of`.
@@ -176,10 +176,10 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         A dict with four keys. `margin`: largest difference in bits per byte that is too small to matter. `arms`: name
         -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` (at the end) and `start`, `curve` (means with
         their `tokens`), `sources` (at the end), `routers` (metric -> pairs of tokens and value) and the seeds.
-        `differences`: name -> `reference`, `better_from` (tokens), and the differences at the `start`, `along` all
-        tokens after which both arms were scored, at the last of these tokens (`end`), and with `equal_flops`; a
-        difference is None if nothing can be compared. `tests`: `start`, `end` and `equal_flops` -> number of
-        differences judged together.
+        `differences`: name -> `reference`, `better_from` (tokens), and the differences at the `start`, `along` the
+        curve (at all tokens after which both arms were scored), at the `end` (the last of these tokens), and with
+        `equal_flops`. A difference is None if nothing can be compared. `tests`: `start`, `end` and `equal_flops` ->
+        number of differences judged together.
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -248,8 +248,8 @@ def _differences(
     }
 
     def judged(name: str, point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
-        # With equal FLOPs the two arms have read different data, so a seed's data order is not common to both. The
-        # pooled spread does not apply, and `judge` uses only the spread of this difference.
+        # With equal FLOPs the two arms have read different data, so a seed does not give both arms the same data
+        # order. The pooled spread does not apply, and `judge` uses only the spread of this difference.
         spread = spreads[arms[name].parent == UNTRAINED].get(place)
         return None if point is None else judge(point, spread, margin, max(tests[place], 1))
 
@@ -261,7 +261,7 @@ def _differences(
 
 
 def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
-    """Compare an arm with its reference after equal tokens, and with equal FLOPs if a token's FLOPs differ."""
+    """Compare an arm with its reference after equal tokens. If FLOPs per token differ, compare at equal FLOPs, too."""
     along = [
         {"tokens": tokens, **difference_of_arms(seeds, reference.scores[tokens])}
         for tokens, seeds in arm.scores.items()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Okabe and Ito's colours without yellow; colour-blind readers can distinguish them.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
-#: Largest number of series in the figure, because nobody can distinguish more. The table has the others.
+#: Largest number of series in the figure, because nobody can distinguish more. The table has the other series.
 MOST_SERIES = len(_COLOURS)
 _MARKERS = "osD^vPX<"
 #: verdict -> colour, marker, and whether the marker is filled
@@ -31,7 +31,7 @@ def drawn_arms(values: Mapping[str, Any]) -> list[str]:
     """Choose the arms whose curves are drawn: the best at the end among the arms with the most seeds.
 
     An arm with fewer seeds is excluded, because its mean depends more on luck. An arm that ends above the median start
-    is excluded, because it would press the other curves together. The table contains both.
+    is excluded, because its curve presses the other curves together. The table contains both kinds of arms.
 
     Args:
         values: result of `compare_arms`, or content of `table.json`.
@@ -127,7 +127,7 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], values: Mapping[st
 
 
 def _title(compared: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """Return the title, which says how many documents and seeds the intervals are based on."""
+    """Return the title, which says on how many documents and seeds the intervals are based."""
     ends = [difference["end"] for difference in compared.values()]
     if all(end["low"] is None for end in ends):
         return "one seed: no intervals"

@@ -20,7 +20,7 @@ from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, w
 from nemo_upcycle.utils.writers import code, plain, table
 
 
-#: Columns of a difference: two standard errors, and the smallest difference that would have been detected.
+#: Columns of a difference: two standard errors, and the smallest difference that can be detected.
 _POWER = ("stderr over documents", "stderr over seeds", "smallest difference seen with 80 %")
 #: The two lines of a page between which `write_grid` writes the table.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
@@ -130,7 +130,7 @@ def draw_table(folder: Path) -> str:
     values |= {"missing": described["missing"]} if described.get("missing") else {}
     if found := evidence.get("heldout_overlap"):  # older evidence lacks this entry
         values["heldout_overlap"] = found
-    write_json(folder / "table.json", values, indent=None)  # with indentation the file would be three times as large
+    write_json(folder / "table.json", values, indent=None)  # indentation makes the file three times as large
     with whole_file(folder / "curves.png") as aside:
         aside.write_bytes(png_of(grid_figure(values)))
     return render_table(values)
@@ -264,7 +264,7 @@ def _seeds(point: Mapping[str, Any]) -> str:
 
 
 def _seen(points: Sequence[Mapping[str, Any]]) -> str:
-    """Say how small a difference these trainings could have detected."""
+    """Say how small a difference these trainings can detect."""
     seen = sorted(point["resolvable"] for point in points if point["resolvable"] and point["verdict"] != ONE_SEED)
     if not seen:
         return ""

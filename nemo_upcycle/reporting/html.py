@@ -1,4 +1,4 @@
-"""Markdown as one self-contained HTML file, with its figures inside."""
+"""Turn Markdown into one self-contained HTML file that contains the figures."""
 
 from __future__ import annotations
 

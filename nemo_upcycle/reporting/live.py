@@ -43,9 +43,9 @@ from nemo_upcycle.utils.writers import plain, table
 _TITLES = {"pretrain": "MoE", "dense_ct": "baseline"}
 #: Seconds between two pages, and seconds after which a browser reloads the page.
 EVERY_S, REFRESH_S = 120.0, 30
-#: Seconds from the start of a stage to its second page, and seconds between two looks at the stages.
+#: Seconds from the start of a stage to its second page, and seconds between two checks of the stages.
 _SOON_S, _POLL_S = 10.0, 1.0
-#: Pause after a page, as a multiple of the time that writing it took. The files of a long run are large.
+#: Pause after a page, as a multiple of the time to write the page. Reading the large files of a long run takes time.
 _REST = 20
 
 
@@ -58,7 +58,8 @@ def watch(
         run_dir: folder of the run.
         every_s: seconds between two pages.
         price: price of one GPU for one hour; None omits the cost.
-        is_told: function that returns whether to write a last page and end; None ends when the report exists.
+        is_told: function that returns whether to write a last page and end; if None, the process ends when the report
+            exists.
     """
     shown, changed_s, last_s, took_s = None, 0.0, 0.0, 0.0
     while True:
@@ -127,7 +128,7 @@ def _becomes(progress: Progress) -> str:
 
 
 def _doing(progress: Progress, word: str) -> str:
-    """Say which stages run, how far they are and when they end. If none runs, say how the last stage ended."""
+    """Say which stages run, how far they are and when they end. If no stage runs, say how the last stage ended."""
     running = [_how_far(progress, state) for state in progress.stages if state.how == "running"]
     if running:
         return f"{word}: {'; '.join(running)}."
@@ -151,7 +152,7 @@ def _took(state: StageState) -> str:
 
 
 def _losses(progress: Progress) -> list[list[str]]:
-    """Compare the last losses of the MoE (or of the baseline, if only it was trained) with all known losses."""
+    """Compare the last losses of the MoE, or of the baseline if there is no MoE, with all known losses."""
     curves = progress.curves
     if not curves:
         return []
@@ -165,7 +166,7 @@ def _losses(progress: Progress) -> list[list[str]]:
 
 
 def _validation(progress: Progress, first: str, others: list[str]) -> list[list[str]]:
-    """Compare the last validation loss with the parent's, and with the baseline's after equally many tokens."""
+    """Compare the last validation loss with the parent's loss and the baseline's loss after equally many tokens."""
     losses = {stage: dict(curve.validation) for stage, curve in progress.curves.items()}
     if not (tokens := max(losses[first], default=0)):
         return []
@@ -204,7 +205,7 @@ def _cost(progress: Progress, price: float | None) -> list[list[str]]:
 def _main(run_dir: str, every_s: str, price: str = "") -> None:
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the process that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent process
     parent = os.getppid()
     os.nice(10)
     watch(

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 #: Numbers from this size on are written with an exponent.
 _LARGE = 1e7
-#: Significant digits of an interval, and their maximum. More are used to show whether the interval contains 0.
+#: Usual and largest number of an interval's significant digits. More digits show whether the interval contains 0.
 _DIGITS, _MOST_DIGITS = 2, 8
 
 
@@ -52,7 +52,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def with_half(value: float | None, half: float | None) -> str:
     """Format a value and half of its 95 % interval, both rounded to two significant digits of the half.
 
-    More digits are printed if two do not show whether the interval contains 0, so that the text agrees with the
+    More digits are printed if two digits do not show whether the interval contains 0, so that the text agrees with the
     verdict.
 
     Example:

@@ -25,8 +25,8 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
 
     Args:
         run_dir: folder with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
-        planned: training stage -> planned `memory_gib` and `tokens_per_s`, if the planner has them; None keeps the
-            numbers of an earlier report.
+        planned: training stage -> planned `memory_gib` and `tokens_per_s`, if the planner has these values; None keeps
+            the numbers of an earlier report.
 
     Returns:
         The path of `report.md`, which is written last.
@@ -55,7 +55,7 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     results = without_secrets(results)
     write_json(run_dir / "results.json", results)
     text, target = compose(results, run_dir), run_dir / "report.md"
-    # The texts of models may contain half of a surrogate pair, which cannot be encoded; it is replaced.
+    # The texts of models may contain half of a surrogate pair. Replace such a half, because it cannot be encoded.
     pages = {"report.html": render_html(text, images), target.name: text}
     for name, content in (images | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
         with whole_file(run_dir / name) as aside:

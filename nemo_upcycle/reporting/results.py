@@ -1,4 +1,4 @@
-"""Compute the numbers of a report once: `results.json` holds them, `report.md` prints them."""
+"""Compute the numbers of a report once. `results.json` stores the numbers, and `report.md` prints them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
 
 
 def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
-    """Count each task's items in total, items found in the training texts, and items still in them.
+    """Count each task's items: in total, found in the training texts, and still in the training texts.
 
     The keys are `items`, `removed` and `left`. Only tasks that were searched for have counts.
     """
@@ -258,7 +258,7 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
 
 
 def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Replace a receipt's list of parameters by two counts: by the way they were made, and by dtype."""
+    """Replace a receipt's list of parameters by counts: for each way of making a parameter, and for each dtype."""
     parameters = receipt.get("parameters", [])
     return {
         **{key: value for key, value in receipt.items() if key != "parameters"},

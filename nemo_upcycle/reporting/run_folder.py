@@ -177,7 +177,7 @@ def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
 def read_markers(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the markers of finished stages; each stage follows the stages that it needs."""
     markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
-    markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # no suite's marker
+    markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # omit suites
     needs = {
         name: [key.removeprefix("stage ") for key in marker.get("inputs", {}) if key.startswith("stage ")]
         for name, marker in markers.items()

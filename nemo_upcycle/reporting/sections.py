@@ -27,7 +27,7 @@ _LONGER_STEPS = 200
 
 
 def command(results: dict[str, Any]) -> str:
-    """Return the section with the command and the files of all settings; nothing if the run noted neither."""
+    """Return the section with the command and the files of all settings; nothing if the run recorded none of them."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
     typed = f"{fenced(results['command'], 'bash')}\n\nSource: `command.txt`." if results["command"] else ""
     settings = f"Every setting, defaults included: {recipes}." if recipes else ""

@@ -80,6 +80,6 @@ def _root() -> Path:
 
 
 def _resolved(path: str) -> Path:
-    from pathlib import Path  # imported here, because at the top it would slow down every import of the package
+    from pathlib import Path  # an import at the top slows down every import of the package
 
     return Path(path).resolve()

@@ -10,16 +10,16 @@ from functools import cache
 
 @cache
 def shield_children() -> None:
-    """Make processes forked from now on ignore SIGTERM unless their parent process sends it.
+    """Make future child processes ignore SIGTERM unless their parent process sends it.
 
     A scheduler sends SIGTERM to all processes of a job. A training that saves a checkpoint before it ends needs its
-    data loaders until then: if a loader dies, torch raises an error before anything is saved.
+    data loaders until the end. If a loader dies, torch raises an error before anything is saved.
     """
     os.register_at_fork(after_in_child=_obey_only_the_parent)
 
 
 def _obey_only_the_parent() -> None:
-    # The signal is blocked, because a handler would be replaced: torch sets its own when a data loader starts.
+    # The signal is blocked, because torch replaces a handler when a data loader starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_the_parents_word, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Read YAML files (the package's own in `conf/` by name, the user's by path) and check them against a dataclass."""
+"""Read YAML files (the package's files in `conf/` by name, users' files by path), and check them with a dataclass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_upcycle.utils.writers import yaml_text
 
 
 _T = TypeVar("_T")
-#: PyYAML's C loader is 8 times as fast. PyYAML can be built without it.
+#: PyYAML's C loader is 8 times as fast. PyYAML can be built without this loader.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The only kind of files that may compute values.
 _COMPUTES = "executors"
@@ -41,7 +41,7 @@ class Conf(NamedTuple):
         content: content of the file, with references resolved.
         path: path of the file.
         folder: base folder of the relative paths in the file. If the file has the key `folder`, the base folder is the
-            key's value. Otherwise it is the folder that contains a user's file, or the current folder for a file of
+            key's value. Otherwise the base folder is the folder of a user's file, or the current folder for a file of
             the package.
     """
 
@@ -51,7 +51,7 @@ class Conf(NamedTuple):
 
 
 def packaged(kind: str) -> Path:
-    """Return the folder of the package's own files of a kind: `data`, `chat`, `evaluation`, `ablations`, ..."""
+    """Return the folder with the package's files of one kind: `data`, `chat`, `evaluation`, `ablations`, ..."""
     return Path(str(resources.files("nemo_upcycle.conf"))) / kind
 
 

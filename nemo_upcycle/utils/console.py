@@ -1,6 +1,6 @@
 """A console for progress and results: libraries' messages appear only on request, and the process ends without delay.
 
-It also formats text for the terminal: columns, folded lines and short numbers.
+The module also formats text for the terminal: columns, folded lines and short numbers.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def end_soon() -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector while large libraries are imported, because it would delay the import by seconds."""
+    """Pause the garbage collector while large libraries are imported, to make the import seconds faster."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.unfreeze()  # makes all objects old: the collector does not scan old objects at once
+        gc.unfreeze()  # marks all objects as old, because old objects are scanned later
         if was_on:
             gc.enable()
 

@@ -240,7 +240,7 @@ def in_use(folder: Path) -> Iterator[None]:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `target`, and remove it at the end.
 
-    Hidden folders that killed runs left are removed first. The caller makes sure that no other process makes `target`
+    Hidden folders of killed runs are removed first. The caller makes sure that no other process makes `target`
     at the same time.
     """
     prefix = f".download-{target.name}_"
@@ -263,10 +263,10 @@ def clear(aside: Path) -> None:
 def output_folder(target: Path, made_by: str | None = None, plan: Any = None) -> Iterator[Path]:
     """Yield a folder to write into, and rename it to `target` if the block ends without an error.
 
-    The work happens in a hidden sibling of `target`. An error removes the sibling. A kill leaves it, and the next call
-    clears it. A complete `target` of an earlier run stays untouched if the block fails. If the block succeeds, the old
-    folder is moved aside while the new folder takes its place. A kill at that moment leaves both folders, and the next
-    call moves the old folder back.
+    The work happens in a hidden sibling of `target`. An error removes the sibling. A kill leaves the sibling, and the
+    next call clears it. A complete `target` of an earlier run stays untouched if the block fails. If the block
+    succeeds, the old folder is moved aside while the new folder takes its place. A kill at that moment leaves both
+    folders, and the next call moves the old folder back.
 
     Args:
         target: folder to make.

@@ -17,8 +17,8 @@ _POLL_S = 0.05
 def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
     """Lock a file for this process until the returned context or the process ends.
 
-    The lock ends with the process even after `kill -9`. Some network file systems have no locks. There, users must
-    avoid two writers themselves.
+    The lock ends with the process even after `kill -9`. Some network file systems have no locks. On such file systems,
+    users must make sure that only one process writes.
 
     Args:
         path: lock file; it is created if missing.
@@ -41,7 +41,7 @@ def _lock_now(path: Path) -> ExitStack | None:
         handle = lock.enter_context(path.open("ab"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # closing is not enough: forked processes keep it open
+            lock.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # forked processes keep the file open
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None

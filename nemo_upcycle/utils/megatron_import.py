@@ -5,9 +5,9 @@ an allocator for inference (`unified_memory`). Without a device, torch finds no 
 an IndexError. Megatron does not expect this error, so `import nemo.collections.llm` fails. Later releases compile the
 allocator when it is used.
 
-Every folder of this package that has a module which imports Megatron or NeMo calls `need_no_cuda_to_import` in its
-`__init__`. Python runs the `__init__` before any module of the folder, so nobody has to remember the order of imports,
-and a plain `import nemo_upcycle` changes nothing. tests/unit/utils/test_megatron_import.py enforces this rule.
+If a module of this package imports Megatron or NeMo, the `__init__` of its folder calls `need_no_cuda_to_import`.
+Python runs this `__init__` before any module of the folder, so nobody has to remember the order of imports, and a
+plain `import nemo_upcycle` changes nothing. tests/unit/utils/test_megatron_import.py enforces this rule.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class Requirement(NamedTuple):
 
 def installed_release(package: str) -> str | None:
     """Return the release of a package that Python would import; None if it is not installed."""
-    # NVIDIA's containers hold these packages as source folders. Users replace them, so the metadata may be outdated.
+    # NVIDIA's containers hold these packages as source folders. Users replace these folders, so the metadata may be
+    # outdated.
     is_replaced = package in ("megatron-core", "megatron-bridge")
     if is_replaced and (sources := value_in(package.replace("-", "."), "package_info.py", "__version__")):
         return str(sources)

@@ -15,7 +15,7 @@ _START = (
 def away_from_here(command: Sequence[str]) -> list[str]:
     """Return `python -m MODULE ...` as a command that does not look for the module in the current folder.
 
-    Otherwise, in the folder of another clone, Python would run that clone's package in this environment.
+    Without this change, Python in the folder of another clone runs that clone's package in this environment.
 
     Args:
         command: command to change; any command other than `python -m` is returned unchanged.

@@ -14,7 +14,7 @@ from types import TracebackType
 from nemo_upcycle.errors import UpcycleError
 
 
-#: Bytes after which writing to the disk starts. The kernel itself would wait until a tenth of the memory is used.
+#: Bytes after which writing to the disk starts. Otherwise the kernel waits until a tenth of the memory is used.
 _FLUSH_BYTES = 64 << 20
 #: Bytes of one step if the kernel cannot copy.
 _STEP_BYTES = 1 << 20

@@ -52,7 +52,7 @@ def check_whole(name: str, value: object, low: int, high: float = math.inf, of: 
 
 
 def check_named(name: str, value: object) -> None:
-    """Check that a name or a path is not empty, because an empty path would mean the current folder.
+    """Check that a name or a path is not empty, because an empty path means the current folder.
 
     Args:
         name: name of the setting.
@@ -123,7 +123,7 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
 def require_local(name: str, path: str) -> str:
     """Check that a path is not an address, and return the path.
 
-    `Path` would turn an address such as `s3://...` into a folder `s3:`.
+    `Path` turns an address such as `s3://...` into a folder `s3:`.
 
     Args:
         name: name of the argument.

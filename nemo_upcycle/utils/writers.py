@@ -16,7 +16,7 @@ import yaml
 
 #: Characters with a meaning in Markdown or its tables. An underscore inside a word has no meaning.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
-#: A `|` in Markdown that would end a table's cell.
+#: A `|` that ends a table's cell in Markdown.
 _CELL_END = re.compile(r"(?<!\\)\|")
 #: Characters that change the order in which text is displayed.
 _REORDERING = "\\u202a-\\u202e\\u2066-\\u2069"
@@ -148,7 +148,7 @@ def code(text: object) -> Markdown:
 
 
 def fenced(text: str, language: str) -> str:
-    """Return lines as a fenced code block whose fence is longer than any run of backticks in the text.
+    """Return lines as a fenced code block whose fence is longer than any sequence of backticks in the text.
 
     Example:
         >>> print(fenced("ls", "bash"))

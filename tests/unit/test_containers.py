@@ -36,7 +36,7 @@ def _container(folder: Path, pins: Path) -> Path:
     for line in pins.read_text("utf-8").splitlines():
         if not line.startswith("#"):
             package, _, release = line.partition("==")
-            # NVIDIA overrides Megatron-Bridge's requirements. To fulfil them, pip would replace packages, or refuse.
+            # NVIDIA overrides Megatron-Bridge's requirements. To meet the requirements, pip would replace packages.
             needs = ["Requires-Dist: not-in-the-container"] if package == "megatron-bridge" else []
             path = site / f"{package.replace('-', '_')}-{release}.dist-info" / "METADATA"
             path.parent.mkdir()
@@ -54,7 +54,7 @@ def _wheel(folder: Path, name: str, release: str, lines: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package index: this package, and every package of this environment in other releases than a container's."""
+    """A package index with this package and this environment's packages, whose releases differ from a container's."""
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     folder = tmp_path_factory.mktemp("index")
     for one in distributions():

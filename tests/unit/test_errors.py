@@ -82,7 +82,7 @@ def test_errors_together_stay_data_each_once() -> None:
     ids=["its own", "of what it calls", "no Python"],
 )
 def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:
-    """A library may have wrapped the error on the way."""
+    """A library may wrap the error before it is reported."""
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises((Exception,)) as caught:

@@ -46,7 +46,7 @@ CONFIG = {
     **{"num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5, "max_position_embeddings": 64},
 }
 hostile = pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in HOSTILE.items()])
-#: Without surrogates, because users' files are valid Unicode.
+#: The hostile texts without surrogates, because users' files are valid Unicode.
 words = pytest.mark.parametrize(
     "text", [pytest.param(text, id=name) for name, text in HOSTILE.items() if name != "surrogate"]
 )

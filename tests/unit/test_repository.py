@@ -36,7 +36,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    """Return the commands of README and docs, but not of how-tos, which name things that they create."""
+    """Return the commands of README and docs, except how-tos, whose commands name things that the how-to creates."""
     pages = [page for page in PAGES if not page.name.startswith("add_")]
     blocks = [block.replace("\\\n", " ") for page in pages for block in _blocks(page, "bash")]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
@@ -51,12 +51,12 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if re.match(r"\w+:", line) and "are explained in" not in text:
-            around = [lines[number - 1], *lines[number + 1 : number + 2]]  # a group explains its keys inside
+            around = [lines[number - 1], *lines[number + 1 : number + 2]]  # a group is explained in its first line
             assert any(other.lstrip().startswith("#") for other in around), f"{path.name}: {line}"
 
 
 def test_nemo_commands_of_the_pages_name_registered_recipes() -> None:
-    factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # a dot means a module of the user
+    factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # names with a dot belong to users
     named = {match for command in _commands() if "nemo" in command for match in factory.findall(command)}
     assert {"smollm2_135m_e8t2", "llama3_8b_e8t2"} <= named
     assert named <= {*nemo_functions()}
@@ -83,7 +83,7 @@ def test_readme_is_short_and_index_has_every_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_of_the_pages_runs_without_a_card(page: Path) -> None:
-    """Without a GPU, Megatron-Core 0.15 imports only after this package.
+    """Without a GPU, Megatron-Core 0.15 can be imported only after this package.
 
     Bridge's Megatron-Core is newer, and the recipes of add_recipe.md lie inside the package.
     """

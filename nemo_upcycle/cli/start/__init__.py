@@ -183,7 +183,7 @@ def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterat
 
 
 def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
-    """Return the error for a folder whose files were edited or are from another start; `there` is their command."""
+    """Return the error for a folder with edited files or another start's files; `there` is the files' command."""
     names = " and ".join(differing)
     return UpcycleError(
         f"--dir {folder}",
@@ -194,7 +194,7 @@ def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> 
 
 
 def _missing_packages() -> list[UpcycleError]:
-    """Return an error for each missing package that the chain needs beside the trainer."""
+    """Return an error for each missing package that the chain needs in addition to the trainer."""
     fix = "run `nemo-upcycle doctor`: it prints the command that adds it"
     return [
         UpcycleError(

@@ -38,7 +38,7 @@ TRAINERS = {"nemo": ("nemo", "NeMo"), "bridge": ("megatron.bridge", "Megatron-Br
 _LACKS = {"nemo": {"mamba": "Mamba layers", "output_gate": "attention with a gate, gated delta nets"}, "bridge": {}}
 #: trainer -> software versions for which the planner estimates times
 _SOFTWARE = {"nemo": DEFAULT_SOFTWARE, "bridge": BRIDGE_SOFTWARE}
-#: A trial on a CPU, which takes two cores a few minutes.
+#: A trial on a CPU, which takes a few minutes on two cores.
 TRIAL_STEPS, TRIAL_BATCH, TRIAL_PEAK, TRIAL_WARMUP = 10, 2, 1e-4, 2
 _SHORT, _SHORTER, _LARGE_PARAMS = 512, 128, 50e6
 #: Training on GPUs: smallest number of steps and smallest number of sequences that the texts should provide.
@@ -49,7 +49,7 @@ _LAYOUTS = 100
 #: Memory of a trial on a CPU (bytes). First value: a parameter, its gradient and its Adam states. Second value: a
 #: parameter and its gradient in each further rank; ranks share the Adam states. Third value: the program of a rank.
 _CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
-#: The table warns if the texts are read more often than this.
+#: The table warns if the texts are read more than this many times.
 _FEW_EPOCHS = BlendConfig.max_epochs
 #: Bytes per parameter in the folders of step 0 and of the export.
 _MODEL_BYTES = 2
@@ -157,7 +157,7 @@ def _has(module: str) -> bool:
 
 
 def gpus_here() -> tuple[int, str | None]:
-    """Return the number of GPUs that the driver lists, and their name in the planner if it knows this kind."""
+    """Return the number of GPUs that the driver lists, and the planner's name of these GPUs, if any."""
     found = [path.read_text(errors="replace") for path in _PROC.glob("*/information")]
     model = re.search(r"Model:\s*(.+)", found[0]) if found else None
     gpu = gpu_of_device(model[1]) if model else None
@@ -193,7 +193,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
         wanted: the user's requests.
 
     Raises:
-        UpcycleError: no run that fits satisfies the requests.
+        UpcycleError: no run satisfies the requests and fits.
     """
     spec, stated = chosen_spec(parent, wanted.spec)
     if lacks := [what for field, what in _LACKS[trainer].items() if getattr(parent.arch, field)]:

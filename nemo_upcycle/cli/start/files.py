@@ -231,7 +231,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> bool:
 
 
 def run_command(folder: Path, parent: FoundParent, choices: Choices, *, is_here: bool) -> CommandLine:
-    """Return the command that runs a folder's files, to be typed in the current folder of `nemo-upcycle start`.
+    """Return the command that runs a folder's files from the folder in which `nemo-upcycle start` runs.
 
     Args:
         folder: folder of the recipe; the folder is added to PYTHONPATH, so that the recipe can be imported.

@@ -27,7 +27,7 @@ _SAMPLED = 2000
 _BYTES_A_TOKEN = 4.0
 #: Smallest amount to hold out: sequences for validation, and documents for each of the two splits.
 _SEQUENCES, _DOCUMENTS = 2, 2
-#: Shares to try, and seeds for each share. If there are few documents, a draw may hold out none.
+#: Shares to try, and seeds for each share. If there are few documents, a draw may hold out no document.
 _SHARES, _SEEDS = (0.02, 0.05, 0.1, 0.2, 0.3), range(1234, 1274)
 
 

@@ -1,4 +1,4 @@
-"""A NeMo or Megatron checkpoint as a model that computes, in any layout: weights only, no optimizer."""
+"""Load the weights of a NeMo or Megatron checkpoint, without the optimizer, into a model of any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layout_here(*, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1) -> Layout
     """Return the layout of this job's ranks, whose number torchrun sets; ranks beyond the given sizes are replicas.
 
     Args:
-        tp: number of ranks that share every matrix; with `ep` above 1, experts stay whole.
+        tp: number of ranks that share every matrix; if `ep` is above 1, experts stay whole.
         pp: number of ranks that share the layers.
         vp: number of pieces of a pipeline rank's layers.
         ep: number of ranks that share the experts of a layer.
@@ -68,7 +68,7 @@ def start_ranks(layout: Layout) -> None:
 
 
 def _sizes(layout: Layout) -> dict[str, int | None]:
-    """Return the sizes under Megatron's names."""
+    """Return the layout's sizes under Megatron's names."""
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -86,7 +86,7 @@ def load_chunks(
     Args:
         checkpoint: NeMo or Megatron checkpoint, dense or upcycled, saved under any layout.
         dense_folder: the dense parent's Hugging Face folder.
-        spec: spec with which the checkpoint was upcycled; None: the spec in the checkpoint's context.
+        spec: spec with which the checkpoint was upcycled; None means the spec in the checkpoint's context.
         layout: layout to compute under.
         dtype: type to compute in.
 
@@ -107,11 +107,11 @@ def load_chunks(
 
 
 def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[Any]:
-    """Return this rank's chunks with unset weights. Experts drop no token, whatever the training did.
+    """Return this rank's chunks with unset weights. Experts drop no token, even if the training dropped tokens.
 
     Args:
         arch: architecture of the model.
-        layout: layout that Megatron's groups were made for.
+        layout: layout for which Megatron's groups were made.
         dtype: type to compute in.
     """
     from megatron.core import parallel_state
@@ -120,7 +120,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
     from nemo_upcycle.online.decoder_layers import decoder_layers
 
-    if arch.scaled_embedding:  # Megatron's own model class does not scale the embedding; a layer of ours does
+    if arch.scaled_embedding:  # Megatron's own model class does not scale the embedding; our layer does
         arch = replace(arch, scaled_embedding=False, embedding_multiplier=arch.hidden_size**0.5)
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
@@ -141,7 +141,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         moe_router_load_balancing_type=QUANTILES if arch.quantile_bias else "none",  # no balancing loss is needed
         moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),
-        sequence_parallel=layout.tp > 1,  # without it Megatron 0.15 fails in a warning of its own
+        sequence_parallel=layout.tp > 1,  # otherwise a warning of Megatron 0.15 fails
     )
     check_balancing(config, arch.router_score)
     config.sequence_parallel = False  # a single token of a continuation cannot be split
@@ -170,7 +170,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Architecture) -> None:
-    """Fill this rank's chunks from a checkpoint: every parameter is a checkpoint's parameter, or a shard of one.
+    """Fill this rank's chunks from a checkpoint: each parameter is a parameter of the checkpoint, or a shard.
 
     Args:
         chunks: chunks from `build_chunks`.
@@ -199,7 +199,7 @@ def _parameters(
     first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
     biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BALANCING_BIASES)]
     for _, bias in biases:
-        bias.data = bias.data.float()  # the model's type would round them
+        bias.data = bias.data.float()  # a 16-bit type rounds the biases
     for name, parameter in (*chunk.named_parameters(), *biases):
         layer, inner = split_name(name, layers)
         match = find_mapping(inner, in_layer=layer is not None)

@@ -11,10 +11,9 @@ import torch
 
 @contextmanager
 def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Put a model into evaluation: no dropout, no auxiliary loss, no token dropped. Then restore its state.
+    """Evaluate a model without dropout, auxiliary loss and dropped tokens, and restore the model's state afterwards.
 
-    A model that drops tokens which overflow an expert gives answers that depend on the rest of the batch. The exported
-    model drops nothing.
+    If a model drops tokens, an answer depends on the rest of the batch. The exported model drops no tokens.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -23,7 +22,7 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     dispatchers = [layer.token_dispatcher for layer in layers]
     was_training = [chunk.training for chunk in chunks]
     factors = [config.moe_expert_capacity_factor for config in configs]
-    states = [dict(vars(dispatcher)) for dispatcher in dispatchers]  # with padding, they store how to exchange tokens
+    states = [dict(vars(dispatcher)) for dispatcher in dispatchers]  # each state says how to exchange padded tokens
     try:
         for chunk in chunks:
             chunk.eval()
@@ -55,12 +54,12 @@ def forward(
     Args:
         chunks: chunks of this rank.
         inputs: token ids of each pass, [N, S], all of one shape.
-        take: function that gets the logits [N, S, V/T] and the number of a pass, and returns the part to keep; called
-            on the last stage only.
+        take: function that gets the logits [N, S, V/T] and the number of a pass, and returns the part to keep. The
+            function is called only on the last stage.
         inference_context: Megatron's cache of keys and values for generation, with the rows of all passes.
-        positions: rows and places [P] of each pass for which logits are wanted; the logits are then [1, P, V]. This
-            saves time, because the output layer is a fifth of a small model's work. None: all positions. Allowed only
-            if sequences are not split.
+        positions: rows and places [P] of each pass whose logits are needed; the logits are then [1, P, V]. Fewer
+            positions save time, because the output layer is a fifth of a small model's work. None means all positions.
+            Positions are allowed only if sequences are not split.
 
     Returns:
         The results of `take`, one per pass; empty on all stages except the last.
@@ -124,7 +123,7 @@ def gathered(part: dict[int, Any]) -> dict[int, Any]:
 
 
 def padded_length(length: int, chunk: Any) -> int:
-    """Return the length to pad rows to, so that the parallel layout can split them and FP8's kernels can multiply."""
+    """Return the length to which rows are padded, so that the layout can split rows and FP8 kernels can multiply."""
     config = chunk.config
     parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
     parts *= 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1

@@ -1,8 +1,8 @@
-"""Greedy continuations of prompts from a Megatron model of any layout, with its cache of keys and values.
+"""Continue prompts greedily with a Megatron model of any layout and its cache of keys and values.
 
 Prompts of different lengths go through the model together, without padding. The first tokens, up to the length of the
-shortest prompt, are read at once. From there on every row takes its next token from its prompt, and after the prompt's
-end the likeliest token.
+shortest prompt, are read at once. After that, every row takes its next token from its prompt. After the end of the
+prompt, the row takes the likeliest token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def generate(
             complete.
         vocab_size: V without padding.
         batch_size: prompts in one pass.
-        progress: function that is called after some prompts with their number.
+        progress: function that is called after some prompts, with the number of these prompts.
 
     Example:
         >>> generate(chunks, [[1, 523]], most=8, ends=lambda *_: False, vocab_size=32000)  # doctest: +SKIP

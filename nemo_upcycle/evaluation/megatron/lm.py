@@ -1,8 +1,8 @@
 """The model of lm-eval for NeMo and Megatron checkpoints: `lm_eval --model nemo_upcycle --model_args checkpoint=...`.
 
-The first rank of the job asks; the other ranks serve it until it ends. Tasks are therefore read, tokenised and printed
-only once. Texts become tokens as with lm-eval's `hf`, except that the first token of a held-out text is added only
-once.
+The first rank of the job asks. The other ranks serve the first rank until it ends. Therefore only the first rank
+reads, tokenises and prints tasks. Texts are tokenised as by lm-eval's model `hf`, except that the first token of a
+held-out text is added only once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_upcycle.utils.dtypes import dtype_of
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: How long a rank waits for a question. NCCL would end the job after ten minutes.
+#: Time that a rank waits for a question. Without this setting, NCCL ends the job after ten minutes.
 _PATIENCE = timedelta(days=7)
 _STOP = "stop"
 
@@ -39,17 +39,18 @@ class MegatronLM(HFLM):
 
     Args:
         checkpoint: a checkpoint, a folder of checkpoints, or a run; required.
-        dense: Hugging Face folder of the dense parent, whose tokenizer is used; None: the folder in the run's receipt.
+        dense: Hugging Face folder of the dense parent, whose tokenizer is used; None means the folder in the run's
+            receipt.
         tp: number of ranks that share every matrix.
         pp: number of ranks that share the layers.
         ep: number of ranks that share the experts.
         dtype: type to compute in.
         batch_size: sequences in one pass, or `auto`.
-        max_length: sequence length (tokens); None: the length that the model was trained for.
-        add_bos_token: whether every text begins with the first token; None: the tokenizer decides.
+        max_length: sequence length (tokens); None means the length for which the model was trained.
+        add_bos_token: whether every text begins with the first token; if None, the tokenizer decides.
         label: name of the model in the progress report.
         others: arguments that lm-eval passes to every model (`device`, `max_batch_size`), and spec fields (`top_k`,
-            `router_order`, ...) for a checkpoint that does not say how it routes.
+            `router_order`, ...) for a checkpoint that does not store its routing settings.
 
     Raises:
         UpcycleError: the checkpoint, the parent or the tokenizer is missing, or the layout does not fit the model.
@@ -115,7 +116,7 @@ class MegatronLM(HFLM):
         return lm
 
     def _prepare(self, batch_size: int | str | None, max_length: int, bos: bool | None, label: str) -> None:
-        """Set the attributes that lm-eval's class reads, and the group over which the ranks talk."""
+        """Set the attributes that lm-eval's class reads, and the group over which the ranks communicate."""
         if (tokens := len(self.tokenizer)) > self.vocab_size:
             raise UpcycleError(
                 "The tokenizer",
@@ -139,7 +140,7 @@ class MegatronLM(HFLM):
         return getattr(self, name)(*arguments)
 
     def serve(self) -> None:
-        """Take part in the calls of the first rank, until it closes."""
+        """Take part in the calls of the first rank until that rank calls `close`."""
         while True:
             asked: list[Any] = [None]
             torch.distributed.broadcast_object_list(asked, src=0, group=self._commands)
@@ -219,7 +220,7 @@ class MegatronLM(HFLM):
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continue prompts with the likeliest tokens until one of their stops.
+        """Continue prompts with the likeliest tokens until a stop text appears.
 
         Raises:
             UpcycleError: a task wants tokens drawn at random.

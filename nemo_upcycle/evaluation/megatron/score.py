@@ -1,9 +1,9 @@
 """Log-likelihoods of token sequences from a Megatron model of any layout, whether built here or in training.
 
-All ranks of the job call together with the same sequences. Each replica computes its part of the sequences, and all
-ranks get the answers of the last pipeline stage. Logits are never gathered. Instead, each rank reduces its part of the
-vocabulary to the largest logit and the sum of exponentials of a position, and the logit of a token. Sequences that
-differ only in their last token, such as the answers A to D, go through the model once.
+All ranks of the job call `score` together, with the same sequences. Each replica computes its part of the sequences,
+and all ranks get the answers of the last pipeline stage. Logits are never gathered. Instead, each rank reduces its
+part of the vocabulary to the largest logit, the sum of exponentials, and the logit of the token to score. Sequences
+that differ only in their last token, such as the answers A to D, go through the model once.
 
 Legend: N rows of a pass, S tokens of the longest row, V vocabulary, P positions that predict a token to score,
 Q questions (a position and a token).
@@ -27,10 +27,10 @@ Scored = tuple[Sequence[int], int]
 Row = tuple[tuple[int, ...], list[int]]
 #: Tokens of one pass with `batch_size="auto"`: the logits of 8,192 tokens take 4 GiB with a vocabulary of 128,256.
 AUTO_TOKENS = 8192
-#: Positions whose logits are converted to float32 at a time: half a GiB with such a vocabulary.
+#: Positions whose logits are converted to float32 at a time: half a GiB with a vocabulary of 128,256.
 SLICE = 1024
 _Answer = tuple[list[float], bool]
-#: Passes that follow each other in a pipeline, as a multiple of its stages: 4 keep at least three quarters of the
+#: Number of passes in a row, as a multiple of the pipeline's stages. The factor 4 keeps at least three quarters of the
 #: stages busy.
 _PASSES_PER_STAGE = 4
 
@@ -51,7 +51,7 @@ def score(
             rank.
         vocab_size: V without padding, because rows that only pad the embedding are no tokens.
         batch_size: sequences in one pass, or `auto` for `AUTO_TOKENS` tokens.
-        progress: function that is called after some passes with the number of sequences that these completed.
+        progress: function that is called after some passes, with the number of sequences that these passes completed.
 
     Returns:
         For each sequence the log-likelihoods in nats, and whether each predicted token is the likeliest.
@@ -71,7 +71,7 @@ def score(
     batches = list(_batches_of([len(inputs) for inputs, _ in rows], batch_size))
     in_a_row = 1 if stages == 1 else _PASSES_PER_STAGE * stages
     # Every replica makes the same number of passes, because ranks that share experts wait for each other in each pass.
-    # An interleaved schedule takes whole groups of passes.
+    # An interleaved schedule needs whole groups of passes.
     multiple = replicas * (chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1)
     answers: dict[int, _Answer] = {}
     with evaluating(chunks):
@@ -104,7 +104,7 @@ def _check_finite(answers: dict[int, _Answer]) -> None:
 
 
 def _run(chunks: Sequence[Any], passes: Sequence[_Pass], vocab_size: int) -> dict[int, _Answer]:
-    """Run this replica's passes through the pipeline; return answers by sequence number, on the last stage only."""
+    """Run this replica's passes through the pipeline; on the last stage, return answers by sequence number."""
     config = chunks[0].config
     asked_only = not config.sequence_parallel and config.context_parallel_size == 1
     outputs = forward(
@@ -146,7 +146,8 @@ class _Pass:
         sequences: all sequences to score.
         batch: inputs of each row, and the numbers of the sequences that it answers.
         size: N, at least the number of rows in the batch.
-        length: S. Rows are padded to it with zeros at the end: no token sees later tokens.
+        length: S. Rows are padded to this length with zeros at the end. The zeros have no effect, because no token
+            sees later tokens.
     """
 
     def __init__(self, sequences: Sequence[Scored], batch: Sequence[Row], size: int, length: int) -> None:
@@ -176,13 +177,13 @@ class _Pass:
         Args:
             logits_NSV: logits of all positions, or [1, P, V].
             vocab_size: V without padding.
-            asked_only: whether the logits are only those of positions that predict a token to score.
+            asked_only: whether the logits cover only the positions that predict a token to score.
         """
         from megatron.core import parallel_state
 
         group, device = parallel_state.get_tensor_model_parallel_group(), logits_NSV.device
         first = parallel_state.get_tensor_model_parallel_rank() * logits_NSV.shape[-1]
-        real = max(0, min(logits_NSV.shape[-1], vocab_size - first))  # the rows behind only pad the vocabulary
+        real = max(0, min(logits_NSV.shape[-1], vocab_size - first))  # the last rows only pad the vocabulary
         rows_P, place_P = self.rows_P, self.local_S[self.places_P]
         if asked_only:
             rows_P, place_P = torch.zeros_like(rows_P), torch.arange(len(rows_P))
@@ -211,7 +212,7 @@ class _Pass:
 
 
 def _places_here(length: int) -> torch.Tensor:
-    """Return the places of a sequence that this rank holds; with context parallelism it holds a part of each half."""
+    """Return the places of a sequence that this rank holds: with context parallelism, a part of each half."""
     from megatron.core import parallel_state
 
     parts, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()

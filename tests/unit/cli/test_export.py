@@ -125,7 +125,7 @@ def test_rounding_is_named_in_json_and_marker(typed: tuple[str, ...], tmp_path: 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A pipeline run: complete checkpoints of steps 9 and 10, one without `common.pt`, and an unfinished one."""
+    """A pipeline run with four checkpoints: 9 and 10 are complete, 11 lacks `common.pt`, and 12 is unfinished."""
     for stage in ("pretrain", "dense_ct"):
         folder = tmp_path / "runs/mine" / stage / "checkpoints"
         for step, ending in ((9, ""), (10, "-last"), (11, ""), (12, "-last")):

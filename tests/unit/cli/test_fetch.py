@@ -158,7 +158,7 @@ def test_a_mistake_is_told_before_anything_is_fetched(
 def test_names_of_tasks_are_noted_once_for_all(tmp_path: Path) -> None:
     need = task_need("piqa")
     assert not need.is_in(Caches(tmp_path, None))
-    # The format of release 0.2.
+    # Release 0.2 wrote this format.
     write_json(tmp_path / "fetched.json", {"fetched": {need.what: {"place": "a hub"}}, "files": {}})
     assert need.is_in(Caches(tmp_path, None))
     note_fetched(tmp_path, ["model a/b"])

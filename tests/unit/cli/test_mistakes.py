@@ -43,7 +43,7 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
             "convert a b --router-init zero --router-std 0.1",
             "--router-std is ignored unless --router-init is normal",
         ),
-        ("convert acme/tiny b", "No model folder acme/tiny"),  # the nearest name in a folder that exists
+        ("convert acme/tiny b", "No model folder acme/tiny"),  # acme is a folder here, so acme/tiny is not a hub name
         ("convert asset://smollm2-135m b", "Cache file/dense cannot be written: Not a directory"),
         ("convert a b --method copi", "--method 'copi' does not exist"),
         ("verify nemo:///a b", "nemo:///a is a NeMo or Megatron checkpoint"),

@@ -43,7 +43,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"max_position_embeddings": 131072},
     ),
     "Granite 3.3 2B": (2.53, _config("Granite", 49152, 2048, 8192, 40, 32, 8, tie_word_embeddings=True)),
-    "Granite 4.0 Micro": (  # its card rounds to 3B
+    "Granite 4.0 Micro": (  # the model card rounds to 3B
         3.40,
         _config("GraniteMoeHybrid", 100352, 2560, 8192, 40, 40, 8, tie_word_embeddings=True, num_local_experts=0)
         | {"shared_intermediate_size": 8192, "position_embedding_type": "rope", "layer_types": ["attention"] * 40},
@@ -54,7 +54,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         | {"rope_parameters": {_WINDOW: _PLAIN, _FULL: _YARN | {"rope_theta": 5e5}}},
     ),
     "Gemma 3 1B": (1.0, _config("Gemma3", 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512)),
-    "Qwen3.5 27B": (  # the text model only; its card counts the vision tower as well
+    "Qwen3.5 27B": (  # the text model only; the model card also counts the vision tower
         26.9,
         _config("Qwen3_5", 248320, 5120, 17408, 64, 24, 4, head_dim=256, max_position_embeddings=262144)
         | {"model_type": "qwen3_5_text", "linear_num_value_heads": 48, "full_attention_interval": 4}
@@ -104,7 +104,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         _config("HyperCLOVAX", 110592, 6144, 14336, 38, 48, 8, head_dim=128, logits_scaling=0.125),
     ),
     "MiMo 7B": (
-        7.62,  # its card adds 0.21 billion for a multi-token prediction layer
+        7.62,  # the model card adds 0.21 billion for a multi-token prediction layer
         _config("MiMo", 151680, 4096, 11008, 36, 32, 8, attention_bias=True, num_nextn_predict_layers=1)
         | {"max_position_embeddings": 32768, "rope_theta": 640000},
     ),

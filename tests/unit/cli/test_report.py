@@ -16,7 +16,7 @@ def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Comman
     (run_dir / "report/_STARTED.json").write_text("{}")
     (run_dir / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')
     assert command.text("report", str(run_dir), "--watch").endswith("report.html")
-    assert not (run_dir / "report.html").exists()  # the report stage writes it
+    assert not (run_dir / "report.html").exists()  # the report stage writes this file
     assert f"{run_dir.parent} has no pipeline.json" in str(refused("report", str(run_dir.parent), "--watch"))
 
 

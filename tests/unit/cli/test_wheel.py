@@ -70,7 +70,7 @@ def test_the_archives_hold_data_files_and_no_dead_link(built: Path, wheel: Path)
 
 
 def test_no_message_names_a_page_that_only_a_clone_has() -> None:
-    """Docstrings may name such a page, because whoever reads a docstring also has the source."""
+    """A docstring may name a page in docs/, because whoever reads the docstring also has the source."""
     for path in (ROOT / "nemo_upcycle").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

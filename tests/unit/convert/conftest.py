@@ -25,7 +25,7 @@ def copy(dense: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints: an MoE model saved by Megatron on one rank and by NeMo on four, and its dense parent."""
+    """Three checkpoints: an MoE saved by Megatron on one rank and by NeMo on four ranks, and its dense parent."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(save, 1, str(dense), str(folder / "one"), True, {}, "")
     run_ranks(save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")

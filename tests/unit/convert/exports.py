@@ -20,7 +20,7 @@ from tests.models import build_chunks
 
 
 def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
-    """Build and fill this rank's chunks, with every expert different."""
+    """Build this rank's chunks, and fill each expert with different weights."""
     chunks = build_chunks(folder, num_experts=4 if moe else None, layout=layout)
     with open_dense(folder) as source:
         if not moe:

@@ -1,4 +1,4 @@
-"""A model that has all of its parent's weights but other settings is not accepted as the parent's child."""
+"""A model with all of its parent's weights but with other settings is not accepted as the parent's child."""
 
 from __future__ import annotations
 

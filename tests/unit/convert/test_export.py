@@ -1,4 +1,4 @@
-"""Export Megatron weights to a Hugging Face folder. It computes the same function, and is complete or absent."""
+"""Export Megatron weights to a Hugging Face folder that computes the same function and is complete or absent."""
 
 from __future__ import annotations
 

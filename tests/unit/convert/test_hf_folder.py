@@ -1,4 +1,4 @@
-"""Copy the tokenizer and licences from the parent's folder, but never code or files from outside that folder."""
+"""Copy the tokenizer and licences from the parent's folder, but never code, and no file from outside the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that emulated FP8 loses are counted correctly for each recipe; expected counts are computed by hand."""
+"""For each recipe, count the numbers that the emulation of FP8 loses; expected counts are computed by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_own_scales_clip_nothing_and_lose_small_numbers(losses: Fp8Losses, recip
     numbers[0, :64] = 1e-20
     Fp8Recipe(recipe).quantize(numbers, GRADIENT)
     found = losses.describe(losses.local())["fp8"]["gradient"]
-    lost = 0 if recipe == "mxfp8" else 64  # in MXFP8, the small numbers fill 1 x 32 blocks with a scale each
+    lost = 0 if recipe == "mxfp8" else 64  # in MXFP8, two 1 x 32 blocks of small numbers have their own scales
     assert found == {"amax": 1.0, "underflow": float(f"{lost / 128**2:.6g}"), "saturated": 0.0}
 
 

@@ -1,4 +1,4 @@
-"""FP8 rounds to the nearest number and scales follow their formulas: compared with every number of each format."""
+"""FP8 rounds to the nearest number, checked with every number of each format; scales follow their formulas."""
 
 from __future__ import annotations
 

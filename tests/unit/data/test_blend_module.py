@@ -64,7 +64,7 @@ def test_a_longer_run_sees_the_same_first_samples(folder: Path, tiny_dense: Path
 
 
 def test_a_continued_training_reads_further_in_the_data(folder: Path, tiny_dense: Path) -> None:
-    read_before = 350  # in the second epoch
+    read_before = 350  # this position is in the second epoch
     whole = _read(folder, tiny_dense, 300)
     behind = _read(folder, tiny_dense, 20, ranks=2, skip_samples=read_before)
     assert behind["train"][: 20 * BATCH] == whole["train"][read_before : read_before + 20 * BATCH]

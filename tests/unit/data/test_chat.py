@@ -260,7 +260,7 @@ def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Pat
 
 
 def test_does_not_train_on_questions_of_held_out_answers(tokenizer: Path, tmp_path: Path) -> None:
-    """Two conversations that begin alike are held back together, or not at all."""
+    """Two conversations with the same first question are either both held out or both trained on."""
     lines = [one for a in range(20) for one in (messages(f"{a}?", "Yes."), messages(f"{a}?", "No."))]
     _build(tokenizer, tmp_path, lines)
     asked = {row["prompt"] for row in open_chat(tmp_path / "chat").held_out["answers"]}

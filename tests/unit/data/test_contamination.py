@@ -32,7 +32,7 @@ def test_sets_items_documents_and_bytes_are_counted() -> None:
     counts.add("1", "a.jsonl:1", first, hits := INDEX.find(first), removed_spans(first, hits))
     counts.add("2", "a.jsonl:2", second, INDEX.find(second), [(0, len(second))])
     counts.add("3", "a.jsonl:3", "nothing", INDEX.find("nothing"))
-    counts.add("4", "a.jsonl:4", second, INDEX.find(second))  # reported only, nothing is removed
+    counts.add("4", "a.jsonl:4", second, INDEX.find(second))  # this hit is reported, but nothing is removed
     found = counts.to_dict()
     assert list(found) == ["history", "physics"]
     removed = sum(len(first[start:stop].encode()) for start, stop in removed_spans(first, hits))

@@ -1,4 +1,4 @@
-"""A source is read epoch by epoch: each token once before any token again, for every length of the run."""
+"""A run of any length reads a source in epochs: every token is read once before any token is read again."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_seeds_have_no_epoch_in_common(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lengths", [[SEQUENCE + 1], [9, 8], [7, 30], [1] * 33, [2 * SEQUENCE]])
 def test_tiny_source_is_read_for_many_epochs(tmp_path: Path, lengths: list[int]) -> None:
-    """Each sample, or each second sample, continues in the next epoch."""
+    """Every sample, or every second sample, reaches into the next epoch."""
     tokens, epochs = sum(lengths), 500
     dataset = _open(_write(tmp_path, lengths), epochs * tokens // SEQUENCE + 1)
     _require_epochs(_tokens(dataset), tokens, epochs)

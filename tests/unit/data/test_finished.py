@@ -117,7 +117,7 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
 
 
 def test_saved_tokenizer_keeps_the_hash_of_its_parent(folder: Path) -> None:
-    """A training can therefore continue from a NeMo checkpoint, which contains the tokenizer of the data folder."""
+    """An equal hash lets a training continue from a NeMo checkpoint, which contains the data folder's tokenizer."""
     own = tokenizer_sha256(open_tokenizer(folder / "tokenizer"))
     assert own == open_blend(folder).manifest["tokenizer"]["sha256"]
 

@@ -130,7 +130,7 @@ def _files(*names: str) -> list[InputFile]:
 
 
 def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
-    """The engine keeps the first of equal texts, so the other order would train on held-out text."""
+    """The engine keeps the first of two equal texts, so training files must not come before held-out files."""
     sources = {"web": SourceConfig(train=["x"]), "books": SourceConfig(train=["x"])}
     inputs = {
         "web": {"train": _files("a"), "validation": [], "heldout": []},
@@ -140,7 +140,7 @@ def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
     assert [(task["files"], task["split"]) for task in tasks] == [
         (["/d"], "heldout"),
         (["/c"], "validation"),
-        (["/a"], None),  # spread over the splits, because the source has no files for them
+        (["/a"], None),  # spread over all splits, because no split has files of its own
         (["/b"], "train"),
     ]
 

@@ -15,7 +15,7 @@ from nemo_upcycle.utils.files import write_json
 
 
 def lost(reason: str, documents: int, size_bytes: int, files: int = 0) -> dict[str, Any]:
-    """Return the loss record of one engine task for one reason."""
+    """Return an engine task's record of documents that were lost for one reason."""
     return {reason: {"documents": documents, "bytes": size_bytes, "files": files, "first": "a.jsonl:7"}}
 
 

@@ -83,7 +83,7 @@ def test_ngrams_of_many_items_are_ignored_and_counted_by_set() -> None:
     index = NgramIndex.build([*many, only, rare])
     assert index.find(f"They asked: {intro}.") == []
     assert [hit.items for hit in index.find(many[7].renderings[0])] == [(7,)]
-    assert index.summary["morals"]["ignored"] == 5  # four within the intro, and one that ends with "scenario"
+    assert index.summary["morals"]["ignored"] == 5  # four n-grams in the intro, and one that ends with "scenario"
     assert index.summary["other"]["ignored"] == 4
     assert index.summary["other"]["only_boilerplate"] == 1
     assert index.item(12) == ("other", "rare")

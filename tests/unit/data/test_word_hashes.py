@@ -60,7 +60,7 @@ def test_blocks_give_every_ngram_in_every_way() -> None:
         for place, value in enumerate(hashes.tolist()):
             assert places.setdefault(block.first + place, value) == value
     assert sorted(places) == list(range(20_000 - 12))
-    assert len(set(places.values())) == 7919  # hashes repeat with the words, and different n-grams do not collide
+    assert len(set(places.values())) == 7919  # equal words have equal hashes, and different n-grams do not collide
 
 
 def test_word_longer_than_a_block_is_hashed_in_parts() -> None:

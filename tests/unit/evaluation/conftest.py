@@ -21,7 +21,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Use one torch thread: on a busy machine, waiting threads cost a tiny model far more than they gain."""
+    """Use one torch thread: on a busy machine, threads that wait for each other make a tiny model much slower."""
     import torch
 
     before = torch.get_num_threads()

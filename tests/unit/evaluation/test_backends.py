@@ -82,7 +82,7 @@ def test_vllm_gets_folder_type_gpus_and_batch(tiny_llama: Path) -> None:
     ((text, settings), _) = FakeVLLM.asked  # type: ignore[attr-defined]
     assert text == "one"
     assert settings == {"until": [], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
-    assert opened.lm.loglikelihood_rolling([]) == [False]  # adds no second beginning-of-sequence token
+    assert opened.lm.loglikelihood_rolling([]) == [False]  # no second beginning-of-sequence token is added
     assert opened.lm.add_bos_token is None
 
 

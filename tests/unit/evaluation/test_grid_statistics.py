@@ -39,7 +39,7 @@ def test_documents_are_interpolated_in_the_logarithm_of_tokens() -> None:
         100: {1: documents(3.0, 2.0), 2: documents(3.0, 3.0)},
         400: {1: documents(1.0, 1.0)},
     }
-    # In log tokens, 200 is halfway from 100 to 400. Seed 2 has no score at 400.
+    # On a logarithmic scale of tokens, 200 is halfway from 100 to 400. Seed 2 has no score at 400.
     assert list(sums_after(200, scores)) == [1]
     assert sums_after(200, scores)[1] == {name: pytest.approx(one) for name, one in documents(2.0, 1.5).items()}
     assert sums_after(400, scores) == scores[400]
@@ -73,8 +73,8 @@ def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
     """Seed 1 gains 0.1 on every document, seed 2 gains 0.1, 0.3 and 0.5. The documents' means are 0.1, 0.2 and 0.3."""
     reference = {1: documents(1.0, 1.0, 1.0), 2: documents(1.0, 1.0, 1.0)}
     arm = {1: documents(0.9, 0.9, 0.9), 2: documents(0.9, 0.7, 0.5)}
-    # Without one document, the mean is 0.25, 0.2 or 0.15, so the error is sqrt(2/3 * 0.005). Only seed 1 would give 0,
-    # and only seed 2 would give 0.115.
+    # Without one document, the mean is 0.25, 0.2 or 0.15, so the error is sqrt(2/3 * 0.005). Seed 1 alone would
+    # give an error of 0, and seed 2 alone would give an error of 0.115.
     assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
 
 

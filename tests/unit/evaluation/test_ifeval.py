@@ -36,7 +36,8 @@ PROMPTS = [
     prompt(2, "Name a colour in three bullet points, and mention the word sky.", _SKY),
     prompt(3, "Write fewer than five words.", _SHORT),
 ]
-#: Answer to each prompt. The first answer follows one of two instructions, the second both, and the third none.
+#: Answer to each prompt. The first answer follows one of two instructions, the second answer follows both, and the
+#: third answer follows no instruction.
 WRITTEN = {1: "hello there, friend", 2: "* the sky\n* the sea\n* ink", 3: "Blue is the colour of it"}
 
 
@@ -65,7 +66,7 @@ def test_a_model_writes_to_prompts_of_its_template(suite: Path, tmp_path: Path, 
         evaluate(folder, suite, tmp_path / "results", name="base", limit=1)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     tasks = load_suite_tasks(suite)
-    # 16 instead of 1,280 tokens
+    # Generate 16 tokens instead of 1,280.
     tasks.loaded["ifeval"].tasks[0].set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)
     result = evaluate(folder, suite, tmp_path / "results", name="tuned", limit=1, tasks=tasks)
     assert len(result["items"]["ifeval"]) == 1

@@ -122,7 +122,7 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def own_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A suite of the user's own tasks, in a folder beside it; one task has no data."""
+    """A suite of the user's own tasks, which lie in a folder beside the suite; one task has no data."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tasks").mkdir()
     for task, rows in (("quiz", QUESTIONS), ("lost", [])):
@@ -140,7 +140,7 @@ def test_own_tasks_are_scored_and_missing_data_are_said(own_suite: Path, tiny_ll
     assert json.loads((tmp_path / "out/tiny.json").read_text())["missing"] == found["missing"]
     alone, shown = (found["items"][task][0]["loglikelihoods"] for task in ("quiz", "quiz_1shot"))
     assert shown != pytest.approx(alone, rel=1e-3)
-    again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # the same task objects
+    again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # uses the same task objects
     only = build_suite([], [], tmp_path / "only", SuiteConfig({"quiz": [1]}, False, str(own_suite / "tasks")))
     fresh = evaluate(tiny_llama, only, tmp_path / "out", name="fresh")
     assert again["items"] == found["items"]

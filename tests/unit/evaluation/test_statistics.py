@@ -91,7 +91,7 @@ def test_seeds_to_resolve_are_the_fewest() -> None:
         (0.01, 0.005, 0.007, "worse"),
         (0.01, 0.011, 0.015, "not resolved"),
         (0.0005, 0.0014, 0.0019, "tie"),
-        (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference as large as the margin would have been missed
+        (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference as large as the margin could be missed
         (0.0005, 0.0016, 0.0019, "not resolved"),
         (0.0001, 0.0, 0.0, "tie"),
         (0.003, 0.0, 0.0, "worse"),

@@ -1,4 +1,4 @@
-"""Expert weights: copies are bit-identical, noise and new neurons have the right spread, and cuts change nothing."""
+"""Expert weights: copies are bit-identical, noise and new neurons spread correctly, and sharding changes nothing."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def test_a_row_ignores_the_number_of_experts() -> None:
 def test_mean_and_deviation_are_as_asked(kind: str, std: float) -> None:
     spec = UpcycleSpec(num_experts=16, top_k=2, router_init=kind, router_std=std)
     values = router_weight(spec, 0, HIDDEN).double()
-    # For 65536 numbers, the mean's error is std / 256 and the deviation's at most std / 362. Allow five times as much.
+    # For 65536 numbers, the error of the mean is std / 256, and the error of the deviation is at most std / 362. Allow
+    # five times as much.
     assert abs(float(values.mean())) < 5 * std / 256
     assert float(values.std()) == pytest.approx(std, rel=5 / 362)
     per_expert = values.std(dim=1)

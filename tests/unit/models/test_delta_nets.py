@@ -68,7 +68,7 @@ def test_a_rank_has_its_heads_of_every_part(role: str, size: int) -> None:
     ("name", "agrees"), [("gated_delta_net", True), ("gdn", True), ("gdn2", False), (None, False)]
 )
 def test_both_names_of_the_nets_are_taken_and_no_other(name: str | None, agrees: bool) -> None:
-    """Megatron-Core 0.20 and later report `gdn` under either name."""
+    """Megatron-Core 0.20 and later report `gdn` for both accepted names."""
     config = SimpleNamespace(**gate_fields(ARCH) | {"experimental_attention_variant": name}, num_layers=4)
     assert all(got == wanted for _, got, wanted in wrong_gates(config, ARCH)) == agrees
 

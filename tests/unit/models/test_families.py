@@ -1,4 +1,4 @@
-"""A model family is one file. Families invented here are read, upcycled, converted and exported like all others."""
+"""A model family is one file. Invented families are read, upcycled, converted and exported like real families."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> 
         for layer in ("model.layers.0.", "model.layers.1."):
             parts = [apart.read(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]
             assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight"), whole := torch.cat(parts))
-            for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # no rows, rows of 2 parts, 1 part, 2 parts
+            for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # no rows, then rows of 2, 1 and 2 parts
                 bounds = [(start, stop), (3, 64)]
                 assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
 

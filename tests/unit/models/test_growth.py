@@ -1,4 +1,4 @@
-"""Grow a parent that has experts: which copies it gets, when the result is exact, and refusals."""
+"""Grow a parent that has experts: which experts are copied, when the result is exact, and refusals."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_is_not_exact_is_told_and_shows(mixtral: Path, tmp_path: Path, fiel
 
 def test_router_noise_separates_copies_and_changes_little(mixtral: Path, tmp_path: Path) -> None:
     moved = _grown(mixtral, tmp_path / "moe", num_experts=8, top_k=4)
-    assert 0 < moved <= 0.1  # mostly from a few tokens whose experts nearly tie
+    assert 0 < moved <= 0.1  # most of the error comes from a few tokens whose experts nearly tie
     name = "model.layers.0.block_sparse_moe.gate.weight"
     rows, own = (weights_of(one)[name].double() for one in (tmp_path / "moe", mixtral))
     first, second = rows.view(2, *own.shape)
@@ -240,7 +240,7 @@ def test_copies_of_a_single_sigmoid_expert_are_exact(tmp_path: Path) -> None:
     assert done.exact
     wanted, got = (hugging_face_logits(one, sample_tokens(250)) for one in (folder, done.output))
     assert float((got - wanted).norm() / wanted.norm()) <= EXACT
-    # Not exact because Megatron does not divide a single sigmoid score by itself.
+    # With top_k=1, the result is not exact, because Megatron does not divide a single sigmoid score by itself.
     assert not converted(folder, tmp_path / "one", replace(GLM4, top_k=1)).exact
 
 

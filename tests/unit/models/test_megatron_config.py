@@ -1,4 +1,4 @@
-"""Settings that no shape reveals are refused if they change the function, and named if they round the result."""
+"""Settings that shapes do not show are refused if they change the function, and named if they round the result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     from nemo.collections.common.parts.utils import extend_instance
     from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
 
-    # NeMo's GemmaModel does the same.
+    # NeMo's GemmaModel extends its embedding in the same way.
     extend_instance(chunks[0].embedding, EmbeddingScalingMixin)
     assert upcycle_into(chunks, source, SPEC).exact
 

@@ -1,4 +1,4 @@
-"""The rotary embedding's frequencies equal the ones in transformers."""
+"""The rotary embedding's frequencies are equal to the frequencies in transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.models.rotary import attention_factor, rope_frequencies
 from tests.models import LLAMA3_SCALING, small_architecture
 
 
-#: Settings in published config.json files (Llama 3.1 8B, Qwen3 8B for 131,072 positions, gpt-oss 20B), and two others.
+#: Settings in published config.json files (Llama 3.1 8B, Qwen3 8B for 131,072 positions, gpt-oss 20B), and two more.
 PUBLISHED: list[tuple[int, float, dict[str, Any]]] = [
     (128, 500000.0, LLAMA3_SCALING),
     (128, 1000000.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),

@@ -12,7 +12,7 @@ from nemo_upcycle.online.calibration import CalibrationReport, Sample, calibrate
 
 
 def random_sample(vocab_size: int, copies: int, seed: int = 11) -> Sample:
-    """Draw two prompts for each copy, one sequence each."""
+    """Draw two prompts for each copy; each prompt is one sequence."""
     generator = torch.Generator().manual_seed(seed)
     labels = tuple(number // 2 for number in range(2 * copies))
     batches = tuple(torch.randint(vocab_size, (1, 9 + number), generator=generator) for number in range(2 * copies))

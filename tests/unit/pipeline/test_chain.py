@@ -94,7 +94,7 @@ def chain_of(
     after: Mapping[str, tuple[str, ...]] | None = None,
     cluster: Cluster | None = None,
 ) -> Chain:
-    """Return a chain of shell commands; a stage is done when a file of its name exists."""
+    """Return a chain of shell commands; a stage is done when a file with the stage's name exists."""
     needed = after or {}
     jobs = [Job(name, run_dir, ("bash", "-c", text), needed.get(name, ())) for name, text in commands.items()]
     return Chain(cluster or Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)

@@ -20,7 +20,7 @@ def test_a_factory_of_an_unknown_module_is_refused() -> None:
 
 def test_nemo_runs_parser_is_changed_only_while_it_is_used() -> None:
     either, optional = Union[str, int], int | None  # noqa: UP007
-    TypeParser.get_parser.cache_clear()  # it takes `int | None` and an earlier test's `Optional[int]` for the same
+    TypeParser.get_parser.cache_clear()  # the cache confuses `int | None` with an earlier test's `Optional[int]`
     for _ in range(2):
         assert type_parser.parse("2", either) == "2"
         with pytest.raises(Exception, match="Unsupported"):

@@ -124,7 +124,7 @@ def data(run_dir: Path = Path("/shared/run")) -> Job:
 
 
 def write_commands(folder: Path, **texts: str) -> Path:
-    """Write stand-ins for Slurm's commands as bash scripts, by name; return their folder for PATH."""
+    """Write a bash script in place of each named command of Slurm, and return the scripts' folder for PATH."""
     folder.mkdir(exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -155,7 +155,7 @@ STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo faile
         (KEPT + STOPPED, "RUNNING", True, 1, True),
         # A rank was killed, but the run advanced.
         (KEPT + "; exit 137", "RUNNING", True, 1, True),
-        (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # cancelled
+        (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # the job was cancelled
         (KEPT + FAILED, "RUNNING", False, 2, False),
         (KEPT + "; touch {0}/pretrain/checkpoints/a--step=12-last-unfinished; exit 1", "RUNNING", True, 1, False),
         (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # requeued once, because a node may have failed

@@ -34,7 +34,7 @@ from tests.tiers import quick
 from tests.unit.pipeline.test_forecast_stages import finish
 
 
-#: Together these cover every recipe with a size or family of its own, and every executor.
+#: Together, these pairs cover every executor, and every recipe with a size or family of its own.
 EACH_ONCE = [
     *(("llama3_8b_e8t2", "here"), ("llama3_8b_e8t2", "slurm"), ("llama3_8b_e8t2", "kubernetes")),
     *(("llama3_70b_e8t2", "slurm"), ("qwen3_8b_e8t2", "kubernetes"), ("smollm2_135m_e8t2", "here")),

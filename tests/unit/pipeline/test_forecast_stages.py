@@ -1,4 +1,4 @@
-"""The forecast for the stages in a run's folder: done, resumed, run or refused, and why."""
+"""The forecast says for each stage whether it is done, resumes, runs or is refused, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.golden.forecasts import forecast_of, plan_of
 
 
 def finish(chain: Any, run_dir: Path, *names: str) -> None:
-    """Leave the markers of finished stages."""
+    """Write the markers that finished stages leave."""
     plan = plan_of(chain)
     for name in names:
         folder, inputs = BY_NAME[name].folder(run_dir, plan), BY_NAME[name].inputs(run_dir, plan)
@@ -24,7 +24,7 @@ def finish(chain: Any, run_dir: Path, *names: str) -> None:
 
 
 def _start(chain: Any, run_dir: Path, name: str, steps: int | None) -> None:
-    """Leave the files of a killed training, with a checkpoint after `steps` steps unless `steps` is None."""
+    """Write the files that a killed training leaves, with a checkpoint after `steps` steps unless `steps` is None."""
     plan = plan_of(chain)
     folder = BY_NAME[name].folder(run_dir, plan)
     folder.start(BY_NAME[name].inputs(run_dir, plan), resumable=False)
@@ -79,7 +79,7 @@ def test_kept_tokens_need_no_space_again(llama: Any, tmp_path: Path, part: str) 
     folder = tmp_path / "data/blend" / part
     folder.mkdir(parents=True)
     with (folder / "0.bin").open("wb") as file:
-        file.truncate(1 << 30)  # sparse
+        file.truncate(1 << 30)  # a sparse file
     (use,) = forecast_of(llama, tmp_path, stages=stages).disk.uses
     assert before.new_peak_bytes - use.new_peak_bytes == 1 << 30
 

@@ -18,7 +18,7 @@ from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
 
 MINI = (Path(str(resources.files("nemo_upcycle.conf"))) / "ablations/mini.yaml").read_text(encoding="utf-8")
-#: A grid in which one arm, at one of its two lengths, is the parent of another arm.
+#: A grid in which one arm has two lengths, and its model at the greater length is the parent of another arm.
 OWN_PARENTS = f"""{MINI[: MINI.index("arms:")]}
 arms:
   dense: {{factory: "llama_1m_dense_ct(dense='parent')", lengths: [5, 10], parent: untrained}}

@@ -1,4 +1,4 @@
-"""Inputs of a run are read once; conversations differ from texts, and each needs a suite of its own kind."""
+"""The inputs of a run are read once; texts and conversations are told apart, and each kind needs its own suites."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_pa
         scheduler.check([_job(tmp_path)])
 
 
-#: However long a job is suspended, its controllers do not count as silent.
+#: The controllers of a suspended job do not count as silent, however long the job is suspended.
 SUSPENDED = JobState(Phase.WAITING, "suspended: its queue has not admitted it, or an administrator holds it")
 
 

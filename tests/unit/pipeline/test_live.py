@@ -1,4 +1,4 @@
-"""The process that writes a running run's report as long as the launcher lives."""
+"""The process that writes the report of an unfinished run as long as the launcher lives."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SAMPLES: dict[Any, tuple[str, Any]] = {
     bool: ("true", True),
     list[str]: ("['/a','/b']", ["/a", "/b"]),
 }
-#: Fields whose value only a factory or another setting gives.
+#: Fields that only a factory or another setting can fill.
 BUILT = {"lr_scheduler", "no_weight_decay_cond", "config"}
 
 
@@ -38,7 +38,7 @@ def _typed(*overrides: str) -> Any:
 
 
 def _ours(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and configuration of each part of a recipe that this package defines."""
+    """Yield path and configuration of every object in a recipe whose class this package defines."""
     if isinstance(value, fdl.Buildable):
         made = value.__fn_or_cls__
         # UpcycleStrategy has the arguments of NeMo's strategy.
@@ -56,7 +56,7 @@ def test_every_field_of_this_package_can_be_overridden() -> None:
     for path, config in _ours(recipes.smollm2_135m_e8t2.pretrain_recipe()):
         for name, parameter in inspect.signature(config.__fn_or_cls__).parameters.items():
             if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-                continue  # arguments of a base class, such as NeMo's
+                continue  # the function passes these arguments to a base class, such as a class of NeMo
             kinds = (parameter.annotation, *typing.get_args(parameter.annotation))
             kind = next((kind for kind in kinds if kind in SAMPLES), None)
             if kind:
@@ -80,7 +80,7 @@ def _value(config: Any, path: str) -> Any:
 
 @pytest.mark.parametrize(("typed", "value"), [("2", 2), ("auto", "auto"), ("[0,1]", [0, 1])])
 def test_a_number_is_one_where_a_text_may_stand_too(typed: str, value: Any) -> None:
-    """Lightning accepts a list, a text or a number for `devices`, and NeMo-Run takes the first type that fits."""
+    """Lightning accepts a list, a text or a number for `devices`, and NeMo-Run chooses the first matching type."""
     assert _typed(f"trainer.devices={typed}").trainer.devices == value
 
 

@@ -25,7 +25,7 @@ from tests.unit.pipeline.test_local import processes_of
 from tests.waiting import wait_until
 
 
-#: Code that marks a stage as done; the process's own work comes before it.
+#: Code that marks a stage as done; the process's own work comes before this code.
 _FINISH = """
 from pathlib import Path
 from nemo_upcycle.pipeline.markers import StageFolder
@@ -40,7 +40,7 @@ _WAIT_FOR = """
 while not (run_dir / 'here-{other}').is_file():
     time.sleep(0.05)
 """
-#: Wait until the launcher has collected another process's exit status; until then, its entry in /proc exists.
+#: Wait until the launcher has collected the exit status of another process, which removes the process from /proc.
 _WAIT_FOR_END = """
 while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
     time.sleep(0.05)

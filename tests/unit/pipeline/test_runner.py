@@ -17,12 +17,12 @@ from nemo_upcycle.utils.files import in_use
 from tests.functional.tiny import write_parent, write_texts
 
 
-#: A stand-in for the data environment's Python that reads the first documents as the original does.
+#: A stand-in for the data environment's Python. The stand-in reads the first documents as the original Python does.
 PYTHON = f"""#!/bin/bash
 [[ "$3" = *.sample ]] && exec {sys.executable} "$@"
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
 """
-#: An engine that sends SIGTERM to its parent, as Slurm would, so that the parent stops the engine.
+#: An engine that sends SIGTERM to its parent process like Slurm, so that the parent process stops the engine.
 ENGINE = f"""{PYTHON}
 trap 'exit 143' TERM
 kill -TERM $PPID
@@ -32,7 +32,7 @@ sleep 60 &>/dev/null & wait
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run with its dense parent imported."""
+    """A run that has imported its dense parent."""
     parent, blend = write_parent(tmp_path / "parent"), write_texts(tmp_path / "texts")
     folder, plan = tmp_path / "run", RunPlan("tiny", str(parent), str(blend), "demo", "", None)
     folder.mkdir()

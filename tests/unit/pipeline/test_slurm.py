@@ -84,7 +84,7 @@ def test_interpreter_is_the_containers_or_the_one_named(words: list[str], pretra
     for job, python in ((training(), pretrain), (data(), data_stage)):
         assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words)
     launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
-    assert launched.count(f" {pretrain} -m ") == 2  # also the Python of ft_launcher
+    assert launched.count(f" {pretrain} -m ") == 2  # ft_launcher runs with the same Python
 
 
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:

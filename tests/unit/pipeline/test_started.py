@@ -120,7 +120,7 @@ CHANGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
     (damage(*(f"{name}/{MARKER}" for name in NAMES)), NAMES),
     (lose("import", "data"), ["import", "data"]),
-    # The report reads none of these.
+    # The report reads neither the checkpoints nor the tokens.
     (lose("pretrain/checkpoints", "data/blend/tokens", "report"), ["report"]),
 ]
 
@@ -165,7 +165,7 @@ def test_export_resumes_without_the_check_of_step_0(run_dir: Path, plan: RunPlan
 
 
 def changed_plan(plan: RunPlan, **changes: str) -> RunPlan:
-    """Return a plan with other fields. It keeps the recipes' facts, because loading recipes needs NeMo."""
+    """Return a plan with other fields. The plan keeps the recipes' facts, because loading recipes needs NeMo."""
     changed = replace(plan, **changes)
     changed._known.update(plan._known)
     return changed

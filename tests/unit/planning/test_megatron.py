@@ -1,4 +1,4 @@
-"""The plan's parameters, buffers, optimizer states and activations equal Megatron-Core's, rank by rank.
+"""On each rank, planned parameters, buffers, optimizer states and activations are as large as in Megatron-Core.
 
 Megatron's own modules, data-parallel wrapper and distributed-optimizer shards are built on the meta device under a
 fake process group. This gives exact sizes for any cluster without its memory.
@@ -114,7 +114,7 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
         assert got == planned, (rank, ranks)
 
 
-#: Terms without rounding that do not stand for another kernel's bookkeeping.
+#: Terms that must agree, because they contain no rounding and no bookkeeping of another kernel.
 EXACT = {"qkv input", "attention", "softmax statistics", "network input", "expert input", "expert fc2 input"}
 RECIPE = known_recipe("llama3_8b_e8t2").arch
 DENSE = known_recipe("llama3_8b_dense_ct").arch
@@ -123,7 +123,7 @@ FINE = UpcycleSpec(num_experts=16, top_k=4, granularity=2, shared_experts=1, moe
 
 
 def _kept(arch: Architecture, text: str, gpus: int, recompute: str, seq_length: int) -> dict[str, tuple[float, float]]:
-    """Compare planned and built terms of the fullest stage, and return them."""
+    """Compare the planned and the built terms of the fullest stage, and return both kinds of terms."""
     layout = parse_layout(text, gpus)
     work = Workload(seq_length=seq_length, global_batch=512, capacity_factor=4.0, recompute=recompute)
     stage, memory = worst_memory(arch, layout, work)

@@ -36,7 +36,10 @@ def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
 
 
 def test_muon_keeps_one_moment_of_matrices() -> None:
-    """Unsharded, a layer's matrices need 8 bytes per number; all others need 12. `tests/bridge` measures Megatron."""
+    """Without sharding, numbers in a layer's matrices need 8 bytes each, and all other numbers need 12 bytes each.
+
+    `tests/bridge` measures Megatron.
+    """
     others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
     whole = StageBuffers(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
     assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
@@ -76,7 +79,7 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
 
     even, dropless = memory(), memory(capacity_factor=None, pad=False, imbalance=1.5)
     assert dropless["routed"] == pytest.approx(1.5 * even["routed"], rel=1e-3)
-    # Each of eight experts gets a token at most once, so any imbalance needs at most four times the slots of top-2.
+    # A token goes to each of eight experts at most once, so an imbalance needs at most 8 / 2 times the slots of top-2.
     for factor, imbalance, times in ((2.0, 3.0, 2), (None, 9.0, 4)):
         found = memory(capacity_factor=factor, pad=False, imbalance=imbalance)["routed"]
         assert found == pytest.approx(times * even["routed"], rel=1e-3)
@@ -113,11 +116,11 @@ def test_low_precision_keeps_copies_scales_and_smaller_inputs() -> None:
 
 def test_micro_batches_in_flight() -> None:
     assert [in_flight(parse_layout("pp=4", 4), WORK, stage) for stage in (0, 3)] == [[4], [1]]
-    # Korthikanti et al.: the first stage holds layers x (1 + (pp - 1) / (pp vp)), in pp vp chunks.
+    # Korthikanti et al.: the first stage keeps layers x (1 + (pp - 1) / (pp vp)), which are pp vp + pp - 1 chunks.
     for stages, virtual in ((4, 8), (8, 4), (2, 2)):
         held = sum(in_flight(parse_layout(f"pp={stages},vp={virtual}", stages), WORK, 0))
         assert held == stages * virtual + stages - 1
-    # Never more micro-batches than the batch has.
+    # A stage never keeps more micro-batches than the batch has.
     assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(WORK, global_batch=128), 0)) <= 4 * 8
 
 

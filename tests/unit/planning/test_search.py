@@ -67,7 +67,7 @@ def test_a_batch_that_fits_no_layout_is_refused() -> None:
 
 
 def test_recomputation_is_weighed_and_not_the_least() -> None:
-    """Recomputing the norms makes this layout fit. Recomputing the experts' activation does, too, but takes longer."""
+    """Recomputing the norms makes this layout fit. Recomputing the activation also makes it fit, but takes longer."""
     request = _request(512)
     request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     layout = parse_layout("pp=2,vp=16,cp=2,ep=8", 512)

@@ -65,7 +65,7 @@ _COST_MORE: list[tuple[str, str, dict[str, object], str, dict[str, object]]] = [
     ("network", "ep=8", {}, "ep=8", {"gradients": "bf16"}),
     ("memory", "ep=8", {}, "ep=8", {"gradients": "bf16"}),
     ("total", "pp=4,vp=8,ep=8", {}, "pp=4,vp=8,ep=8", {"precision": "fp8-delayed"}),
-    # With last=5, the other stages have nine layers each; the last has five and the output layer (27, then 5).
+    # With last=5, the last stage has five layers and the output layer, and every other stage has nine layers.
     ("total", "pp=4,ep=8", {}, "pp=4,ep=8,last=5", {}),
     ("total", "pp=4,ep=8,last=2", {}, "pp=4,ep=8", {}),
 ]
@@ -87,7 +87,10 @@ def _qwen(text: str, **changes: object) -> StepTime:
 
 
 def test_deepep_sends_a_token_once_to_each_node() -> None:
-    """On average, 8 of 128 experts are on 3.6 of 4 nodes. Gradients are sent once per step and cancel out."""
+    """On average, the 8 of 128 experts that a token uses are on 3.6 of 4 nodes.
+
+    Gradients are sent once per step, so the difference between two batch sizes does not contain gradients.
+    """
     all_to_all, deepep = (
         _qwen("ep=32", dispatcher=name, global_batch=1024).network - _qwen("ep=32", dispatcher=name).network
         for name in ("alltoall", "deepep")

@@ -1,4 +1,4 @@
-"""The recipes of all files: registered, with the numbers at the top of each file, and fitting their GPUs."""
+"""The recipes of each file are registered, have the numbers at the top of the file, and fit their GPUs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _has_the_numbers_that_the_planner_takes(recipe: Any, name: str) -> None:
 
 @pytest.mark.parametrize("known", [one for one in IN_NEMO if not (one.spec or one.tunes)], ids=lambda one: one.name)
 def test_a_parents_shape_is_that_of_nemos_configuration(recipes: Any, known: KnownRecipe) -> None:
-    """Positions are excluded, because NeMo's classes may have shorter sequences than the parent."""
+    """The number of positions is excluded, because NeMo's classes may have shorter sequences than the parent."""
     from nemo_upcycle.models.megatron_config import architecture_of
 
     config, shape = getattr(recipes, known.name).model().config, known.dense

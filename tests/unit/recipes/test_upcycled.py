@@ -38,7 +38,7 @@ GROWN = {
     **dict.fromkeys(("mixtral_8x22b", "mixtral_8x22b_64k"), (16, 4)),
     **dict.fromkeys(("qwen3_30b_a3b", "qwen3_235b_a22b"), (256, 16)),
 }
-#: Distilled models; NeMo itself makes no pretraining recipe for them.
+#: Distilled models; NeMo itself makes no pretraining recipe for these models.
 NONE = {"llama31_nemotron_ultra_253b", "llama33_nemotron_super_49b"}
 
 

@@ -1,4 +1,4 @@
-"""Faults of a drawn figure: parts that are cut, and parts that cover others."""
+"""Faults of a drawn figure: parts that are cut, and parts that cover other parts."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
     (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
     report = write_report(run_dir)
     assert rows(report)["mmlu_letter_5shot"] == ["14,042", "0", "0"]
-    assert "\n| heldout_perplexity |" not in report.read_text()  # its documents are not items
+    assert "\n| heldout_perplexity |" not in report.read_text()  # documents of held-out text are not items
 
 
 def test_tasks_without_data_and_published_values_stand_beside_ours(run_dir: Path) -> None:

@@ -42,7 +42,7 @@ def evaluation(bits: tuple[float, ...]) -> dict[str, Any]:
 
 
 def seconds(arm: str, seed: int, step: int) -> float:
-    """Return the duration of a step (s): 36 (dense: 24), 60 more in the first step, a delay in each second step."""
+    """Return a step's duration in seconds: 24 (dense) or 36, plus 60 in step 1, plus a delay in every second step."""
     return (24.0 if arm == "dense" else 36.0) + (60 if step == 1 else 0) + 30 * seed * (step % 2 == seed % 2)
 
 
@@ -83,7 +83,7 @@ def test_an_arm_has_its_tokens_flops_and_hours(run_dir: Path) -> None:
     values = compared(run_dir, described())
     moe = values["arms"]["moe"]
     assert (moe["tokens"], moe["flops"]) == (800, 16e8)
-    # The faster seed of each step counts, without the first step's extra minute.
+    # For each step, the time of the faster seed counts, without the extra minute of the first step.
     assert moe["rank_hours"] == pytest.approx(8 * 36 * 2 / 3600)
     assert moe["bits_per_byte"]["value"] == pytest.approx(0.705)  # 1.0 - 0.3; seed 2 is 0.01 higher
     assert moe["bits_per_byte"]["high"] == pytest.approx(0.705 + 12.706 * 0.005, rel=1e-3)
@@ -103,7 +103,7 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path
     assert moe["end"]["difference"] == pytest.approx(-0.1)
     assert moe["better_from"] == 0
     # The MoE after 400 tokens has the FLOPs of the parent after 800 tokens. At equal tokens, the MoE is 0.1 better.
-    # At equal FLOPs, it has trained on half as many tokens.
+    # At equal FLOPs, the MoE has trained on half as many tokens.
     assert (moe["equal_flops"]["tokens"], moe["equal_flops"]["reference_tokens"]) == (400, 800)
     assert moe["equal_flops"]["flops_ratio"] == pytest.approx(1.0)
     assert moe["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
@@ -126,7 +126,7 @@ def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
 
 
 def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
-    """The MoE trains half the steps at twice the FLOPs. Its end is not compared with the middle of the parent run."""
+    """The MoE trains half the steps at twice the FLOPs. The MoE's end is not compared with the parent's middle."""
     values = compared(run_dir, falling_grid({"moe": 4}))
     found = values["differences"]["moe"]
     assert found["start"]["difference"] == pytest.approx(-0.1)
@@ -165,7 +165,7 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
     values = compared(run_dir, other)
     found = values["differences"]["moe"]
     assert tokens_of(found["along"]) == [0, 200, 400, 800]
-    assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, but one doubling behind
+    assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # the MoE is 0.1 better, but one doubling behind
 
 
 def test_omits_steps_that_arms_scored_with_other_seeds(run_dir: Path) -> None:

@@ -30,7 +30,7 @@ def test_arms_are_told_apart_and_named_in_words(figure: Any) -> None:
     lines = figure.axes[-1].lines
     labels = [line.get_label() for line in lines]
     assert "granular shared" in labels
-    assert "drop" not in labels  # it stays above the cut until the end
+    assert "drop" not in labels  # arm drop stays above the cut until the end
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == MOST_SERIES
     assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table; cut above the start of most arms"
 

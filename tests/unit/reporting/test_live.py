@@ -1,4 +1,4 @@
-"""The page of a running run: written from its folder again and again, until the report itself exists."""
+"""The page of an unfinished run is written from the run's folder again and again, until the report itself exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 
 
 def start(folder: Path, stage: str, at_s: float, needs: tuple[str, ...] = ()) -> None:
-    """Write the files of a stage's start. If the stage has a success marker, record in it the stages that it needs."""
+    """Write the files of a stage's start. If the stage has a success marker, record `needs` in the marker."""
     (folder / stage).mkdir(exist_ok=True)
     (folder / stage / "_STARTED.json").write_text("{}")
     os.utime(folder / stage / "_STARTED.json", (at_s, at_s))
@@ -95,7 +95,7 @@ def test_the_page_is_written_until_the_report_is_there(under_way: Path, monkeypa
     watching.start()
     wait_until(lambda: page.is_file() and "Running: dense_ct" in page.read_text())
     assert '<meta http-equiv="refresh" content="30">' in page.read_text()
-    start(under_way, "report", 3000)  # this stage writes the report itself, which ends the watching
+    start(under_way, "report", 3000)  # the report stage writes the page itself, and the watching ends
     wait_until(lambda: read_progress(under_way).is_over)
     page.write_text("the report")
     (under_way / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')

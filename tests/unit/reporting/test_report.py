@@ -112,7 +112,7 @@ def test_a_baseline_of_few_steps_alone_is_not_judged(run_dir: Path) -> None:
 
 
 def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
-    assert "## Command" not in write_report(run_dir).read_text()  # older runs have no such file
+    assert "## Command" not in write_report(run_dir).read_text()  # older runs have no command.txt
     (run_dir / "command.txt").write_text("nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n")
     (run_dir / "recipes").mkdir()
     for stage in ("pretrain", "dense_ct"):
@@ -134,7 +134,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["planned memory of the fullest rank"] == ["66.25 GiB", "-"]
     assert found["planned tokens per second"] == ["480", "-"]
     assert rows(write_report(run_dir)) == found  # another report keeps the planned numbers
-    assert found["rank-hours spent in steps"] == ["0.00333", "0.00167"]  # 6 s on two ranks, and on one
+    assert found["rank-hours spent in steps"] == ["0.00333", "0.00167"]  # 6 s on two ranks, and on one rank
     rate = "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up"
     assert found["peak learning rate"] == [rate, rate]
     assert found["load balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
@@ -254,7 +254,7 @@ def test_a_group_stands_for_its_tasks(run_dir: Path) -> None:
 
 
 def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
-    """Means over the layers with experts, and the sum of their dead experts; a dash if a step was not measured."""
+    """The rows show means over layers with experts, the sum of dead experts, and a dash if a step was not measured."""
     first = {"dead_experts": [1, 2, None], "dropped": [0.0, 0.5, None], "expert_distance": [0.25, 0.75, None]}
     last = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
     add_to_steps(run_dir, {"router": first}, {}, {"router": last})

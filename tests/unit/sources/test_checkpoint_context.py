@@ -1,4 +1,4 @@
-"""A checkpoint's own description decides: NeMo's context, Bridge's configuration, or Megatron-LM's arguments."""
+"""A checkpoint is read by its own description: NeMo's context, Bridge's configuration, or Megatron-LM's arguments."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _write_contexts(folder: str) -> None:
     configs = {
         "plain": llm.LlamaConfig(**SIZES, **MOE),
         "fine": llm.LlamaConfig(**SIZES, **fine, moe_router_load_balancing_type="none"),
-        "window": llm.MistralConfig7B(**SIZES, **MOE, window_size=[16, 0]),  # NeMo's import of a window of 16
+        "window": llm.MistralConfig7B(**SIZES, **MOE, window_size=[16, 0]),  # NeMo imports a window of 16 like this
         "scaled": llm.Llama31Config8B(**SIZES, **MOE),
     }
     for name, config in configs.items():

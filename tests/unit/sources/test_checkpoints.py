@@ -1,4 +1,7 @@
-"""Only complete checkpoints of a run count, not the parts that a kill or a removal left. torch's writer makes both."""
+"""Only complete checkpoints of a run count, not the parts that a kill or a removal left.
+
+torch's writer makes the checkpoints of these tests.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def write(folder: Path, step: int, ending: str = "-last") -> Path:
 def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
     late, early = write(tmp_path, 11), write(tmp_path, 9)  # the lower step was written last
-    write(tmp_path, 11, ending="")  # `-last` beats the numbered one
+    write(tmp_path, 11, ending="")  # `-last` is chosen, not the numbered checkpoint
     assert newest_checkpoint(tmp_path) == late
     assert complete_checkpoints(tmp_path)[0] == early
     assert step_of(Path("model_name=0--val_loss=1.25-step=12-consumed_samples=48.0-last")) == 12

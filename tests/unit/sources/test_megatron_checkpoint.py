@@ -1,4 +1,4 @@
-"""Megatron's and NeMo's own checkpoints, in several layouts, are read like the Hugging Face folders they came from."""
+"""Megatron's and NeMo's own checkpoints, in several layouts, are read like the original Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NeMo checkpoints of one model, saved on one rank and on four."""
+    """NeMo checkpoints of one model, saved on one rank and on four ranks."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(_write_contexts, 1, str(parent), str(folder), process_group=False)
     for name, layout in LAYOUTS.items():

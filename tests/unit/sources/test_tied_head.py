@@ -1,4 +1,4 @@
-"""A tied model that also stores an output layer: equal numbers are accepted, others are refused and never dropped."""
+"""If a tied model also stores an output layer, equal weights are accepted, and other weights are refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_of_several_parents_each_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_what_many_ranks_open_at_once_is_sampled(tmp_path: Path, megatron: None) -> None:
-    """Each rank compares 63 of 250 rows; a separately trained head differs in all of them."""
+    """Each rank compares 63 of 250 rows; a separately trained head differs in all rows."""
     with open_dense(_dense(tmp_path / "other", torch.neg)) as source:
         (chunk,) = build_chunks(source.path, num_experts=4)
         before = [parameter.clone() for parameter in chunk.parameters()]

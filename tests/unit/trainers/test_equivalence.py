@@ -1,4 +1,4 @@
-"""The check of step 0 keeps one layer in memory at a time, and finds the same bits as with whole models."""
+"""The check of step 0 keeps one layer in memory at a time, and computes the same bits as a check of whole models."""
 
 from __future__ import annotations
 

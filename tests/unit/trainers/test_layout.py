@@ -38,7 +38,7 @@ def test_a_layout_that_does_not_fit_is_refused_by_name(
 
 
 def test_what_fp8_cannot_multiply_is_refused() -> None:
-    """A rank's tokens must be a multiple of 16, and so must an expert's capacity if the router pads to it."""
+    """A rank's number of tokens, and the capacity to which the router pads an expert, must be multiples of 16."""
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="current")

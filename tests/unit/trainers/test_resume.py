@@ -59,7 +59,7 @@ def test_chooses_the_highest_complete_step(dense: Path, checkpoints: Path) -> No
 
 
 def test_leaves_checkpoints_without_a_step_to_nemo(dense: Path, checkpoints: Path) -> None:
-    """Such a checkpoint is saved over the last one, so an unfinished checkpoint means lost work."""
+    """Each save overwrites a checkpoint that has no step in its name, so an unfinished checkpoint means lost work."""
     write(checkpoints, 9).rename(checkpoints / "model-last")
     assert _choose(dense) == checkpoints / "model-last"
     _mark(checkpoints / "model-last")

@@ -38,7 +38,7 @@ def test_removes_the_oldest_that_need_not_be_kept(
 
 
 def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
-    """Otherwise, the only complete checkpoint other than the last could be removed."""
+    """If an incomplete checkpoint counted, the only complete checkpoint before the last one could be removed."""
     write(tmp_path, 4, ending="")
     (tmp_path / "model_name=0--step=9" / "weights").mkdir(parents=True)
     write(tmp_path, 14)
@@ -46,7 +46,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
 
 
 def test_removes_a_half_removed_checkpoint_after_newer_ones(tmp_path: Path) -> None:
-    """A half-removed checkpoint would occupy 619 GiB forever. If it has metadata, a new start does not remove it."""
+    """A new start keeps a half-removed checkpoint that has metadata. The checkpoint would occupy 619 GiB."""
     write(tmp_path, 4, ending="")
     (tmp_path / "model_name=0--step=4" / "weights" / "__0_0.distcp").unlink()
     write(tmp_path, 9)

@@ -1,4 +1,4 @@
-"""NeMo 2.7 would gather MXFP8 parameters before they exist. Only this combination is refused, by name."""
+"""An overlapped gather of MXFP8 parameters is refused: NeMo 2.7 would gather the parameters before they exist."""
 
 from __future__ import annotations
 

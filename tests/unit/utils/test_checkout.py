@@ -1,4 +1,4 @@
-"""Importing the package only imports; a checkout that is not installed, or another clone's environment, is named."""
+"""Importing has no side effects; an error names a checkout that is not installed, or another clone's environment."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_forked_child_does_not_keep_a_released_lock(tmp_path: Path) -> None:
 
 
 def test_a_deleted_file_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process may finish a folder, and delete the lock with it, between open and lock."""
+    """Between open and lock, another process may finish the folder and delete the folder's lock."""
     path, opened = tmp_path / "lock", Path.open
 
     def open_and_delete(self: Path, mode: str) -> object:

@@ -47,7 +47,7 @@ def test_what_is_written_and_copied_stands_in_order(
     tmp_path: Path, part: ByteRange, flush_bytes: int, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "_FLUSH_BYTES", flush_bytes)
-    if not in_kernel:  # the kernel cannot copy between these files, so the stream must
+    if not in_kernel:  # the kernel cannot copy between these files, so the stream copies
         monkeypatch.setattr(os, "copy_file_range", _failing(errno.EXDEV))
     _write(tmp_path / "out", part)
     copied = DATA[777 : 777 + 200_001]

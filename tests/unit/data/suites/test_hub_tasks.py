@@ -1,4 +1,4 @@
-"""lm-eval's tasks with a stand-in for the hub: available tasks are asked, the others are omitted with the reason."""
+"""lm-eval's tasks with a stand-in for the hub: available tasks are used, and other tasks are omitted with a reason."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the user's own tasks over data sets of the hub: a working task, and a task for each fault."""
+    """A folder of the user's own tasks, which read data sets of the hub: a working task, and a task for each fault."""
     folder = tmp_path_factory.mktemp("own")
     for name in ("good", "ill", "closed", "script", "splitless", "empty", "nowhere"):
         task = {"task": name, "dataset_path": f"acme/{name}", **TASK}

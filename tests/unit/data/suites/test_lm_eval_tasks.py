@@ -17,7 +17,7 @@ from tests.lm_eval_tasks import write_task
 
 _CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
 _LETTERS = "\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:"
-#: The formats of lm-eval's own tasks: letters, answer texts after a passage, beginnings to choose from, free text.
+#: The formats of lm-eval's own tasks: letters, answers about a passage, a choice of beginnings, free text.
 FORMATS: dict[str, dict[str, Any]] = {
     "lettered": _CHOICE | {"doc_to_text": "{{question.strip()}}" + _LETTERS, "doc_to_choice": ["A", "B"]},
     "passage": {

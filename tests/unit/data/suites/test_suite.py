@@ -99,7 +99,7 @@ def test_the_choice_depends_only_on_the_seed() -> None:
     [
         (QuestionsConfig(), range(40)),
         (QuestionsConfig(max_characters=len("Question 9?") + 4), range(10)),
-        (QuestionsConfig(examples=8), ()),  # no subject has more questions
+        (QuestionsConfig(examples=8), ()),  # each subject has only 8 questions
     ],
 )
 def test_limits_leave_out_questions(config: QuestionsConfig, chosen: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())  # pip splits the value at blanks; a URI has none
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())  # pip splits the value at blanks, and a URI has no blanks
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return folder
 

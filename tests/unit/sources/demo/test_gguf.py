@@ -48,7 +48,7 @@ def test_configuration_and_card_say_what_the_file_says(folder: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
     assert read_architecture(folder).total_params == 134_515_008
     assert is_complete(folder)
-    # All files are equally readable.
+    # All files have the same permissions.
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     base = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -46,7 +46,7 @@ def test_an_expert_below_one_percent_is_dead() -> None:
 
 @pytest.mark.parametrize(("granularity", "expected"), [(1, 0.5), (2, 0.0)])
 def test_the_distance_is_from_the_mean_of_the_copies(granularity: int, expected: float) -> None:
-    """Experts 1, 3, 1, 3 differ from their mean by half of the mean. As two copies of two shards, both are equal."""
+    """Experts 1, 3, 1, 3 differ from their mean by half of the mean, but two copies of shards 1 and 3 are equal."""
     experts_LEW = torch.tensor([1.0, 3, 1, 3], dtype=torch.float64)[None, :, None].expand(3, 4, 5)
     found = _health(granularity).describe(SUMMED | {"experts": experts_LEW})
     assert found["expert_distance"] == [pytest.approx(expected), pytest.approx(expected), None]

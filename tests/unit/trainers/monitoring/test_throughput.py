@@ -19,7 +19,7 @@ MOE = DENSE.upcycled(UpcycleSpec(num_experts=8, top_k=2))
 
 
 def test_parameters_and_flops_match_table_1_of_the_paper() -> None:
-    """FLOPs are as printed. The printed sizes count only two of the three FFN matrices of each added expert."""
+    """FLOPs are as in the table. The table's sizes count only two of the three FFN matrices of each added expert."""
     assert f"{flops_per_token(DENSE, SEQUENCE, causal=False) * SEQUENCE:.1e}" == "4.7e+14"
     assert f"{flops_per_token(MOE, SEQUENCE, causal=False) * SEQUENCE:.1e}" == "7.5e+14"
     assert flops_per_token(MOE, SEQUENCE, causal=True) * SEQUENCE == pytest.approx(6.988e14, rel=1e-3)
@@ -53,7 +53,7 @@ def test_mfu_is_that_of_table_2(tokens_per_s_per_gpu: int, tflops: float, mfu: f
 def test_a_card_is_found_by_the_drivers_name() -> None:
     assert peaks_of("NVIDIA H100 80GB HBM3")["bf16"] == 989
     assert peaks_of("h100") == {"bf16": 989, "fp8": 1979}
-    # The peaks of these cards are lower, and nobody has looked up the numbers.
+    # The peaks of these cards are lower, and this package does not know the numbers.
     assert peaks_of("NVIDIA H100 PCIe") == peaks_of("NVIDIA H100 NVL") == {}
     assert "fp8" not in peaks_of("NVIDIA A100-SXM4-80GB")
     assert peaks_of("a card of tomorrow") == {}
