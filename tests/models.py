@@ -359,6 +359,14 @@ def build_chunks(
     return chunks
 
 
+def scale_embedding(model: Any) -> None:
+    """Multiply the embedding of a Megatron model by sqrt(D), in the same way as NeMo's GemmaModel."""
+    from nemo.collections.common.parts.utils import extend_instance
+    from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
+
+    extend_instance(model.embedding, EmbeddingScalingMixin)
+
+
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:
     """Return the same random token ids on every rank, [B, S]."""
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))

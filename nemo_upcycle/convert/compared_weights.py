@@ -19,7 +19,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec, inexact_because
 from nemo_upcycle.models.hf_config import trained_architecture
 from nemo_upcycle.models.layer_settings import MULTIPLIERS
-from nemo_upcycle.models.mapping import constant_tensors, folded_scale, hf_constants, hf_names
+from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.sources.base import DenseSource
@@ -137,7 +137,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     check_source(dense)
     arch = dense.architecture
     moe_arch = moe.architecture if arch.num_experts else trained_architecture(moe.path)
-    _check_child(arch, moe)
+    _check_child(arch, moe_arch, moe)
     routers = _Routers()
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
@@ -169,7 +169,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # with this router, every spec divides several scores by their sum
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
-    lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch))]
+    lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, written=moe_arch)]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
 
 
@@ -185,8 +185,7 @@ def _constants_are_as_written(moe: DenseSource) -> bool:
     return True
 
 
-def _check_child(arch: Architecture, moe: DenseSource) -> None:
-    moe_arch = moe.architecture
+def _check_child(arch: Architecture, moe_arch: Architecture, moe: DenseSource) -> None:
     kept = (*_KEPT, *(_COPIED if arch.num_experts else ()))
     checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in kept]
     checks.append(("rms_norm_eps", moe_arch.norm_eps, arch.norm_eps))
@@ -246,11 +245,11 @@ def _kind(plan: TensorPlan) -> str:
 
 def _pairs(
     dense: DenseSource, moe: DenseSource, name: str, plan: TensorPlan
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both models' rows in blocks. The dense rows are cast to the MoE model's type.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield the MoE model's rows in blocks, the dense rows in the same type, and the dense rows times all factors.
 
-    Factors that cancel each other are also applied. The reason is that a very small value may lose its last bit if it
-    is halved in Megatron and doubled again on export.
+    Factors that cancel each other are also applied to the dense rows. The reason is that a very small value may lose
+    its last bit if it is halved in Megatron and doubled again on export.
     """
     shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
@@ -262,24 +261,25 @@ def _pairs(
             ours = plan.source(dense).read(slice_.name, [(start, stop), *rest])
             row += stop - start
             require_finite(theirs, name, moe)
-            ours = ours.to(dtype)
-            for factor in plan.factors if plan.factor == 1.0 else ():
-                ours = ours * factor
-            yield theirs, ours
+            ours = (ours + plan.offset if plan.offset else ours).to(dtype)
+            made = ours
+            for factor in plan.factors:
+                made = made * factor
+            yield theirs, ours if plan.factor != 1.0 else made, made
             dense.release()
             moe.release()
 
 
 def _relation(
-    blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
+    blocks: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], by_column: bool, expected: float
 ) -> tuple[float, float]:
     """Return the factor between two matrices, and the share of neurons (rows or columns) without this factor."""
     scale: float | None = None
     kept: list[torch.Tensor] = []
-    for theirs, ours in blocks:
+    for theirs, ours, made in blocks:
         axis = 0 if by_column else 1
-        if scale in (None, 1.0) and torch.equal(theirs, ours):  # the usual case, and many times faster
-            scale, same = 1.0, torch.ones(theirs.shape[1 - axis if theirs.dim() > 1 else 0], dtype=torch.bool)
+        if scale in (None, expected) and torch.equal(theirs, made):  # the usual case, and many times faster
+            scale, same = expected, torch.ones(theirs.shape[1 - axis if theirs.dim() > 1 else 0], dtype=torch.bool)
         else:
             scale = _factor(theirs, ours, expected) if scale is None else scale
             same = _same(theirs, ours, scale)

@@ -31,7 +31,6 @@ from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import (
     as_written,
     constant_tensors,
-    folded_scale,
     hf_constants,
     mapping_of_hf,
     stored_as,
@@ -41,7 +40,7 @@ from nemo_upcycle.models.stacked import as_in_file
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import left_out, left_out_text
-from nemo_upcycle.sources.checks import FOLDED, require_finite, rounded, rounded_by
+from nemo_upcycle.sources.checks import require_finite, rounded, rounded_by_folding
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
@@ -102,17 +101,18 @@ def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dt
 def _hf_tensor(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.Tensor:
     """Return a tensor of the Hugging Face model."""
     mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
-    mapping = stored_as(mapping, arch)
-    whole = weights.read(mapping, layer, expert)
-    wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
+    stored = stored_as(mapping, arch)
+    whole = weights.read(stored, layer, expert)
+    wanted = shard_shape(stored, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
     if tuple(whole.shape) != wanted:
         raise CheckpointError(
             f"shape of {hf_name}", got=list(whole.shape), expected=list(wanted), fix="give the checkpoint's own parent"
         )
     parts = [found for number, found in hf_parts(whole, mapping, arch).items() if number in mapping.together(part)]
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    tensor = tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
-    return tensor + mapping.hf_offset if mapping.hf_offset else tensor
+    tensor = tensor + mapping.hf_offset if mapping.hf_offset else tensor
+    factor = mapping.hf_factors[part]
+    return tensor if factor == 1.0 else tensor * factor
 
 
 def export_weights(
@@ -157,7 +157,7 @@ def export_weights(
         stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
     float32 = float32_names(arch)
     lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
-    lossy += rounded_by({FOLDED: folded_scale(arch)}, dtype)
+    lossy += rounded_by_folding(arch, dtype)
     wrapper = whole.wrapper if whole else None
     copied = {"Copied as they are": left_out_text(left_out(whole.others))} if whole else {}
     if plan is not None and whole:

@@ -29,7 +29,7 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.compatibility import Written, caveats, load_options
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
-from nemo_upcycle.models.mapping import extra_params, folded_scale, mapping_of
+from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.package_info import __version__
@@ -154,7 +154,7 @@ def convert(
     reasons = (
         *inexact_because(dense.architecture, spec),
         *dense.inexact_because(),
-        *rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch)),
+        *rounded_because(dense, dtype, spec, written=moe_arch),
     )
     kept, written_bytes = len(writer.files), 0
     if _is_done(output, plan):

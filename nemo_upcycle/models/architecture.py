@@ -179,8 +179,8 @@ class Architecture(Attention, Norms, Multipliers, Experts):
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes from this architecture.
 
-        The result's Hugging Face class is the first class that can hold the model; "" if no class can hold the model.
-        A parent with experts keeps its class.
+        The result's Hugging Face class is the first class that can hold the model, of the classes that lack the fewest
+        settings; "" if no class can hold the model. A parent with experts keeps its class.
 
         Raises:
             SpecError: the spec's layers or experts do not fit this architecture.
@@ -214,5 +214,6 @@ class Architecture(Attention, Norms, Multipliers, Experts):
             router_score=spec.router_score,
             routed_scaling_factor=spec.routed_scaling_factor,
         )
-        classes = (name for name, family in FAMILIES.items() if not any(family.unsupported(moe_arch)))
-        return replace(moe_arch, hf_class=next(classes, ""))
+        holds = [family for family in FAMILIES.values() if not any(family.unsupported(moe_arch))]
+        best = min(holds, key=lambda family: len(family.folded(moe_arch)), default=None)
+        return replace(moe_arch, hf_class=best.hf_class if best else "")

@@ -12,10 +12,11 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import (
     ACTIVATIONS,
-    FOLDED_SCALE,
+    FOLDED,
     FULL,
     LOCAL_BASE,
     WINDOW,
+    WITHOUT_EFFECT,
     ConfigValues,
     MoeFamily,
 )
@@ -196,17 +197,21 @@ def read_architecture(folder: Path) -> Architecture:
 def trained_architecture(folder: Path) -> Architecture:
     """Return the architecture of the Megatron model that this package exported to a Hugging Face folder.
 
-    The model's `routed_scaling_factor` may be folded into the down projections of the folder.
+    The model may have settings that are folded into the weights of the folder, see `models/folding.py`.
 
     Args:
         folder: Hugging Face folder with `config.json`.
 
     Raises:
-        CheckpointError: as in `read_architecture`, or the folded factor is not a positive number.
+        CheckpointError: as in `read_architecture`, or a folded setting has a value of the wrong kind.
     """
-    arch, path = read_architecture(folder), folder / "config.json"
-    folded = ConfigValues({FOLDED_SCALE: 1.0} | read_config(folder), str(path)).number(FOLDED_SCALE)
-    return replace(arch, routed_scaling_factor=arch.routed_scaling_factor * folded)
+    arch, config = read_architecture(folder), ConfigValues(read_config(folder), str(folder / "config.json"))
+    folded: dict[str, Any] = {
+        name: config.flag(FOLDED + name) if value is False else config.number(FOLDED + name)
+        for name, value in WITHOUT_EFFECT.items()
+        if FOLDED + name in config.values
+    }
+    return replace(arch, **folded)
 
 
 def _values_of(config: Any, where: str) -> tuple[Family, ConfigValues]:
@@ -330,8 +335,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, FOLDED_SCALE}
-    dropped |= {*parent.spelling, *parent.own_settings}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART}
+    dropped |= {*parent.spelling, *parent.own_settings, *WITHOUT_EFFECT, *(FOLDED + name for name in WITHOUT_EFFECT)}
     scaling = arch.rope_scaling or {}
     # Do not write a number that equals max_position_embeddings: classes use this number by default, and writing it
     # overrides a factor.
@@ -358,7 +363,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
         **({_SHORT: scaling[_SHORT]} if is_beside else {}),
-        **({FOLDED_SCALE: folded} if (folded := family.folded_scale(arch)) != 1 else {}),
+        **{FOLDED + name: value for name, value in family.folded(arch).items()},
         **ropes,
         **settings,
     }

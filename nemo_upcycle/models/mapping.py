@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.families import Family, MoeFamily, find_family
+from nemo_upcycle.models.families import Family, find_family
+from nemo_upcycle.models.families.base import WITHOUT_EFFECT
+from nemo_upcycle.models.folding import Fold, folds
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.mapping_table import (
     ATTENTION_MAPPINGS,
@@ -93,23 +95,23 @@ def mapping_of(role: str, arch: Architecture) -> ParamMapping:
     are used instead of tensor names.
     """
     family = find_family(arch.hf_class)
-    return _mapping_of(role, family, arch.gated, arch.shared_gate, folded_scale(arch))
-
-
-def folded_scale(arch: Architecture) -> float:
-    """Return the factor of `MoeFamily.folded_scale`; 1 for a dense model, or for a model that no class can hold."""
-    family = find_family(arch.hf_class)
-    return family.folded_scale(arch) if isinstance(family, MoeFamily) else 1.0
+    return _mapping_of(role, family, arch.gated, arch.shared_gate, folds(arch))
 
 
 @functools.cache
-def _mapping_of(role: str, family: Family | None, gated: bool, shared_gate: bool, folded: float) -> ParamMapping:
+def _mapping_of(
+    role: str, family: Family | None, gated: bool, shared_gate: bool, folded: tuple[Fold, ...]
+) -> ParamMapping:
     mapping = BY_ROLE[role]
     names = family.names.get(role, mapping.parts) if family else mapping.parts
     factors = family.hf_factors if family and not shared_gate else {}
     offset = family.hf_offsets.get(role, 0.0) if family else 0.0
-    factor = factors.get(role, 1.0) * (folded if role.startswith("expert_fc2") else 1.0)
-    mapping = replace(mapping, hf=names, hf_factor=factor, hf_offset=offset)
+    mine = [fold for fold in folded if role in fold.roles]
+    offset += sum(fold.offset for fold in mine)
+    factor = math.prod((fold.factor for fold in mine), start=factors.get(role, 1.0))
+    others = 1.0 if mapping.sharding is Sharding.QKV else factor  # a factor of attention is for the query alone
+    all_factors = (factor, *[others] * (len(mapping.parts) - 1))
+    mapping = replace(mapping, hf=names, hf_factors=all_factors, hf_offset=offset)
     if mapping.sharding is Sharding.GATED and not gated:
         return replace(mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS)
     return mapping
@@ -167,12 +169,10 @@ def as_written(arch: Architecture) -> Architecture:
 
     An MoE model always gets its own output matrix. Without this matrix, SGLang cannot read any MoE class (and shows no
     error), vLLM cannot read Glm4-MoE, and llama.cpp cannot read Qwen2-MoE. Only Gemma 4 keeps the tied embedding,
-    which is the default of its class. If the class has no `routed_scaling_factor`, the factor is folded into the down
-    projections.
+    which is the default of its class. Settings that the class lacks are folded into the weights.
     """
     tied = arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network)
-    scale = arch.routed_scaling_factor / folded_scale(arch)
-    return replace(arch, tied_embeddings=tied, routed_scaling_factor=scale)
+    return replace(arch, tied_embeddings=tied, **{fold.setting: WITHOUT_EFFECT[fold.setting] for fold in folds(arch)})
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
@@ -221,7 +221,7 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
         CheckpointError: the table has no such tensor.
     """
     family = find_family(arch.hf_class)
-    for mapping, part, pattern in _hf_patterns(family, arch.gated, arch.shared_gate, folded_scale(arch)):
+    for mapping, part, pattern in _hf_patterns(family, arch.gated, arch.shared_gate, folds(arch)):
         if match := pattern.fullmatch(hf_name):
             numbers = match.groupdict()
             return mapping, part, int(numbers.get("layer", 0)), int(numbers.get("expert", 0))
@@ -230,7 +230,7 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
 
 @functools.cache
 def _hf_patterns(
-    family: Family | None, gated: bool, shared_gate: bool, folded: float
+    family: Family | None, gated: bool, shared_gate: bool, folded: tuple[Fold, ...]
 ) -> list[tuple[ParamMapping, int, re.Pattern[str]]]:
     """Return mapping, part and pattern of every Hugging Face name of a family."""
     roles = family.names if family else ()

@@ -57,8 +57,8 @@ class ParamMapping:
         in_layer: whether the parameter belongs to a layer.
         hf: Hugging Face names, one for each part. Parts with the same name lie in one tensor, one below the other.
             The names depend on the family, and `mapping_of` sets them for an architecture.
-        hf_factor: factor that turns the Megatron parameter into the Hugging Face tensors, set like `hf`.
-        hf_offset: number to add to the Megatron parameter to get the Hugging Face tensors, set like `hf`.
+        hf_factors: factor on each part of the Megatron parameter to get the Hugging Face tensors, set like `hf`.
+        hf_offset: number to add to the Megatron parameter before it is multiplied, set like `hf`.
     """
 
     role: str
@@ -68,7 +68,7 @@ class ParamMapping:
     checkpoint: tuple[str, ...] = ()
     in_layer: bool = True
     hf: tuple[str, ...] = ()
-    hf_factor: float = 1.0
+    hf_factors: tuple[float, ...] = ()
     hf_offset: float = 0.0
 
     @functools.cached_property

@@ -214,7 +214,7 @@ class ModelPlan:
         )
         offset = (mapping.hf_offset if hf_part is not None else 0.0) - source.hf_offset
         branch = copy % self.parents if mapping.is_expert else None
-        factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
+        factors = _factors(mapping, source, expert, dense, spec, hf_part) if spec or grows else ()
         found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
         method: Method | RowNoise | None = found if found and found.computes else None
         if sources and mapping.role in _ROUTER_ROLES:
@@ -244,10 +244,12 @@ def _factors(
     expert: int,
     dense: Architecture,
     spec: UpcycleSpec | None,
-    *,
-    hf: bool,
+    hf_part: int | None,
 ) -> tuple[float, ...]:
-    """Return the factors on a tensor. The spec scales only the weight and bias after a network's activation."""
+    """Return the factors on a tensor. The spec scales only the weight and bias after a network's activation.
+
+    A dense class with factors has the same factor for all parts of a parameter.
+    """
     of_role: dict[str, float] = {}
     if spec and dense.num_experts:
         of_role = dict.fromkeys(("expert_fc2", "expert_fc2_bias"), expert_scale(dense, spec))
@@ -257,7 +259,10 @@ def _factors(
             "expert_fc2_bias": spec.bias_scale,
             "shared_fc2": 1.0 if dense.keeps_network else spec.shared_scale,  # the kept network has its own norm
         }
-    factors = (of_role.get(mapping.role, 1.0), (mapping.hf_factor if hf else 1.0) / source.hf_factor)
+    factors = (
+        of_role.get(mapping.role, 1.0),
+        (1.0 if hf_part is None else mapping.hf_factors[hf_part]) / source.hf_factors[0],
+    )
     return tuple(factor for factor in factors if factor != 1.0)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import find_family
+from nemo_upcycle.models.folding import folds
 from nemo_upcycle.models.growth import expert_scale
 from nemo_upcycle.models.mapping import hf_names, mapping_of
 from nemo_upcycle.models.sharding import float32_names, hf_shapes
@@ -19,8 +21,6 @@ from nemo_upcycle.utils.dtypes import dtype_name
 
 #: Block size for comparing two tensors (bytes), and number of rows to compare if many ranks open the checkpoint.
 _BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
-#: Name of the weights that the factor from `MoeFamily.folded_scale` scales.
-FOLDED = "down projection in place of routed_scaling_factor"
 
 
 class BrokenWeights(CheckpointError):
@@ -152,7 +152,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def rounded_because(
-    dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None, *, folded: float = 1.0
+    dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None, *, written: Architecture | None = None
 ) -> tuple[str, ...]:
     """Return why weights lose digits when they are cast to a type and scaled in it; empty if they lose none.
 
@@ -163,7 +163,7 @@ def rounded_because(
             not a power of two rounds the weights, which changes the logits in 16-bit types. A factor below 1 makes the
             smallest numbers of a type lose digits. This matters only in float16, because the numbers are below 1e-38
             in every other type.
-        folded: `mapping.folded_scale` of a Hugging Face folder's model.
+        written: architecture of the model whose weights are written into a Hugging Face folder; None if none are.
 
     Example:
         >>> with open_dense("models/float32") as dense:  # doctest: +SKIP
@@ -173,17 +173,29 @@ def rounded_because(
     arch = dense.architecture
     names = hf_names(arch) if find_family(arch.hf_class) else dense.names()
     weights = rounded({name: dense.dtype(name) for name in names if name not in float32_names(arch)}, dtype)
-    factors = (_factors(spec, dense) if spec else {}) | {FOLDED: folded}
-    return (*weights, *rounded_by(factors, dtype))
+    return (
+        *weights,
+        *(_rounded_by(_factors(spec, dense), dtype) if spec else ()),
+        *(rounded_by_folding(written, dtype) if written else ()),
+    )
 
 
-def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
-    """Yield a reason for every factor that rounds weights of a type. A reason says which weights are rounded.
+def rounded_by_folding(arch: Architecture, dtype: torch.dtype) -> Iterator[str]:
+    """Yield a reason for every setting that rounds weights of a Hugging Face folder, because the class lacks it.
 
     Args:
-        factors: name of the scaled weights -> factor.
+        arch: architecture of the model.
         dtype: type of the weights.
     """
+    for fold in folds(arch):
+        where = f"{fold.what} in place of {fold.setting}"
+        if fold.offset and torch.finfo(dtype).bits < 32:
+            yield f"the {fold.offset:g} added to the {where} is rounded in {dtype_name(dtype)}"
+        yield from _rounded_by({where: fold.factor}, dtype)
+
+
+def _rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
+    """Yield a reason for every factor (name of the scaled weights -> factor) that rounds weights of a type."""
     for what, factor in factors.items():
         if how := _rounding(factor, dtype):
             yield f"the factor {factor:.4g} on the {what} {how}"

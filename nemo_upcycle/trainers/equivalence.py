@@ -30,7 +30,7 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hybrid import hybrid_of
-from nemo_upcycle.models.mapping import folded_scale, hf_names
+from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.receipt import UpcycleReceipt
@@ -143,7 +143,7 @@ def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_fold
     names = set(hf_names(dense.architecture)) - float32_names(dense.architecture)
     own = functools.reduce(torch.promote_types, map(dense.dtype, names))
     arch = dense.architecture.upcycled(spec)
-    rounds = any(rounded_because(dense, own, spec, folded=folded_scale(arch)))
+    rounds = any(rounded_because(dense, own, spec, written=arch))
     dtype = torch.float32 if rounds or inexact_because(dense.architecture, spec) else own
     export_weights(PagedWeights(paged, dtype), arch, dense_folder, step0_folder, dtype=dtype)
 

@@ -37,6 +37,7 @@ PARENTS = {
     "EXAONE 4": models.write_exaone4,
     "Granite 3": parents.write_granite,
     "Granite 4": parents.write_granite4,
+    "Gemma": parents.write_gemma,
     "Gemma 3": parents.write_gemma3,
     "InternLM3": parents.write_internlm3,
     "IQuest-Coder": parents.write_iquest_coder,

@@ -72,6 +72,11 @@ PARENTS = {
     "Qwen3, YaRN": Parent(partial(QWEN3, rope_scaling=parents.YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(partial(QWEN3, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False),
     "Granite 3, tied and granular": Parent(partial(parents.write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
+    "Granite 3, sigmoid": Parent(parents.write_granite, "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}),
+    "Granite 3, dense layer": Parent(
+        partial(parents.write_granite, tied=True), "Qwen2MoeForCausalLM", SHARED | {"moe_layers": "0"}
+    ),
+    "Gemma": Parent(parents.write_gemma, "MixtralForCausalLM", FINE | SCALED),
     "Granite 4, shared expert": Parent(parents.write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
     "EXAONE 3, shared expert": Parent(
         partial(parents.write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED | SCALED

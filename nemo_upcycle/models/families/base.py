@@ -31,8 +31,20 @@ _PATTERNS = ("rope_pattern", "window_pattern")
 #: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`. The folder holds zeros for these
 #: parts.
 ZERO_FILLED = "zero_filled"
-#: Key that this package adds to `config.json`, with the `MoeFamily.folded_scale` of the model.
-FOLDED_SCALE = "folded_routed_scaling_factor"
+#: Start of keys that this package adds to `config.json`. Each key has the trained model's value of a setting that the
+#: class lacks, see `MoeFamily.folded`.
+FOLDED = "folded_"
+_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+#: Field of an `Architecture` that weights can contain -> value of the field without effect.
+WITHOUT_EFFECT: dict[str, Any] = {
+    "routed_scaling_factor": 1.0,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "scaled_embedding": False,
+    "zero_centered_norm": False,
+}
 #: Defaults that transformers' configuration classes of the Llama family share. By default, there are also as many
 #: key-value heads as heads, and the head dim is the hidden size divided by the number of heads.
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -264,8 +276,7 @@ class Family:
 
 def multipliers(config: ConfigValues) -> dict[str, float]:
     """Return the `Architecture` fields for Granite's factors and for the divisor of its logits."""
-    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-    return {name: config.number(name) for name in names}
+    return {name: config.number(name) for name in _MULTIPLIERS}
 
 
 def zero_filled(config: ConfigValues) -> list[str]:
@@ -317,8 +328,7 @@ class MoeFamily(Family, ABC):
             "Mamba layers": arch.mamba is not None,
             "gated delta nets, and a gate of attention": arch.output_gate != ("delta_in" in self.names),
             "layers of Gemma 4": arch.keeps_network,
-            "a Gemma: norms around zero": arch.scaled_embedding
-            or arch.zero_centered_norm != bool(self.defaults.get("zero_centered_norm")),
+            "norms that are not around zero": arch.zero_centered_norm < bool(self.defaults.get("zero_centered_norm")),
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
             "biases of the feed-forward network": arch.ffn_bias,
@@ -328,24 +338,20 @@ class MoeFamily(Family, ABC):
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
             "layers without positions": arch.rope_pattern is not None and "rope_pattern" not in self.layer_patterns,
             "a window in some layers": arch.window_pattern is not None and "window_pattern" not in self.layer_patterns,
-            "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         } | {reason: holds for reason, (lacks, holds) in own.items() if lacks}
 
-    def folded_scale(self, arch: Architecture) -> float:
-        """Return the factor on the experts' outputs that is folded into their down projections.
-
-        The factor is r = routed_scaling_factor if the class has no such setting, else 1. The routed output is linear
-        in the down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router do not
-        change. A power of two is exact in every type. Any other r rounds each weight once, and
-        `sources.checks.rounded_because` reports this for 16-bit types.
+    def folded(self, arch: Architecture) -> dict[str, Any]:
+        """Return the settings of a model that the class lacks, with their values; `models/folding.py` uses them.
 
         Args:
             arch: architecture of the MoE model.
         """
-        # a family that overrides `unsupported` may have the setting under another name
-        is_kept = "routed_scaling_factor" in self.defaults or type(self).unsupported is not MoeFamily.unsupported
-        return 1.0 if is_kept else arch.routed_scaling_factor
+        if type(self).unsupported is not MoeFamily.unsupported:  # the family may have the settings under other names
+            return {}
+        kept = {*self.defaults, *(_MULTIPLIERS if self.has_multipliers else ())}
+        lacks = [name for name in WITHOUT_EFFECT if name not in kept]
+        return {name: getattr(arch, name) for name in lacks if getattr(arch, name) != WITHOUT_EFFECT[name]}
 
     @staticmethod
     def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:

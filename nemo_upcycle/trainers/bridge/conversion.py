@@ -31,7 +31,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, find_family, parents, targets
-from nemo_upcycle.models.families.base import FOLDED_SCALE, ZERO_FILLED
+from nemo_upcycle.models.families.base import FOLDED, WITHOUT_EFFECT, ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants
 from nemo_upcycle.models.mapping_table import DELTA_MAPPINGS, MAPPINGS, Sharding
@@ -95,7 +95,7 @@ class UpcycledExport(MegatronModelBridge):
         )
         config = getattr(hf_pretrained, "config", hf_pretrained).to_dict()
         scale = getattr(unwrap_model(models)[0].config, "moe_router_topk_scaling_factor", None) or 1.0
-        require_unfolded(self.family.hf_class, config.get(FOLDED_SCALE, scale))
+        require_unfolded(self.family.hf_class, config, scale)
         try:
             arch = architecture_from_config(config)
         except CheckpointError:  # a model of Bridge's own class, with features that no upcycled model has
@@ -131,26 +131,28 @@ def _hf_names(mapping: Any) -> list[str]:
     return [mapping.hf_param] if isinstance(mapping.hf_param, str) else list(mapping.hf_param.values())
 
 
-def require_unfolded(hf_class: str, scale: float) -> None:
-    """Check that a class can store a model's `routed_scaling_factor`, because Bridge multiplies no weights by it.
+def require_unfolded(hf_class: str, config: dict[str, Any], scale: float) -> None:
+    """Check that no setting of a model is folded into the weights of its folder, because Bridge changes no weights.
 
     Args:
-        hf_class: name of the class.
-        scale: the model's factor.
+        hf_class: name of the folder's class.
+        config: the folder's `config.json`.
+        scale: `routed_scaling_factor` of the model.
 
     Raises:
-        CheckpointError: the class has no setting for the factor.
+        CheckpointError: the class lacks a setting of the model.
     """
     family = find_family(hf_class)
+    folded = {name: config[FOLDED + name] for name in WITHOUT_EFFECT if FOLDED + name in config}
     if isinstance(family, MoeFamily) and scale != 1 and "routed_scaling_factor" not in family.defaults:
+        folded["routed_scaling_factor"] = scale
+    if folded:
+        settings = ", ".join(f"{name}={value}" for name, value in folded.items())
         raise CheckpointError(
             "Megatron-Bridge",
             kind="refused",
-            got=(
-                f"cannot export this {family.title}: its class has no setting for "
-                f"moe_router_topk_scaling_factor={scale:g}"
-            ),
-            fix="use `nemo-upcycle export`, which multiplies the down projections by the factor",
+            got=f"cannot export this {hf_class}: the class has no setting for {settings}",
+            fix="use `nemo-upcycle export`, which folds such settings into the weights",
         )
 
 

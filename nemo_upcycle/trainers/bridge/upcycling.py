@@ -26,6 +26,7 @@ from nemo_upcycle.models.families.refused import FINISH_WITH_0_2
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
+from nemo_upcycle.models.wrapper import read_config
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.fetch import tokenizer_folder
 from nemo_upcycle.sources.resolve import open_dense
@@ -305,7 +306,8 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
             expected=f"a folder with {spec.num_experts} experts, from which Bridge takes names and configuration",
             fix="make such a folder with nemo-upcycle convert",
         )
-    require_unfolded(read_architecture(Path(source)).hf_class, spec.routed_scaling_factor)
+    hf_class = read_architecture(Path(source)).hf_class
+    require_unfolded(hf_class, read_config(Path(source)), spec.routed_scaling_factor)
 
 
 def _name_of(hook: Any) -> str:

@@ -217,8 +217,9 @@ def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: st
         (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer than this window
         (_config("Olmo2"), SIGMOID, "norms after attention and network (Glm4-MoE)"),
         (_config("Olmo2"), FINE, "shared experts (FlexOlmo)"),
-        (_config("Granite"), SIGMOID, "sigmoid scores (Mixtral, "),
-        (_config("Granite"), EVERY_2, "dense layers (GraniteMoe"),
+        (_config("Granite"), {}, "GraniteMoe"),
+        (_config("Granite"), SIGMOID, "Glm4Moe"),
+        (_config("Granite"), EVERY_2, "Qwen2Moe"),
         (_config("Phi3", partial_rotary_factor=0.75), {}, "heads that are rotated in part (Mixtral, "),
         (_config("SmolLM3"), SIGMOID, "layers without positions (Glm4-MoE)"),
         (_config("SmolLM3", no_rope_layers=[1] * 32), {}, "Mixtral"),

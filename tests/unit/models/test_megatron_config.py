@@ -8,7 +8,7 @@ import torch
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.online.upcycle import load_dense_into
-from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
+from tests.models import MemorySource, build_chunks, moe_settings, scale_embedding, small_architecture
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -62,11 +62,7 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     source = MemorySource(small_architecture(**gemma))
     (reason,) = upcycle_into(chunks, source, SPEC).inexact_because
     assert reason.startswith("the model does not multiply its embedding by sqrt(hidden_size)")
-    from nemo.collections.common.parts.utils import extend_instance
-    from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
-
-    # NeMo's GemmaModel extends its embedding in the same way.
-    extend_instance(chunks[0].embedding, EmbeddingScalingMixin)
+    scale_embedding(chunks[0])
     assert upcycle_into(chunks, source, SPEC).exact
 
 

@@ -32,6 +32,7 @@ from tests.models import (
     moe_settings,
     require_same_weights,
     sample_tokens,
+    scale_embedding,
     weights_of,
     write_llama,
     write_olmo2,
@@ -80,6 +81,8 @@ def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output
             upcycle_into([model], dense, spec)
         return
     (own,) = build_chunks(folder, **(moe_settings(arch, spec) if arch.num_experts else {}) | counts, **window)
+    for made in (own, model) if arch.scaled_embedding else ():
+        scale_embedding(made)
     with open_dense(folder) as dense:
         assert load_dense_into([own], dense).exact
         receipt = upcycle_into([model], dense, spec)
