@@ -152,6 +152,7 @@ _SEES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 _SEES |= {"image_size": 28, "patch_size": 14}
 _OF_QWEN = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
 _OF_QWEN |= {"patch_size": 14, "fullatt_block_indexes": [1]}
+_DOCLING = {"image_size": 56, "out_hidden_size": 64, "scale_factor": 2, "deepstack_visual_indexes": [0]}
 _AXES = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 #: Multimodal class -> class of its text model, vision settings, text settings, settings of the whole model.
 WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -195,6 +196,10 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         )
         for kind in ("MiniCPMV4_7", "MiniCPMOcr")
     },
+    "GraniteDocling": (
+        *("GraniteDoclingText", _SEES | _DOCLING),
+        *(GRANITE | {"head_dim": None, "pad_token_id": 0}, {"image_token_id": 249, "density_router_hidden_size": 16}),
+    ),
     "HyperCLOVAXVisionV2": (
         *("HyperCLOVAX", _OF_QWEN),
         *({"head_dim": None, "pad_token_id": 0, **CLOVA, "use_post_norm": False}, {"image_token_id": 249}),

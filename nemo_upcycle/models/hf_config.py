@@ -20,7 +20,7 @@ from nemo_upcycle.models.families.base import (
     ConfigValues,
     MoeFamily,
 )
-from nemo_upcycle.models.families.refused import FINISH_WITH_0_2, REFUSED
+from nemo_upcycle.models.families.refused import FINISH_WITH_0_2, READ_BY_0_2, REFUSED
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
@@ -74,7 +74,7 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
             kind="refused",
             got="is not supported",
             expected=reason,
-            fix=f"use another checkpoint. {FINISH_WITH_0_2}",
+            fix="use another checkpoint" + (f". {FINISH_WITH_0_2}" if name in READ_BY_0_2 else ""),
         )
     known: list[Family | Wrapper] = [*parents(), *targets(), *WRAPPERS]
     classes = {one.hf_class.partition("For")[0].lower(): one for one in known}

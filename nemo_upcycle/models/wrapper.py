@@ -33,6 +33,7 @@ _SAME = {
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
     "exaone4_5_text": "exaone4",
+    "granite_docling_text": "granite",
     "gemma4_unified_text": "gemma4_text",
 }
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -48,6 +49,7 @@ _UNSAID = {
     "gemma3_text": (2304, 9216, 26, 8, 262208),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (2304, 9216, 30, 8, 262144)),
     "exaone4": (4096, 16384, 32, 32, 102400),
+    "granite_docling_text": (1024, 2048, 28, 16, 133800),
     "qwen3_5_text": (4096, 12288, 32, 16, 248320),
 }
 #: `model_type` of a text part -> defaults of other settings that differ from the defaults of the class that computes
@@ -56,6 +58,11 @@ _OTHER: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
     "qwen3_vl_text": {"max_position_embeddings": 128000},
     "ministral3": {"rms_norm_eps": 1e-5},
+    "granite_docling_text": {
+        **{"num_key_value_heads": 4, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5},
+        **{"embedding_multiplier": 12.0, "attention_multiplier": 0.015625},
+        **{"residual_multiplier": 0.263, "logits_scaling": 4.0},
+    },
     "gemma4_unified_text": {
         "hidden_size_per_layer_input": 0,
         "sliding_window": 1024,
@@ -153,6 +160,11 @@ WRAPPERS = (
         head="model.language_model.",
     ),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, MTP)),
+    Wrapper(
+        *("GraniteDoclingForConditionalGeneration", "granite_docling", "granite_docling_text"),
+        ("vision_model", "density_router"),
+        scales_logits=True,
+    ),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
 )

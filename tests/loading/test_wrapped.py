@@ -50,6 +50,7 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("MiniCPMOcr", "Qwen3_5MoeForCausalLM", "", {"tied": True}),
     ("HyperCLOVAXVisionV2", "GraniteMoeForCausalLM", "", {}),
     ("Exaone4_5_", "", "", {"layers": 4}),
+    ("GraniteDocling", "GraniteMoeForCausalLM", "", {"tied": True}),
     ("Idefics3", "MixtralForCausalLM", "", {}),
     ("SmolVLM", "MixtralForCausalLM", "", {"tied": True}),
 ]
