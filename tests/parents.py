@@ -29,6 +29,23 @@ GRANITE |= {"logits_scaling": 6.0}
 
 
 write_granite = partial(write_class, "Granite", layers=2, head_dim=None, pad_token_id=0, **GRANITE)
+
+
+def write_granite_swa(folder: Path, **changes: Any) -> Path:
+    """Write a random GraniteSWA, which has attention sinks.
+
+    In transformers 5, layer 0 sees the whole text and has no positions, and the other layers have a window.
+    """
+    settings = GRANITE | {"head_dim": None, "pad_token_id": 0} | changes
+    if hasattr(transformers, "GraniteSWAConfig"):
+        return write_class("GraniteSWA", folder, **{"window": 5, "layer_rope_theta": [0.0, 1e5, 1e5, 1e5]} | settings)
+    from tests.granite_swa import GraniteSWAConfig, GraniteSWAForCausalLM
+
+    sizes = text_sizes(layers=2, **settings)
+    config = GraniteSWAConfig(**sizes, layer_types=["full_attention"] * 2)
+    return save_random(GraniteSWAForCausalLM(config), folder)
+
+
 #: Gemma: multiplies its embedding, and its norms are centred on one.
 write_gemma = partial(write_class, "Gemma", tied=True, layers=2)
 #: Gemma 3: every sixth layer sees the whole text. The others see a window and have another rotary base.

@@ -34,7 +34,7 @@ _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
     *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
     *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm", "softmax_scale", *MULTIPLIERS),
-    *("global_heads", "keeps_network", "output_gate", "delta"),
+    *("global_heads", "keeps_network", "output_gate", "delta", "softmax_type"),
 )
 
 

@@ -121,6 +121,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         matrices = (3 if self.output_gate else 2) * heads + (1 if self.value_is_key else 2) * groups
         count = matrices * self.hidden_size
         count += (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
+        count += self.num_heads if self.softmax_type == "learnable" else 0
         if self.qk_norm:
             count += heads + groups if self.wide_qk_norm else 2 * self.head_dim
         return count

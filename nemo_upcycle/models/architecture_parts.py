@@ -146,6 +146,8 @@ class Attention(Rope):
         attention_multiplier: factor on the products of query and key; None for 1 / sqrt(K).
         sliding_window: number of tokens that attention sees, including the current token; None for all earlier tokens.
         window_pattern: layers with the window; None for all layers.
+        softmax_type: Megatron's kind of softmax: `vanilla`, or `learnable` if every head has an attention sink, a
+            number that the softmax takes as one more score.
         output_gate: whether the output is multiplied by a gate. The gate is projected from the input, like the query.
         global_heads: heads of layers without a window; None if all layers have the same heads.
         value_is_key: whether the key projection also computes the values.
@@ -160,6 +162,7 @@ class Attention(Rope):
     attention_multiplier: float | None = None
     sliding_window: int | None = None
     window_pattern: tuple[bool, ...] | None = None
+    softmax_type: str = "vanilla"
     output_gate: bool = False
     global_heads: GlobalHeads | None = None
     value_is_key: bool = False

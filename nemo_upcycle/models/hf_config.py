@@ -206,11 +206,10 @@ def trained_architecture(folder: Path) -> Architecture:
         CheckpointError: as in `read_architecture`, or a folded setting has a value of the wrong kind.
     """
     arch, config = read_architecture(folder), ConfigValues(read_config(folder), str(folder / "config.json"))
-    folded: dict[str, Any] = {
-        name: config.flag(FOLDED + name) if value is False else config.number(FOLDED + name)
-        for name, value in WITHOUT_EFFECT.items()
-        if FOLDED + name in config.values
-    }
+    folded: dict[str, Any] = {}
+    for name in [name for name in WITHOUT_EFFECT if FOLDED + name in config.values]:
+        read = config.flag if isinstance(WITHOUT_EFFECT[name], bool) else config.number
+        folded[name] = read(FOLDED + name)
     return replace(arch, **folded)
 
 
@@ -394,10 +393,8 @@ def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)
-    # Refuse unknown settings instead of dropping them. A setting may apply only to some kinds of layers, or only to
-    # some sections of a head.
-    for name in sorted(
-        inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
-    ):
+    known_names = {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
+    # An unknown setting may apply only to some kinds of layers or some sections of a head, so it is not dropped.
+    for name in sorted(inside.values.keys() - known_names):
         raise inside.wrong(name, "nothing", "remove it if every layer and head has the same rotary embedding")
     return None if kind == "default" else scaling | {"rope_type": kind}

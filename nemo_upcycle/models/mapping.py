@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import Family, find_family
-from nemo_upcycle.models.families.base import WITHOUT_EFFECT
+from nemo_upcycle.models.families.base import LEARNABLE, WITHOUT_EFFECT
 from nemo_upcycle.models.folding import Fold, folds
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.mapping_table import (
@@ -146,6 +146,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
     some |= dict.fromkeys(("layer_scale", "kept_ffn_norm"), arch.keeps_network)
+    some["sinks"] = arch.softmax_type == LEARNABLE
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", "delta_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 

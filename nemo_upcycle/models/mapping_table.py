@@ -137,6 +137,7 @@ ATTENTION_MAPPINGS = (
     ParamMapping("qkv_bias", ("self_attention.linear_qkv.bias",), Sharding.QKV, ("query", "key", "value")),
     ParamMapping("attention_out", ("self_attention.linear_proj.weight",), Sharding.COLUMNS),
     ParamMapping("attention_out_bias", ("self_attention.linear_proj.bias",), Sharding.REPLICATED),
+    ParamMapping("sinks", ("self_attention.core_attention.softmax_offset",), Sharding.PARTS, ("heads",)),
     ParamMapping("query_norm", ("self_attention.q_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("key_norm", ("self_attention.k_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("attention_post_norm", ("post_self_attn_layernorm.weight",), Sharding.REPLICATED),

@@ -70,7 +70,7 @@ _MAMBA = {
 }
 _SHAPES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Fields in which a recipe must agree with the dense model that it starts from.
-SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", *DECODER)
+SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", "softmax_type", *DECODER)
 
 
 def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
@@ -91,6 +91,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         "norms after attention and network": arch.post_norm,
         "norms of query and key over all heads": arch.wide_qk_norm,
         "layers without positions": arch.rope_pattern is not None,
+        "attention sinks": arch.softmax_type != "vanilla",
         "a window in some layers": arch.window_pattern is not None,
         "multipliers": arch.attention_multiplier is not None,
         "YaRN, two rotary embeddings, or attention with a gate": arch.scales_in_layers or arch.output_gate,
@@ -124,6 +125,8 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
     fields["normalization"] = "RMSNorm"
     if arch.attention_multiplier is not None:
         fields["softmax_scale"] = arch.attention_multiplier
+    if arch.softmax_type != "vanilla":
+        fields["softmax_type"] = arch.softmax_type
     if arch.rope_pattern:
         fields["no_rope_freq"] = no_rope(arch.rope_pattern)
     if arch.num_experts:
@@ -182,6 +185,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     scale = getattr(config, "softmax_scale", None)
     fields |= {} if scale is None or scale == fields["head_dim"] ** -0.5 else {"attention_multiplier": scale}
     fields |= layer_fields(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)} | gates_of(config)
+    fields["softmax_type"] = getattr(config, "softmax_type", None) or "vanilla"
     fields["rope_pattern"] = rope_pattern(getattr(config, "no_rope_freq", None), fields["num_layers"])
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
@@ -341,6 +345,7 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     if not math.isclose(scale, moe_arch.softmax_scale, rel_tol=1e-6):
         default = "" if moe_arch.attention_multiplier else "None or "
         checks.append(("softmax_scale", config.softmax_scale, f"{default}{moe_arch.softmax_scale:.6g}"))
+    checks.append(("softmax_type", config.softmax_type, moe_arch.softmax_type))
     checks += [*wrong_layers(model, moe_arch), *wrong_gates(config, moe_arch)]
     if rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers) != moe_arch.rope_pattern:
         wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None

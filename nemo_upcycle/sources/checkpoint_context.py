@@ -42,7 +42,7 @@ _FUNCTION = {
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
         *("activation", "gated", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps"),
-        *("scaled_embedding", "rope_pattern", "softmax_scale", *MULTIPLIERS, *NORMS),
+        *("scaled_embedding", "rope_pattern", "softmax_scale", "softmax_type", *MULTIPLIERS, *NORMS),
     )
 } | {"window_pattern": "window_attn_skip_freq", "local_rope_theta": "transformer_layer_spec"}
 

@@ -11,7 +11,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import PARENTS
 from tests.models import hugging_face_logits, sample_tokens
-from tests.parents import write_gemma, write_qwen35
+from tests.parents import write_granite_swa, write_qwen35
 from tests.tiers import quick
 
 
@@ -19,7 +19,7 @@ from tests.tiers import quick
 # (tests/unit/models/test_parents.py). Ministral 3 covers YaRN.
 LLAMAS = ("Llama", "Qwen2", "Qwen3", "InternLM3", "IQuest-Coder")
 WRITERS = {name: write for name, write in PARENTS.items() if name not in (*LLAMAS, "Gemma 4")}
-WRITERS |= {"Qwen3.5": write_qwen35, "Gemma": write_gemma}
+WRITERS |= {"Qwen3.5": write_qwen35, "GraniteSWA": write_granite_swa}
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 

@@ -22,7 +22,15 @@ from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.saved import save_upcycled
 from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
-from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe, write_wrapped
+from tests.parents import (
+    write_granite,
+    write_granite_swa,
+    write_mixtral,
+    write_moe,
+    write_olmo3,
+    write_qwen3_moe,
+    write_wrapped,
+)
 from tests.tiers import quick
 
 
@@ -44,6 +52,7 @@ PARENTS = {
     "olmo3": write_olmo3,  # norms over all heads, a window in some layers
     "llava": partial(write_wrapped, kind="Llava", tied=True),  # a text model inside a multimodal model
     "granite": write_granite,  # multipliers at both ends of a pipeline and in between
+    "granite_swa": write_granite_swa,  # attention sinks
 }
 
 

@@ -47,10 +47,14 @@ PARENTS = {
     **({"HyperCLOVA X": parents.write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
     **({"Ministral 3": parents.write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
     **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
+    **({"GraniteSWA": parents.write_granite_swa} if hasattr(transformers, "GraniteSWAConfig") else {}),
     **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
 #: Parents without a setting for the head size, which is the hidden size divided by the number of heads.
-_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
+_NO_HEAD_DIM = (
+    *("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3"),
+    *("Granite 3", "Granite 4", "GraniteSWA", "HyperCLOVA X"),
+)
 
 
 class Case(NamedTuple):
@@ -144,6 +148,12 @@ def _positions(draw: random.Random, layers: int) -> dict[str, Any]:
     return {"no_rope_layers": draw.choice(chosen), "no_rope_layer_interval": draw.choice([2, 4])}
 
 
+def _thetas(draw: random.Random, layers: int) -> dict[str, Any]:
+    """Return which layers have a window, and which layers have positions."""
+    thetas = [draw.choice([0.0, 1e5]) for _ in range(layers)]
+    return _kinds(draw, layers) | {"rope_theta": 1e5, "layer_rope_theta": thetas}
+
+
 #: Parent with different kinds of layers -> function that draws the kind of each layer.
 _LAYERS_DIFFER = {
     "OLMo 3": _kinds,
@@ -152,6 +162,7 @@ _LAYERS_DIFFER = {
     "Gemma 4": _kinds,
     "CWM": _kinds,
     "SmolLM3": _positions,
+    "GraniteSWA": _thetas,
 }
 
 

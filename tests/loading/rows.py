@@ -76,6 +76,7 @@ PARENTS = {
     "Granite 3, dense layer": Parent(
         partial(parents.write_granite, tied=True), "Qwen2MoeForCausalLM", SHARED | {"moe_layers": "0"}
     ),
+    "GraniteSWA": Parent(parents.write_granite_swa, "GraniteMoeSWAForCausalLM", SHARED),
     "Gemma": Parent(parents.write_gemma, "MixtralForCausalLM", FINE | SCALED),
     "Granite 4, shared expert": Parent(parents.write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
     "EXAONE 3, shared expert": Parent(

@@ -30,6 +30,7 @@ _MODULES = (
     "exaone4",
     "granite",
     "granite4",
+    "granite_swa",
     "gemma3",
     "gemma4",
     "ministral3",

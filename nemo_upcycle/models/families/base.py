@@ -27,9 +27,11 @@ SQUARED_RELU = {"relu2": "squared_relu"}
 _NUMBERED = re.compile(r"model\.(?P<mtp>mtp_)?layers\.(?P<number>\d+)\.")
 #: Fields of an `Architecture` that say which layers have a feature. Only a few classes support such fields.
 _PATTERNS = ("rope_pattern", "window_pattern")
+#: Megatron's kind of softmax in which every head has an attention sink.
+LEARNABLE = "learnable"
 #: Key that this package adds to `config.json`. Its value lists the parts that the class requires and the model lacks:
-#: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`. The folder holds zeros for these
-#: parts.
+#: `shared_expert`, `shared_gate`, `qkv_bias`, `attention_out_bias`, `balancing_bias`, `sinks`. The folder holds
+#: constants without effect for these parts, most of them zeros.
 ZERO_FILLED = "zero_filled"
 #: Start of keys that this package adds to `config.json`. Each key has the trained model's value of a setting that the
 #: class lacks, see `MoeFamily.folded`.
@@ -257,6 +259,7 @@ class Family:
             and (self.has_multipliers or arch.attention_multiplier is None)
             and (self.has_partial_rotary or arch.rotary_percent == 1)
             and arch.output_gate is ("delta_in" in self.names)
+            and (arch.softmax_type == LEARNABLE) is ("sinks" in self.names)
             and all(getattr(arch, name) is None or name in self.layer_patterns for name in _PATTERNS)
         )
 
@@ -323,6 +326,7 @@ class MoeFamily(Family, ABC):
             "no norms of query and key": (self.defaults.get("qk_norm"), not arch.qk_norm),
             "shared experts": ("shared_fc1" not in self.names, arch.shared_ffn_size > 0),
             "a sliding window": (not self.has_window, arch.window is not None),
+            "attention sinks": ("sinks" not in self.names, arch.softmax_type == LEARNABLE),
         }
         return {
             "Mamba layers": arch.mamba is not None,

@@ -1,49 +1,32 @@
-"""GraniteMoeSWA: a GraniteMoe whose layers differ in windows and positions. Its attention sinks are switched off."""
+"""GraniteMoeSWA: a GraniteMoe with attention sinks, whose layers differ in windows and positions.
+
+Without sinks in the model, the sinks of the class are switched off.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import granite_moe, granite_moe_shared, llama
+from nemo_upcycle.models.families import granite_moe, granite_moe_shared, granite_swa, llama
 from nemo_upcycle.models.families.base import (
     FULL,
+    LEARNABLE,
     WINDOW,
     ZERO_FILLED,
     ConfigValues,
     MoeFamily,
-    multipliers,
     zero_filled,
 )
-from nemo_upcycle.models.families.granite import DEFAULTS
 from nemo_upcycle.models.families.routed import experts_everywhere
 
 
 _MOE = llama.LAYER + "block_sparse_moe."
-_SINKS = "self_attn.sinks"
 #: Value of a sink, which enters the softmax beside the scores. The value is so low that the sink's share is zero.
 _NO_SINK = -1e4
-_THETAS = "layer_rope_theta"
 
 
-class _GraniteMoeSwa(granite_moe.GraniteMoe):
-    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
-        windowed = self._windowed(config, num_layers, every=4, first=0)
-        theta, sees_all = config.number("rope_theta"), "sliding_window" not in config.values or not any(windowed)
-        thetas = config.values.get(_THETAS) or [theta] * num_layers
-        if not isinstance(thetas, list) or len(thetas) != num_layers or any(one not in (0, theta) for one in thetas):
-            expected = f"{num_layers} numbers, {theta:g} or 0, one for each layer"
-            raise config.wrong(_THETAS, expected, "use another checkpoint")
-        heads, factors = config.whole("num_attention_heads"), multipliers(config)
-        scale = 1 / math.sqrt(config.whole("head_dim", config.whole("hidden_size") // heads))
-        is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
-        return {
-            **({} if is_plain else factors),
-            **({"sliding_window": None} if sees_all else {"window_pattern": self._pattern(windowed)}),
-            "rope_pattern": self._pattern(map(bool, thetas)),
-        }
-
+class _GraniteMoeSwa(granite_swa.GraniteSwa, granite_moe.GraniteMoe):
     def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         has_no_bias = {"attention_out_bias": False} if "attention_out_bias" in zero_filled(config) else {}
         shared = {"shared_ffn_size": config.whole("shared_intermediate_size", 0, least=0)}
@@ -64,15 +47,25 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
             "shared_intermediate_size": arch.shared_ffn_size,
             "sliding_window": arch.sliding_window or arch.max_positions,  # required, even if no layer has a window
             "layer_types": [FULL if arch.window_of(layer) is None else WINDOW for layer in layers],
-            _THETAS: [arch.rope_theta if turns else 0 for turns in arch.rope_pattern or (True,) * arch.num_layers],
-            ZERO_FILLED: ["attention_out_bias"] if arch.qkv_bias and not arch.attention_out_bias else [],
+            granite_swa.THETAS: [
+                arch.rope_theta if turns else 0 for turns in arch.rope_pattern or (True,) * arch.num_layers
+            ],
+            ZERO_FILLED: [name for name, is_absent in self._absent(arch).items() if is_absent],
+        }
+
+    @staticmethod
+    def _absent(arch: Architecture) -> dict[str, bool]:
+        """Return whether the model lacks a part of the class: role of the part -> answer."""
+        return {
+            "attention_out_bias": arch.qkv_bias and not arch.attention_out_bias,
+            "sinks": arch.softmax_type != LEARNABLE,
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the sinks of all heads, and the biases of the attention output that the model lacks."""
-        shapes: dict[str, tuple[int, ...]] = {llama.LAYER + _SINKS: (arch.num_heads,)}
-        if arch.qkv_bias and not arch.attention_out_bias:
-            shapes |= dict.fromkeys(self.names["attention_out_bias"], (arch.hidden_size,))
+        """Return the sinks of all heads, and the biases of the attention output, if the model lacks them."""
+        sizes = {"attention_out_bias": (arch.hidden_size,), "sinks": (arch.num_heads,)}
+        absent = [role for role, is_absent in self._absent(arch).items() if is_absent]
+        shapes = {name: sizes[role] for role in absent for name in self.names[role]}
         return {name.format(layer=layer): shape for layer in range(arch.num_layers) for name, shape in shapes.items()}
 
 
@@ -82,15 +75,16 @@ FAMILY = _GraniteMoeSwa(
     model_type="granitemoe_swa",
     names={
         **granite_moe_shared.FAMILY.names,
+        "sinks": granite_swa.NAMES["sinks"],
         "router": (_MOE + "router.weight",),
         "expert_fc1": (_MOE + "experts.gate_up_proj[{expert}]",) * 2,
         "expert_fc2": (_MOE + "experts.down_proj[{expert}]",),
     },
-    defaults=DEFAULTS | {"sliding_window": 128},
+    defaults=granite_swa.DEFAULTS,
     has_multipliers=True,
     has_attention_bias=True,
     has_window=True,
     layer_patterns=("rope_pattern", "window_pattern"),
-    constant_values={_SINKS: _NO_SINK},
+    constant_values={"sinks": _NO_SINK},
     no_parent_because="whose experts lie in one tensor",
 )

@@ -113,6 +113,7 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         _config("Arcee", 128005, 2560, 18432, 36, 20, 4, head_dim=128, max_position_embeddings=65536)
         | {"rope_scaling": _AFM},
     ),
+    "Granite Swash 2B": (2.14, _config("GraniteSWA", 100352, 2560, 8192, 24, 20, 4, tie_word_embeddings=True)),
     "CWM 32B": (
         32.6,
         _config("Cwm", 128256, 6144, 21504, 64, 48, layer_types=[_FULL, *[_WINDOW] * 3] * 16)

@@ -39,7 +39,7 @@ from tests.models import (
     write_smollm3,
     write_tokenizer,
 )
-from tests.parents import write_gemma, write_granite, write_granite4, write_olmo3
+from tests.parents import write_gemma, write_granite, write_granite4, write_granite_swa, write_olmo3
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
@@ -61,6 +61,7 @@ MADE: dict[str, tuple[Callable[..., Path], type]] = {
     ),
     "Granite": (write_granite, LlamaConfig),
     "Granite 4": (write_granite4, LlamaConfig),
+    "GraniteSWA": (write_granite_swa, LlamaConfig),
     "OLMo 3": (write_olmo3, LlamaConfig),
     "SmolLM3": (write_smollm3, LlamaConfig),
     "EXAONE 4": (write_exaone4, LlamaConfig),
