@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import mapping_of_hf
+from nemo_upcycle.models.wrapper import WRAPPERS
 from tests.models import save_random, text_sizes, write_class, write_qwen2
 
 
@@ -252,3 +253,23 @@ def write_wrapped(
         **whole,
     )
     return save_random(getattr(transformers, f"{kind}ForConditionalGeneration")(config), folder)
+
+
+def put_around(folder: Path, kind: str) -> Path:
+    """Put a class around a text model in place, with one tensor outside the text model.
+
+    transformers saves the text model under these names, too (`tests/loading/test_wrapped.py`), but only newer releases
+    have the class.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    wrapper = next(one for one in WRAPPERS if one.hf_class == f"{kind}ForConditionalGeneration")
+    whole = {"architectures": [wrapper.hf_class], "model_type": wrapper.model_type, "text_config": config}
+    whole |= {"tie_word_embeddings": config["tie_word_embeddings"], "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    inner = "model.text_model." if kind == "GraniteDocling" else "model.language_model."
+    tensors = {f"model.{wrapper.parts[0]}.weight": torch.ones(2, 2)}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        is_inside = name.startswith("model.")
+        tensors[inner + name.removeprefix("model.") if is_inside else wrapper.head + name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

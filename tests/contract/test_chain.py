@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,14 @@ from tests.functional.stages import STAGES, run_in_own_process, run_stages
 from tests.functional.started import start_training
 from tests.functional.tiny import EVALUATION, texts, write_finished_inputs
 from tests.models import write_tokenizer
-from tests.parents import write_mixtral, write_qwen3_moe
+from tests.parents import (
+    put_around,
+    write_granite,
+    write_hyperclovax,
+    write_mixtral,
+    write_qwen3_moe,
+    write_qwen35,
+)
 from tests.waiting import HANG_S
 
 
@@ -205,15 +214,50 @@ def test_the_first_rank_makes_the_file(inputs: Path, tmp_path: Path) -> None:
     assert read_json(tmp_path / "run/receipt.json")["calibration"]["path"] == str(tmp_path / "run" / NAME)
 
 
+def _made_from(parent: Path, spec: UpcycleSpec | None) -> str:
+    """Return a training of NeMo that starts from a parent."""
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from tests.functional.stock import made_from
+
+    return dump_recipe(made_from(str(parent), spec))
+
+
 def _grown(parent: Path) -> list[str]:
     """Return two trainings (in Bridge on two ranks): a parent's four experts grown to eight, and the parent itself."""
     if IS_BRIDGE:
         return [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
-    from tests.functional.stock import made_from
-
     specs = (UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), None)
-    return [dump_recipe(made_from(str(parent), spec)) for spec in specs]
+    return [_made_from(parent, spec) for spec in specs]
+
+
+#: Class around a text model -> writer of the text model, and class of the MoE.
+SEEING: dict[str, tuple[Callable[..., Path], str]] = {"GraniteDocling": (write_granite, "GraniteMoe")}
+#: Two layers: gated delta nets compute in float32 in every run, and in four random layers step 0 differs by 4e-4.
+_WITH_NETS = partial(write_qwen35, layers=2, full_attention_interval=2)
+if IS_BRIDGE:
+    SEEING = {
+        "HyperCLOVAXVisionV2": (partial(write_hyperclovax, use_post_norm=False), "GraniteMoe"),
+        "MiniCPMV4_7": (_WITH_NETS, "Qwen3_5Moe"),
+        "MiniCPMOcr": (_WITH_NETS, "Qwen3_5Moe"),
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_text_model_of_a_model_that_sees_goes_through_the_chain(tmp_path: Path, kind: str) -> None:
+    write, hf_class = SEEING[kind]
+    parent = put_around(write_tokenizer(write(tmp_path / "parent", vocab_size=259)), kind)
+    write_blend(tmp_path / "blend", parent, texts=texts())
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    run_dir, spec = tmp_path / "run", UpcycleSpec(num_experts=4, top_k=2)
+    made = training_text(kind="tiny", ranks=2) if IS_BRIDGE else _made_from(parent, spec)
+    write_plan(run_dir, *(tmp_path / name for name in NAMED), made)
+    run_stages(run_dir, ranks=2 if IS_BRIDGE else 1)
+    receipt = read_json(run_dir / "receipt.json")
+    assert (receipt["exact"], receipt["within_tolerance"]) == (True, True)
+    arch = read_architecture(run_dir / "hf")
+    assert (arch.hf_class, arch.num_experts) == (f"{hf_class}ForCausalLM", 4)
+    assert (run_dir / "report.md").is_file()
 
 
 @pytest.mark.full
