@@ -155,12 +155,14 @@ class Saving:
         every_n_steps: steps between two checkpoints.
         setting: override that sets this interval.
         keeps: number of checkpoints that remain at the end of the training; None: all.
+        is_async: whether training goes on during a save.
     """
 
     weight_bytes: int
     every_n_steps: int
     setting: str
     keeps: int | None
+    is_async: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,7 @@ GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]
 #: Recipe and executor of the complete files. `here` is missing, because a chain on this machine has no scripts.
 IN_FULL = (("llama3_8b_e8t2", "slurm"), ("llama3_8b_e8t2", "kubernetes"))
 FREE_BYTES = 4 << 40
+NOW = datetime(2026, 12, 1, 12)
 
 
 def forecast_path(recipe: str, cluster: str) -> Path:
@@ -59,7 +61,8 @@ def forecast_text(recipe: str, cluster: str) -> str:
         found = forecast_of(chain, run_dir, site)
         rendered = {job.folder: site.masked().render(job) for job in jobs_of_chain(chain, run_dir)} if site else {}
     disk = replace(found.disk, folder=Path("/runs"), free_bytes=FREE_BYTES)
-    lines = [render_forecast(replace(found, disk=disk), verbose=is_full), *([""] if rendered and not is_full else [])]
+    found = replace(found, disk=disk, now=NOW)
+    lines = [render_forecast(found, verbose=is_full), *([""] if rendered and not is_full else [])]
     for folder, scripts in rendered.items():
         for name, script in scripts.items():
             body = script.rstrip("\n")

@@ -28,7 +28,7 @@ USUAL_CARD = "h100"
 #: Text at the end of an error's subject if a key does not exist.
 _UNKNOWN_KEY = ": key"
 #: Settings that must be the same for all stages of a run.
-_OF_ALL_STAGES = ("price_per_gpu_hour", "write_gib_s")
+_OF_ALL_STAGES = ("price_per_gpu_hour", "write_gib_s", "gpu_hours_between_failures", "restart_s")
 #: Value of a field that a site has to fill in, as in OmegaConf.
 MISSING = "???"
 
@@ -265,12 +265,14 @@ def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[Upcycl
                 fix = f"set run.executor.{name} instead"
                 got = f"is {value}, but this setting must be the same for all stages"
                 found.append(UpcycleError(f"{setting}.{name}", kind="refused", got=got, fix=fix))
-    price = executor.price_per_gpu_hour
+    price, hours = executor.price_per_gpu_hour, executor.gpu_hours_between_failures
     return found + failures(
         [
             lambda: require_card(executor.card),
             lambda: check_number("run.executor.write_gib_s", executor.write_gib_s, 0.001),
             lambda: check_number("run.executor.price_per_gpu_hour", 0 if price is None else price, 0),
+            lambda: check_number("run.executor.gpu_hours_between_failures", 1 if hours is None else hours, 1),
+            lambda: check_number("run.executor.restart_s", executor.restart_s, 0),
         ]
     )
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 #: Assumed write speed of a shared file system (GiB/s), if none is given.
 USUAL_GIB_S = 2.0
+#: Assumed time from a failure of a job to its next step (seconds), if none is given or measured.
+USUAL_RESTART_S = 600.0
 #: Seconds until a rank's first sign of life: time to read the dense checkpoint, upcycle it, and compile for the first
 #: time.
 START_S = 1800.0

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S, USUAL_RESTART_S
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,9 @@ class SiteSettings:
         performance: new value of each setting that differs from `conf/performance.yaml`; None removes the setting.
         price_per_gpu_hour: price of a GPU-hour, for --dryrun; None if it is unknown.
         write_gib_s: speed (GiB/s) at which all nodes together write to the file system of `dir`, for --dryrun.
+        gpu_hours_between_failures: mean GPU-hours between two failures of a job, for --dryrun; None for the rate that
+            was published for the training of Llama 3.
+        restart_s: time from a failure of a job to its next step (seconds), for --dryrun.
         stages: fields that differ for a stage, by the stage's name.
     """
 
@@ -25,4 +28,6 @@ class SiteSettings:
     performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045
     write_gib_s: float = USUAL_GIB_S
+    gpu_hours_between_failures: Optional[float] = None  # noqa: UP045
+    restart_s: float = USUAL_RESTART_S
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 from nemo_upcycle.data.finished import open_blend
@@ -25,6 +26,10 @@ from nemo_upcycle.utils.progress import duration
 
 #: Origins of a setting: typed by the user, chosen by the chain, or from the recipe.
 TYPED, CHAIN, RECIPE = "typed", "chain", "recipe"
+
+
+#: Rise of the goodput for which a warning recommends another interval between checkpoints.
+GAIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Forecast:
         unchecked: things that were not checked, one line each.
         problems: errors that would stop the run before its end, found by the checks and by `hopeless`.
         read_too_often: one warning for each source of finished data that a training reads more often than allowed.
+        now: time at which the run would start.
     """
 
     run_dir: Path
@@ -71,6 +77,7 @@ class Forecast:
     unchecked: tuple[str, ...] = ()
     problems: tuple[UpcycleError, ...] = ()
     read_too_often: tuple[str, ...] = ()
+    now: datetime = field(default_factory=datetime.now)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -126,7 +133,9 @@ def forecast(
     stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
+        stage.name: forecast_training(known, stage, executor, _restart_s(by_name[stage.name]))
+        for stage in trained
+        if (known := facts[stage.name])
     }
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # if so, trainings may run in parallel
@@ -265,6 +274,12 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
                 f" ({limit.what}) only at {training.save_gib_s(limit):.3g} GiB/s or more; otherwise {limit.otherwise}."
                 f" At {training.write_gib_s:g} GiB/s, set {limit.fix.format(seconds=training.early_save_s)}"
             )
+    every, best = training.facts.saving.every_n_steps, training.best_every_n_steps
+    if best and (share := training.goodput(every)) and (most := training.goodput(best) or 0.0) > share + GAIN:
+        yield (
+            f"{name}: {100 * share:.1f} % of the time would go into steps that are kept, and {100 * most:.1f} % with a"
+            f" checkpoint every {best:,} steps: set {name}.{training.facts.saving.setting}={best}"
+        )
     loss_s, limit_s = training.longest_loss_s, training.limit_s
     is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s
     if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:
@@ -273,6 +288,15 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             f" ({loss_s / 60:.0f} min). A job may end before it saves anything."
             f" Lower {name}.{training.facts.saving.setting}"
         )
+
+
+def _restart_s(job: Job) -> float | None:
+    """Return the set-up time of a training's last job (seconds); None if it is unknown."""
+    started, ready = job.folder / "started", job.run_dir / job.name / "training.json"
+    if not (started.is_file() and ready.is_file()):
+        return None
+    seconds = ready.stat().st_mtime - started.stat().st_mtime
+    return seconds if seconds > 0 else None
 
 
 def _memory_text(training: TrainingForecast, what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from itertools import accumulate, groupby
 from operator import itemgetter
 
@@ -14,6 +15,7 @@ from nemo_upcycle.pipeline.forecast.network import NetworkForecast
 from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast
 from nemo_upcycle.pipeline.forecast.stages import NOT_RUN, StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
+from nemo_upcycle.planning.failures import USUAL_GPU_HOURS
 from nemo_upcycle.recipes import recipe_file
 from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.files import size_text
@@ -21,10 +23,13 @@ from nemo_upcycle.utils.masking import without_secrets
 
 
 WIDTH = 119
+#: Origin of the usual rate of failures.
+_LLAMA = " (as in Llama 3's training)"
 _INDENT, _GOES_ON = "  ", " \\"
 #: Rows of the trainings' table that are shown without `verbose`, so that the forecast fits on one screen.
 _DECISIVE = (
-    *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step", "time", "cost", "jobs", "checkpoint"),
+    *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step"),
+    *("time", "expected", "cost", "jobs", "checkpoint"),
 )
 
 
@@ -46,7 +51,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
             f"Stages{f' on {_phrase(common)}' if common else ''}",
             _stage_lines(forecast.stages, common, verbose=verbose),
         ),
-        ("Trainings", _training_lines(trainings, verbose=verbose)),
+        ("Trainings", _training_lines(trainings, forecast.now, verbose=verbose)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk, verbose=verbose)),
         ("Network", _network_lines(forecast.network, verbose=verbose)),
         ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),
@@ -114,12 +119,12 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _training_cells(training: TrainingForecast) -> dict[str, str]:
+def _training_cells(training: TrainingForecast, now: datetime) -> dict[str, str]:
     """Return the text of each table row for a training, in order; the text is empty if the row does not apply."""
     facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
-    lost = min(facts.saving.every_n_steps, facts.steps)
+    lost, hours = min(facts.saving.every_n_steps, facts.steps), training.gpu_hours_between_failures
     cells = {
         "recipe": facts.recipe,
         "parameters": f"{_params(arch.total_params)}, {_params(arch.active_params)} active",
@@ -132,7 +137,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         "GPU": f"{training.gpu.name}, {training.gpu_origin}" if training.gpu else training.gpu_origin,
         **dict.fromkeys(("memory a GPU", "step", "speed"), ""),
         "time": f"no estimate of the speed: {training.no_plan}",
-        **dict.fromkeys(("cost", "jobs"), ""),
+        **dict.fromkeys(("expected", "cost", "jobs"), ""),
         "checkpoint": (
             f"{size_text(facts.checkpoint_bytes)} every {facts.saving.every_n_steps:,} steps,"
             f" {training.checkpoints_at_once} at once"
@@ -146,7 +151,11 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
             f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits
         ),
         "lost by a kill": f"at most {_count(lost, 'step')}",
-        "evaluation": "",
+        "failures": (
+            f"one in {_duration(training.between_failures_s)}{_LLAMA * (hours == USUAL_GPU_HOURS)},"
+            f" restart {training.restart_s:,.0f} s ({training.restart_origin})"
+        ),
+        **dict.fromkeys(("goodput", "evaluation"), ""),
     }
     if evaluations := facts.evaluations:
         cells["evaluation"] = f"{evaluations.suite} every {evaluations.every_n_steps:,} steps"
@@ -163,6 +172,12 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
     if training.seconds_left is not None:
         cells["time"] = f"{_duration(training.seconds_left)}, {training.gpu_hours_left:,.0f} GPU-hours"
+    if (share := training.goodput(lost)) is not None and (best := training.best_every_n_steps):
+        most = training.goodput(best) or 0.0
+        cells["goodput"] = f"{100 * share:.1f} % ({100 * most:.1f} % with a checkpoint every {best:,} steps)"
+    if training.seconds_with_failures:
+        end = now + timedelta(seconds=training.seconds_with_failures)
+        cells["expected"] = f"{_duration(training.seconds_with_failures)} with failures, to {end:%Y-%m-%d %H:%M}"
     if training.cost_left is not None:
         cells["cost"] = f"{training.cost_left:,.0f} at {training.price:g} a GPU-hour"
     if training.jobs_left is not None and training.limit_s:
@@ -172,9 +187,9 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
     return cells
 
 
-def _training_lines(trainings: Sequence[TrainingForecast], *, verbose: bool) -> list[str]:
+def _training_lines(trainings: Sequence[TrainingForecast], now: datetime, *, verbose: bool) -> list[str]:
     """Return a table with a column for each training that runs."""
-    cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
+    cells = {training.stage.name: _training_cells(training, now) for training in trainings if training.stage.runs}
     if not cells:
         return []
     names = next(iter(cells.values())) if verbose else _DECISIVE

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S, USUAL_RESTART_S
 from nemo_upcycle.pipeline.executors.jobs import SaveLimit
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, State
+from nemo_upcycle.planning.failures import USUAL_GPU_HOURS, best_interval_s, goodput
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import LayoutEstimate
@@ -38,6 +39,9 @@ class TrainingForecast:
         price: price of a GPU-hour, in the user's currency; None if it is unknown.
         limit_s: time limit of a job (seconds); None if it is unknown.
         write_gib_s: write speed of the run folder's file system (GiB/s).
+        gpu_hours_between_failures: mean GPU-hours between two failures.
+        restart_s: time from a failure to the next step (seconds).
+        restart_origin: how `restart_s` is known: given, measured or assumed.
     """
 
     stage: StageForecast
@@ -50,6 +54,9 @@ class TrainingForecast:
     price: float | None
     limit_s: float | None
     write_gib_s: float
+    gpu_hours_between_failures: float
+    restart_s: float
+    restart_origin: str
 
     @property
     def tokens(self) -> int:
@@ -164,8 +171,42 @@ class TrainingForecast:
         losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.computation.first_steps))]
         return max((loss for loss in losses if loss is not None), default=None)
 
+    @property
+    def between_failures_s(self) -> float:
+        """Mean time between two failures of the job (seconds)."""
+        return self.gpu_hours_between_failures / self.facts.layout.gpus * 3600
 
-def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any = None) -> TrainingForecast:
+    def goodput(self, every_n_steps: int) -> float | None:
+        """Return the share of the time that is spent on steps which are kept; None without an estimate.
+
+        Args:
+            every_n_steps: steps between two saves.
+        """
+        if (interval_s := self._time_s(every_n_steps, 0)) is None:
+            return None
+        is_async = self.facts.saving.is_async
+        return goodput(interval_s, self.save_s, self.restart_s, self.between_failures_s, is_async=is_async)
+
+    @property
+    def best_every_n_steps(self) -> int | None:
+        """Steps between two saves with the highest goodput, to two significant digits; None without an estimate."""
+        if self.later is None:
+            return None
+        best_s = best_interval_s(self.save_s, self.between_failures_s, is_async=self.facts.saving.is_async)
+        steps = max(1.0, best_s / self.later.time.total)
+        digit = 10 ** max(0, math.floor(math.log10(steps)) - 1)
+        return min(self.facts.steps, digit * math.ceil(steps / digit))
+
+    @property
+    def seconds_with_failures(self) -> float | None:
+        """Expected seconds of the remaining steps, with saves, failures and lost work; None without an estimate."""
+        share = self.goodput(min(self.facts.saving.every_n_steps, self.facts.steps))
+        return self.seconds_left / share if self.seconds_left is not None and share else None
+
+
+def forecast_training(
+    facts: TrainingFacts, stage: StageForecast, executor: Any = None, measured_restart_s: float | None = None
+) -> TrainingForecast:
     """Forecast a training.
 
     Args:
@@ -173,12 +214,16 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
         stage: forecast of its stage.
         executor: executor of the training; may have a `price_per_gpu_hour`, a `write_gib_s` and a `card`. None stands
             for this machine.
+        measured_restart_s: set-up time of the training's last job (seconds); None if it is unknown.
 
     Raises:
         SpecError: `write_gib_s` is not a speed.
     """
     write_gib_s = getattr(executor, "write_gib_s", USUAL_GIB_S)
     check_number("run.executor.write_gib_s", write_gib_s, 0.001)
+    restart_s, origin = getattr(executor, "restart_s", USUAL_RESTART_S), "given"
+    if restart_s == USUAL_RESTART_S:
+        restart_s, origin = (measured_restart_s, "measured") if measured_restart_s else (restart_s, "assumed")
     gpu, gpu_origin = gpu_of_training(facts.profile.accelerator, executor, stage.resources)
     plans: tuple[LayoutEstimate | None, LayoutEstimate | None] = None, None
     no_plan = "" if gpu else gpu_origin
@@ -198,6 +243,9 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
         price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
         write_gib_s=write_gib_s,
+        gpu_hours_between_failures=getattr(executor, "gpu_hours_between_failures", None) or USUAL_GPU_HOURS,
+        restart_s=restart_s,
+        restart_origin=origin,
     )
 
 

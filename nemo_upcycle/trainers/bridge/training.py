@@ -134,6 +134,7 @@ class BridgeTraining(Training):
                 every_n_steps=config.checkpoint.save_interval or steps,
                 setting=SAVE_EVERY.bridge,
                 keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
+                is_async=config.checkpoint.async_save,
             ),
             rate=LearningRate(
                 schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",

@@ -143,6 +143,7 @@ class NeMoTraining(Training):
                 every_n_steps=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
                 setting=SAVE_EVERY.nemo,
                 keeps=_kept(recipe.log.ckpt, steps),
+                is_async=bool(setting(recipe, "trainer.strategy.ckpt_async_save")),
             ),
             rate=LearningRate(
                 schedule=_schedule(recipe),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of, plans_of
 from nemo_upcycle.pipeline.forecast.run import TYPED, check_space
 from nemo_upcycle.pipeline.forecast.text import WIDTH, render_forecast
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.planning.failures import USUAL_GPU_HOURS
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu
 from nemo_upcycle.sources.demo.assets import asset_folder
 from nemo_upcycle.sources.find import Parent
@@ -194,6 +196,29 @@ def test_a_save_is_planned_at_the_speed_of_the_site(llama: Any, tmp_path: Path) 
     with pytest.raises(SpecError) as refused:
         forecast_of(llama, tmp_path, cluster=cluster)
     assert refused.value.field == "run.executor.write_gib_s"
+
+
+def test_failures_lengthen_a_training(llama: Any, tmp_path: Path) -> None:
+    cluster = forecasts.CLUSTERS["slurm"]()
+    usual = forecast_of(llama, tmp_path, cluster=cluster).trainings["pretrain"]
+    assert usual.between_failures_s == pytest.approx(USUAL_GPU_HOURS / 512 * 3600)
+    cluster.executor.gpu_hours_between_failures, cluster.executor.restart_s = 2000.0, 1200.0
+    found = forecast_of(llama, tmp_path, cluster=cluster)
+    often = found.trainings["pretrain"]
+    assert often.seconds_left < usual.seconds_with_failures < often.seconds_with_failures
+    assert often.goodput(often.best_every_n_steps) > often.goodput(often.facts.saving.every_n_steps)
+    (warning,) = [text for text in found.warnings if text.startswith("pretrain: ")]
+    assert f"set pretrain.log.ckpt.every_n_train_steps={often.best_every_n_steps}" in warning
+    assert "one in 3.9 h, restart 1,200 s (given)" in render_forecast(found, verbose=True)
+
+
+def test_a_restart_is_measured_if_a_job_has_run(llama: Any, tmp_path: Path) -> None:
+    for folder, name, time_s in (("jobs/pretrain", "started", 1000), ("pretrain", "training.json", 1450)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text("{}")
+        os.utime(tmp_path / folder / name, (time_s, time_s))
+    found = forecast_of(llama, tmp_path, cluster=forecasts.CLUSTERS["slurm"]()).trainings["pretrain"]
+    assert (found.restart_s, found.restart_origin) == (450, "measured")
 
 
 def test_nccl_ep_is_refused_without_buffers(llama: Any) -> None:
