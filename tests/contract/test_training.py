@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.contract.trainers import IS_BRIDGE, differing, fp8, losses, metrics, train, training_text, weights
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
@@ -118,3 +119,21 @@ def test_a_killed_run_ends_with_the_same_bits(
     for name in ("loss", "grad_norm", "lr", "router"):
         assert losses(killed, name) == losses(whole, name), name
     assert differing(weights(killed), weights(whole)) == []
+
+
+@pytest.mark.skipif(IS_BRIDGE, reason="in Bridge, checkpoints have no checksums yet")
+def test_a_flipped_bit_sends_a_run_back_to_the_same_bits(
+    inputs: tuple[Path, Path], alone: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        train(training_text(), damaged, *inputs, kill_at=7)
+    newest = newest_checkpoint(damaged / "checkpoints")
+    shard = max(newest.rglob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    train(training_text(), damaged, *inputs)
+    assert (damaged / "checkpoints_aside" / newest.name).is_dir()
+    assert losses(damaged) == losses(alone)
+    assert differing(weights(damaged), weights(alone)) == []

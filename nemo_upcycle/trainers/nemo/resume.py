@@ -14,7 +14,8 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoint, step_of, was_saved
+from nemo_upcycle.sources.checkpoints import by_step, is_marked, step_of, was_saved
+from nemo_upcycle.sources.checksums import trusted_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class UpcycleResume(nl.AutoResume):
             # A checkpoint without a step in its name overwrites the checkpoint before it. If the new checkpoint
             # is unfinished, the training is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
-        chosen = newest_checkpoint(folder)
+        chosen = trusted_checkpoint(folder, _set_aside)
+        found = by_step(folder)
         if chosen is None:
             _require_never_saved(found)
         _move_aside(found, chosen)
@@ -122,16 +124,21 @@ def _move_aside(found: list[Path], chosen: Path | None) -> None:
         superseded = chosen is not None and path.name.endswith("-last") and path != chosen
         if is_marked(path) or path == chosen or (was_saved(path) and not superseded):
             continue
-        aside = path.parent.parent / ASIDE / path.name
-        aside.parent.mkdir(exist_ok=True)
-        number = 0
-        while aside.exists():
-            number += 1
-            aside = aside.with_name(f"{path.name}.{number}")
-        path.rename(aside)
         logger.warning(
             "%s is %s and was moved to %s",
             path,
             "older than the checkpoint to resume from" if superseded else "unfinished",
-            aside,
+            _set_aside(path),
         )
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Move a checkpoint to `checkpoints_aside` under a new name, and return its new place."""
+    aside = checkpoint.parent.parent / ASIDE / checkpoint.name
+    aside.parent.mkdir(exist_ok=True)
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = aside.with_name(f"{checkpoint.name}.{number}")
+    checkpoint.rename(aside)
+    return aside

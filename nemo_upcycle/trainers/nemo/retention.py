@@ -2,6 +2,7 @@
 
 # Do not postpone annotations here, and use Optional: NeMo-Run needs annotations to parse `log.ckpt.keep_every=5000`.
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,6 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.sources.checkpoints import by_step, is_complete_checkpoint, step_of
+from nemo_upcycle.sources.checksums import write_checksums
 
 
 LAST = "-last"
@@ -56,6 +58,18 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_end(trainer, pl_module)
+
+    def _get_finalize_save_checkpoint_callback(
+        self, trainer: pl.Trainer, filepath: str, global_step: int
+    ) -> Callable[[], None]:
+        """Return NeMo's end of a save, preceded by the checksums of the files that this rank has written."""
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def finish_with_checksums() -> None:
+            write_checksums(Path(ckpt_to_dir(filepath)), trainer.global_rank)
+            finish()
+
+        return finish_with_checksums
 
     def nemo_topk_check_previous_run(self) -> None:
         """Do nothing, because NeMo would treat every checkpoint without `-last` as one of the best checkpoints."""
