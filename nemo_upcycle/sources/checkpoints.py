@@ -12,6 +12,8 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import size_text
 
 
+#: Folder beside `checkpoints` whose content is never read again.
+ASIDE = "checkpoints_aside"
 #: While NeMo writes a checkpoint, an empty file with the checkpoint's name and this suffix lies beside it.
 UNFINISHED = "-unfinished"
 _STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
@@ -60,7 +62,7 @@ def is_complete_checkpoint(checkpoint: Path) -> bool:
     weights = checkpoint / "weights"
     if checkpoint.name.startswith("iter_"):
         weights = checkpoint
-        if not (weights / ".metadata").is_file() or (step_of(checkpoint) or 0) > _last_finished(checkpoint.parent):
+        if not (weights / ".metadata").is_file() or (step_of(checkpoint) or 0) > last_finished(checkpoint.parent):
             return False
     elif is_marked(checkpoint) or not was_saved(checkpoint) or not (weights / "common.pt").is_file():
         return False
@@ -71,7 +73,7 @@ def is_complete_checkpoint(checkpoint: Path) -> bool:
         return False
 
 
-def _last_finished(folder: Path) -> int:
+def last_finished(folder: Path) -> int:
     """Return the number of the last checkpoint that Megatron-LM or Bridge finished in a folder, or -1 without one."""
     try:
         return int((folder / _TRACKER).read_text(encoding="utf-8"))
@@ -101,6 +103,23 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step in a `checkpoints` folder, or None if there is none."""
     return next(filter(is_complete_checkpoint, reversed(by_step(folder))), None)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Move a checkpoint to the folder `checkpoints_aside` under a new name, and return its new place.
+
+    Example:
+        >>> set_aside(Path("runs/mine/pretrain/checkpoints/iter_0000005"))  # doctest: +SKIP
+        PosixPath('runs/mine/pretrain/checkpoints_aside/iter_0000005')
+    """
+    aside = checkpoint.parent.parent / ASIDE / checkpoint.name
+    aside.parent.mkdir(exist_ok=True)
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = aside.with_name(f"{checkpoint.name}.{number}")
+    checkpoint.rename(aside)
+    return aside
 
 
 def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.checkpoints import by_step, is_complete_checkpoint
@@ -45,11 +46,13 @@ def write_checksums(checkpoint: Path, rank: int) -> None:
     write_json(checkpoint / FOLDER / f"{rank}.json", sums)
 
 
-def wrong_files(checkpoint: Path) -> list[str]:
+def wrong_files(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """Return the names of the files whose content is not what was written; empty without checksums.
 
     Args:
         checkpoint: complete checkpoint.
+        rank: number of the caller, which checks one file in `ranks`.
+        ranks: number of callers.
 
     Raises:
         UpcycleError: a file of checksums is damaged.
@@ -57,27 +60,41 @@ def wrong_files(checkpoint: Path) -> list[str]:
     sums: dict[str, str] = {}
     for path in sorted((checkpoint / FOLDER).glob("*.json")):
         sums |= read_json(path)
-    weights = _weights(checkpoint)
+    weights, mine = _weights(checkpoint), sorted(sums)[rank::ranks]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: sha256_file(weights / name), sums)
-        pairs = zip(sums, track(found, f"check {checkpoint.name}", len(sums)), strict=True)
-        return [name for name, digest in pairs if digest != sums[name]]
+        found = pool.map(lambda name: sha256_file(weights / name), mine)
+        shown = track(found, f"check {checkpoint.name}", len(mine)) if rank == 0 and mine else found
+        return [name for name, digest in zip(mine, shown, strict=True) if digest != sums[name]]
 
 
-def trusted_checkpoint(folder: Path, set_aside: Callable[[Path], Path]) -> Path | None:
+def trusted_checkpoint(
+    folder: Path,
+    set_aside: Callable[[Path], Path],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Path | None:
     """Return the complete checkpoint with the highest step whose files are as written; None if there is no checkpoint.
+
+    Only the first rank lists the folder, because other ranks may see another state of it.
 
     Args:
         folder: `checkpoints` folder of a run.
         set_aside: function that moves a damaged checkpoint away, and returns its new place.
+        rank: this rank.
+        ranks: number of ranks that call this function together; each rank checks a part of the files.
+        gather: function that returns the values of all these ranks.
 
     Raises:
         CheckpointError: every complete checkpoint is damaged.
     """
+    names = [path.name for path in reversed(by_step(folder)) if rank == 0 and is_complete_checkpoint(path)]
     damaged: list[Path] = []
-    for checkpoint in filter(is_complete_checkpoint, reversed(by_step(folder))):
-        if not (wrong := wrong_files(checkpoint)):
-            for one in damaged:
+    for checkpoint in (folder / name for name in gather(names)[0]):
+        wrong = sorted({name for part in gather(wrong_files(checkpoint, rank, ranks)) for name in part})
+        if not wrong:
+            for one in damaged if rank == 0 else ():
                 logger.warning("%s is damaged and was moved to %s", one, set_aside(one))
             return checkpoint
         logger.warning("%s: %s differs from what was written", checkpoint, ", ".join(wrong))

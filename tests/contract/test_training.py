@@ -121,7 +121,6 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert differing(weights(killed), weights(whole)) == []
 
 
-@pytest.mark.skipif(IS_BRIDGE, reason="in Bridge, checkpoints have no checksums yet")
 def test_a_flipped_bit_sends_a_run_back_to_the_same_bits(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path
 ) -> None:

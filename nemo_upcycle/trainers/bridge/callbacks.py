@@ -16,6 +16,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
+from nemo_upcycle.trainers.bridge.run_folder import save_checksums
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
@@ -43,6 +44,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # first, so that a bad step is not logged
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
+    callbacks.append(Checksums())
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
         callbacks.append(Heartbeat())
     settings.callbacks = tuple(map(type, callbacks))  # type: ignore[attr-defined]  # see `require_callbacks`
@@ -97,6 +99,14 @@ class BridgeLossGuard(Callback):
             fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
             + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
         )
+
+
+class Checksums(Callback):
+    """Writes the checksums of the files that this rank has written, when a checkpoint is complete."""
+
+    def on_checkpoint_save(self, context: CallbackContext) -> None:
+        """Hash the files."""
+        save_checksums(context.state.cfg.checkpoint.save)
 
 
 class Heartbeat(Callback):

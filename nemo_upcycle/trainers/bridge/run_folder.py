@@ -7,11 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from megatron.bridge.training.utils.checkpoint_utils import file_exists, join_paths
 from megatron.core.msc_utils import MultiStorageClientFeature
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import UpcycleReceipt, read_receipt
+from nemo_upcycle.sources.checkpoints import last_finished, set_aside, step_of
+from nemo_upcycle.sources.checksums import trusted_checkpoint, write_checksums
 
 
 RECEIPT = "receipt.json"
@@ -64,6 +67,38 @@ def load_receipt(folder: str) -> dict[str, Any] | None:
         with MultiStorageClientFeature.import_package().open(path, "r") as file:
             copy.write_text(file.read(), encoding="utf-8")
         return read_receipt(copy)
+
+
+def load_trusted(checkpoint: Any) -> None:
+    """Let Bridge load an earlier checkpoint if files of the last one are damaged. All ranks of a run call this.
+
+    Args:
+        checkpoint: Bridge's configuration of checkpoints. Its `ckpt_step` is set if the last checkpoint is damaged.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
+    """
+    if checkpoint.ckpt_step is not None or _is_in_store(checkpoint.load):
+        return
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def gather(value: Any) -> list[Any]:
+        values = [None] * ranks
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    chosen = trusted_checkpoint(Path(checkpoint.load), set_aside, rank=rank, ranks=ranks, gather=gather)
+    if chosen and step_of(chosen) != last_finished(chosen.parent):
+        checkpoint.ckpt_step = step_of(chosen)
+
+
+def save_checksums(folder: str) -> None:
+    """Write the checksums of this rank's files in the checkpoint that Bridge has just finished."""
+    if _is_in_store(folder):
+        return
+    checkpoint = Path(folder) / f"iter_{last_finished(Path(folder)):07d}"  # training may be some steps further
+    if checkpoint.is_dir():
+        write_checksums(checkpoint, torch.distributed.get_rank())
 
 
 def _is_in_store(folder: str) -> bool:

@@ -40,7 +40,14 @@ from nemo_upcycle.trainers.bridge.model_changes import follow
 from nemo_upcycle.trainers.bridge.models import Origin
 from nemo_upcycle.trainers.bridge.node import UpcyclingConfig, architecture_at, folder_of
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
-from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
+from nemo_upcycle.trainers.bridge.run_folder import (
+    RECEIPT,
+    check_folder,
+    load_receipt,
+    load_trusted,
+    same_folder,
+    save_receipt,
+)
 from nemo_upcycle.trainers.bridge.settings import describe, mixed_precision_of, require_callbacks
 from nemo_upcycle.trainers.settings import check_masters
 from nemo_upcycle.utils.progress import show_messages
@@ -334,6 +341,8 @@ def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
     torch.distributed.broadcast_object_list(verdict)
     if isinstance(verdict[0], UpcycleError):
         raise verdict[0]
+    if verdict[0]:
+        load_trusted(config.checkpoint)
     return bool(verdict[0])
 
 

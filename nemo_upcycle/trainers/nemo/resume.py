@@ -14,13 +14,11 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.sources.checkpoints import by_step, is_marked, step_of, was_saved
+from nemo_upcycle.sources.checkpoints import by_step, is_marked, set_aside, step_of, was_saved
 from nemo_upcycle.sources.checksums import trusted_checkpoint
 
 
 logger = logging.getLogger(__name__)
-#: Folder beside `checkpoints` whose content is never read again.
-ASIDE = "checkpoints_aside"
 #: Key under which the first rank tells the others its choice, and the prefix that marks the value as an error.
 _CHOSEN, _ERROR = "nemo_upcycle/checkpoint", "error: "
 
@@ -61,7 +59,7 @@ class UpcycleResume(nl.AutoResume):
             # A checkpoint without a step in its name overwrites the checkpoint before it. If the new checkpoint
             # is unfinished, the training is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
-        chosen = trusted_checkpoint(folder, _set_aside)
+        chosen = trusted_checkpoint(folder, set_aside)
         found = by_step(folder)
         if chosen is None:
             _require_never_saved(found)
@@ -128,17 +126,5 @@ def _move_aside(found: list[Path], chosen: Path | None) -> None:
             "%s is %s and was moved to %s",
             path,
             "older than the checkpoint to resume from" if superseded else "unfinished",
-            _set_aside(path),
+            set_aside(path),
         )
-
-
-def _set_aside(checkpoint: Path) -> Path:
-    """Move a checkpoint to `checkpoints_aside` under a new name, and return its new place."""
-    aside = checkpoint.parent.parent / ASIDE / checkpoint.name
-    aside.parent.mkdir(exist_ok=True)
-    number = 0
-    while aside.exists():
-        number += 1
-        aside = aside.with_name(f"{checkpoint.name}.{number}")
-    checkpoint.rename(aside)
-    return aside

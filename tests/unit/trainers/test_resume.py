@@ -8,7 +8,8 @@ import pytest
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.trainers.nemo.resume import ASIDE, UpcycleResume
+from nemo_upcycle.sources.checkpoints import ASIDE
+from nemo_upcycle.trainers.nemo.resume import UpcycleResume
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_tokenizer
