@@ -91,7 +91,8 @@ def trusted_checkpoint(
     """
     names = [path.name for path in reversed(by_step(folder)) if rank == 0 and is_complete_checkpoint(path)]
     damaged: list[Path] = []
-    for checkpoint in (folder / name for name in gather(names)[0]):
+    for name in gather(names)[0]:
+        checkpoint = folder / str(name)
         wrong = sorted({name for part in gather(wrong_files(checkpoint, rank, ranks)) for name in part})
         if not wrong:
             for one in damaged if rank == 0 else ():
