@@ -90,7 +90,7 @@ def difference(model: Path, quantised: Path, tokens_BS: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Quantise, load the result, and print how far its logits are from those of the model."""
+    """Quantise a model, load the result, and print how much the logits have changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
@@ -102,7 +102,7 @@ def main() -> None:
     tokens_NS = [tokenizer(line)["input_ids"][:SEQUENCE] for line in lines]
     quantise(args.model, args.output, args.method, tokens_NS)
     error = difference(args.model, args.output, torch.tensor(tokens_NS[:1]))
-    print(f"Logits of {args.output} differ from those of {args.model} by {error:.2g} of their norm.")
+    print(f"The logits of {args.output} have changed by {error:.2g} of their norm.")
 
 
 if __name__ == "__main__":

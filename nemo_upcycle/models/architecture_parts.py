@@ -128,7 +128,7 @@ class Rope:
 
     @property
     def scales_in_layers(self) -> bool:
-        """Whether each layer computes its own frequencies, because Megatron's models cannot compute them."""
+        """Whether each layer computes its rotary frequencies itself, as Megatron's models cannot."""
         return self.local_rope_theta is not None or (self.rope_scaling or {}).get("rope_type") in ("yarn", "linear")
 
 

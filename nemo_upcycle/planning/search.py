@@ -350,7 +350,7 @@ def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
 
 
 def _speed(plan: LayoutEstimate) -> tuple[float, int]:
-    """Return the sort key of a plan: its time, then its context parallelism, of which less is simpler."""
+    """Return the sort key of a plan: the shorter time first, then the smaller context parallelism."""
     return plan.time.total, plan.layout.cp
 
 

@@ -93,7 +93,7 @@ def trusted_checkpoint(
     damaged: list[Path] = []
     for name in gather(names)[0]:
         checkpoint = folder / str(name)
-        wrong = sorted({name for part in gather(wrong_files(checkpoint, rank, ranks)) for name in part})
+        wrong = sorted({file for part in gather(wrong_files(checkpoint, rank, ranks)) for file in part})
         if not wrong:
             for one in damaged if rank == 0 else ():
                 logger.warning("%s is damaged and was moved to %s", one, set_aside(one))

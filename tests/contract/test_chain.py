@@ -244,7 +244,7 @@ if IS_BRIDGE:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", SEEING)
-def test_the_text_model_of_a_model_that_sees_goes_through_the_chain(tmp_path: Path, kind: str) -> None:
+def test_a_vision_language_models_text_goes_through_the_chain(tmp_path: Path, kind: str) -> None:
     write, hf_class = SEEING[kind]
     parent = put_around(write_tokenizer(write(tmp_path / "parent", vocab_size=259)), kind)
     write_blend(tmp_path / "blend", parent, texts=texts())

@@ -121,7 +121,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert differing(weights(killed), weights(whole)) == []
 
 
-def test_a_flipped_bit_sends_a_run_back_to_the_same_bits(
+def test_a_run_recovers_the_same_bits_from_a_damaged_checkpoint(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged"
