@@ -25,6 +25,7 @@ from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.chat_module import PackedChatModule
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
+from nemo_upcycle.data.skipped_samples import SkippedSamples
 from nemo_upcycle.sources.fetch import read_parent
 from nemo_upcycle.sources.find import Parent
 
@@ -40,6 +41,7 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
     seed: Optional[int] = None,  # noqa: UP045
     indices: Optional[str] = None,  # noqa: UP045
     skip_samples: Optional[int] = None,  # noqa: UP045
+    skipped: Optional[list[list[int]]] = None,  # noqa: UP045
 ) -> "BlendDataModule":
     """Return NeMo's pretraining data module over a finished folder of `nemo-upcycle data`.
 
@@ -60,6 +62,7 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
             blends may use it. None means `indices` in the data folder.
         skip_samples: sequences to skip at the start of the order. The starting model was already trained on these
             sequences, with the same seed.
+        skipped: ranges of sequences that a rewound run leaves out, counted after `skip_samples`; see `SkippedSamples`.
 
     Raises:
         UpcycleError: the folder is unfinished, damaged or made with another tokenizer, or a split is shorter than one
@@ -84,6 +87,7 @@ def blend_data(  # noqa: PLR0913 - started runs name its arguments
         pin_memory=torch.cuda.is_available(),
     )
     module.skip_samples, module.reads_demo = skip_samples or 0, folder is None and blend == DEMO
+    module.skipped = SkippedSamples.of(skipped or ())
     return module
 
 
@@ -91,6 +95,7 @@ class BlendDataModule(PreTrainingDataModule):
     """The data module that `blend_data` returns: it reads epoch by epoch, and rebuilds damaged index files."""
 
     skip_samples = 0
+    skipped = SkippedSamples()
     reads_demo = False
     _train_ds: Any  # set by NeMo
 
@@ -129,13 +134,14 @@ class BlendDataModule(PreTrainingDataModule):
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # whole epochs require data without weights
-        steps += -(-self.skip_samples // self.global_batch_size)
+        steps += -(-(self.skip_samples + self.skipped.count) // self.global_batch_size)
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:
             self.dataset_cls = EpochDataset
             super().build(steps, steps + 1, trainer_limit_val_batches, trainer_limit_test_batches)  # one validation
         if self.skip_samples:
             self._train_ds = Subset(self._train_ds, range(self.skip_samples, len(self._train_ds)))
+        self._train_ds = self.skipped.left_in(self._train_ds)
 
 
 def mock_tokenizer(dense: str) -> NullTokenizer:

@@ -14,11 +14,12 @@ from nemo_upcycle.data.blend_samples import clamp_interval
 from nemo_upcycle.data.chat.build_chat import cached_chat
 from nemo_upcycle.data.chat.finished import PACKING, PACKS, FinishedChat, open_chat
 from nemo_upcycle.data.finished import TOKENIZER
+from nemo_upcycle.data.skipped_samples import SkippedSamples
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-def chat_data(
+def chat_data(  # noqa: PLR0913 - started runs name its arguments
     dense: str,
     folder: Optional[str] = None,  # noqa: UP045
     chat: Optional[str] = None,  # noqa: UP045
@@ -27,6 +28,7 @@ def chat_data(
     global_batch_size: int = 128,
     num_workers: int = 8,
     seed: Optional[int] = None,  # noqa: UP045
+    skipped: Optional[list[list[int]]] = None,  # noqa: UP045
 ) -> "PackedChatModule":
     """Return NeMo's data module for fine-tuning over a finished folder of `nemo-upcycle chat`.
 
@@ -44,6 +46,7 @@ def chat_data(
         global_batch_size: packs in a step, over all ranks.
         num_workers: data-loading processes per rank.
         seed: seed of the order of the packs; None uses the seed in the manifest.
+        skipped: ranges of packs that a rewound run leaves out; see `SkippedSamples`.
 
     Raises:
         UpcycleError: the folder is unfinished, damaged, has packs of another length, or was made with another
@@ -62,7 +65,7 @@ def chat_data(
         packed_val_data_path=validation,
         packed_metadata_path=str(finished.folder / PACKING),
     )
-    return PackedChatModule(
+    module = PackedChatModule(
         dataset_root=str(finished.folder),
         seq_length=seq_length,
         tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
@@ -74,10 +77,14 @@ def chat_data(
         packed_sequence_specs=specs,
         dataset_kwargs={"pad_to_max_length": True},  # pipeline stages and FP8 need packs of one length
     )
+    module.skipped = SkippedSamples.of(skipped or ())
+    return module
 
 
 class PackedChatModule(FineTuningDataModule):
     """The data module that `chat_data` returns. Resumed runs continue at the next pack. Validation uses all packs."""
+
+    skipped = SkippedSamples()
 
     @property
     def chat(self) -> FinishedChat:
@@ -93,9 +100,13 @@ class PackedChatModule(FineTuningDataModule):
         """
         clamp_interval(self.trainer)
         super().setup(stage)
-        self.max_train_samples = (2 * self.trainer.max_steps + 1) * self.global_batch_size
+        self.max_train_samples = (2 * self.trainer.max_steps + 1) * self.global_batch_size + self.skipped.count
         if is_first_rank():
             show_messages().info("%s", self.chat.describe(self.trainer.max_steps, self.global_batch_size))
+
+    def _create_dataloader(self, dataset: Any, mode: str, **kwargs: Any) -> Any:
+        packs = self.skipped.left_in(dataset) if mode == "train" else dataset
+        return super()._create_dataloader(packs, mode, **kwargs)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation packs, filled up to whole batches, because NeMo drops an incomplete batch."""

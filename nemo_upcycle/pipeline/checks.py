@@ -24,6 +24,7 @@ from nemo_upcycle.pipeline.executors.site_file import CLUSTERS
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_work
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.find import Parent, is_configuration
@@ -66,10 +67,12 @@ class OwnChecks:
     Args:
         first: checks that need no other check before them.
         then: checks that need correct inputs and recipes.
+        rewind: request to rewind a training, or None.
     """
 
     first: Iterable[Callable[[], object]] = ()
     then: Iterable[Callable[[], object]] = ()
+    rewind: Rewind | None = None
 
 
 def check_work(
@@ -110,7 +113,7 @@ def check_work(
     no_parent = failures([lambda: parent.configured] if reads_dense else [])
     wrong = [*failures(folders), *no_parent, *failures(data), *failures(own.first)]
     if not wrong:
-        wrong = failures([partial(check_started, run_dir, plan), *own.then])
+        wrong = failures([partial(check_started, run_dir, plan, own.rewind), *own.then])
     lacking: list[UpcycleError] = []
     if storage and reads_dense and not wrong:
         lacking += failures([lambda: parent.whole])
@@ -156,7 +159,14 @@ def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network:
 
 
 def check_run(
-    run_dir: Path, plan: RunPlan, stages: Sequence[Stage], cluster: Cluster | None, *, detach: bool, shown: bool
+    run_dir: Path,
+    plan: RunPlan,
+    stages: Sequence[Stage],
+    cluster: Cluster | None,
+    *,
+    detach: bool,
+    shown: bool,
+    rewind: Rewind | None = None,
 ) -> Findings:
     """Check a run of the pipeline; see `check_work`.
 
@@ -167,10 +177,12 @@ def check_run(
         cluster: scheduler that runs the stages; None for this machine.
         detach: whether the launcher leaves without waiting for the jobs.
         shown: whether the run is only shown, by a dry run or `--render`.
+        rewind: request to rewind a training, or None.
     """
     inputs = plan.inputs
+    rewound = rewind.stage if rewind else ""
     is_known = not failures(partial(training.check, name) for name, training in plan.trainings.items())
-    left = [stage.name for stage in stages if not (is_known and _is_done(stage, run_dir, plan))]
+    left = [one.name for one in stages if one.name == rewound or not (is_known and _is_done(one, run_dir, plan))]
     fetches = cluster is None and not shown and "import" in left
     trainings = plan.trainings.items()
     own: list[Callable[[], object]] = [
@@ -188,7 +200,7 @@ def check_run(
         plan,
         stages,
         cluster,
-        OwnChecks(first=own, then=then),
+        OwnChecks(first=own, then=then, rewind=rewind),
         places={name: name for name in plan.trainings if name in left},
         starting=[stage.name for stage in plan.stages],
         shown=shown,
@@ -262,8 +274,13 @@ def _check_suite(inputs: Inputs) -> None:
     check_needs([] if config.local else list(config.tasks), config.files)
 
 
-def check_started(run_dir: Path, plan: WorkPlan) -> None:
+def check_started(run_dir: Path, plan: WorkPlan, rewind: Rewind | None = None) -> None:
     """Check that work in a folder was started from the same inputs, before other stages run for hours.
+
+    Args:
+        run_dir: the run's folder.
+        plan: plan of the run.
+        rewind: request to rewind a training, whose settings may differ; or None.
 
     Raises:
         UpcycleError: resumable stages were started from other inputs, or the folder belongs to another kind of run or
@@ -274,7 +291,8 @@ def check_started(run_dir: Path, plan: WorkPlan) -> None:
         raise UpcycleError(
             f"Folder {run_dir}", kind="state", got=f"is {kind.kind}, not {plan.kind}", fix="choose another dir"
         )
-    require_same_work(run_dir, plan)
+    starts_branch = rewind and rewind.branch(run_dir, plan)
+    require_same_work(run_dir, plan, rewind.stage if rewind and starts_branch else "")
 
 
 def _require_own(run_dir: Path, plan: WorkPlan) -> None:

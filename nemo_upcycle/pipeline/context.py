@@ -30,7 +30,14 @@ from nemo_upcycle.utils.attributes import temporarily_set
 
 
 #: Argument that each option of the pipeline sets.
-OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
+OPTIONS = {
+    "--from": "from_stage",
+    "--until": "until_stage",
+    "--only": "only_stage",
+    "--render": "render",
+    "--rewind": "rewind",
+    "--skip-steps": "skip_steps",
+}
 
 
 class CheckedContext(run.cli.RunContext):
@@ -238,7 +245,8 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
             continue
         given = value if equals else next(rest, "")
         if not given or given.startswith("-"):
-            example = {"--render": "FOLDER", "--grid": "laptop"}.get(option, "data")
+            examples = {"--render": "FOLDER", "--grid": "laptop", "--rewind": "9000", "--skip-steps": "9400:9460"}
+            example = examples.get(option, "data")
             raise UpcycleError(option, kind="missing", got="has no value", fix=f"write {option} {example}")
         arguments.append(f"{options[option]}={given}")
     return arguments

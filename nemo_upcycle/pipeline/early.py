@@ -15,6 +15,7 @@ from nemo_upcycle.pipeline.answers import of_another_trainer
 from nemo_upcycle.pipeline.context import OPTIONS, pipeline_arguments
 from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.parser import command_options
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.recipes import known_recipes
 
 
@@ -34,6 +35,7 @@ def refuse_early(words: Sequence[str]) -> None:
             raise UpcycleError.unknown("option", name, options)
     given = dict(word.partition("=")[::2] for word in pipeline_arguments(words))
     chosen_stages(given.get("from_stage"), given.get("until_stage"), given.get("only_stage"))
+    Rewind.read(given.get("rewind"), given.get("skip_steps"))
     factory = given.get("--factory") or next(
         (after for word, after in itertools.pairwise(words) if word in ("--factory", "-f")), ""
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,9 @@ from nemo_upcycle.pipeline.executors.site_file import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, hopeless
 from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched
-from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan
+from nemo_upcycle.pipeline.order import kind_of, read_plan
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
+from nemo_upcycle.pipeline.rewind import REWIND, Rewind
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
@@ -50,10 +51,9 @@ def launch_chain(
     dir: str,
     plan: RunPlan,
     *,
-    first: str | None = None,
-    last: str | None = None,
-    only: str | None = None,
+    stages: Sequence[Stage],
     render: str | None = None,
+    rewind: Rewind | None = None,
     wrong: Sequence[UpcycleError] = (),
 ) -> None:
     """Check a run of the chain, show its forecast, and submit or run its stages.
@@ -62,10 +62,9 @@ def launch_chain(
         ctx: NeMo-Run's context of the command.
         dir: the run's folder, as typed.
         plan: plan of the run, with paths as typed.
-        first: name of the first stage, or None.
-        last: name of the last stage, or None.
-        only: name of the only stage, in place of first and last.
+        stages: the chain or a part of it, in order.
         render: folder for the files that would be submitted; if given, nothing is submitted.
+        rewind: request to rewind a training, or None.
         wrong: mistakes that the command itself has found.
 
     Raises:
@@ -75,14 +74,20 @@ def launch_chain(
     run_dir = Path(dir).expanduser().absolute()
     folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
     plan = replace(plan, **folders, evaluation=absolute_argument(plan.evaluation))
-    stages = chosen_stages(first, last, only)
     cluster, shown = cluster_for(ctx.executor), bool(ctx.dryrun or render)
     with ended_by_ctrl_c():
         wrong = [*wrong, *failures([partial(require_local, "dir", dir), partial(_check_render, render, cluster)])]
-        found = check_run(run_dir, plan, stages, cluster, detach=ctx.detach, shown=shown)
+        wrong += failures([partial(_check_rewind, rewind, stages, render)])
+        found = check_run(run_dir, plan, stages, cluster, detach=ctx.detach, shown=shown, rewind=rewind)
     if wrong or found.wrong:
         raise UpcycleError.together([*wrong, *found.all])
-    expected, jobs = _forecast(ctx, stages, run_dir, plan, cluster, found), found.jobs
+    start_branch = None
+    if rewind and (branch := rewind.branch(run_dir, plan)):
+        start_branch = partial(rewind.start, branch, run_dir, plan)
+    elif rewind:
+        sys.stderr.write(f"{rewind.stage} was already rewound to step {rewind.step} in this way, and continues.\n")
+        rewind = None
+    expected, jobs = _forecast(ctx, stages, run_dir, plan, cluster, found, rewind), found.jobs
     if ctx.dryrun and not render:
         sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
         if expected.problems or expected.misfits:
@@ -98,7 +103,8 @@ def launch_chain(
         return
     if not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
-    if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
+    is_confirmed = launch(ctx, run_dir, plan, jobs, forecast=expected, start_branch=start_branch)
+    if is_confirmed and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         made, verdict = report.read_text(encoding="utf-8").split("\n\n")[1:3]
         sys.stdout.write(f"\n{made}\n{verdict}\n\nReport: {report.with_suffix('.html')}\n")
@@ -112,13 +118,29 @@ def _check_render(render: str | None, cluster: Cluster | None) -> None:
     require_local("--render", render or "")
 
 
+def _check_rewind(rewind: Rewind | None, stages: Sequence[Stage], render: str | None) -> None:
+    """Check that a training that is to be rewound also runs."""
+    if rewind and render:
+        fix = "omit one of them"
+        raise UpcycleError(REWIND, kind="refused", got="changes the run, which --render must not do", fix=fix)
+    if rewind and rewind.stage not in [stage.name for stage in stages]:
+        fix = f"omit --from, --until and --only, or let them include {rewind.stage}"
+        raise UpcycleError(REWIND, kind="refused", got=f"rewinds {rewind.stage}, which would not run", fix=fix)
+
+
 def _forecast(
-    ctx: Any, stages: Sequence[Stage], run_dir: Path, plan: RunPlan, cluster: Cluster | None, found: Findings
+    ctx: Any,
+    stages: Sequence[Stage],
+    run_dir: Path,
+    plan: RunPlan,
+    cluster: Cluster | None,
+    found: Findings,
+    rewind: Rewind | None,
 ) -> Forecast:
     """Forecast a checked run, and add all problems that the checks and the forecast itself found."""
     shown = cluster and cluster.masked()
     try:
-        expected = forecast(stages, run_dir, plan, shown, found.jobs, ctx.typed)
+        expected = forecast(stages, run_dir, plan, shown, found.jobs, ctx.typed, rewind)
     except Exception:
         if not found.lacking:
             raise
@@ -135,6 +157,7 @@ def launch(
     *,
     forecast: Forecast | None = None,
     at_once: int = 1,
+    start_branch: Callable[[], None] | None = None,
 ) -> bool:
     """Submit the jobs of a checked run, or run them here.
 
@@ -145,6 +168,7 @@ def launch(
         jobs: jobs to run.
         forecast: forecast of the run, for the check of disk space; if None, the disk space is not checked.
         at_once: jobs that may run at the same time on this machine.
+        start_branch: function that rewinds a training; None if nothing is rewound.
 
     Returns:
         Whether the user confirmed. If so, the stages are done or submitted.
@@ -163,6 +187,9 @@ def launch(
     with in_use(run_dir):  # the run's stages read the plan, so no other run may change the plan
         own_plan, copies = plan.with_copies(run_dir)
         _require_no_other_jobs(chain, run_dir, own_plan)
+        if start_branch:
+            _require_no_jobs(chain, run_dir)
+            start_branch()
         _write_plan(run_dir, own_plan, copies)
         (run_dir / COMMAND).write_text(f"{CommandLine.typed().anywhere()}\n", encoding="utf-8")
         _write_recipes(run_dir, own_plan)
@@ -221,6 +248,17 @@ def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -
             kind="state",
             got=f"has jobs in the queue that were submitted with other arguments ({_listed(alive)})",
             fix="cancel these jobs, give their arguments again to watch them, or choose another dir",
+        )
+
+
+def _require_no_jobs(chain: Chain | None, run_dir: Path) -> None:
+    """Check that no job of a run waits or runs, before the run is rewound."""
+    if chain and (alive := chain.alive()):
+        raise UpcycleError(
+            f"Folder {run_dir}",
+            kind="state",
+            got=f"has jobs in the queue ({_listed(alive)}), and a run cannot be rewound meanwhile",
+            fix="cancel these jobs, or wait until they end",
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
+from nemo_upcycle.trainers.lineage import read_branches
 from nemo_upcycle.trainers.settings import by_class, free_settings
 from nemo_upcycle.utils.files import CHANGES, ENDED, MARKER, STARTED, read_json, write_json
 from nemo_upcycle.utils.nested import flat
@@ -177,6 +178,8 @@ class StageFolder:
             settings: `setting_texts` of the stage itself and of each stage that it reads, by the stage's name.
         """
         inputs = dict(settings[self.name])
+        if branches := read_branches(self.path)[1:]:
+            inputs[f"{SETTING}{self.name} branches"] = "; ".join(branch.describe() for branch in branches)
         for before in self.reads:
             inputs[STAGE + before] = settings_hash(settings[before])
             if content := StageFolder(self.run_dir, before).content:

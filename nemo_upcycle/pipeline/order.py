@@ -9,6 +9,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.markers import require_same
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
+from nemo_upcycle.pipeline.rewind import require_moved
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 
 
@@ -102,15 +103,21 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
                 ) from None
 
 
-def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
+def require_same_work(run_dir: Path, plan: WorkPlan, rewound: str = "") -> None:
     """Check that resumable stages would resume with the inputs with which their work was started.
 
+    Args:
+        run_dir: the run's folder.
+        plan: plan of the run.
+        rewound: name of a stage that will be rewound, which has its own check.
+
     Raises:
-        StageError: some work has other inputs, or a note of a start is damaged.
+        UpcycleError: some work has other inputs, a note of a start is damaged, or a rewind was interrupted.
     """
-    require_same(
-        {stage.folder(run_dir, plan): stage.inputs(run_dir, plan) for stage in plan.stages if stage.resumable}
-    )
+    stages = [stage for stage in plan.stages if stage.resumable and stage.name != rewound]
+    for stage in stages:
+        require_moved(stage.folder(run_dir, plan).path)
+    require_same({stage.folder(run_dir, plan): stage.inputs(run_dir, plan) for stage in stages})
 
 
 def finished(run_dir: Path, plan: WorkPlan) -> list[str]:

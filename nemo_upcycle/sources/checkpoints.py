@@ -9,16 +9,20 @@ from pathlib import Path
 
 from nemo_upcycle.errors import CheckpointError, StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.files import size_text, whole_file
 
 
 #: Folder beside `checkpoints` whose content is never read again.
 ASIDE = "checkpoints_aside"
 #: While NeMo writes a checkpoint, an empty file with the checkpoint's name and this suffix lies beside it.
 UNFINISHED = "-unfinished"
+#: Suffix of the name of NeMo's last checkpoint.
+LAST = "-last"
 _STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
 #: File in which Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
 _TRACKER = "latest_checkpointed_iteration.txt"
+#: File of Bridge with the counters of a training, in each checkpoint and, with the prefix `latest_`, beside them.
+_TRAIN_STATE = "train_state.pt"
 #: While the first checkpoint is written, its size is unknown. The disk then counts as full if it has less free space
 #: than this (bytes).
 _LITTLE_BYTES = 16 * 2**20
@@ -120,6 +124,25 @@ def set_aside(checkpoint: Path) -> Path:
         aside = aside.with_name(f"{checkpoint.name}.{number}")
     checkpoint.rename(aside)
     return aside
+
+
+def make_last(checkpoint: Path) -> None:
+    """Name a kept checkpoint as the last one of its run, as it was named when it was written.
+
+    NeMo's last checkpoint has the suffix `-last`. Bridge writes the last checkpoint's number and training state beside
+    the checkpoints.
+
+    Args:
+        checkpoint: complete checkpoint without later checkpoints beside it.
+    """
+    if not checkpoint.name.startswith("iter_"):
+        if not checkpoint.name.endswith(LAST):
+            checkpoint.rename(checkpoint.with_name(checkpoint.name + LAST))
+        return
+    with whole_file(checkpoint.with_name(f"latest_{_TRAIN_STATE}")) as aside:
+        shutil.copyfile(checkpoint / _TRAIN_STATE, aside)
+    with whole_file(checkpoint.with_name(_TRACKER)) as aside:
+        aside.write_text(str(step_of(checkpoint)), encoding="utf-8")
 
 
 def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:

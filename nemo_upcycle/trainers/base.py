@@ -14,7 +14,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.facts import TrainingFacts
-from nemo_upcycle.trainers.settings import STEPS, by_class, free_settings, step0_settings
+from nemo_upcycle.trainers.settings import STEPS, by_class, free_settings, is_named, step0_settings
 
 
 #: Environment variable that `ft_launcher` sets for the ranks that it watches: the socket of the watching process.
@@ -53,8 +53,7 @@ class TrainingSettings:
         paths = by_class(values).items()
 
         def named(names: tuple[str, ...]) -> dict[str, str]:
-            begun = tuple(one for one in names if one.endswith("."))
-            return {name: values[name] for name, path in paths if path in names or path.startswith(begun)}
+            return {name: values[name] for name, path in paths if is_named(path, names)}
 
         others = named((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}

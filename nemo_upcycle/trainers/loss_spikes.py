@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import deque
 from pathlib import Path
 
+from nemo_upcycle.trainers.metrics_file import METRICS, append_line
 from nemo_upcycle.trainers.settings import LR
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.progress import show_messages
@@ -51,8 +51,7 @@ class LossSpikes:
         if folder:
             show_messages().warning("step %d: loss spike: %.4f, above %.4f", step, loss, limit)
             line = {"step": step, "loss_spike": round(loss, 6), "limit": round(limit, 6)}
-            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line) + "\n")
+            append_line(folder / METRICS, line)
         return limit
 
     def limit(self) -> float | None:

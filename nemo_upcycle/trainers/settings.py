@@ -35,6 +35,7 @@ class Setting(NamedTuple):
         shown: whether people look at the setting.
         free: whether the result does not depend on the setting, so that it may change in a run that has started.
         step0: whether the step-0 check depends on the setting.
+        rewind: whether the setting may change when a run is rewound, although the result depends on it.
     """
 
     nemo: str
@@ -44,6 +45,7 @@ class Setting(NamedTuple):
     shown: bool = False
     free: bool = False
     step0: bool = False
+    rewind: bool = False
 
     def of(self, trainer: str) -> str:
         """Return the setting's name in a trainer.
@@ -75,12 +77,12 @@ def _strategy(name: str, size: str, *, shown: bool = False) -> Setting:
     return Setting(f"trainer.strategy.{name}", f"model.{name}", size=size, shown=shown, free=True)
 
 
-def _model(name: str, rule: Rule | None = None, *, shown: bool = False) -> Setting:
-    return Setting(f"model.config.{name}", f"model.{name}", rule, shown=shown)
+def _model(name: str, rule: Rule | None = None, *, shown: bool = False, rewind: bool = False) -> Setting:
+    return Setting(f"model.config.{name}", f"model.{name}", rule, shown=shown, rewind=rewind)
 
 
-def _optimizer(name: str, rule: Rule) -> Setting:
-    return Setting(f"optim.config.{name}", f"optimizer.{name}", rule)
+def _optimizer(name: str, rule: Rule, *, rewind: bool = False) -> Setting:
+    return Setting(f"optim.config.{name}", f"optimizer.{name}", rule, rewind=rewind)
 
 
 def _callback(nemo: str, bridge: str, rule: Rule | None = None) -> Setting:
@@ -105,8 +107,9 @@ SEQUENCE = Setting("data.seq_length", "dataset.seq_length", _from(1), "seq_lengt
 MICRO_BATCH = Setting("data.micro_batch_size", "train.micro_batch_size", _from(1), "micro_batch", shown=True)
 CONTEXT = _strategy("context_parallel_size", "cp", shown=True)
 WARMUP = Setting("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters", _from(0), shown=True)
-LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True)
-MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True)
+LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True, rewind=True)
+MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True, rewind=True)
+SCHEDULE = Setting("optim.lr_scheduler.", "scheduler.", rewind=True)
 SAVE_EVERY = Setting("log.ckpt.every_n_train_steps", "checkpoint.save_interval", _from(1), shown=True, free=True)
 FP8_RECIPE = Setting("trainer.plugins.fp8_recipe", "", size="precision")
 SETTINGS: tuple[Setting, ...] = (
@@ -119,6 +122,7 @@ SETTINGS: tuple[Setting, ...] = (
     SEQUENCE,
     LR,
     MIN_LR,
+    SCHEDULE,
     WARMUP,
     Setting("optim.lr_scheduler.constant_steps", "", _from(0)),
     Setting("", "scheduler.lr_decay_style", shown=True),
@@ -148,7 +152,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("trainer.plugins.precision", "", shown=True),
     FP8_RECIPE,
     Setting("", "mixed_precision", size="precision"),
-    _model("moe_expert_capacity_factor", shown=True),
+    _model("moe_expert_capacity_factor", shown=True, rewind=True),
     _model("moe_pad_expert_input_to_capacity", shown=True),
     _model("recompute_granularity", shown=True),
     _model("recompute_modules", shown=True),
@@ -157,16 +161,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
-    _model("moe_aux_loss_coeff", _RATES),
-    _model("moe_z_loss_coeff", _RATE),
-    _model("moe_router_bias_update_rate", _RATE),
-    Setting("", "model.moe_router_quantile_balancing_ema", _SHARE),
+    _model("moe_aux_loss_coeff", _RATES, rewind=True),
+    _model("moe_z_loss_coeff", _RATE, rewind=True),
+    _model("moe_router_bias_update_rate", _RATE, rewind=True),
+    Setting("", "model.moe_router_quantile_balancing_ema", _SHARE, rewind=True),
     Setting("model.config.moe_router_topk", "model.moe_router_topk", size="top_k"),
     Setting(
         "model.config.moe_router_padding_for_fp8", "model.moe_router_padding_for_quantization", size="router_padding"
     ),
     Setting("optim.config.optimizer", "", _one_of("adam", "sgd")),
-    *(_optimizer(name, _RATE) for name in ("weight_decay", "clip_grad")),
+    *(_optimizer(name, _RATE, rewind=True) for name in ("weight_decay", "clip_grad")),
     *(_optimizer(name, _SHARE) for name in ("adam_beta1", "adam_beta2")),
     SAVE_EVERY,
     Setting("log.ckpt.keep_last", "", _from(1), shown=True),
@@ -204,6 +208,16 @@ def free_settings(trainer: str) -> tuple[str, ...]:
 def step0_settings(trainer: str) -> tuple[str, ...]:
     """Return the names of the settings that the step-0 check depends on."""
     return tuple(name for row in SETTINGS if row.step0 and (name := row.of(trainer)))
+
+
+def rewind_settings(trainer: str) -> tuple[str, ...]:
+    """Return the names of the settings that may change when a run is rewound."""
+    return tuple(name for row in SETTINGS if row.rewind and (name := row.of(trainer)))
+
+
+def is_named(path: str, names: Iterable[str]) -> bool:
+    """Return whether a setting's path is one of these names, or begins with a name that ends with a dot."""
+    return any(path == name or (name.endswith(".") and path.startswith(name)) for name in names)
 
 
 def sizes_of(trainer: str) -> dict[str, str]:

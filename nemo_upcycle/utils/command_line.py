@@ -17,10 +17,10 @@ from nemo_upcycle.utils.masking import masked_text, without_secrets
 
 #: The file in a run's folder that holds the typed command.
 COMMAND = "command.txt"
-#: Options that select a part of the chain, show the chain or confirm its start -> whether a value follows the option.
+#: Options that select a part of the chain, show it, rewind it or confirm its start -> whether a value follows.
 _OF_A_PART = {
-    **dict.fromkeys(("--from", "--until", "--only", "--render"), True),
-    **dict.fromkeys(("from_stage", "until_stage", "only_stage", "render"), True),
+    **dict.fromkeys(("--from", "--until", "--only", "--render", "--rewind", "--skip-steps"), True),
+    **dict.fromkeys(("from_stage", "until_stage", "only_stage", "render", "rewind", "skip_steps"), True),
     **dict.fromkeys(("--dryrun", "-d", "--yes", "-y"), False),
 }
 

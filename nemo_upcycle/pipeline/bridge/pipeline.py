@@ -15,6 +15,8 @@ from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
+from nemo_upcycle.pipeline.order import chosen_stages
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.hardware import known_gpu
 from nemo_upcycle.planning.recipe_table import KnownRecipe, job_of
@@ -60,6 +62,8 @@ def pipeline(
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
     render: Optional[str] = None,
+    rewind: Optional[str] = None,
+    skip_steps: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
 
@@ -86,6 +90,9 @@ def pipeline(
         only_stage: `--only STAGE`: the only stage to run.
         render: `--render FOLDER`: write everything that would be submitted to FOLDER, and submit nothing; needs no
             cluster.
+        rewind: `--rewind STEP`: continue the training from its kept checkpoint after this step, with settings that may
+            then change: rates, schedule, weight decay, clipping, balancing. `--rewind dense_ct:STEP` for the baseline.
+        skip_steps: `--skip-steps FIRST:LAST`: with `--rewind`, leave out the samples of these steps, both included.
 
     Raises:
         UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
@@ -111,7 +118,8 @@ def pipeline(
     read = DEMO if data is None else data
     plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge")
     wrong = failures([partial(check_demo_data, plan)]) if data is None else []
-    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render, wrong=wrong)
+    stages, back = chosen_stages(from_stage, until_stage, only_stage), Rewind.read(rewind, skip_steps)
+    launch_chain(ctx, dir, plan, stages=stages, render=render, rewind=back, wrong=wrong)
 
 
 def training_of(

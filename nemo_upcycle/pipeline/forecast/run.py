@@ -18,6 +18,7 @@ from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_net
 from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import is_complete, size_text
 from nemo_upcycle.utils.masking import without_secrets
@@ -113,6 +114,7 @@ def forecast(
     cluster: Cluster | None,
     jobs: Sequence[Job],
     typed: Mapping[str, str] | None = None,
+    rewind: Rewind | None = None,
 ) -> Forecast:
     """Forecast a run: its stages, memory, time, cost and disk. Write nothing, and ask no cluster or network.
 
@@ -124,13 +126,14 @@ def forecast(
             `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: jobs of the stages.
         typed: value of each typed argument or setting.
+        rewind: request to rewind a training, or None.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else None
     by_name, facts = {job.name: job for job in jobs}, plan.facts
-    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name)
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, rewind)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
         stage.name: forecast_training(known, stage, executor, _restart_s(by_name[stage.name]))

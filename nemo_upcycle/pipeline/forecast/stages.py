@@ -11,6 +11,7 @@ from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job, SaveLimit
 from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
 from nemo_upcycle.pipeline.plan import Stage
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
@@ -92,6 +93,7 @@ def forecast_stages(
     plan: RunPlan,
     cluster: Cluster | None,
     jobs: Mapping[str, Job],
+    rewind: Rewind | None = None,
 ) -> tuple[StageForecast, ...]:
     """Forecast what will happen to each stage.
 
@@ -101,10 +103,11 @@ def forecast_stages(
         plan: plan of the run.
         cluster: scheduler of the stages; None for this machine.
         jobs: job of each stage, by stage.
+        rewind: request to rewind a training, or None.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:
-        findings[stage.name] = find(stage, run_dir, plan, findings)
+        findings[stage.name] = find(stage, run_dir, plan, findings, rewind)
     return tuple(_stage_forecast(findings[stage.name], jobs[stage.name], cluster) for stage in stages)
 
 
@@ -126,7 +129,9 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None) -> Stag
     )
 
 
-def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Finding]) -> Finding:
+def find(
+    stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Finding], rewind: Rewind | None = None
+) -> Finding:
     """Forecast what will happen to a stage.
 
     Args:
@@ -134,8 +139,12 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         run_dir: the run's folder.
         plan: plan of the run.
         before: forecast of each earlier stage, by stage; an earlier stage without a forecast is done.
+        rewind: request to rewind a training, or None.
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
+    if rewind and rewind.stage == stage.name:
+        checkpoint = rewind.checkpoint(folder.path)
+        return Finding(State.RESUME, f"rewound to the checkpoint after step {rewind.step:,}", checkpoint)
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
     for name in again:  # the stage's results are unknown until it has run
         inputs.pop(CONTENT + name, None)

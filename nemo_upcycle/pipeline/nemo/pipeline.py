@@ -16,6 +16,8 @@ from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.launch import launch_chain
+from nemo_upcycle.pipeline.order import chosen_stages
+from nemo_upcycle.pipeline.rewind import Rewind
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
@@ -45,6 +47,8 @@ def pipeline(
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
     render: Optional[str] = None,
+    rewind: Optional[str] = None,
+    skip_steps: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
 
@@ -65,6 +69,9 @@ def pipeline(
         only_stage: `--only STAGE`: the only stage to run.
         render: `--render FOLDER`: write everything that would be submitted to FOLDER, and submit nothing; needs no
             cluster.
+        rewind: `--rewind STEP`: continue the training from its kept checkpoint after this step, with settings that may
+            then change: rates, schedule, weight decay, clipping, balancing. `--rewind dense_ct:STEP` for the baseline.
+        skip_steps: `--skip-steps FIRST:LAST`: with `--rewind`, leave out the samples of these steps, both included.
 
     Raises:
         UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
@@ -74,8 +81,8 @@ def pipeline(
     plan = RunPlan(pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings)
     wrong = [*_ignored(ctx, {"pretrain": pretrain, "dense_ct": dense_ct})]
     wrong += failures([partial(check_demo_data, plan)]) if data is None else []
-    part = {"first": from_stage, "last": until_stage, "only": only_stage}
-    launch_chain(ctx, dir, plan, **part, render=render, wrong=wrong)
+    stages, back = chosen_stages(from_stage, until_stage, only_stage), Rewind.read(rewind, skip_steps)
+    launch_chain(ctx, dir, plan, stages=stages, render=render, rewind=back, wrong=wrong)
 
 
 def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator[UpcycleError]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from nemo_upcycle.data.blend_samples import index_folder, log_tokens_read, whole_indices
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, open_blend
+from nemo_upcycle.data.skipped_samples import SkippedSamples
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,7 @@ class BlendDataset(DatasetProvider):
         seed: seed of the order of the sequences; None: the manifest's seed.
         indices: folder, shared by all nodes, in which the first rank writes the order of the samples; None: `indices`
             in the data folder.
+        skipped: ranges of sequences that a rewound run leaves out; see `SkippedSamples`.
 
     Example:
         >>> config.dataset = BlendDataset(folder="data/mine", seq_length=8192)  # doctest: +SKIP
@@ -41,6 +43,7 @@ class BlendDataset(DatasetProvider):
     seq_length: int
     seed: int | None = None
     indices: str | None = None
+    skipped: list[list[int]] = field(default_factory=list)
     dataloader_type: Any = "single"
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
@@ -70,7 +73,8 @@ class BlendDataset(DatasetProvider):
             create_attention_mask=False,  # attention is causal
         )
         # Build samples for one more step, because a finished run that is started again must find samples.
-        wanted = [context.train_samples + batch, once or None, None]
+        skipped = SkippedSamples.of(self.skipped)
+        wanted = [context.train_samples + batch + skipped.count, once or None, None]
         builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
         if first:
@@ -78,7 +82,7 @@ class BlendDataset(DatasetProvider):
         with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
         repeated = Repeated(validation, once, max(once, context.valid_samples)) if once else None
-        return train, repeated, None
+        return skipped.left_in(train), repeated, None
 
 
 class Repeated(torch.utils.data.Dataset[Any]):

@@ -16,6 +16,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
+from nemo_upcycle.trainers.bridge.new_rates import NewRates
 from nemo_upcycle.trainers.bridge.run_folder import save_checksums
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.facts import Evaluations
@@ -45,6 +46,8 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
     callbacks.append(Checksums())
+    if config.scheduler.override_opt_param_scheduler:
+        callbacks.insert(0, NewRates(config))
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
         callbacks.append(Heartbeat())
     settings.callbacks = tuple(map(type, callbacks))  # type: ignore[attr-defined]  # see `require_callbacks`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 
 from nemo_upcycle.data.chat.finished import PACKS, FinishedChat, open_chat
 from nemo_upcycle.data.finished import TOKENIZER
+from nemo_upcycle.data.skipped_samples import SkippedSamples
 from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.bridge.blend import Repeated
@@ -33,6 +34,7 @@ class ChatDataset(DatasetProvider):
         folder: a finished folder of `nemo-upcycle chat`; all nodes must share it.
         seq_length: length of a pack (tokens); must match the folder.
         seed: seed of the order of the packs; None: the manifest's seed.
+        skipped: ranges of packs that a rewound run leaves out; see `SkippedSamples`.
 
     Example:
         >>> config.dataset = ChatDataset(folder="data/mine", seq_length=4096)  # doctest: +SKIP
@@ -41,6 +43,7 @@ class ChatDataset(DatasetProvider):
     folder: str
     seq_length: int
     seed: int | None = None
+    skipped: list[list[int]] = field(default_factory=list)
     dataloader_type: Any = "single"
     #: With these two fields, Bridge passes the borders of the conversations to middle pipeline stages, too.
     enable_offline_packing: bool = True
@@ -71,12 +74,14 @@ class ChatDataset(DatasetProvider):
         if torch.distributed.get_rank() == 0:
             show_messages().info("%s", chat.describe(context.train_samples // batch, batch))
         # Build samples for one more step, because a finished run that is started again must find samples.
-        train = _packs(chat, "train", self.seed, context.train_samples + batch)
+        skipped = SkippedSamples.of(self.skipped)
+        packs = _packs(chat, "train", self.seed, context.train_samples + batch + skipped.count)
+        train = skipped.left_in(packs)
         once = context.test_samples  # a validation has as many samples as a test
         if not once:
             return train, None, None
-        packs = _packs(chat, "validation", self.seed)
-        return train, _RepeatedPacks(packs, once, max(once, context.valid_samples)), None
+        validation = _packs(chat, "validation", self.seed)
+        return train, _RepeatedPacks(validation, once, max(once, context.valid_samples)), None
 
 
 class _Packs(GPTSFTPackedDataset):

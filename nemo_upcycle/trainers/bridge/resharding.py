@@ -46,10 +46,7 @@ def fit_layout(config: ConfigContainer) -> None:
     checkpoint = config.checkpoint
     if not checkpoint_exists(checkpoint.load) or "://" in checkpoint.load:
         return  # the checkpoint is non-persistent (only this job reads it), or is in an object store
-    step = (
-        checkpoint.ckpt_step or read_train_state(get_checkpoint_train_state_filename(checkpoint.load, "latest")).step
-    )
-    folder = get_checkpoint_name(checkpoint.load, step)
+    folder = checkpoint_to_load(config)
     saved = read_run_config(get_checkpoint_run_config_filename(folder))
     before, now = _layout(saved["model"]), _layout(vars(config.model))
     form = (dist_checkpointing.load_content_metadata(folder) or {}).get("distrib_optim_sharding_type")
@@ -69,6 +66,14 @@ def fit_layout(config: ConfigContainer) -> None:
         checkpoint.load_rng = False
         if torch.distributed.get_rank() == 0:
             show_messages().info("%s has another layout, so random numbers start again", folder)
+
+
+def checkpoint_to_load(config: ConfigContainer) -> str:
+    """Return the folder of the checkpoint that Bridge will load: `ckpt_step` if it is set, else the last one."""
+    checkpoint = config.checkpoint
+    latest = get_checkpoint_train_state_filename(checkpoint.load, "latest")
+    folder: str = get_checkpoint_name(checkpoint.load, checkpoint.ckpt_step or read_train_state(latest).step)
+    return folder
 
 
 def _layout(model: dict[str, Any]) -> dict[str, int]:

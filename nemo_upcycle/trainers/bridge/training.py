@@ -29,6 +29,7 @@ from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
 from nemo_upcycle.trainers.layout import check_layout, layout_of
+from nemo_upcycle.trainers.lineage import has_new_rates, skipped_samples
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -223,6 +224,10 @@ class BridgeTraining(Training):
         use_cpu_backend()  # before the model's configuration is made, because Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
+        config.dataset.skipped = [list(one) for one in skipped_samples(folder).ranges]
+        if has_new_rates(folder):
+            config.scheduler.override_opt_param_scheduler = True
+            config.scheduler.use_checkpoint_opt_param_scheduler = False
         if node := config.upcycling:
             node.change(with_calibration(node.spec, folder, dense_folder))
         evaluations = self.evaluations

@@ -38,6 +38,7 @@ from nemo_upcycle.trainers.bridge.hooks import add_pre_wrap_hook, pre_wrap_hooks
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.model_changes import follow
 from nemo_upcycle.trainers.bridge.models import Origin
+from nemo_upcycle.trainers.bridge.new_rates import build_with_saved_rates
 from nemo_upcycle.trainers.bridge.node import UpcyclingConfig, architecture_at, folder_of
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import (
@@ -137,6 +138,8 @@ class UpcycleHook:
         losses = correct_losses(chunks[0].config)
         if _goes_on(config, paths):
             fit_layout(config)
+            if config.scheduler.override_opt_param_scheduler:
+                build_with_saved_rates(config)
             return chunks
         if config._checkpoint_load_required:
             raise SpecError(

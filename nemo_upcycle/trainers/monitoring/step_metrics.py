@@ -16,8 +16,6 @@ The true numbers for Llama 3 8B with eight experts, top-2, and the numbers that 
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 import time
 from dataclasses import dataclass
@@ -29,8 +27,9 @@ import torch
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import gpu_of_device
+from nemo_upcycle.trainers.metrics_file import append_line, keep_until
 from nemo_upcycle.trainers.monitoring.router_health import RouterHealth, shares, sum_over_ranks
-from nemo_upcycle.utils.files import whole_file, write_json
+from nemo_upcycle.utils.files import write_json
 from nemo_upcycle.utils.progress import duration, show_messages
 
 
@@ -101,7 +100,7 @@ class StepMetrics:
         ranks = torch.distributed.get_world_size()
         self._throughput = Throughput(training.architecture, training.seq_length, ranks, peaks_of(gpu))
         if torch.distributed.get_rank() == 0:
-            _keep_until(training.path, first_step or -1)
+            keep_until(training.path, first_step or -1)
             rates = {"flops_per_token": self._throughput.flops_per_token(), "card": gpu}
             write_json(training.path.with_name("training.json"), settings | rates)
             show_messages().info("%s", self._throughput.describe())
@@ -147,7 +146,7 @@ class StepMetrics:
             line["expert_load"] = [[round(share, 5) for share in row] for row in shares(summed["counts"]).tolist()]
             line["router"] = self._health.describe(summed)
         line |= self._probe.describe(summed) if self._probe else {}
-        self._append(line)
+        append_line(self._training.path, line)
         return line
 
     def validation(self, step: int, loss: Any) -> None:
@@ -155,17 +154,13 @@ class StepMetrics:
         summed = sum_over_ranks({"loss": _given(loss)})
         mean = _mean(summed["loss"]) if summed else None
         if mean is not None:
-            self._append({"step": step, "validation_loss": _number(mean)})
+            append_line(self._training.path, {"step": step, "validation_loss": _number(mean)})
             show_messages().info("step %d/%d  validation loss %.4f", step, self._training.max_steps, mean)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Exclude the time since the last step from the next step's time."""
         self._last_s = time.monotonic()
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self._training.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
 
     def _log(self, line: dict[str, Any], now_s: float) -> None:
         max_steps = self._training.max_steps
@@ -201,22 +196,6 @@ def _own_memory() -> torch.Tensor:
     held, total = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, total or 0.0])
     return memory
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Delete the lines of steps that a resumed run will repeat."""
-    if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        with whole_file(path) as aside:
-            aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for a line that a full disk cut off."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _number(value: Any, digits: int = 6) -> float | None:

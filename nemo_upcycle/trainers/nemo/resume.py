@@ -14,7 +14,7 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.sources.checkpoints import by_step, is_marked, set_aside, step_of, was_saved
+from nemo_upcycle.sources.checkpoints import LAST, by_step, is_marked, set_aside, step_of, was_saved
 from nemo_upcycle.sources.checksums import trusted_checkpoint
 
 
@@ -119,7 +119,7 @@ def _require_never_saved(found: list[Path]) -> None:
 def _move_aside(found: list[Path], chosen: Path | None) -> None:
     """Move the checkpoints that this run must not read again to `checkpoints_aside`; only the first rank does so."""
     for path in found:
-        superseded = chosen is not None and path.name.endswith("-last") and path != chosen
+        superseded = chosen is not None and path.name.endswith(LAST) and path != chosen
         if is_marked(path) or path == chosen or (was_saved(path) and not superseded):
             continue
         logger.warning(

@@ -11,11 +11,8 @@ from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.sources.checkpoints import by_step, is_complete_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import LAST, by_step, is_complete_checkpoint, step_of
 from nemo_upcycle.sources.checksums import write_checksums
-
-
-LAST = "-last"
 
 
 class RetainedCheckpoints(nl.ModelCheckpoint):

@@ -23,6 +23,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Training, last_checkpoint
 from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
 from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.lineage import skipped_samples
 from nemo_upcycle.trainers.nemo.checks import (
     check_parent,
     check_recipe,
@@ -227,6 +228,8 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
+        if skipped := skipped_samples(folder).ranges:
+            recipe.data.skipped = [list(one) for one in skipped]
         spec = with_calibration(recipe_spec(recipe), folder, dense_folder)
         if spec and spec.calibration:
             recipe.resume.restore_config.spec.calibration = spec.calibration

@@ -31,8 +31,10 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.lineage import has_new_rates
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.nemo.new_rates import apply_rates, group_settings
 from nemo_upcycle.trainers.resharding import load_other_chains
 from nemo_upcycle.trainers.settings import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
@@ -178,10 +180,16 @@ class UpcycleStrategy(nl.MegatronStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         """Load the optimizer states, and fit the schedulers' parameter groups to this expert parallelism.
 
-        The number of parameter groups depends on whether there is expert parallelism.
+        The number of parameter groups depends on whether there is expert parallelism. A run that was rewound with
+        other rates keeps its own rates.
         """
+        settings = group_settings(self.optimizers)
         super().load_optimizer_state_dict(checkpoint, selective_restore)
-        for optimizer, scheduler in zip(self.optimizers, checkpoint.get("lr_schedulers", ()), strict=False):
+        saved = checkpoint.get("lr_schedulers", ())
+        if has_new_rates(Path(AppState().log_dir)):
+            apply_rates(self.optimizers, settings, [one.scheduler for one in self.trainer.lr_scheduler_configs], saved)
+            return
+        for optimizer, scheduler in zip(self.optimizers, saved, strict=False):
             groups = optimizer.param_groups
             if len(scheduler.get("base_lrs", groups)) != len(groups):
                 scheduler["base_lrs"] = [group["initial_lr"] for group in groups]

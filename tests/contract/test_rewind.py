@@ -1,0 +1,78 @@
+"""A rewound training: the same bits without changes, other rates from the step on, and skipped samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.sources.checkpoints import complete_checkpoints, steps_in
+from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move, move_earlier
+from tests.contract.trainers import differing, losses, metrics, train, training_text, weights
+from tests.functional.tiny import BATCH
+
+
+#: Values that the two trainings of a comparison must share.
+COMPARED = ("loss", "grad_norm", "lr", "router")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted training of six steps on one rank."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(training_text(), folder, *inputs)
+    return folder
+
+
+def rewind(folder: Path, branch: Branch) -> None:
+    """Rewind a training as the pipeline does."""
+    begin_branch(folder, branch)
+    move_earlier(folder)
+    end_move(folder)
+
+
+def lines(folder: Path) -> list[list[object]]:
+    """Return the compared values of every step."""
+    return [[line[name] for name in COMPARED] for line in metrics(folder)]
+
+
+def test_a_rewind_without_changes_gives_the_same_bits(
+    inputs: tuple[Path, Path], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(training_text(), folder, *inputs)
+    rewind(folder, Branch(2, 2))
+    assert [steps_in(one) for one in complete_checkpoints(folder / "checkpoints")] == [2]
+    assert [steps_in(one) for one in complete_checkpoints(folder / "branches/1/checkpoints")] == [4, 6]
+    train(training_text(), folder, *inputs)
+    assert lines(folder) == lines(folder / "branches/1") == lines(whole)
+    assert differing(weights(folder), weights(whole)) == []
+
+
+@pytest.mark.parametrize("changed", [{"lr": 3e-4}, {"lr": 3e-4, "min_lr": 1e-6, "warmup": 5}], ids=str)
+def test_a_rewound_run_takes_the_rates_of_its_settings(
+    inputs: tuple[Path, Path], whole: Path, tmp_path: Path, changed: dict[str, float]
+) -> None:
+    expected, folder = tmp_path / "expected", tmp_path / "run"
+    train(training_text(changed), expected, *inputs)
+    train(training_text(), folder, *inputs)
+    rewind(folder, Branch(2, 2, changes={"lr": ("0.001", "0.0003")}))
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        train(training_text(changed), folder, *inputs, kill_at=7)  # four steps, a validation and the branch's line
+    train(training_text(changed), folder, *inputs)
+    assert losses(folder, "lr") == losses(whole, "lr")[:2] + losses(expected, "lr")[2:]
+    assert losses(folder)[:3] == losses(whole)[:3]  # the loss of a step is computed before its update
+    assert losses(folder)[3] != losses(whole)[3]
+
+
+@pytest.mark.parametrize("kind", ["moe", "moe_sft"])
+def test_a_rewound_run_leaves_out_the_skipped_steps(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    """With a learning rate of zero, the loss of a step depends only on its samples."""
+    still = training_text({"steps": 8, "lr": 0.0, "min_lr": 0.0}, kind=kind)
+    folder = tmp_path / "run"
+    train(still, folder, *inputs)
+    seen = losses(folder)
+    assert len(set(seen)) == 8
+    rewind(folder, Branch(2, 2, ((4, 5),), ((3 * BATCH, 5 * BATCH),)))
+    train(still, folder, *inputs)
+    assert losses(folder)[:6] == [*seen[:3], *seen[5:]]
