@@ -127,10 +127,12 @@ def move_earlier(folder: Path) -> None:
     *earlier, branch = read_branches(folder)
     aside = folder / BRANCHES / str(earlier[-1].number)
     (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for name in _DESCRIBES:
-        if (folder / name).is_file() and not (aside / name).is_file():
-            with whole_file(aside / name) as copy:
-                shutil.copyfile(folder / name, copy)
+    # Bridge's files `latest_*` name the last checkpoint of the branch.
+    for path in (*(folder / name for name in _DESCRIBES), *(folder / "checkpoints").glob("latest_*")):
+        kept = aside / path.relative_to(folder)
+        if path.is_file() and not kept.is_file():
+            with whole_file(kept) as copy:
+                shutil.copyfile(path, copy)
     for checkpoint in by_step(folder / "checkpoints"):
         for path in (checkpoint, checkpoint.with_name(checkpoint.name + UNFINISHED)):
             if steps_in(checkpoint) > branch.step and path.exists():
