@@ -143,8 +143,8 @@ def find(
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     if rewind and rewind.stage == stage.name:
-        checkpoint = rewind.checkpoint(folder.path)
-        return Finding(State.RESUME, f"rewound to the checkpoint after step {rewind.step:,}", checkpoint)
+        why = f"rewound to the checkpoint after step {rewind.step:,}"
+        return Finding(State.RESUME, why, rewind.checkpoint(folder.path))
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
     for name in again:  # the stage's results are unknown until it has run
         inputs.pop(CONTENT + name, None)
