@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import get_blend_from_list
 
 from nemo_upcycle.data.indexed_dataset import tokens_of
 
@@ -60,7 +61,12 @@ class EpochDataset(GPTDataset):
         return datasets[0] if len(datasets) == 1 else _JoinedDatasets(datasets)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds missing indices."""
+        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds missing indices.
+
+        Without a cache folder, the indices stay in memory.
+        """
+        if self.config.path_to_cache is None:
+            return self._order()
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
         names = ("document_index", "sample_index", "shuffle_index")
         files = [Path(self.config.path_to_cache, f"{base}-{name}.npy") for name in names]
@@ -90,6 +96,32 @@ class EpochDataset(GPTDataset):
             numpy.array(self.dataset.sequence_lengths), order, length, self._epochs, self._tokens
         )
         return order, samples, shuffled
+
+
+def dataset_config(
+    train: list[str], validation: list[str] | None, *, seq_length: int, seed: int, tokenizer: Any, cache: Path | None
+) -> GPTDatasetConfig:
+    """Return Megatron's configuration of a blend's datasets.
+
+    Args:
+        train: weights and prefixes of the training split, from `FinishedBlend.paths`.
+        validation: weights and prefixes of the validation split; None omits the split.
+        seq_length: sequence length (tokens).
+        seed: seed of the order of the samples.
+        tokenizer: Megatron's tokenizer.
+        cache: folder of the index files; None keeps the indices in memory.
+    """
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=[get_blend_from_list(train), get_blend_from_list(validation), None],
+        path_to_cache=None if cache is None else str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,  # attention is causal
+    )
 
 
 class _JoinedDatasets:

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
 from nemo_upcycle.data.blend_samples import index_folder, log_tokens_read, whole_indices
-from nemo_upcycle.data.epoch_dataset import EpochDataset
+from nemo_upcycle.data.epoch_dataset import EpochDataset, dataset_config
 from nemo_upcycle.data.finished import MANIFEST, open_blend
 from nemo_upcycle.data.skipped_samples import SkippedSamples
 
@@ -57,20 +55,13 @@ class BlendDataset(DatasetProvider):
         batch = get_current_global_batch_size()
         once = context.test_samples  # a validation has as many samples as a test
         cache = index_folder(blend, self.indices)
-        config = GPTDatasetConfig(
-            random_seed=blend.manifest["seed"] if self.seed is None else self.seed,
-            sequence_length=self.seq_length,
-            blend_per_split=[
-                get_blend_from_list(paths["train"]),
-                get_blend_from_list(paths["validation"]) if once else None,
-                None,
-            ],
-            path_to_cache=str(cache),
+        config = dataset_config(
+            paths["train"],
+            paths["validation"] if once else None,
+            seq_length=self.seq_length,
+            seed=blend.manifest["seed"] if self.seed is None else self.seed,
             tokenizer=context.tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,  # attention is causal
+            cache=cache,
         )
         # Build samples for one more step, because a finished run that is started again must find samples.
         skipped = SkippedSamples.of(self.skipped)
