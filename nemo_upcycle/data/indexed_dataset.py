@@ -54,6 +54,18 @@ def join_datasets(pieces: Sequence[Path], output: Path) -> None:
             index.write(array.tobytes())
 
 
+def read_documents(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lengths of the documents, and the tokens of all documents in a row, memory-mapped.
+
+    Args:
+        prefix: path of the dataset, without suffix. A document is a sequence; its tokens follow those before it, as
+            `nemo-upcycle data` writes them.
+    """
+    code, lengths, _ = _read_index(prefix)
+    kind = {4: np.int32, 8: np.uint16}[code]
+    return lengths, np.memmap(prefix.with_name(f"{prefix.name}.bin"), dtype=kind, mode="r")
+
+
 def _read_index(prefix: Path) -> tuple[int, np.ndarray, np.ndarray]:
     """Return the code of the token type, the lengths of the sequences, and the document index."""
     with prefix.with_name(f"{prefix.name}.idx").open("rb") as index:
