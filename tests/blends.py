@@ -89,3 +89,19 @@ def set_manifest(folder: Path, **entries: Any) -> None:
     from nemo_upcycle.utils.files import read_json
 
     write_json(folder / MANIFEST, read_json(folder / MANIFEST) | entries)
+
+
+def mark_documents(folder: Path) -> dict[str, list[int]]:
+    """Replace all tokens of each training document by one number of its own; return the numbers of each source."""
+    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.data.indexed_dataset import read_documents
+
+    marks: dict[str, list[int]] = {}
+    first = 0
+    for source, prefixes in open_blend(folder).tokens["train"].items():
+        for prefix in sorted(prefixes):
+            lengths, tokens = read_documents(folder / prefix)
+            numbers = range(first, first := first + len(lengths))
+            marks[source] = [*marks.get(source, []), *numbers]
+            numpy.repeat(numbers, lengths).astype(tokens.dtype).tofile(folder / f"{prefix}.bin")
+    return marks
