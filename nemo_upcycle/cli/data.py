@@ -28,10 +28,11 @@ EPILOG = f"""examples:
   nemo-upcycle data '/texts/*.jsonl.gz' /data/mine tokenizer=/models/Llama-3-8B sources.texts.options.text_key=content
   nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm mine.yaml --workers 200
   nemo-upcycle data blend.yaml /data/blend --check
+  nemo-upcycle data runs/mine --find 'a poisoned text'    steps of a run that read it, for --skip-steps
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
-exit status: 0 done; 1 input files changed after the build (--update rebuilds), or more of a source was unreadable
-than its max_lost allows; 2 wrong value or file.
+exit status: 0 done; 1 input files changed after the build (--update rebuilds), more of a source was unreadable
+than its max_lost allows, or --find finds nothing; 2 wrong value or file.
 
 The package's own blends are in {packaged("data")}; text.yaml explains every key."""
 
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes"
         f" ({readable()})",
     )
-    parser.add_argument("output", metavar="DIR", type=folder_to_make, help="output folder, which all workers share")
+    help_output = "output folder, which all workers share; omitted with --find"
+    parser.add_argument("output", metavar="DIR", type=folder_to_make, nargs="?", help=help_output)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changed keys of the blend")
     how = parser.add_argument_group("how to run")
     how.add_argument(
@@ -64,14 +66,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--update", action="store_true", help="rebuild a finished folder if its input files changed")
     how.add_argument("--check", action="store_true", help="check the blend and count its files, without building it")
+    parser.add_argument(
+        "--find",
+        metavar="TEXT|SOURCE|SOURCE:NUMBER",
+        help="with the folder of a run or finished data as BLEND: list the documents that contain a text, or all"
+        " documents of a source, or a document, and the samples and steps of the run that read them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build or check a blend, show the result, and return the exit status.
+    """Build or check a blend, or find documents of a finished one; show the result, and return the exit status.
 
     Raises:
         UpcycleError: a value or a file is wrong.
     """
+    if args.output is None and args.overrides:  # argparse takes DIR for an override if it follows an option
+        args.output = folder_to_make(args.overrides.pop(0))
+    if args.find is not None:
+        from nemo_upcycle.cli.find import find
+
+        return find(args)
+    if args.output is None:
+        args.parser.error("the following arguments are required: DIR")
     _require_one(args)
     require_overrides(args)
     options = _engine_options(args)

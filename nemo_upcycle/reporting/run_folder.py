@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
     markers = read_markers(folder)
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
-    contamination = _data_of(folder, markers) / CONTAMINATION
+    contamination = data_folder(folder, markers) / CONTAMINATION
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
     manifest = read_manifest(folder, markers)
     plan = _read(folder / "pipeline.json", "import", {"recipe": str, "dense": str})
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> RunRecord:
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
-        settings={stage: _read(folder / stage / "training.json", stage, _SETTINGS) for stage in trained},
+        settings={stage: read_settings(folder, stage) for stage in trained},
         changes={
             stage: [change for _, change in read_json_lines(path)]
             for stage in trained
@@ -156,6 +156,15 @@ def require_run(folder: Path) -> None:
         )
 
 
+def read_settings(folder: Path, stage: str) -> dict[str, Any]:
+    """Read the `training.json` of a training stage.
+
+    Raises:
+        UpcycleError: the file is missing or damaged.
+    """
+    return _read(folder / stage / "training.json", stage, _SETTINGS)
+
+
 def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the data manifest of a run or a grid; empty if there is none.
 
@@ -166,11 +175,17 @@ def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dic
     Raises:
         UpcycleError: the manifest is damaged.
     """
-    manifest = _data_of(folder, read_markers(folder) if markers is None else markers) / MANIFEST
+    manifest = data_folder(folder, read_markers(folder) if markers is None else markers) / MANIFEST
     return dict(_read(manifest, "data")) if manifest.is_file() else {}
 
 
-def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
+def data_folder(folder: Path, markers: Mapping[str, Any]) -> Path:
+    """Return the data folder of a run or a grid.
+
+    Args:
+        folder: folder of the run or grid.
+        markers: markers of the finished stages.
+    """
     return Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
 
 

@@ -18,6 +18,13 @@ def test_overrides_stand_before_and_after_options(tmp_path: Path, words: list[st
     assert (error.subject.rpartition(" ")[2], error.got) == ("seq_length", 1)
 
 
+@pytest.mark.parametrize("words", [["--check"], ["--workers", "2", "--strict"]])
+def test_dir_may_follow_an_option(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("sources: {mine: {train: ['one.txt']}}\n")
+    error = refused("data", str(tmp_path / "mine.yaml"), *words, str(tmp_path / "made"), "seq_length=1")
+    assert (error.subject.rpartition(" ")[2], error.got) == ("seq_length", 1)
+
+
 def test_names_missing_texts_and_patterns_without_quotes(tmp_path: Path) -> None:
     missing = str(tmp_path / "nosuch.jsonl")
     assert str(refused("data", missing, str(tmp_path / "made"))).startswith(f"No file or folder of texts {missing}.")
