@@ -109,6 +109,7 @@ def _reading(blend: FinishedBlend, run_dir: Path | None) -> tuple[Reading | None
     from nemo_upcycle.data.find import Reading
     from nemo_upcycle.data.skipped_samples import SkippedSamples
     from nemo_upcycle.reporting.run_folder import read_settings
+    from nemo_upcycle.trainers.lineage import skipped_samples
 
     if run_dir is None:
         if not (seq_length := blend.manifest["seq_length"]):
@@ -122,12 +123,14 @@ def _reading(blend: FinishedBlend, run_dir: Path | None) -> tuple[Reading | None
     settings, given = read_settings(run_dir, "pretrain"), _given(run_dir)
     batch = settings["global_batch_size"]
     _warn_if_changed(blend)
+    before = given.get("skip_samples", 0)
+    left_out = ((start + before, end + before) for start, end in skipped_samples(run_dir / "pretrain").ranges)
     return Reading(
         settings["seq_length"],
         given.get("seed", blend.manifest["seed"]),
         settings["max_steps"] * batch,
         batch,
-        SkippedSamples.of([(0, given.get("skip_samples", 0))]),
+        SkippedSamples.of([(0, before), *left_out]),
     ), ""
 
 

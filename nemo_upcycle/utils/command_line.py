@@ -89,10 +89,10 @@ class CommandLine:
 
         Args:
             values: argument or setting -> new value.
-            option: option to append (`--yes` or `--dryrun`).
+            option: options to append, such as `--dryrun` or `--rewind 9000 --yes`.
         """
         kept = [word for word in _without_parts(self.words) if word.partition("=")[0] not in values]
-        return replace(self, words=(*kept, *(f"{name}={value}" for name, value in values.items()), option))
+        return replace(self, words=(*kept, *(f"{name}={value}" for name, value in values.items()), *option.split()))
 
     def sibling(self, name: str) -> str:
         """Return the path of another program in the environment of this command."""

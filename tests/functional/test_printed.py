@@ -140,7 +140,7 @@ def _printed(kind: str, folder: str) -> dict[str, str]:
         said = _nemo(["upcycle", "pipeline", *TYPED[kind]], folder, MODULES).text
     found["a stop"] = here + _found(r"^Resume with the same command: (.*)", said)
     found["a stop, noted"] = (run_dir / "command.txt").read_text()
-    found["a refused loss"] = _found("`(.*)`", how_to_go_on(run_dir / "pretrain", "nemo", 1e-3))
+    found["a refused loss"] = _found("`(.*)`", how_to_go_on(run_dir / "pretrain", "nemo", 1e-3, 9, None))
     for ending, steps in (("a trial", 4), ("the end", 300)):
         report = _report(Path(folder, "run"), run_dir / "command.txt", steps)
         assert ("Below 100 steps there is no verdict" in report) == (ending == "a trial")

@@ -100,7 +100,7 @@ class BridgeLossGuard(Callback):
             got=value,
             expected=f"at most {limit:.4f}",
             fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
-            + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
+            + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr, step, kept),
         )
 
 

@@ -64,7 +64,7 @@ class LossGuard(Callback):
             got=got,
             expected=expected,
             fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
-            + how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr),
+            + how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr, trainer.global_step, kept),
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:

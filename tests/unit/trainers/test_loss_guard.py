@@ -46,7 +46,12 @@ def test_a_spike_ends_the_run_where_that_is_asked_for(stops: bool, folder: Path)
 def test_a_run_that_fails_again_is_told_a_working_command(folder: Path) -> None:
     stage = folder / "runs/a/pretrain"
     stage.mkdir(parents=True)
-    assert how_to_go_on(stage, "nemo", 3e-5).endswith("train in a new folder with a lower optim.config.lr")
+    assert how_to_go_on(stage, "nemo", 3e-5, 9, None).endswith("train in a new folder with a lower optim.config.lr")
     (stage.parent / "command.txt").write_text("nemo upcycle pipeline --factory x dir=runs/a --only pretrain --yes\n")
     command = f"nemo upcycle pipeline --factory x dir={stage.parent}-lower-rate pretrain.optimizer.lr=1.5e-05 --yes"
-    assert how_to_go_on(stage, "bridge", 3e-5).endswith(f"with a lower optimizer.lr: `{command}`")
+    assert how_to_go_on(stage, "bridge", 3e-5, 9, None).endswith(f"with a lower optimizer.lr: `{command}`")
+    kept = stage / "checkpoints/iter_0000008"
+    command = "nemo upcycle pipeline --factory x dir=runs/a pretrain.optimizer.lr=1.5e-05 --rewind 8 --yes"
+    assert f"rewind it with a lower optimizer.lr: `{command}`" in how_to_go_on(stage, "bridge", 3e-5, 9, kept)
+    baseline = how_to_go_on(stage.with_name("dense_ct"), "bridge", 3e-5, 9, kept)
+    assert "dense_ct.optimizer.lr=1.5e-05 --rewind dense_ct:8 --yes`" in baseline
