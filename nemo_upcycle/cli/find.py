@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.cli.common import show
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.trainers.lineage import ranges_text, skipped_samples
+from nemo_upcycle.trainers.settings import SEQUENCE
 
 
 if TYPE_CHECKING:
@@ -54,14 +56,14 @@ def find(args: argparse.Namespace) -> int:
     read = _samples(blend, found, reading) if reading else []
     run = reading if run_dir else None
     rows, steps = _rows(found, read, run), _joined([one.steps for one in read]) if run else []
-    skip = ranges_text(steps, ",")
+    skip = ranges_text(steps)
     count = sum(one.last - one.first + 1 for one in found)
     lines = [f"{blend.folder}: {count:,} training document{'s' * (count > 1)} with {_quoted(args.find)}"]
     lines += [_row_text(row) for row in rows[:_SHOWN_DOCUMENTS]]
     if len(rows) > _SHOWN_DOCUMENTS:
         lines.append(f"  and {len(rows) - _SHOWN_DOCUMENTS:,} more; --json lists all")
     if steps:
-        lines += [f"Steps: {ranges_text(steps)}", f"--skip-steps {skip}"]
+        lines += [f"Steps: {ranges_text(steps, ', ')}", f"--skip-steps {skip}"]
     elif run:
         lines.append(f"The run reads none of them in its {run.samples // run.batch:,} steps.")
     else:
@@ -109,7 +111,6 @@ def _reading(blend: FinishedBlend, run_dir: Path | None) -> tuple[Reading | None
     from nemo_upcycle.data.find import Reading
     from nemo_upcycle.data.skipped_samples import SkippedSamples
     from nemo_upcycle.reporting.run_folder import read_settings
-    from nemo_upcycle.trainers.lineage import skipped_samples
 
     if run_dir is None:
         if not (seq_length := blend.manifest["seq_length"]):
@@ -142,7 +143,8 @@ def _given(run_dir: Path) -> dict[str, int]:
     from nemo_upcycle.pipeline.stages import RunPlan
 
     plan = RunPlan.read(run_dir)
-    node, settings = "data" if plan.trainer == "nemo" else "dataset", plan.training_settings("pretrain").fixed
+    settings = plan.training_settings("pretrain").fixed
+    node = SEQUENCE.of(plan.trainer).rpartition(".")[0]  # the part of a recipe with the settings of the data
     texts = {name: settings.get(f"{node}.{name}", "") for name in ("seed", "skip_samples")}
     return {name: int(text) for name, text in texts.items() if text.isdecimal()}
 
@@ -204,15 +206,5 @@ def _row_text(row: dict[str, Any]) -> str:
     for name in ("samples", "steps"):
         if name in row:
             shown, more = row[name][:_SHOWN_RANGES], ", ..." if len(row[name]) > _SHOWN_RANGES else ""
-            parts.append(f"{name} {ranges_text(shown)}{more}" if shown else f"no {name}")
+            parts.append(f"{name} {ranges_text(shown, ', ')}{more}" if shown else f"no {name}")
     return f"  {row['source']}:{numbers}: {'; '.join(parts)}"
-
-
-def ranges_text(ranges: Sequence[tuple[int, int]], between: str = ", ") -> str:
-    """Format ranges as `--skip-steps` reads them.
-
-    Example:
-        >>> ranges_text([(3, 5), (9, 9)])
-        '3:5, 9'
-    """
-    return between.join(f"{first}:{last}" if first < last else f"{first}" for first, last in ranges)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from nemo_upcycle.data.finished import TOKENIZER, FinishedBlend
 from nemo_upcycle.data.indexed_dataset import read_documents
 from nemo_upcycle.data.skipped_samples import SkippedSamples
-from nemo_upcycle.data.text_search import TextSearch
 from nemo_upcycle.utils.progress import track
 
 
@@ -109,8 +108,8 @@ def count_documents(blend: FinishedBlend) -> int:
 def find_samples(blend: FinishedBlend, found: Sequence[Documents], reading: Reading) -> list[Read]:
     """Return the samples and steps that read documents, in every epoch.
 
-    The samples are those of Megatron's own dataset, which is built in memory as for the training. A sample counts if
-    the model reads or predicts at least one token of a document.
+    The function builds Megatron's own dataset in memory, as the training builds it. It lists each sample in which the
+    model reads or predicts at least one token of a document.
 
     Args:
         blend: finished data folder.
@@ -230,12 +229,35 @@ def _lengths(blend: FinishedBlend, source: str) -> list[NDArray[np.int32]]:
     return [read_documents(blend.folder / prefix)[0] for prefix in sorted(blend.tokens["train"][source])]
 
 
+def documents_with(
+    text: str, tokenizer: Any, end: int, lengths: NDArray[np.int32], ids: NDArray[Any]
+) -> Iterator[int]:
+    """Yield the numbers of the documents that contain a text, as typed or as the tokenizer normalises it.
+
+    Args:
+        text: text to search.
+        tokenizer: tokenizer of the library `tokenizers` that made the tokens; it decodes on all cores.
+        end: id of the token that ends a document.
+        lengths: lengths of the documents (tokens).
+        ids: tokens of all documents in a row.
+    """
+    if text != text.encode("utf-8", "replace").decode():
+        return  # an argument of a command that is not UTF-8
+    spellings = {text, tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text}
+    documents = [one[:-1] if one[-1:] == end else one for one in np.split(ids, np.cumsum(lengths)[:-1])]
+    decoded = tokenizer.decode_batch([one.tolist() for one in documents], skip_special_tokens=False)
+    yield from (number for number, one in enumerate(decoded) if any(spelling in one for spelling in spellings))
+
+
 def _find_text(blend: FinishedBlend, text: str) -> Iterator[Documents]:
-    search = TextSearch(blend.folder / TOKENIZER, blend.manifest["tokenizer"]["eos_id"], text)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(blend.folder / TOKENIZER / "tokenizer.json"))
+    end = blend.manifest["tokenizer"]["eos_id"]
     total = sum(-(-tokens // _CHUNK_TOKENS) for files in blend.tokens["train"].values() for tokens in files.values())
     chunks = track(_chunks(blend), "search", total)
     for source, first, lengths, ids in chunks:
-        for number in search.documents(lengths, ids):
+        for number in documents_with(text, tokenizer, end, lengths, ids):
             yield Documents(source, first + number, first + number, int(lengths[number]))
 
 

@@ -83,7 +83,7 @@ def launch_chain(
         raise UpcycleError.together([*wrong, *found.all])
     start_branch = None
     if rewind and (branch := rewind.branch(run_dir, plan)):
-        start_branch = partial(rewind.start, branch, run_dir, plan)
+        start_branch = partial(rewind.start, branch, run_dir)
     elif rewind:
         sys.stderr.write(f"{rewind.stage} was already rewound to step {rewind.step} in this way, and continues.\n")
         rewind = None
@@ -157,7 +157,7 @@ def launch(
     *,
     forecast: Forecast | None = None,
     at_once: int = 1,
-    start_branch: Callable[[], None] | None = None,
+    start_branch: Callable[[WorkPlan], None] | None = None,
 ) -> bool:
     """Submit the jobs of a checked run, or run them here.
 
@@ -168,7 +168,7 @@ def launch(
         jobs: jobs to run.
         forecast: forecast of the run, for the check of disk space; if None, the disk space is not checked.
         at_once: jobs that may run at the same time on this machine.
-        start_branch: function that rewinds a training; None if nothing is rewound.
+        start_branch: function that takes the plan and rewinds a training; None if nothing is rewound.
 
     Returns:
         Whether the user confirmed. If so, the stages are done or submitted.
@@ -189,7 +189,7 @@ def launch(
         _require_no_other_jobs(chain, run_dir, own_plan)
         if start_branch:
             _require_no_jobs(chain, run_dir)
-            start_branch()
+            start_branch(own_plan)
         _write_plan(run_dir, own_plan, copies)
         (run_dir / COMMAND).write_text(f"{CommandLine.typed().anywhere()}\n", encoding="utf-8")
         _write_recipes(run_dir, own_plan)

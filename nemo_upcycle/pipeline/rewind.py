@@ -85,24 +85,24 @@ class Rewind:
                 got=f"has not started in {run_dir}, so it cannot be rewound",
                 fix=f"omit {REWIND}",
             )
-        branches = read_branches(folder.path)
-        present = branches[-1]
+        present, prefix = read_branches(folder.path)[-1], f"{SETTING}{stage.name}."
+        names = [name for name in changed_inputs(before, inputs) if name.startswith(prefix)]
+        changes = {name.removeprefix(prefix): (before.get(name), inputs.get(name)) for name in names}
         if present.number > 1 and (present.step, present.skipped_steps) == (self.step, self.skipped):
-            if not present.is_moved:
+            has_same = all(inputs.get(prefix + name) == now for name, (_, now) in present.changes.items())
+            if not present.is_moved and has_same and changes.keys() <= present.changes.keys():
                 return present  # complete the rewind, which was interrupted
-            if not refused_changes(before, inputs):
+            if present.is_moved and not refused_changes(before, inputs):
                 return None
         require_moved(folder.path)
         self.checkpoint(folder.path)
         self._require_changeable(stage.name, plan.trainer, before, inputs)
-        prefix = f"{SETTING}{stage.name}."
-        changed = [name for name in changed_inputs(before, inputs) if name.startswith(prefix)]
         return Branch(
             number=present.number + 1,
             step=self.step,
             skipped_steps=self.skipped,
             skipped_samples=self._samples(folder.path, present, plan.training_settings(stage.name).steps).ranges,
-            changes={name.removeprefix(prefix): (before.get(name), inputs.get(name)) for name in changed},
+            changes=changes,
             time=datetime.now().astimezone().isoformat(timespec="seconds"),
             is_moved=False,
         )

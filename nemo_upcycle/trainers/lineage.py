@@ -65,14 +65,14 @@ class Branch:
         return ", ".join(said)
 
 
-def ranges_text(ranges: Iterable[tuple[int, int]]) -> str:
-    """Return ranges of steps as `--skip-steps` reads them.
+def ranges_text(ranges: Iterable[tuple[int, int]], between: str = ",") -> str:
+    """Return ranges, such as ranges of steps as `--skip-steps` reads them.
 
     Example:
         >>> ranges_text([(9400, 9460), (9502, 9502)])
         '9400:9460,9502'
     """
-    return ",".join(f"{first}:{last}" if first != last else str(first) for first, last in ranges)
+    return between.join(f"{first}:{last}" if first != last else str(first) for first, last in ranges)
 
 
 def read_branches(folder: Path) -> list[Branch]:

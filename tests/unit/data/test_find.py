@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 SEQUENCE, BATCH, SEED = 16, 2, 1234
 #: The longest run reads its data three times.
 STEPS = 600
-#: One source in one file, and two sources, of which one has two files.
+#: A blend with one source in one file, and a blend with two sources, one of them in two files.
 BLENDS: dict[str, Any] = {"one source": {"talks": SOURCES["talks"]}, "two sources": SOURCES}
 
 

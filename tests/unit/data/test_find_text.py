@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from nemo_upcycle.data.text_search import TextSearch, token_bytes
+from nemo_upcycle.data.find import documents_with
 from tests.hostile import HOSTILE
 
 
@@ -74,25 +73,22 @@ KINDS = {"byte level": _byte_level, "SentencePiece": _sentencepiece, "word piece
 class _Corpus:
     """Documents in the tokens of a tokenizer, and the texts that these tokens stand for."""
 
-    def __init__(self, folder: Path, kind: str, texts: list[str]) -> None:
+    def __init__(self, kind: str, texts: list[str]) -> None:
         self.tokenizer, trainer = KINDS[kind]()
         self.tokenizer.train_from_iterator(_documents(), trainer)
         self.tokenizer.encode_special_tokens = True
-        self.folder = folder
-        self.tokenizer.save(str(folder / "tokenizer.json"))
         ids = [[*self.tokenizer.encode(text).ids, END] for text in texts]
-        blank = " " if kind == "SentencePiece" else ""  # its documents begin with a blank, which decoding omits
-        self.texts = [blank + self.tokenizer.decode(one[:-1], skip_special_tokens=False) for one in ids]
+        self.texts = [self.tokenizer.decode(one[:-1], skip_special_tokens=False) for one in ids]
         self.lengths = np.array([*map(len, ids)], np.int32)
         self.ids = np.concatenate(ids).astype(np.uint16)
 
     def search(self, text: str) -> list[int]:
-        return [*TextSearch(self.folder, END, text).documents(self.lengths, self.ids)]
+        return [*documents_with(text, self.tokenizer, END, self.lengths, self.ids)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_piece_of_a_document_is_found_everywhere(kind: str, tmp_path: Path) -> None:
-    corpus, numbers = _Corpus(tmp_path, kind, _documents()), random.Random(7)
+def test_every_piece_of_a_document_is_found_everywhere(kind: str) -> None:
+    corpus, numbers = _Corpus(kind, _documents()), random.Random(7)
     for _ in range(150):
         text = numbers.choice(corpus.texts)
         start, end = sorted(numbers.sample(range(len(text) + 1), 2))
@@ -102,34 +98,29 @@ def test_every_piece_of_a_document_is_found_everywhere(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["byte level", "SentencePiece"])
-def test_text_across_two_documents_is_not_found(kind: str, tmp_path: Path) -> None:
-    corpus = _Corpus(tmp_path, kind, _documents(40))
+def test_text_across_two_documents_is_not_found(kind: str) -> None:
+    corpus = _Corpus(kind, _documents(40))
     for one, following in pairwise(corpus.texts):
         text = one[-12:] + following[:12]
         assert corpus.search(text) == [number for number, each in enumerate(corpus.texts) if text in each]
 
 
-@pytest.mark.parametrize(("kind", "is_table"), [("byte level", True), ("SentencePiece", True), ("word pieces", False)])
-def test_tokens_are_joined_where_that_is_exact(kind: str, is_table: bool, tmp_path: Path) -> None:
-    assert (token_bytes(_Corpus(tmp_path, kind, _documents(5)).tokenizer) is not None) is is_table
-
-
-def test_normalised_text_is_found_as_typed(tmp_path: Path) -> None:
-    corpus = _Corpus(tmp_path, "word pieces", ["The State is STRONG", "of", "the state"])
+def test_normalised_text_is_found_as_typed() -> None:
+    corpus = _Corpus("word pieces", ["The State is STRONG", "of", "the state"])
     assert corpus.search("STATE") == corpus.search("state") == [0, 2]
 
 
-def test_name_of_the_end_token_is_found_only_as_text(tmp_path: Path) -> None:
-    corpus = _Corpus(tmp_path, "byte level", ["the state", "the <end> of", "strong"])
+def test_name_of_the_end_token_is_found_only_as_text() -> None:
+    corpus = _Corpus("byte level", ["the state", "the <end> of", "strong"])
     assert corpus.search("<end>") == [1]
 
 
 @pytest.mark.parametrize("attack", sorted({*HOSTILE} - {"surrogate"}))
-def test_hostile_text_is_only_compared(attack: str, tmp_path: Path) -> None:
+def test_hostile_text_is_only_compared(attack: str) -> None:
     text = HOSTILE[attack]
-    corpus = _Corpus(tmp_path, "byte level", ["the state", f"the {text} of", "strong"])
+    corpus = _Corpus("byte level", ["the state", f"the {text} of", "strong"])
     assert corpus.search(text) == [1]
 
 
-def test_bytes_that_are_no_text_are_not_found(tmp_path: Path) -> None:
-    assert _Corpus(tmp_path, "byte level", ["a?b", "a\ufffdb"]).search(HOSTILE["surrogate"]) == []
+def test_bytes_that_are_no_text_are_not_found() -> None:
+    assert _Corpus("byte level", ["a?b", "a\ufffdb"]).search(HOSTILE["surrogate"]) == []
