@@ -25,7 +25,7 @@ from nemo_upcycle.pipeline.order import kind_of, read_plan
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.rewind import REWIND, Rewind
 from nemo_upcycle.pipeline.run_here import run_stages
-from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.console import end_soon
@@ -123,7 +123,7 @@ def _check_rewind(rewind: Rewind | None, stages: Sequence[Stage], render: str | 
     if rewind and render:
         fix = "omit one of them"
         raise UpcycleError(REWIND, kind="refused", got="changes the run, which --render must not do", fix=fix)
-    if rewind and rewind.stage not in [stage.name for stage in stages]:
+    if rewind and rewind.stage in BY_NAME and rewind.stage not in [stage.name for stage in stages]:
         fix = f"omit --from, --until and --only, or let them include {rewind.stage}"
         raise UpcycleError(REWIND, kind="refused", got=f"rewinds {rewind.stage}, which would not run", fix=fix)
 
