@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class SkippedSamples:
@@ -77,7 +75,7 @@ class SkippedSamples:
         return _WithoutSkipped(dataset, self) if self.ranges else dataset
 
 
-class _WithoutSkipped(torch.utils.data.Dataset[Any]):
+class _WithoutSkipped:
     """A dataset without the skipped samples."""
 
     def __init__(self, dataset: Any, skipped: SkippedSamples) -> None:

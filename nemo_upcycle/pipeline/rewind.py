@@ -13,7 +13,8 @@ from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.pipeline.markers import SETTING, changed_inputs, describe_changes, refused_changes
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.sources.checkpoints import complete_checkpoints, steps_in
-from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move, move_earlier, read_branches
+from nemo_upcycle.trainers.earlier_branch import move_earlier
+from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move, read_branches
 from nemo_upcycle.trainers.settings import by_class, is_named, rewind_settings
 from nemo_upcycle.utils.files import in_use, read_json
 

@@ -13,6 +13,7 @@ from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
 from nemo_upcycle.pipeline.order import before, read_plan, require_same_work, unfinished
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
+from nemo_upcycle.trainers.lineage import read_branches
 from nemo_upcycle.utils.console import is_verbose, quiet_libraries
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
@@ -87,6 +88,8 @@ def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
             require_same_work(run_dir, plan)
         for change in folder.start(inputs, stage.free_of(plan), resumable=stage.resumable):
             logger.info("[%s] continues with a changed setting: %s", stage.name, change)
+        if (branch := read_branches(folder.path)[-1]).number > 1:
+            logger.info("[%s] %s", stage.name, branch.describe())
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()
         outputs = stage.work(run_dir, plan)

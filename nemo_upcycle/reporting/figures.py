@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     axes = figure.subplots()
     _draw_losses(axes, curves, factors)
     label = "training FLOPs (full attention)" if flops_per_token else "training tokens"
-    tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
+    tokens_axis(axes, max(_last_tokens(curve) * factors[stage] for stage, curve in curves.items()), label)
     steps = max(curve.steps[-1]["step"] for curve in curves.values())
     models = " and ".join(STYLES[stage][0] for stage in curves)
     note = "\n(too few to measure a benefit)" if is_trial(steps) else ""
@@ -50,8 +51,14 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     return figure
 
 
+def _last_tokens(curve: Curve) -> int:
+    """Return the tokens at the last step of any branch."""
+    return max(int(part.steps[-1]["tokens"]) for part in (curve, *curve.earlier.values()))
+
+
 def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, float]) -> None:
-    """Draw all losses over tokens times each stage's factor."""
+    """Draw all losses over tokens times each stage's factor; draw the earlier branches of a rewound training grey."""
+    styles = itertools.cycle([":", "-.", "--"])
     for stage, curve in curves.items():
         name, colour, marker = STYLES[stage]
         if curve.validation:
@@ -68,6 +75,10 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
         columns = averaged([(line["tokens"] * factors[stage], line["loss"]) for line in curve.steps])
         label = f"{name}, training{averaging_note(columns, curve.steps)}"
         axes.plot(*columns.T, color=colour, alpha=0.35, linewidth=1, zorder=1, label=label)
+        for branch, earlier in curve.earlier.items():
+            points = averaged([(line["tokens"] * factors[stage], line["loss"]) for line in earlier.steps])
+            label = f"{name}, training, branch {branch}"
+            axes.plot(*points.T, color="0.45", linestyle=next(styles), linewidth=1, zorder=1, label=label)
     validated = {stage: curve.validation[0] for stage, curve in curves.items() if curve.validation}
     begins = {stage: loss for stage, (tokens, loss) in validated.items() if not tokens}
     if begins:

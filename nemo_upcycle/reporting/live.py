@@ -34,6 +34,7 @@ from nemo_upcycle.reporting.progress import (
     steps_left_s,
 )
 from nemo_upcycle.reporting.results import summarise_curve
+from nemo_upcycle.trainers.lineage import Branch
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.masking import without_secrets
 from nemo_upcycle.utils.progress import duration
@@ -113,11 +114,17 @@ def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is
         plain(_doing(progress, "Not finished" if is_last else "Running")),
         table(["", "so far", "for comparison"], rows, words=1) if rows else "",
         uneven(training["pretrain"]) if "pretrain" in training else "",
+        *(plain(f"{stage}: {branch.describe()}") for stage, branch in _present_branches(progress)),
         "![loss over tokens](loss.png)" if progress.curves else "",
         f"Written {now}, {'for the last time' if is_last else again}.",
         section("Stages", table(["stage", "state", "time"], stages, words=2)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _present_branches(progress: Progress) -> list[tuple[str, Branch]]:
+    """Return the present branch of each rewound training."""
+    return [(stage, curve.branches[-1]) for stage, curve in progress.curves.items() if curve.branches]
 
 
 def _becomes(progress: Progress) -> str:

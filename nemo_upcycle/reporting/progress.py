@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.reporting.run_folder import Curve, read_curve, read_markers
+from nemo_upcycle.reporting.run_folder import Curve, read_markers, read_training
 from nemo_upcycle.utils.files import ENDED, STARTED, read_json, read_text
 from nemo_upcycle.utils.progress import duration
 
@@ -78,7 +78,7 @@ def read_progress(folder: Path) -> Progress:
         receipt = read_json(folder / "receipt.json")
     for stage in TRAININGS:
         with suppress(UpcycleError):  # there is no step yet, or its line is being written
-            curves[stage] = read_curve(folder / stage / "metrics.jsonl")
+            curves[stage] = read_training(folder / stage)
     settings = {stage: read_json(folder / stage / "training.json") for stage in curves}
     return Progress(read_json(folder / "pipeline.json"), stage_states(folder), receipt, curves, settings)
 

@@ -103,6 +103,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             stage: summarise_curve(curve)
             | {"settings": run.settings[stage]}
             | ({"changes": run.changes[stage]} if stage in run.changes else {})
+            | ({"branches": _branches(curve)} if curve.branches else {})
             for stage, curve in run.curves.items()
         },
         "receipt": _receipt(run.receipt),
@@ -119,6 +120,17 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "recipes": run.recipes,
         "environment": environment,
     }
+
+
+def _branches(curve: Curve) -> list[dict[str, Any]]:
+    """Describe each branch of a rewound training: its start, and its last step with the loss of this step."""
+    parts = curve.earlier | {curve.branches[-1].number: curve}
+    lasts = {number: part.steps[-1] for number, part in parts.items()}
+    return [
+        {"start": branch.describe(), "time": branch.time}
+        | {f"last_{key}": lasts.get(branch.number, {}).get(key) for key in ("step", "loss")}
+        for branch in curve.branches
+    ]
 
 
 def _main_metrics(evaluation: dict[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,8 @@ from nemo_upcycle.data.finished import CONTAMINATION, MANIFEST
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.evaluation.statistics import error_of, half_width
+from nemo_upcycle.trainers.lineage import BRANCHES, Branch, read_branches
+from nemo_upcycle.trainers.metrics_file import METRICS
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines, read_text
 from nemo_upcycle.utils.schema import require_known
 
@@ -49,11 +52,22 @@ class Curve:
         validation: pairs of tokens seen and validation loss, in order.
         scores: tuples of three numbers, in order: tokens seen, bits per byte of held-out text on the live model, and
             half of the 95 % interval over documents (None if there is only one document).
+        branches: branches of a training that was rewound, in order, the present one last; else empty.
+        earlier: number of an earlier branch -> its curve from the step on at which the next branch begins; a branch
+            without a step after this one is missing.
     """
 
     steps: list[dict[str, Any]]
     validation: list[tuple[int, float]]
     scores: list[tuple[int, float, float | None]] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    earlier: dict[int, Curve] = field(default_factory=dict)
+
+    @property
+    def step_tokens(self) -> int:
+        """Number of tokens of a step."""
+        first = self.steps[0]
+        return int(first["tokens"] // max(1, first["step"]))
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def read_run(folder: Path) -> RunRecord:
         trainer=plan.get("trainer", "nemo"),
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
-        curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
+        curves={stage: read_training(_made_by(stage, folder / stage / METRICS).parent) for stage in trained},
         settings={stage: read_settings(folder, stage) for stage in trained},
         changes={
             stage: [change for _, change in read_json_lines(path)]
@@ -211,6 +225,34 @@ def read_markers(folder: Path) -> dict[str, dict[str, Any]]:
     return ordered
 
 
+def read_training(folder: Path) -> Curve:
+    """Read the metrics of a training stage, and of the branches that it had before it was rewound.
+
+    Args:
+        folder: folder of the stage.
+
+    Raises:
+        UpcycleError: see `read_curve`; or `lineage.json` is damaged.
+    """
+    curve, branches = read_curve(folder / METRICS), read_branches(folder)
+    if len(branches) == 1:
+        return curve
+    earlier = {}
+    for branch, after in pairwise(branches):
+        if (path := folder / BRANCHES / str(branch.number) / METRICS).is_file():
+            part = _from_step(read_curve(path), after.step)
+            if part.steps and part.steps[-1]["step"] > after.step:
+                earlier[branch.number] = part
+    return replace(curve, branches=branches, earlier=earlier)
+
+
+def _from_step(curve: Curve, step: int) -> Curve:
+    """Return the part of a curve from a step on."""
+    tokens = step * curve.step_tokens
+    steps = [line for line in curve.steps if line["step"] >= step]
+    return Curve(steps, [(at, loss) for at, loss in curve.validation if at >= tokens])
+
+
 def read_curve(path: Path) -> Curve:
     """Read the `metrics.jsonl` of a training stage.
 
@@ -239,7 +281,7 @@ def read_curve(path: Path) -> Curve:
         raise UpcycleError(
             str(path), kind="state", got="has no step with a loss", fix=f"run stage '{path.parent.name}' again"
         )
-    step_tokens = steps[0]["tokens"] // max(1, steps[0]["step"])
+    step_tokens = Curve(steps, []).step_tokens
     validation = [
         (line.get("tokens", line["step"] * step_tokens), line["validation_loss"])
         for line in lines

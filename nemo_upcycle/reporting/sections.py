@@ -15,6 +15,7 @@ from nemo_upcycle.reporting.markdown import millions, number, section, sources
 from nemo_upcycle.reporting.results import TRAINED
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.trainers.lineage import LINEAGE
 from nemo_upcycle.trainers.settings import STEPS
 from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.files import size_text
@@ -43,17 +44,34 @@ def training(results: dict[str, Any]) -> str:
         for title in dict.fromkeys(title for column in columns for title in column)
     ]
     files = [f"{stage}/{file}" for stage in stages for file in ("metrics.jsonl", "training.json")]
+    files += [f"{stage}/{LINEAGE}" for stage, done in stages.items() if "branches" in done]
     return section(
         "Training",
         _data(stages),
         texts(results["texts"]),
         overlap(results["heldout_overlap"]),
         table(["", *(MODELS[TRAINED[stage]] for stage in stages)], rows),
+        _branches(stages),
         _changes(stages),
         _fp8(stages),
         "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
         sources(*files),
     )
+
+
+def _branches(stages: dict[str, Any]) -> str:
+    """Return a table of the branches of rewound trainings; nothing if no training was rewound."""
+    rows = [
+        [
+            plain(f"{MODELS[TRAINED[stage]]}, {branch['start']}"),
+            "-" if branch["last_step"] is None else f"{branch['last_step']:,}",
+            number(branch["last_loss"]),
+            branch["time"] or "-",
+        ]
+        for stage, done in stages.items()
+        for branch in done.get("branches", ())
+    ]
+    return table(["branch", "last step", "training loss there", "rewound"], rows, words=1) if rows else ""
 
 
 def _changes(stages: dict[str, Any]) -> str:

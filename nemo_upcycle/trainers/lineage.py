@@ -7,25 +7,18 @@ training was rewound. Nothing is deleted. `lineage.json` lists the branches.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.skipped_samples import SkippedSamples
-from nemo_upcycle.online.receipt import read_receipt
-from nemo_upcycle.sources.checkpoints import UNFINISHED, by_step, make_last, steps_in
-from nemo_upcycle.trainers.metrics_file import METRICS, append_line, keep_until
-from nemo_upcycle.utils.files import MARKER, STARTED, read_json, whole_file, write_json
+from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
 #: File that lists the branches, and folder of the earlier branches.
 LINEAGE, BRANCHES = "lineage.json", "branches"
-RECEIPT = "receipt.json"
-#: Files that describe a branch; copies of them are kept with the branch.
-_DESCRIBES = (METRICS, "training.json", RECEIPT, STARTED, MARKER)
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,11 @@ class Branch:
             >>> Branch(2, 9000, ((9400, 9460),), changes={"optim.config.lr": ("3e-5", "2e-5")}).describe()
             'branch 2, from step 9,000, without the samples of steps 9400:9460, optim.config.lr 3e-5 -> 2e-5'
         """
-        said = [f"branch {self.number}", f"from step {self.step:,}"]
+        said = [f"branch {self.number}", *([f"from step {self.step:,}"] if self.step else [])]
         if self.skipped_steps:
-            said.append(f"without the samples of steps {ranges_text(self.skipped_steps)}")
+            ((first, last), *others) = self.skipped_steps
+            steps = "step" if first == last and not others else "steps"
+            said.append(f"without the samples of {steps} {ranges_text(self.skipped_steps)}")
         said += [f"{name} {before} -> {after}" for name, (before, after) in self.changes.items()]
         return ", ".join(said)
 
@@ -117,32 +112,6 @@ def begin_branch(folder: Path, branch: Branch) -> None:
     """
     if (branches := read_branches(folder))[-1].number < branch.number:
         _write(folder, [*branches, branch])
-
-
-def move_earlier(folder: Path) -> None:
-    """Move the checkpoints of the earlier branch aside, and cut the metrics at the step where the branches part.
-
-    The function can be called again if it was interrupted.
-    """
-    *earlier, branch = read_branches(folder)
-    aside = folder / BRANCHES / str(earlier[-1].number)
-    (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
-    # Bridge's files `latest_*` name the last checkpoint of the branch.
-    for path in (*(folder / name for name in _DESCRIBES), *(folder / "checkpoints").glob("latest_*")):
-        kept = aside / path.relative_to(folder)
-        if path.is_file() and not kept.is_file():
-            with whole_file(kept) as copy:
-                shutil.copyfile(path, copy)
-    for checkpoint in by_step(folder / "checkpoints"):
-        for path in (checkpoint, checkpoint.with_name(checkpoint.name + UNFINISHED)):
-            if steps_in(checkpoint) > branch.step and path.exists():
-                path.rename(aside / "checkpoints" / path.name)
-    make_last(next(one for one in reversed(by_step(folder / "checkpoints")) if steps_in(one) == branch.step))
-    keep_until(folder / METRICS, branch.step)
-    append_line(folder / METRICS, {"step": branch.step, "branch": branch.number})
-    for receipt in (folder / RECEIPT, folder / "checkpoints" / RECEIPT):
-        if receipt.is_file():
-            write_json(receipt, read_receipt(receipt) | {"branches": [one.describe() for one in (*earlier, branch)]})
 
 
 def end_move(folder: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.sources.checkpoints import complete_checkpoints, steps_in
-from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move, move_earlier
+from nemo_upcycle.trainers.earlier_branch import move_earlier
+from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move
 from tests.contract.packs import write_packs
 from tests.contract.trainers import differing, losses, metrics, train, training_text, weights
 from tests.functional.tiny import BATCH

@@ -13,7 +13,10 @@ from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.evaluation.statistics import t_quantile
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
+from nemo_upcycle.reporting.figures import loss_figure
 from nemo_upcycle.reporting.report import write_report
+from nemo_upcycle.reporting.run_folder import read_run
+from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move
 from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT, SETTINGS, lengthen
 
 
@@ -297,3 +300,29 @@ def test_stages_are_in_the_order_of_their_needs(run_dir: Path) -> None:
     write_report(run_dir)
     results = json.loads((run_dir / "results.json").read_text())
     assert list(results["stage_seconds"]) == ["import", "upcycle", "pretrain", "dense_ct", "evaluate"]
+
+
+def rewind_once(run_dir: Path) -> None:
+    """Write the files of a training that was rewound from step 3 to step 1."""
+    folder = run_dir / "pretrain"
+    earlier = folder / "branches/1"
+    earlier.mkdir(parents=True)
+    (earlier / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace('"loss": 2.75', '"loss": 9'))
+    begin_branch(folder, Branch(2, 1, ((2, 2),), changes={"optim.config.lr": ("1e-4", "5e-5")}, time="today"))
+    end_move(folder)
+
+
+def test_a_rewound_training_lists_its_branches(run_dir: Path) -> None:
+    rewind_once(run_dir)
+    shown = rows(write_report(run_dir))
+    assert shown["trained MoE, branch 1"] == ["3", "9", "-"]
+    second = "trained MoE, branch 2, from step 1, without the samples of step 2, optim.config.lr 1e-4 -\\> 5e-5"
+    assert shown[second] == ["3", "2.75", "today"]
+
+
+def test_the_loss_curve_shows_earlier_branches(run_dir: Path) -> None:
+    rewind_once(run_dir)
+    curves = read_run(run_dir).curves
+    lines = {line.get_label(): line for line in loss_figure(curves).axes[0].lines}
+    assert lines["MoE, training, branch 1"].get_xydata().tolist() == [[1000, 3.25], [2000, 3.0], [3000, 9.0]]
+    assert lines["MoE, training"].get_ydata()[-1] == 2.75
