@@ -6,10 +6,7 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from nemo_upcycle.sources.checkpoints import steps_in
 from nemo_upcycle.trainers.metrics_file import METRICS, append_line
-from nemo_upcycle.trainers.settings import LR
-from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -62,28 +59,3 @@ class LossSpikes:
         middle = statistics.median(self._losses)
         deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
         return middle + self._threshold * max(deviation, 0.01 * middle)
-
-
-def how_to_go_on(folder: Path, trainer: str, rate: float, step: int, kept: Path | None) -> str:
-    """Explain how to continue after a loss ended a training: resume, or train with half the learning rate.
-
-    Args:
-        folder: folder of the training, which may be inside a run's folder.
-        trainer: `nemo` or `bridge`.
-        rate: highest learning rate of the training.
-        step: step whose loss ended the training.
-        kept: newest checkpoint before this step; None if no checkpoint was kept.
-    """
-    noted, name = folder.parent / COMMAND, LR.of(trainer)
-    typed = CommandLine.read(noted.read_text(encoding="utf-8")) if noted.is_file() else None
-    lower = {f"{folder.name}.{name}": f"{rate / 2:g}"}
-    if typed and kept:
-        place = f"{folder.name}:{steps_in(kept)}" if folder.name != "pretrain" else steps_in(kept)
-        then = (
-            f"rewind it with a lower {name}: `{typed.changed(lower, f'--rewind {place} --yes')}`. "
-            f"To leave out the samples of this step, add --skip-steps {step}"
-        )
-    else:
-        then = f"train in a new folder with a lower {name}"
-        then += f": `{typed.changed({'dir': f'{folder.parent}-lower-rate'} | lower)}`" if typed else ""
-    return f"Start again to resume from it; if the loss fails at the same step again, {then}"

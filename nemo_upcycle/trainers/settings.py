@@ -96,6 +96,7 @@ _RATES = _RATE._replace(allows=_each_finite)
 _SHARE = Rule(
     lambda value: is_number(value, 0) and value < 1, "a number from 0 to below 1", "set it to, for example, 0.1"
 )
+_PART = Rule(lambda value: is_number(value, 0, 1), "a number from 0 to 1", "set it to, for example, 0.05")
 _PERIOD = Rule(
     lambda value: is_whole(value, 1) or (isinstance(value, float) and 0 < value <= 1),
     "a whole number, 1 or more, or a share of the data up to 1.0",
@@ -110,6 +111,7 @@ WARMUP = Setting("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters",
 LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True, rewind=True)
 MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True, rewind=True)
 SCHEDULE = Setting("optim.lr_scheduler.", "scheduler.", rewind=True)
+AUX_LOSS = _model("moe_aux_loss_coeff", _RATES, rewind=True)
 SAVE_EVERY = Setting("log.ckpt.every_n_train_steps", "checkpoint.save_interval", _from(1), shown=True, free=True)
 FP8_RECIPE = Setting("trainer.plugins.fp8_recipe", "", size="precision")
 SETTINGS: tuple[Setting, ...] = (
@@ -141,6 +143,8 @@ SETTINGS: tuple[Setting, ...] = (
         "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size", "etp x ep x pp"
     ),
     _strategy("sequence_parallel", "sequence_parallel"),
+    Setting("trainer.strategy.ddp.check_for_nan_in_grad", "ddp.check_for_nan_in_grad", free=True),
+    Setting("", "rerun_state_machine.check_for_nan_in_loss", free=True),
     Setting("trainer.strategy.ckpt_async_save", "", shown=True),
     Setting(
         "trainer.strategy.ckpt_optim_fully_reshardable", "checkpoint.dist_ckpt_optim_fully_reshardable", free=True
@@ -161,7 +165,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
-    _model("moe_aux_loss_coeff", _RATES, rewind=True),
+    AUX_LOSS,
     _model("moe_z_loss_coeff", _RATE, rewind=True),
     _model("moe_router_bias_update_rate", _RATE, rewind=True),
     Setting("", "model.moe_router_quantile_balancing_ema", _SHARE, rewind=True),
@@ -186,9 +190,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("", "validation.eval_iters", _from(0)),
     Setting("trainer.accelerator", "", _one_of("gpu", "cpu", "auto", "cuda")),
     Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
+    Setting("trainer.callbacks.LossGuard.", "", free=True),
     _callback("LossGuard.window", "spike_window", _from(1)),
     _callback("LossGuard.threshold", "spike_threshold", _RATE._replace(fix="set it to, for example, 8")),
     _callback("LossGuard.stop_on_spike", "stop_on_spike"),
+    _callback("LossGuard.min_expert_load", "min_expert_load", _PART),
+    _callback("LossGuard.max_dropped", "max_dropped", _PART),
+    _callback("LossGuard.max_above_parent", "max_above_parent", _RATE._replace(fix="set it to, for example, 0.1")),
+    _callback("LossGuard.limit_steps", "limit_steps", _from(1)),
     _callback("MetricsLogger.fp8_statistics_every", "fp8_statistics_every", _from(0)),
     Setting("trainer.callbacks.MetricsLogger.expert_distance_every", "", _from(1), free=True),
     _callback("EvaluateWhileTraining.every_n_steps", "evaluate_every", _from(0)),

@@ -12,23 +12,24 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import maybe_finalize_async_save
 from megatron.bridge.training.config import ConfigContainer, TensorInspectConfig
 
-from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.new_rates import NewRates
 from nemo_upcycle.trainers.bridge.run_folder import save_checksums
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.facts import Evaluations
-from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
+from nemo_upcycle.trainers.loss_spikes import LossSpikes
 from nemo_upcycle.trainers.monitoring.fp8_statistics import features, require_inspect
+from nemo_upcycle.trainers.stop_error import stop_error
+from nemo_upcycle.trainers.stop_limits import LimitWatch, StopReason
 
 
 def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evaluations | None = None) -> list[Callback]:
     """Return the callbacks of a run and complete its configuration for them, on every rank, before `pretrain`.
 
     Args:
-        config: configuration of the run; changed in place if FP8 statistics are wanted.
+        config: configuration of the run, changed in place: Bridge's own checks for NaN are switched off, and FP8
+            statistics are switched on if they are wanted.
         folder: folder for `metrics.jsonl`, `training.json` and evaluations.
         evaluations: evaluations during training; None: the evaluations of `config.upcycle`.
 
@@ -42,7 +43,9 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     settings.check()
     _take_statistics(config, settings.fp8_statistics_every, folder)
     metrics = BridgeMetrics(folder)
-    callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # first, so that a bad step is not logged
+    config.rerun_state_machine.check_for_nan_in_loss = config.ddp.check_for_nan_in_grad = False
+    guard = BridgeLossGuard(settings, folder, metrics)
+    callbacks: list[Callback] = [guard, metrics]  # the guard comes first, so that a bad step is not logged
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
     callbacks.append(Checksums())
@@ -63,45 +66,68 @@ def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
 
 
 class BridgeLossGuard(Callback):
-    """Reports spikes of the loss, and ends the run on all ranks at a spike if the settings say so.
+    """Ends the run on all ranks at a non-finite loss, and at a spike or limit if the settings say so.
 
-    Bridge's own check ends a run whose loss is not a number.
+    It replaces Bridge's own checks, which end one rank and leave the others waiting.
 
     Args:
         settings: settings of the run.
         folder: folder of the training.
+        metrics: callback whose lines are compared with the limits, after the following step.
     """
 
-    def __init__(self, settings: UpcycleSettings, folder: Path) -> None:
-        self._stops, self._folder = settings.stop_on_spike, folder
+    def __init__(self, settings: UpcycleSettings, folder: Path, metrics: BridgeMetrics) -> None:
+        self._stops, self._folder, self._metrics = settings.stop_on_spike, folder, metrics
         self._spikes = LossSpikes(settings.spike_window, settings.spike_threshold)
+        limits = settings.limits()
+        self._watch = LimitWatch(limits, folder) if limits.are_set else None
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Check the step's loss for a spike.
+        """Check the step's loss and gradient norm, and the limits of the step before.
 
         Raises:
-            UpcycleError: the loss is a spike, and the settings end the run.
+            UpcycleError: a number is not finite, the loss is a spike and the settings end the run, or a limit is
+                exceeded.
         """
+        reason = self._judge(context) or self._above_limits()
+        if reason is None:
+            return
+        config = context.state.cfg
+        maybe_finalize_async_save(context.state, config.checkpoint, blocking=True)  # it is older than this step
+        model = getattr(config.model, "transformer", config.model)
+        rate, aux_loss = config.optimizer.lr, getattr(model, "moe_aux_loss_coeff", None)
+        raise stop_error(reason, self._folder, "bridge", rate=rate, aux_loss=aux_loss)
+
+    def _judge(self, context: CallbackContext) -> StopReason | None:
+        """Return the reason why this step ends the run, on all ranks."""
         last = torch.distributed.get_world_size() - 1
         logged = loss_on_last_rank(context.loss_dict)
-        loss = torch.tensor(math.nan if logged is None else float(logged), device=torch.cuda.current_device())
-        torch.distributed.broadcast(loss, last)
-        value, step = loss.item(), context.state.train_state.step + 1  # Bridge counts the step after this call
-        if not math.isfinite(value):
-            return
-        limit = self._spikes.add(step, value, self._folder if torch.distributed.get_rank() == 0 else None)
-        if limit is None or not self._stops:
-            return
-        checkpoint = context.state.cfg.checkpoint
-        maybe_finalize_async_save(context.state, checkpoint, blocking=True)  # this checkpoint is older than the spike
-        kept = newest_checkpoint(Path(checkpoint.save))
-        raise UpcycleError(
-            f"loss of step {step}",
-            got=value,
-            expected=f"at most {limit:.4f}",
-            fix=f"the last good checkpoint is {kept or 'the dense checkpoint'}. "
-            + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr, step, kept),
+        numbers = torch.tensor(
+            [float("nan") if logged is None else float(logged), context.grad_norm or 0.0, logged is not None],
+            dtype=torch.float64,
+            device=torch.cuda.current_device(),
         )
+        torch.distributed.broadcast(numbers, last)
+        loss, norm, is_known = numbers.tolist()
+        step = context.state.train_state.step + 1  # Bridge counts the step after this call
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if is_known and not math.isfinite(value):
+                return StopReason(what, value, "a finite number", step, step)
+        if not is_known:
+            return None
+        limit = self._spikes.add(step, loss, self._folder if torch.distributed.get_rank() == 0 else None)
+        if limit is None or not self._stops:
+            return None
+        return StopReason("loss", loss, f"at most {limit:.4f}", step, step)
+
+    def _above_limits(self) -> StopReason | None:
+        """Return the reason why a limit ends the run, on all ranks; the first rank knows the numbers."""
+        if self._watch is None:
+            return None
+        line = self._metrics.line
+        found = [self._watch.add(line) if line else None]
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
 
 
 class Checksums(Callback):

@@ -40,6 +40,8 @@ class BridgeMetrics(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        #: Line of the last step, on the first rank.
+        self.line: dict[str, Any] | None = None
         self._metrics: StepMetrics | None = None
         self._lr: Any = None
 
@@ -73,7 +75,8 @@ class BridgeMetrics(Callback):
         """Write the step's line."""
         assert self._metrics is not None
         step = context.state.train_state.step + 1  # Bridge counts the step after this call
-        self._metrics.step(step, loss_on_last_rank(context.loss_dict), context.grad_norm, self._lr)
+        loss = loss_on_last_rank(context.loss_dict)
+        self.line = self._metrics.step(step, loss, context.grad_norm, self._lr)
 
     def restart_clock(self) -> None:
         """Exclude the time that another callback took since the last step from the next step's time."""

@@ -11,6 +11,7 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.paper import high_rate
+from nemo_upcycle.trainers.stop_limits import StopLimits
 from nemo_upcycle.utils.validation import check_number, check_whole
 
 
@@ -22,6 +23,10 @@ class UpcycleSettings:
         spike_window: number of previous losses that a loss is compared with; see `LossSpikes`.
         spike_threshold: a loss is a spike if it is more than this number of spreads above the median of these losses.
         stop_on_spike: whether a spike ends the run; otherwise it is a warning and a line in `metrics.jsonl`.
+        min_expert_load: see `StopLimits`.
+        max_dropped: see `StopLimits`.
+        max_above_parent: see `StopLimits`.
+        limit_steps: see `StopLimits`.
         evaluate_every: steps between two evaluations of the live model; 0: no evaluations.
         evaluate_suite: suite of these evaluations: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: number of items to take from the start of each task; None: all.
@@ -34,6 +39,10 @@ class UpcycleSettings:
     spike_window: int = 128
     spike_threshold: float = 8.0
     stop_on_spike: bool = False
+    min_expert_load: float | None = None
+    max_dropped: float | None = None
+    max_above_parent: float | None = None
+    limit_steps: int = 100
     evaluate_every: int = 0
     evaluate_suite: str = "watch"
     evaluate_limit: int | None = None
@@ -45,6 +54,10 @@ class UpcycleSettings:
             return None
         return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)
 
+    def limits(self) -> StopLimits:
+        """Return the limits that end the training."""
+        return StopLimits(self.min_expert_load, self.max_dropped, self.max_above_parent, self.limit_steps)
+
     def check(self) -> None:
         """Check the values.
 
@@ -53,6 +66,7 @@ class UpcycleSettings:
         """
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
+        self.limits().check()
         check_whole("evaluate_every", self.evaluate_every, 0)
         check_whole("fp8_statistics_every", self.fp8_statistics_every, 0)
         if self.evaluate_limit is not None:

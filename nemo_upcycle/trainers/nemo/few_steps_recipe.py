@@ -44,6 +44,7 @@ def few_steps_trainer(schedule: Schedule, num_nodes: int, num_gpus_per_node: int
     validate(config, times=2)
     # On a CPU an asynchronous save forks this process. The process then changes its memory, which doubles the use.
     config.strategy.ckpt_async_save = False
+    config.strategy.ddp.check_for_nan_in_grad = False  # LossGuard ends all ranks, Megatron's check only one
     if not torch.cuda.is_available():
         in_float32_if_faster(config)
     return config

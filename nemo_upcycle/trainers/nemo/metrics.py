@@ -56,6 +56,8 @@ class MetricsLogger(Callback):
         self.gpu = gpu
         self.expert_distance_every = expert_distance_every
         self.fp8_statistics_every = fp8_statistics_every
+        #: Line of the last step, on the first rank.
+        self.line: dict[str, Any] | None = None
         self._metrics: StepMetrics | None = None
         self._loss_before: Any = None
 
@@ -103,9 +105,9 @@ class MetricsLogger(Callback):
         assert self._metrics is not None
         found = trainer.callback_metrics
         loss = _from_first_rank(found.get("reduced_train_loss"))
-        line = self._metrics.step(trainer.global_step, loss, found.get("grad_norm"), found.get("lr"))
-        if line is not None:
-            self._log(trainer, line)
+        self.line = self._metrics.step(trainer.global_step, loss, found.get("grad_norm"), found.get("lr"))
+        if self.line is not None:
+            self._log(trainer, self.line)
         if self._inspects:
             count_step()
 

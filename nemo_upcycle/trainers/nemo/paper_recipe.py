@@ -30,7 +30,6 @@ from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo_upcycle.planning.recipe_table import Run, Schedule
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
-from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
 from nemo_upcycle.trainers.nemo.recipe_parts import checkpoints
 from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal, StopOnSignal
 from nemo_upcycle.trainers.nemo.upcycled import start_from
@@ -80,7 +79,6 @@ def paper_training(recipe: run.Partial, schedule: Schedule) -> run.Partial:
 def resilient(recipe: run.Partial) -> run.Partial:
     """Change a recipe in place so that a run on hundreds of GPUs survives failures.
 
-    - `LossGuard`: if the loss is not finite, all ranks end at once with a message, before a checkpoint is saved.
     - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone, and the others wait until NCCL gives up.
     - `hang_detection`: under `ft_launcher`, restarts all ranks if one rank is silent for too long.
     - `straggler_report`: reports a slow GPU, which slows all others. It does not end the run: a person has to judge.
@@ -98,11 +96,11 @@ def resilient(recipe: run.Partial) -> run.Partial:
     """
     recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS, keep_last=KEEP_LAST)
     recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
-    # LossGuard comes first, before the callbacks that write a step's metrics or a checkpoint. SaveOnSignal comes after
-    # the step's metrics. StopOnSignal comes last, because it restores the handlers that these two callbacks replace.
+    # SaveOnSignal comes after the callback that writes the step's metrics. StopOnSignal comes last, because it
+    # restores the handlers that the callbacks before it replace.
     added = [run.Config(hang_detection), run.Config(straggler_report), run.Config(SaveOnSignal)]
     others = [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is not StopOnSignal]
-    recipe.trainer.callbacks = [run.Config(LossGuard), *others, *added, run.Config(StopOnSignal)]
+    recipe.trainer.callbacks = [*others, *added, run.Config(StopOnSignal)]
     return recipe
 
 

@@ -24,6 +24,7 @@ from nemo_upcycle.models.layer_settings import layer_fields
 from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
+from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 from nemo_upcycle.trainers.nemo.recipes import train_on
 from nemo_upcycle.trainers.nemo.resume import UpcycleResume
@@ -116,6 +117,8 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
         recipe.data.tokenizer = run.Config(mock_tokenizer, dense=str(dense))
     own = (MetricsLogger, StopOnSignal)  # the recipe may already have these callbacks
     others = [callback for callback in recipe.trainer.callbacks or [] if callback.__fn_or_cls__ not in own]
+    if not any(callback.__fn_or_cls__ is LossGuard for callback in others):
+        others.insert(0, run.Config(LossGuard))  # before the callbacks that write a step's metrics or a checkpoint
     recipe.trainer.callbacks = [*others, *map(run.Config, own)]
     return recipe
 
