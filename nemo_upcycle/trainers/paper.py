@@ -13,6 +13,8 @@ TOKENS_A_STEP = 512 * 8192
 STEPS = 23_842
 #: Steps between two checkpoints: about half an hour for Llama 3 8B E8T2 on 512 H100 (derived).
 CHECKPOINT_STEPS = 1000
+#: Steps between two checkpoints that are kept for good, so that a run can be rewound to before a slow decline.
+KEEP_EVERY = 10_000
 #: Higher peaks are for random weights, or for hundreds of billions of tokens (docs/schedules.md).
 HIGH = 1e-4
 

@@ -178,7 +178,7 @@ SETTINGS: tuple[Setting, ...] = (
     *(_optimizer(name, _SHARE) for name in ("adam_beta1", "adam_beta2")),
     SAVE_EVERY,
     Setting("log.ckpt.keep_last", "", _from(1), shown=True),
-    Setting("log.ckpt.keep_every", "", shown=True),
+    Setting("log.ckpt.keep_every", "upcycle.keep_every", _from(0), shown=True, free=True),
     Setting("", "checkpoint.most_recent_k", shown=True, free=True),
     Setting("", "checkpoint.async_save", shown=True, free=True),
     Setting("", "checkpoint.save_retain_interval", free=True),

@@ -10,7 +10,7 @@ from nemo_upcycle.sources.checkpoints import complete_checkpoints, steps_in
 from nemo_upcycle.trainers.earlier_branch import move_earlier
 from nemo_upcycle.trainers.lineage import Branch, begin_branch, end_move
 from tests.contract.packs import write_packs
-from tests.contract.trainers import differing, losses, metrics, train, training_text, weights
+from tests.contract.trainers import IS_BRIDGE, differing, losses, metrics, train, training_text, weights
 from tests.functional.tiny import BATCH
 
 
@@ -66,6 +66,13 @@ def test_a_rewound_run_takes_the_rates_of_its_settings(
     assert losses(folder, "lr") == losses(whole, "lr")[:2] + losses(expected, "lr")[2:]
     assert losses(folder)[:3] == losses(whole)[:3]  # the loss of a step is computed before its update
     assert losses(folder)[3] != losses(whole)[3]
+
+
+def test_old_checkpoints_are_removed_but_one_every_few_steps(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    newest = "checkpoint.most_recent_k" if IS_BRIDGE else "log.ckpt.keep_last"
+    every = "upcycle.keep_every" if IS_BRIDGE else "log.ckpt.keep_every"
+    train(training_text({"steps": 8, newest: 1, every: 4}), tmp_path / "run", *inputs)
+    assert [steps_in(one) for one in complete_checkpoints(tmp_path / "run/checkpoints")] == [4, 8]
 
 
 def leaves_out(kind: str, folder: Path, parent: Path, data: Path) -> None:

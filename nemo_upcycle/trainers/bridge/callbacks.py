@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import maybe_finalize_async_save
 from megatron.bridge.training.config import ConfigContainer, TensorInspectConfig
 
+from nemo_upcycle.sources.checkpoints import by_step
 from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.new_rates import NewRates
 from nemo_upcycle.trainers.bridge.run_folder import save_checksums
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.facts import Evaluations
+from nemo_upcycle.trainers.kept_checkpoints import kept_for_good, removable
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
 from nemo_upcycle.trainers.monitoring.fp8_statistics import features, require_inspect
 from nemo_upcycle.trainers.stop_error import stop_error
@@ -49,6 +52,9 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
     callbacks.append(Checksums())
+    if settings.keep_every and config.checkpoint.most_recent_k > -1:
+        callbacks.append(Retention(max(1, config.checkpoint.most_recent_k), settings.keep_every))
+        config.checkpoint.most_recent_k = -1  # the callback removes checkpoints, and Bridge removes none
     if config.scheduler.override_opt_param_scheduler:
         callbacks.insert(0, NewRates(config))
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
@@ -136,6 +142,25 @@ class Checksums(Callback):
     def on_checkpoint_save(self, context: CallbackContext) -> None:
         """Hash the files."""
         save_checksums(context.state.cfg.checkpoint.save)
+
+
+class Retention(Callback):
+    """Removes the checkpoints that need not be kept, on the first rank.
+
+    Args:
+        keep_last: number of newest checkpoints to keep.
+        keep_every: steps between two checkpoints that are kept for good.
+    """
+
+    def __init__(self, keep_last: int, keep_every: int) -> None:
+        self._keep_last, self._keep_every = keep_last, keep_every
+
+    def on_checkpoint_save(self, context: CallbackContext) -> None:
+        """Remove the checkpoints after a newer one is complete."""
+        if torch.distributed.get_rank() == 0:
+            checkpoints = by_step(Path(context.state.cfg.checkpoint.save))
+            for path in removable(checkpoints, self._keep_last, kept_for_good(checkpoints, self._keep_every)):
+                shutil.rmtree(path)
 
 
 class Heartbeat(Callback):

@@ -27,6 +27,8 @@ class UpcycleSettings:
         max_dropped: see `StopLimits`.
         max_above_parent: see `StopLimits`.
         limit_steps: see `StopLimits`.
+        keep_every: steps between two checkpoints that are kept for good, besides the newest
+            `checkpoint.most_recent_k`; see `kept_for_good`. 0: none.
         evaluate_every: steps between two evaluations of the live model; 0: no evaluations.
         evaluate_suite: suite of these evaluations: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: number of items to take from the start of each task; None: all.
@@ -43,6 +45,7 @@ class UpcycleSettings:
     max_dropped: float | None = None
     max_above_parent: float | None = None
     limit_steps: int = 100
+    keep_every: int = 0
     evaluate_every: int = 0
     evaluate_suite: str = "watch"
     evaluate_limit: int | None = None
@@ -67,6 +70,7 @@ class UpcycleSettings:
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
         self.limits().check()
+        check_whole("keep_every", self.keep_every, 0)
         check_whole("evaluate_every", self.evaluate_every, 0)
         check_whole("fp8_statistics_every", self.fp8_statistics_every, 0)
         if self.evaluate_limit is not None:

@@ -28,6 +28,7 @@ from nemo_upcycle.trainers.base import Training, last_checkpoint
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
+from nemo_upcycle.trainers.kept_checkpoints import count_kept
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.lineage import has_new_rates, skipped_samples
 from nemo_upcycle.trainers.run_calibration import with_calibration
@@ -96,7 +97,7 @@ class BridgeTraining(Training):
         from nemo_upcycle.trainers.bridge.settings import mixed_precision_of, settings_of
 
         model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
-        numbers = mixed_precision_of(config)
+        numbers, newest = mixed_precision_of(config), config.checkpoint.most_recent_k
         layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
         precision = _precision(config)
         profile = Profile.of(
@@ -134,7 +135,7 @@ class BridgeTraining(Training):
                 weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
                 every_n_steps=config.checkpoint.save_interval or steps,
                 setting=SAVE_EVERY.bridge,
-                keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
+                keeps=count_kept(newest, settings_of(config).keep_every, steps) if newest > -1 else None,
                 is_async=config.checkpoint.async_save,
             ),
             rate=LearningRate(

@@ -45,7 +45,6 @@ RECOMPUTE_MOE_STEPS = 500
 #: Number of checkpoints to keep: the last checkpoint and the one before it. A bad loss is often noticed only after the
 #: next save, and a run must survive if the storage loses a file. Keeping more checkpoints needs room: a
 #: checkpoint of an upcycled 8B model takes 619 GiB, and there is one more while a checkpoint is written.
-#: `log.ckpt.keep_every=5000` keeps one checkpoint every 5000 steps for good.
 KEEP_LAST = 2
 
 
@@ -83,7 +82,7 @@ def resilient(recipe: run.Partial) -> run.Partial:
     - `hang_detection`: under `ft_launcher`, restarts all ranks if one rank is silent for too long.
     - `straggler_report`: reports a slow GPU, which slows all others. It does not end the run: a person has to judge.
     - `SaveOnSignal`: a preempted job saves after its current step and loses no step.
-    - `RetainedCheckpoints`: see `KEEP_LAST`.
+    - `RetainedCheckpoints`: see `KEEP_LAST` and `paper.KEEP_EVERY`.
 
     NeMo's recipes already save checkpoints asynchronously (`strategy.ckpt_async_save`): training waits only for the
     copy to host memory.
@@ -95,6 +94,7 @@ def resilient(recipe: run.Partial) -> run.Partial:
         The recipe.
     """
     recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS, keep_last=KEEP_LAST)
+    recipe.log.ckpt.keep_every = paper.KEEP_EVERY
     recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
     # SaveOnSignal comes after the callback that writes the step's metrics. StopOnSignal comes last, because it
     # restores the handlers that the callbacks before it replace.

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.sources.checkpoints import LAST, by_step, is_complete_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import LAST, by_step
 from nemo_upcycle.sources.checksums import write_checksums
+from nemo_upcycle.trainers.kept_checkpoints import kept_for_good, removable
 
 
 class RetainedCheckpoints(nl.ModelCheckpoint):
@@ -25,26 +25,15 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
 
     Args:
         keep_last: number of newest checkpoints to keep, including the last one.
-        keep_every: steps between two checkpoints that are kept for good, for ablations from the middle of a run; a
-            multiple of `every_n_train_steps`. None: no checkpoint is kept for good.
+        keep_every: steps between two checkpoints that are kept for good, for rewinds and for ablations from the middle
+            of a run; see `kept_for_good`.
         settings: arguments of `nl.ModelCheckpoint`; `save_last` must be true and `save_top_k` zero.
-
-    Raises:
-        SpecError: `keep_every` is not a multiple of `every_n_train_steps`.
 
     Example:
         >>> recipe.log.ckpt = run.Config(RetainedCheckpoints, keep_last=2, keep_every=5000, ...)  # doctest: +SKIP
     """
 
     def __init__(self, keep_last: int = 1, keep_every: Optional[int] = None, **settings: Any) -> None:  # noqa: UP045
-        steps = settings.get("every_n_train_steps")
-        if keep_every is not None and (keep_every < 1 or keep_every % (steps or 1)):
-            raise SpecError(
-                "log.ckpt.keep_every",
-                got=keep_every,
-                expected=f"a multiple of every_n_train_steps ({steps})",
-                fix="change one of them: only written checkpoints can be kept",
-            )
         self.keep_last = keep_last
         self.keep_every = keep_every
         self._begun: set[str] = set()  # removals that this process began; a thread may still be deleting the files
@@ -77,7 +66,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         if (self.async_save and not override_async) or not replaced.name.endswith(LAST):
             super()._remove_checkpoint(trainer, filepath, override_async)
             return
-        if self.keep_last == 1 and not self._is_due(replaced):
+        if self.keep_last == 1 and replaced not in kept_for_good(by_step(replaced.parent), self.keep_every):
             super()._remove_checkpoint(trainer, filepath, override_async)
             return
         removable: list[str] = []
@@ -90,15 +79,8 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             super()._remove_checkpoint(trainer, path, override_async)
 
     def _removable(self, folder: Path) -> list[Path]:
-        """Return the checkpoints to remove. An incomplete checkpoint is the rest of an interrupted removal."""
-        earlier = [path for path in by_step(folder) if not path.name.endswith(LAST)]
-        whole = [path for path in earlier if is_complete_checkpoint(path)]
-        beside = self.keep_last - 1
-        if len(whole) < beside:
-            return []
-        older = earlier[: earlier.index(whole[-beside])] if beside else earlier
-        return [path for path in older if not self._is_due(path) and str(path) not in self._begun]
-
-    def _is_due(self, checkpoint: Path) -> bool:
-        step = step_of(checkpoint)
-        return self.keep_every is not None and step is not None and (step + 1) % self.keep_every == 0
+        """Return the checkpoints to remove, without those that this process is already removing."""
+        present = by_step(folder)
+        earlier = [path for path in present if not path.name.endswith(LAST)]
+        found = removable(earlier, self.keep_last - 1, kept_for_good(present, self.keep_every))
+        return [path for path in found if str(path) not in self._begun]

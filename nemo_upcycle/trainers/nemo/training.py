@@ -22,6 +22,7 @@ from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Training, last_checkpoint
 from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
+from nemo_upcycle.trainers.kept_checkpoints import count_kept
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.lineage import skipped_samples
 from nemo_upcycle.trainers.nemo.checks import (
@@ -307,8 +308,7 @@ def _gradients(recipe: Any) -> str:
 def _kept(checkpoint: Any, steps: int) -> int | None:
     """Return the number of checkpoints that a callback keeps at the end of a training; None: all."""
     if last := getattr(checkpoint, "keep_last", None):
-        for_good = getattr(checkpoint, "keep_every", None)
-        return int(last) + (steps // int(for_good) if for_good else 0)
+        return count_kept(last, getattr(checkpoint, "keep_every", None), steps)
     best: int = getattr(checkpoint, "save_top_k", 1)
     return None if best < 0 else best + bool(getattr(checkpoint, "save_last", False))
 

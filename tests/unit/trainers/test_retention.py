@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.checkpoints import steps_in
+from nemo_upcycle.trainers.kept_checkpoints import kept_for_good
+from nemo_upcycle.trainers.lineage import Branch, begin_branch
 from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
 from tests.unit.sources.test_checkpoints import write
 
@@ -61,12 +63,19 @@ def test_removes_a_half_removed_checkpoint_after_newer_ones(tmp_path: Path) -> N
     assert _callback(2, keep_every=5)._removable(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "message"),
-    [
-        (1, 7, r"log.ckpt.keep_every is 7; expected a multiple of every_n_train_steps \(5\)"),
-    ],
-)
-def test_refuses_numbers_that_keep_nothing(keep_last: int, keep_every: int | None, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        _callback(keep_last, keep_every)
+def test_a_checkpoint_that_the_run_was_rewound_to_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (4, 9, 14):
+        write(folder, step, ending="")
+    write(folder, 19)
+    begin_branch(tmp_path, Branch(2, 10))
+    assert [path.name for path in _callback(1)._removable(folder)] == [
+        "model_name=0--step=4",
+        "model_name=0--step=14",
+    ]
+
+
+def test_an_uneven_interval_keeps_the_next_checkpoint(tmp_path: Path) -> None:
+    checkpoints = [tmp_path / f"checkpoints/iter_{step:07d}" for step in range(300, 2000, 300)]
+    kept = kept_for_good(checkpoints, 500)
+    assert sorted(map(steps_in, kept)) == [600, 1200, 1500]

@@ -186,6 +186,7 @@ def upcycled(
             "validation.eval_interval": 2000,
             "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
             "checkpoint.most_recent_k": 2,  # Bridge keeps all checkpoints by default
+            "upcycle.keep_every": paper.KEEP_EVERY,
             "optimizer.lr": paper.PEAK,
             "optimizer.min_lr": paper.END,
             "optimizer.adam_eps": 1e-5,  # NeMo's value
