@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.bridge.training.config import MockGPTDatasetConfig
@@ -97,13 +97,13 @@ def mixed_precision_of(config: Any) -> Any:
 
 
 def require_callbacks(config: Any) -> None:
-    """Check that a run with settings has the callbacks that carry them out.
+    """Check that a run with settings has the callbacks that carry them out. Without them, `keep_every` does nothing.
 
     Raises:
         SpecError: the run has settings but no `upcycle_callbacks`.
     """
     settings = settings_of(config)
-    if settings != UpcycleSettings() and not hasattr(settings, "callbacks"):
+    if replace(settings, keep_every=0) != UpcycleSettings() and not hasattr(settings, "callbacks"):
         raise SpecError(
             "config.upcycle",
             kind="refused",
