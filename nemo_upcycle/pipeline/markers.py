@@ -21,7 +21,7 @@ from typing import Any
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
 from nemo_upcycle.trainers.lineage import read_branches
-from nemo_upcycle.trainers.settings import by_class, free_settings
+from nemo_upcycle.trainers.settings import by_class, free_settings, is_named
 from nemo_upcycle.utils.files import CHANGES, ENDED, MARKER, STARTED, read_json, write_json
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.schema import numbered, require_known
@@ -39,8 +39,8 @@ _PIECES, _PIECE_BYTES = 16, 1 << 16
 #: Settings that release 0.2 recorded although they changed no result. Old runs may name these settings; nothing reads
 #: them now.
 RETIRED = ("trained_on",)
-#: NeMo settings that were treated as changing the result before release 0.4.
-_FREED = tuple(f".{name}" for name in free_settings("nemo") if name.startswith("trainer.callbacks."))
+#: Settings that change no result. Earlier releases recorded some of them with the settings that do.
+_FREE = (*free_settings("nemo"), *free_settings("bridge"))
 #: Prefixes of the names of inputs. An unknown hash is empty, and equals every other hash.
 SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
 
@@ -243,7 +243,7 @@ class StageFolder:
         inputs = {
             name: text
             for name, text in notes["inputs"].items()
-            if name.removeprefix(SETTING) not in RETIRED and not paths[name].endswith(_FREED)
+            if name.removeprefix(SETTING) not in RETIRED and not is_named(paths[name].partition(".")[2], _FREE)
         }
         return notes | {"inputs": _plain(inputs)}
 
