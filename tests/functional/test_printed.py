@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import shlex
@@ -123,7 +124,8 @@ def _found(pattern: str, text: str) -> str:
 def _printed(kind: str, folder: str) -> dict[str, str]:
     """Start a run without its stages, and return the command that it prints for each kind of end."""
     from nemo_upcycle.pipeline import launch
-    from nemo_upcycle.trainers.loss_spikes import how_to_go_on
+    from nemo_upcycle.trainers.stop_error import stop_error
+    from nemo_upcycle.trainers.stop_limits import StopReason
 
     os.chdir(folder)
     os.environ |= {"PATH": f"{Path(NEMO).parent}:{os.environ['PATH']}", "PYTHONPATH": MODULES}
@@ -140,7 +142,9 @@ def _printed(kind: str, folder: str) -> dict[str, str]:
         said = _nemo(["upcycle", "pipeline", *TYPED[kind]], folder, MODULES).text
     found["a stop"] = here + _found(r"^Resume with the same command: (.*)", said)
     found["a stop, noted"] = (run_dir / "command.txt").read_text()
-    found["a refused loss"] = _found("`(.*)`", how_to_go_on(run_dir / "pretrain", "nemo", 1e-3, 9, None))
+    reason = StopReason("loss", math.nan, "a finite number", first_step=9, last_step=9)
+    error = stop_error(reason, run_dir / "pretrain", "nemo", rate=1e-3, aux_loss=0.0)
+    found["a refused loss"] = _found("`(.*)`", str(error))
     for ending, steps in (("a trial", 4), ("the end", 300)):
         report = _report(Path(folder, "run"), run_dir / "command.txt", steps)
         assert ("Below 100 steps there is no verdict" in report) == (ending == "a trial")

@@ -94,5 +94,5 @@ def test_a_class_that_no_callback_has_is_refused_by_name() -> None:
     error = _first_bad_override(recipe, [(key, "=", "h100")])
     assert str(error) == (
         f"setting '{key}' does not exist: 'MetricsLoger' is none of these callbacks."
-        " Did you mean 'trainer.callbacks.MetricsLogger'? Valid: MetricsLogger, StopOnSignal."
+        " Did you mean 'trainer.callbacks.MetricsLogger'? Valid: LossGuard, MetricsLogger, StopOnSignal."
     )
