@@ -181,10 +181,17 @@ class StageFolder:
         if branches := read_branches(self.path)[1:]:
             inputs[f"{SETTING}{self.name} branches"] = "; ".join(branch.describe() for branch in branches)
         for before in self.reads:
-            inputs[STAGE + before] = settings_hash(settings[before])
-            if content := StageFolder(self.run_dir, before).content:
+            folder = StageFolder(self.run_dir, before)
+            inputs[STAGE + before] = folder.settings_hash(settings[before])
+            if content := folder.content:
                 inputs[CONTENT + before] = content
         return inputs
+
+    def settings_hash(self, settings: Mapping[str, str]) -> str:
+        """Hash the stage's settings as the release did that finished the stage, if the settings are still the same."""
+        recorded = read_json(self.marker)["inputs"] if self._done() else {}
+        own = {name: text for name, text in (self.done_from() or {}).items() if name.startswith(SETTING)}
+        return settings_hash(recorded if own == settings else settings)
 
     @property
     def content(self) -> str:

@@ -71,7 +71,8 @@ class WorkPlan(ABC):
         content.pop(KEY, None)
         known = content.pop("training_settings_of", {})
         plan = cls(**{name: value for name, value in content.items() if name not in RETIRED})
-        plan._known.update({digest: TrainingSettings(**values) for digest, values in known.items()})
+        for digest, values in known.items():
+            plan._known[digest] = TrainingSettings(**values).sorted_again(plan.trainer)
         return plan
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,16 @@ class TrainingSettings:
         others = named((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}
         return cls(fixed, int(float(values.get(steps, 0))), named(free), named(step0))
+
+    def sorted_again(self, trainer: str) -> TrainingSettings:
+        """Return the settings that an earlier release recorded, sorted by this release's rules.
+
+        Args:
+            trainer: `nemo` or `bridge`.
+        """
+        free, step0 = free_settings(trainer), step0_settings(trainer)
+        again = self.sorted_by(self.fixed | self.free, steps=STEPS.of(trainer), free=free, step0=step0)
+        return replace(again, steps=self.steps)
 
 
 class Training(ABC):
