@@ -21,6 +21,7 @@ from nemo_upcycle.pipeline.executors.site_file import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, hopeless
 from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched
+from nemo_upcycle.pipeline.notify import checked_command, notifying
 from nemo_upcycle.pipeline.order import kind_of, read_plan
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.rewind import REWIND, Rewind
@@ -78,10 +79,12 @@ def launch_chain(
     with ended_by_ctrl_c():
         wrong = [*wrong, *failures([partial(require_local, "dir", dir), partial(_check_render, render, cluster)])]
         wrong += failures([partial(_check_rewind, rewind, stages, render)])
+        wrong += failures([partial(checked_command, plan.notify, is_here=cluster is None)])
         found = check_run(run_dir, plan, stages, cluster, detach=ctx.detach, shown=shown, rewind=rewind)
     if wrong or found.wrong:
         raise UpcycleError.together([*wrong, *found.all])
-    start_branch = None
+    command = checked_command(plan.notify, is_here=cluster is None)
+    plan, start_branch = replace(plan, notify=command, last=stages[-1].name), None
     if rewind and (branch := rewind.branch(run_dir, plan)):
         start_branch = partial(rewind.start, branch, run_dir)
     elif rewind:
@@ -194,7 +197,8 @@ def launch(
         (run_dir / COMMAND).write_text(f"{CommandLine.typed().anywhere()}\n", encoding="utf-8")
         _write_recipes(run_dir, own_plan)
         price, is_seen = getattr(ctx.executor, "price_per_gpu_hour", None), plan.file == PLAN and not ctx.detach
-        with watched(run_dir, price) if is_seen else nullcontext():
+        page = watched(run_dir, price) if is_seen else nullcontext()
+        with notifying(plan, [plan.stage(job.name) for job in jobs], run_dir), page:
             if chain:
                 _run_chain(chain, detach=ctx.detach)
             else:

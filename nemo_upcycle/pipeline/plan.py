@@ -48,6 +48,9 @@ class WorkPlan(ABC):
     #: Fields that may name a user's YAML file, each with the folder of `conf/` that contains the package's own files.
     files: ClassVar[Mapping[str, str]] = {}
     trainer = "nemo"
+    #: The user's command to run at each stop and after the stage `last`; empty if there is none.
+    notify = ""
+    last = ""
 
     def write(self, run_dir: Path) -> None:
         """Write the plan to a run's folder for the stages to read, together with the settings of its trainings.

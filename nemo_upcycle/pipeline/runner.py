@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
+from nemo_upcycle.pipeline.notify import DONE, NOTIFIED, notify, notify_of_end
 from nemo_upcycle.pipeline.order import before, read_plan, require_same_work, unfinished
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.trainers.lineage import read_branches
@@ -55,8 +56,13 @@ def libraries_log(run_dir: Path, stage: str) -> Path:
 
 
 @contextmanager
-def _recorded(folder: StageFolder) -> Iterator[None]:
-    """Record and print the error that ended a stage's work (once for all ranks with this error), and exit."""
+def _recorded(folder: StageFolder, command: str) -> Iterator[None]:
+    """Record and print the error that ended a stage's work (once for all ranks with this error), and exit.
+
+    Args:
+        folder: folder of the stage.
+        command: command of the user to run, as in `WorkPlan.notify`.
+    """
     try:
         yield
     except (StageStopped, UpcycleError) as error:
@@ -64,9 +70,14 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
             time.sleep(_FIRST_SPEAKS_S)
         if is_first_rank() or not (folder.path / ENDED).is_file():
             sys.stderr.write(f"[{folder.name}] {error}\n")
+            how = STOPPED if isinstance(error, StageStopped) else FAILED
             with suppress(OSError):  # the disk may be full, which may be the error itself
-                folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
+                folder.ended(how)
+            notify_of_end(command, how, folder.path, str(error))
         raise SystemExit(error.exit_status) from None
+    except Exception as error:
+        notify_of_end(command, FAILED, folder.path, f"{type(error).__name__}: {error}")
+        raise
 
 
 def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
@@ -80,14 +91,15 @@ def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
             logger.info("[%s] %s", stage.name, DONE_BEFORE)
         return
     if not first:
-        with _recorded(folder):
+        with _recorded(folder, plan.notify):
             stage.work(run_dir, plan)
         return
-    with in_use(folder.path), _recorded(folder):
+    with in_use(folder.path), _recorded(folder, plan.notify):
         if stage.resumable:
             require_same_work(run_dir, plan)
         for change in folder.start(inputs, stage.free_of(plan), resumable=stage.resumable):
             logger.info("[%s] continues with a changed setting: %s", stage.name, change)
+        (folder.path / NOTIFIED).unlink(missing_ok=True)
         if (branch := read_branches(folder.path)[-1]).number > 1:
             logger.info("[%s] %s", stage.name, branch.describe())
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
@@ -96,3 +108,5 @@ def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
         seconds = time.monotonic() - start_s
         folder.finish(inputs, seconds, outputs, stage.content_of(run_dir, plan, outputs))
         logger.info("[%s] done in %s", stage.name, duration(seconds))
+        if stage.name == plan.last:
+            notify(plan.notify, DONE, folder.path, f"The run is done in {run_dir}.")

@@ -54,6 +54,8 @@ class RunPlan(WorkPlan):
         pretrain: recipe of the upcycled model, as its trainer serialises it.
         dense_ct: recipe of the dense baseline; None omits the baseline.
         trainer: `nemo` or `bridge`.
+        notify: the user's command to run at each stop and after the stage `last`; empty if there is none.
+        last: name of the last stage that the command of this run asked for.
     """
 
     file: ClassVar[str] = PLAN
@@ -67,6 +69,8 @@ class RunPlan(WorkPlan):
     pretrain: str
     dense_ct: str | None
     trainer: str = "nemo"
+    notify: str = ""
+    last: str = ""
 
     def setting(self, name: str) -> Any:
         """See `WorkPlan.setting`. The name "step 0" stands for the settings that the step-0 check depends on."""

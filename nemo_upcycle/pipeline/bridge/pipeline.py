@@ -64,6 +64,7 @@ def pipeline(
     render: Optional[str] = None,
     rewind: Optional[str] = None,
     skip_steps: Optional[str] = None,
+    notify: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
 
@@ -93,6 +94,8 @@ def pipeline(
         rewind: `--rewind STEP`: continue the training from its kept checkpoint after this step, with settings that may
             then change: rates, schedule, weight decay, clipping, balancing. `--rewind dense_ct:STEP` for the baseline.
         skip_steps: `--skip-steps FIRST:LAST`: with `--rewind`, leave out the samples of these steps, both included.
+        notify: your command, which runs at each stop and at the end, with the message on its standard input. The
+            variables `NEMO_UPCYCLE_EVENT` (stopped, failed, done), `NEMO_UPCYCLE_STAGE` and `NEMO_UPCYCLE_DIR` are set.
 
     Raises:
         UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
@@ -116,7 +119,7 @@ def pipeline(
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
     texts = trainings["pretrain"].to_text(), baseline
     read = DEMO if data is None else data
-    plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge")
+    plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge", notify=notify or "")
     wrong = failures([partial(check_demo_data, plan)]) if data is None else []
     stages, back = chosen_stages(from_stage, until_stage, only_stage), Rewind.read(rewind, skip_steps)
     launch_chain(ctx, dir, plan, stages=stages, render=render, rewind=back, wrong=wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,13 @@ def test_a_stage_says_why_on_a_full_disk(
     assert data_stage(f"{PYTHON}ln -s /dev/full {ended}\nexit 2\n") == 2
     assert ended.is_symlink()
     assert capsys.readouterr().err.splitlines()[-1].startswith("[data] ")
+
+
+def test_a_stop_runs_the_command_of_notify(run_dir: Path, data_stage: Callable[[str], int]) -> None:
+    plan = RunPlan.read(run_dir)
+    replace(plan, notify=f"tee -a {run_dir / 'told'}").write(run_dir)
+    assert data_stage(ENGINE) == StageStopped.exit_status
+    assert data_stage("#!/bin/bash\nexit 1\n") == 2
+    told = (run_dir / "told").read_text()
+    assert told.startswith(f"{run_dir}: data stopped\nstage 'data' stopped early")
+    assert f"{run_dir}: data failed\n" in told
