@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from nemo_upcycle.cli.common import show
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.lineage import ranges_text, skipped_samples
 from nemo_upcycle.trainers.settings import SEQUENCE
+from nemo_upcycle.trainers.stop_error import rewind_command
 
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def find(args: argparse.Namespace) -> int:
     if not found:
         where = f"the {count_documents(blend):,} training documents of {blend.folder}"
         text = f"Not found in {where}: {_quoted(args.find)}"
-        show(args, answer | {"documents": [], "samples": [], "steps": [], "skip_steps": ""}, text)
+        show(args, answer | {"documents": [], "samples": [], "steps": [], "skip_steps": "", "rewind": []}, text)
         return 1
     reading, why_none = _reading(blend, run_dir)
     read = _samples(blend, found, reading) if reading else []
     run = reading if run_dir else None
     rows, steps = _rows(found, read, run), _joined([one.steps for one in read]) if run else []
     skip = ranges_text(steps)
+    rewinds = list(_rewinds(folder, steps[0][0], skip)) if steps else []
     count = sum(one.last - one.first + 1 for one in found)
     lines = [f"{blend.folder}: {count:,} training document{'s' * (count > 1)} with {_quoted(args.find)}"]
     lines += [_row_text(row) for row in rows[:_SHOWN_DOCUMENTS]]
@@ -64,12 +66,14 @@ def find(args: argparse.Namespace) -> int:
         lines.append(f"  and {len(rows) - _SHOWN_DOCUMENTS:,} more; --json lists all")
     if steps:
         lines += [f"Steps: {ranges_text(steps, ', ')}", f"--skip-steps {skip}"]
+        lines += [f"To train again without them: `{command}`" for command in rewinds]
     elif run:
         lines.append(f"The run reads none of them in its {run.samples // run.batch:,} steps.")
     else:
         lines.append(why_none or "These are the samples of a run that reads as many tokens as the data have.")
     samples = _joined([one.samples for one in read])
-    show(args, answer | {"documents": rows, "samples": samples, "steps": steps, "skip_steps": skip}, "\n".join(lines))
+    answer |= {"documents": rows, "samples": samples, "steps": steps, "skip_steps": skip, "rewind": rewinds}
+    show(args, answer, "\n".join(lines))
     return 0
 
 
@@ -173,6 +177,13 @@ def _samples(blend: FinishedBlend, found: Sequence[Documents], reading: Reading)
         if not is_verbose():
             quiet_libraries()
         return find_samples(blend, found, reading)
+
+
+def _rewinds(run_dir: Path, first_step: int, skip: str) -> Iterator[str]:
+    """Yield the command that rewinds each training which has a checkpoint before a step."""
+    for name in ("pretrain", "dense_ct"):
+        if command := rewind_command(run_dir / name, first_step, f"--skip-steps {skip}"):
+            yield command
 
 
 def _rows(found: Sequence[Documents], read: Sequence[Read], run: Reading | None) -> list[dict[str, Any]]:

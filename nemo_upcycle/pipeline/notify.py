@@ -58,7 +58,7 @@ def checked_command(command: str | None, *, is_here: bool) -> str:
         words[0] = str(Path(words[0]).expanduser().absolute())
     if is_here and not shutil.which(words[0]):
         is_file = Path(words[0]).is_file()
-        fix = f"chmod +x {words[0]}" if is_file else "check its name, or give its path"
+        fix = f"make it executable: `chmod +x {words[0]}`" if is_file else "check its name, or give its path"
         got = "is not an executable file" if is_file else "does not exist"
         raise UpcycleError(f"The program {words[0]} of notify", kind="state", got=got, fix=fix)
     return shlex.join(words)

@@ -15,8 +15,9 @@ from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 def stop_error(reason: StopReason, folder: Path, trainer: str, *, rate: float, aux_loss: Any) -> UpcycleError:
     """Return the error that ends a training.
 
-    The error prints the command that rewinds the training to the newest kept checkpoint before the first wrong step,
-    with stronger balancing if experts are used unevenly, and otherwise with half the learning rate.
+    The error prints the command that rewinds the training to the newest kept checkpoint before the first wrong step.
+    The command leaves out the samples of a single wrong step. Otherwise it strengthens the balancing if experts are
+    used unevenly, and halves the learning rate if not.
 
     Args:
         reason: why the training ends.
@@ -25,32 +26,62 @@ def stop_error(reason: StopReason, folder: Path, trainer: str, *, rate: float, a
         rate: highest learning rate of the training.
         aux_loss: coefficient of the balancing loss, or a list of coefficients.
     """
-    kept = [path for path in complete_checkpoints(folder / "checkpoints") if steps_in(path) < reason.first_step]
     if reason.is_balance and isinstance(aux_loss, int | float) and aux_loss > 0:
-        change, changed = "a higher", {AUX_LOSS.of(trainer): f"{2 * aux_loss:g}"}
+        change, name, value = "a higher", AUX_LOSS.of(trainer), f"{2 * aux_loss:g}"
     else:
-        change, changed = "a lower", {LR.of(trainer): f"{rate / 2:g}"}
-    then = _rewind(folder, kept[-1] if kept else None, f"{change} {next(iter(changed))}", changed)
-    if reason.first_step == reason.last_step:
-        steps = f"of step {reason.last_step}"
-        fix = (
-            f"the last good checkpoint is {kept[-1] if kept else 'the dense checkpoint'}. Start again to resume from"
-            f" it; if the {reason.what} fails at the same step again, {then}"
+        change, name, value = "a lower", LR.of(trainer), f"{rate / 2:g}"
+    is_one_step = reason.first_step == reason.last_step
+    first, options = reason.first_step, [f"--skip-steps {reason.first_step}"] if is_one_step else []
+    command = rewind_command(folder, first, *options, **({} if is_one_step else {name: value}))
+    if not command:
+        fix = _in_a_new_folder(folder, f"{change} {name}", {name: value})
+    elif is_one_step:
+        then = f"if a later step fails, too, add {folder.name}.{name}={value}"
+        fix = f"leave out the samples of this step: `{command}`; {then}"
+    else:
+        fix = f"rewind it with {change} {name}: `{command}`"
+    if not is_one_step:
+        return UpcycleError(
+            f"{reason.what} in steps {first} to {reason.last_step}", got=reason.got, expected=reason.expected, fix=fix
         )
-        if kept:
-            fix += f". To leave out the samples of this step, add --skip-steps {reason.last_step}"
-    else:
-        steps, fix = f"in steps {reason.first_step} to {reason.last_step}", then
-    return UpcycleError(f"{reason.what} {steps}", got=reason.got, expected=reason.expected, fix=fix)
+    good = newest_before(folder, first) or "the dense checkpoint"
+    again = f"the last good checkpoint is {good}. Start again to resume from it; if step {first} fails again, {fix}"
+    return UpcycleError(f"{reason.what} of step {first}", got=reason.got, expected=reason.expected, fix=again)
 
 
-def _rewind(folder: Path, kept: Path | None, change: str, changed: dict[str, str]) -> str:
-    """Return the advice to rewind a training; without a kept checkpoint, the advice to train in a new folder."""
+def rewind_command(folder: Path, first_step: int, *options: str, **values: str) -> str | None:
+    """Return the command that rewinds a training to its newest kept checkpoint before a step.
+
+    Args:
+        folder: folder of the training, which may be inside a run's folder.
+        first_step: first step that the training repeats or leaves out.
+        options: further options, such as `--skip-steps 9`.
+        values: changed settings of the training, by their names.
+
+    Returns:
+        The command; None if no checkpoint was kept, or if the training was not started by the pipeline's command.
+    """
+    typed, kept = _typed(folder), newest_before(folder, first_step)
+    if not typed or not kept:
+        return None
+    place = f"{folder.name}:{steps_in(kept)}" if folder.name != "pretrain" else steps_in(kept)
+    changes = {f"{folder.name}.{name}": value for name, value in values.items()}
+    return str(typed.changed(changes, " ".join((f"--rewind {place}", *options, "--yes"))))
+
+
+def newest_before(folder: Path, step: int) -> Path | None:
+    """Return the newest complete checkpoint of a training before a step; None if there is none."""
+    kept = [path for path in complete_checkpoints(folder / "checkpoints") if steps_in(path) < step]
+    return kept[-1] if kept else None
+
+
+def _in_a_new_folder(folder: Path, change: str, values: dict[str, str]) -> str:
+    """Return the advice for a training that has no kept checkpoint to rewind to."""
+    changes = {"dir": f"{folder.parent}-rewound"} | {f"{folder.name}.{name}": value for name, value in values.items()}
+    typed = _typed(folder)
+    return f"train in a new folder with {change}{f': `{typed.changed(changes)}`' if typed else ''}"
+
+
+def _typed(folder: Path) -> CommandLine | None:
     noted = folder.parent / COMMAND
-    typed = CommandLine.read(noted.read_text(encoding="utf-8")) if noted.is_file() else None
-    values = {f"{folder.name}.{name}": value for name, value in changed.items()}
-    if typed and kept:
-        place = f"{folder.name}:{steps_in(kept)}" if folder.name != "pretrain" else steps_in(kept)
-        return f"rewind it with {change}: `{typed.changed(values, f'--rewind {place} --yes')}`"
-    where = f": `{typed.changed({'dir': f'{folder.parent}-rewound'} | values)}`" if typed else ""
-    return f"train in a new folder with {change}{where}"
+    return CommandLine.read(noted.read_text(encoding="utf-8")) if noted.is_file() else None

@@ -94,8 +94,8 @@ def pipeline(
         rewind: `--rewind STEP`: continue the training from its kept checkpoint after this step, with settings that may
             then change: rates, schedule, weight decay, clipping, balancing. `--rewind dense_ct:STEP` for the baseline.
         skip_steps: `--skip-steps FIRST:LAST`: with `--rewind`, leave out the samples of these steps, both included.
-        notify: your command, which runs at each stop and at the end, with the message on its standard input. The
-            variables `NEMO_UPCYCLE_EVENT` (stopped, failed, done), `NEMO_UPCYCLE_STAGE` and `NEMO_UPCYCLE_DIR` are set.
+        notify: your command, which runs at each stop and at the end. It reads the message on its standard input, and
+            the variables `NEMO_UPCYCLE_EVENT` (stopped, failed or done), `NEMO_UPCYCLE_STAGE` and `NEMO_UPCYCLE_DIR`.
 
     Raises:
         UpcycleError: an argument or a recipe is invalid, or a stage did not finish.

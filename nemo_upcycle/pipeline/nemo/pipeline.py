@@ -73,15 +73,17 @@ def pipeline(
         rewind: `--rewind STEP`: continue the training from its kept checkpoint after this step, with settings that may
             then change: rates, schedule, weight decay, clipping, balancing. `--rewind dense_ct:STEP` for the baseline.
         skip_steps: `--skip-steps FIRST:LAST`: with `--rewind`, leave out the samples of these steps, both included.
-        notify: your command, which runs at each stop and at the end, with the message on its standard input. The
-            variables `NEMO_UPCYCLE_EVENT` (stopped, failed, done), `NEMO_UPCYCLE_STAGE` and `NEMO_UPCYCLE_DIR` are set.
+        notify: your command, which runs at each stop and at the end. It reads the message on its standard input, and
+            the variables `NEMO_UPCYCLE_EVENT` (stopped, failed or done), `NEMO_UPCYCLE_STAGE` and `NEMO_UPCYCLE_DIR`.
 
     Raises:
         UpcycleError: an argument or a recipe is invalid, or a stage did not finish.
     """
     baseline = dump_recipe(dense_ct) if dense_ct else None
     trainings = dump_recipe(pretrain), baseline
-    plan = RunPlan(pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings, notify=notify or "")
+    plan = RunPlan(
+        pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings, notify=notify or ""
+    )
     wrong = [*_ignored(ctx, {"pretrain": pretrain, "dense_ct": dense_ct})]
     wrong += failures([partial(check_demo_data, plan)]) if data is None else []
     stages, back = chosen_stages(from_stage, until_stage, only_stage), Rewind.read(rewind, skip_steps)

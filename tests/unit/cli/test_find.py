@@ -12,10 +12,12 @@ from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.pipeline.markers import sha256
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.base import TrainingSettings
+from nemo_upcycle.utils.command_line import COMMAND
 from nemo_upcycle.utils.files import MARKER, write_json
 from tests.blends import set_manifest, write_blend
 from tests.hostile import HOSTILE
 from tests.unit.cli.conftest import Command, refused
+from tests.unit.sources.test_checkpoints import write
 
 
 TEXTS = [f"speech {number} on the state of the Union" for number in range(30)]
@@ -73,6 +75,17 @@ def test_last_line_is_the_option_to_type(run: Path, capsys: pytest.CaptureFixtur
     *_, steps, option = capsys.readouterr().out.splitlines()
     assert steps.startswith("Steps: ")
     assert option == f"--skip-steps {steps.removeprefix('Steps: ').replace(', ', ',')}"
+
+
+def test_commands_that_rewind_each_training_are_printed(command: Command, run: Path) -> None:
+    for name in ("pretrain", "dense_ct"):
+        write(run / name / "checkpoints", 0, ending="")
+    (run / COMMAND).write_text(f"cd /here && nemo upcycle pipeline dir={run} dense=x --only export --yes\n")
+    answer = command.values("data", str(run), "--find", "texts:11")
+    skip = f"--skip-steps {answer['skip_steps']}"
+    assert answer["steps"][0][0] > 1
+    head = f"cd /here && nemo upcycle pipeline dir={run} dense=x --rewind"
+    assert answer["rewind"] == [f"{head} 1 {skip} --yes", f"{head} dense_ct:1 {skip} --yes"]
 
 
 def test_document_number_is_the_document_of_the_text(command: Command, run: Path) -> None:

@@ -86,11 +86,11 @@ def test_a_failed_step_is_told_how_to_resume_and_rewind(stage: Path) -> None:
     note_command(stage)
     text = str(stop_error(NAN, stage, "bridge", rate=3e-5, aux_loss=None))
     assert f"The last good checkpoint is {stage}/checkpoints/model_name=0--step=7-last. Start again to resume" in text
-    command = "nemo upcycle pipeline --factory x dir=runs/a pretrain.optimizer.lr=1.5e-05 --rewind 8 --yes"
-    assert f"rewind it with a lower optimizer.lr: `{command}`. To leave out the samples" in text
-    assert text.endswith("add --skip-steps 9.")
+    command = "nemo upcycle pipeline --factory x dir=runs/a --rewind 8 --skip-steps 9 --yes"
+    assert f"if step 9 fails again, leave out the samples of this step: `{command}`; if a later" in text
+    assert text.endswith("add pretrain.optimizer.lr=1.5e-05.")
     baseline = str(stop_error(NAN, stage.rename(stage.with_name("dense_ct")), "bridge", rate=3e-5, aux_loss=None))
-    assert "dense_ct.optimizer.lr=1.5e-05 --rewind dense_ct:8 --yes`" in baseline
+    assert "--rewind dense_ct:8 --skip-steps 9 --yes`" in baseline
 
 
 def test_a_collapse_is_rewound_to_before_it_with_stronger_balancing(stage: Path) -> None:
